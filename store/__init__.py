@@ -1,0 +1,38 @@
+"""Embeddings on disk: the format, the manifest, shards, commits, integrity. No torch.
+
+Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same files.
+"""
+
+from .embedding_store import EmbeddingStore, encode_head, exists, local_path
+from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
+from .layout import ArrayLayout, rows_of, shard_count
+from .reader import StoredBatch
+from .records import Counts, ImageRecord, NewImage, RowResult, Selection
+from .spec import DTYPES, PRECISIONS, StoreSpec
+from .writer import ShardWriter, StoredRow
+
+__all__ = [
+    "DTYPES",
+    "PRECISIONS",
+    "ArrayLayout",
+    "Counts",
+    "EmbeddingStore",
+    "ImageRecord",
+    "NewImage",
+    "RowResult",
+    "Selection",
+    "ShardWriter",
+    "StoreDamaged",
+    "StoreError",
+    "StoreLocked",
+    "StoreMismatch",
+    "StoreNotFound",
+    "StoreSpec",
+    "StoredBatch",
+    "StoredRow",
+    "encode_head",
+    "exists",
+    "local_path",
+    "rows_of",
+    "shard_count",
+]

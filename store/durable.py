@@ -1,0 +1,52 @@
+"""Writing so that what was reported written is there after a crash."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import StoreError
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a folder durable (a rename is not, until its folder is synced)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file's content as a whole: temporary file, fsync, rename, fsync of the folder."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """The operating system's refusals as StoreError, with the mend."""
+    try:
+        yield
+    except OSError as error:
+        mend = {
+            errno.ENOSPC: "free some room and run again",
+            errno.EDQUOT: "your disk quota is used up: free some room and run again",
+            errno.EACCES: "check its permissions",
+            errno.EPERM: "check its permissions",
+            errno.EROFS: "choose a folder on a writable file system",
+        }.get(error.errno or 0, "check the disk and run again")
+        raise StoreError(f"{error.filename or path}: {error.strerror or error}; {mend}") from error

@@ -1,0 +1,312 @@
+"""The store as one object: opened to read by anyone, to write by one process at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from .durable import explained, fsync_directory, write_atomic
+from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
+from .layout import rows_of, shard_count
+from .lock import WriterLock
+from .manifest import Manifest
+from .metadata import DOCUMENT, read_spec, write_documents
+from .reader import DirectReader, StoredBatch
+from .records import Counts, ImageRecord, NewImage, RowResult, Selection, Status
+from .spec import StoreSpec
+from .writer import partial_path
+
+PRIVATE = Path("embeddings") / "mobilesam"
+"""Where our own files live: inside an array's folder, into which Zarr readers don't look."""
+
+MANIFEST = PRIVATE / "manifest.sqlite"
+HEAD = PRIVATE / "sam_head.safetensors"
+
+
+class EmbeddingStore:
+    """Teacher embeddings of a set of images, one image a row; see `open` and `create`.
+
+    A shard is either committed, verified and listed, or it is recomputed. Use as a context manager, or `close`.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec, manifest: Manifest, lock: WriterLock | None) -> None:
+        self.path = path
+        self.spec = spec
+        self._manifest = manifest
+        self._lock = lock
+        self._reader = DirectReader(path, spec, manifest)
+
+    # ---- opening
+
+    @classmethod
+    def open(cls, path: Path | str, *, writable: bool = False) -> EmbeddingStore:
+        """Open the store at `path`; with `writable`, as its only writer.
+
+        Raises StoreNotFound, StoreDamaged (the manifest is missing, damaged or another store's), StoreLocked.
+        """
+        path = local_path(path)
+        spec = read_spec(path)
+        lock = None
+        if writable:
+            lock = WriterLock(path / PRIVATE)
+            lock.acquire()
+        try:
+            manifest = Manifest(path / MANIFEST, writable=writable)
+            if manifest.store_id != spec.store_id:
+                raise StoreDamaged(
+                    f"{path / MANIFEST} belongs to store {manifest.store_id}, {DOCUMENT} to {spec.store_id}: "
+                    "put this store's own manifest back"
+                )
+            store = cls(path, spec, manifest, lock)
+            if writable:
+                store._tidy()
+        except BaseException:
+            if lock:
+                lock.release()
+            raise
+        return store
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        spec: StoreSpec,
+        images: Sequence[NewImage],
+        selection: Selection,
+        head: bytes,
+    ) -> EmbeddingStore:
+        """Make a store with a pending row for every image, and open it as its only writer.
+
+        It is made beside its place and renamed into it whole, so that no half-made store is ever seen. `head` is
+        SAM's prompt encoder and mask decoder (see `encode_head`). StoreError when the place is taken.
+        """
+        path = local_path(path)
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
+            draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+            (draft / PRIVATE).mkdir(parents=True)
+        lock = WriterLock(draft / PRIVATE)
+        try:
+            lock.acquire()
+            with explained(path):
+                manifest = Manifest.create(draft / MANIFEST, spec.store_id)
+                manifest.append(images, selection)
+                manifest.close()
+                for layout in spec.layouts:
+                    (draft / layout.name).mkdir(exist_ok=True)
+                write_documents(draft, spec, len(images))
+                write_atomic(draft / HEAD, head)
+                _move_into_place(draft, path)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        finally:
+            lock.release()
+        (path / PRIVATE / "writer.json").unlink(missing_ok=True)
+        return cls.open(path, writable=True)
+
+    def close(self) -> None:
+        """Let go of the manifest and, for a writer, of the lock."""
+        self._manifest.close()
+        if self._lock:
+            self._lock.release()
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- reading
+
+    @property
+    def head_path(self) -> Path:
+        """SAM's prompt encoder and mask decoder as safetensors: keys `prompt_encoder.*`, `mask_decoder.*`."""
+        return self.path / HEAD
+
+    def read_head(self) -> bytes:
+        """The content of `head_path`; StoreDamaged when it isn't what was stored."""
+        with explained(self.head_path):
+            data = self.head_path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.spec.head_sha256:
+            raise StoreDamaged(
+                f"{self.head_path} is not the file that was stored with this store: copy it from a whole one"
+            )
+        return data
+
+    def counts(self) -> Counts:
+        """Rows by status."""
+        return self._manifest.counts()
+
+    def row_count(self) -> int:
+        """Rows of any status."""
+        return self._manifest.row_count()
+
+    def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:
+        """Records in row order: done ones unless another status, or None for all, is given."""
+        return self._manifest.records(status, rows)
+
+    def keys(self) -> list[str]:
+        """Every row's key, in row order."""
+        return self._manifest.keys()
+
+    def selections(self) -> list[Selection]:
+        """How the first set of images and each extension were chosen."""
+        return self._manifest.selections()
+
+    def read(self, rows: Sequence[int]) -> StoredBatch:
+        """Embeddings of done rows, in the order given, each verified by its bytes' checksum, the one stored with
+        it, and the manifest's. Raises StoreDamaged or StoreError; safe to call from several threads."""
+        return self._reader.read(rows)
+
+    # ---- writing
+
+    def shard_rows(self, shard: int) -> range:
+        """The rows that a shard holds, given how many the store has now."""
+        return rows_of(shard, self.spec.shard_size, self.row_count())
+
+    def pending_shards(self) -> list[int]:
+        """Shards to compute, ascending: those that aren't committed."""
+        committed = self._manifest.committed_shards()
+        return [
+            shard
+            for shard in range(shard_count(self.row_count(), self.spec.shard_size))
+            if shard not in committed
+        ]
+
+    def commit(self, shard: int, attempt: str, results: Sequence[RowResult]) -> None:
+        """Put a finished attempt at a shard in its place and list its rows: `results` has one for each, in order.
+
+        StoreError when the partial files aren't whole; the shard then stays pending.
+        """
+        self._assert_writer()
+        rows = self.shard_rows(shard)
+        assert [result.row for result in results] == list(rows), (
+            "results must cover the shard's rows in order"
+        )
+        moves = []
+        for layout in self.spec.layouts:
+            partial = partial_path(self.path, layout, shard, attempt)
+            with explained(partial):
+                size = partial.stat().st_size
+            if size != layout.file_bytes(len(rows)):
+                raise StoreError(
+                    f"{partial} has {size} bytes instead of {layout.file_bytes(len(rows))}: run again"
+                )
+            moves.append((partial, self.path / layout.name / layout.file_name(shard)))
+        with explained(self.path):
+            # Scales first: a row exists for other Zarr readers only when both files are there.
+            for partial, place in reversed(moves):
+                os.rename(partial, place)
+                fsync_directory(place.parent)
+        self._manifest.commit_shard(shard, attempt, results)
+        self._reader.forget(shard)
+
+    def withdraw(self, shards: Iterable[int]) -> None:
+        """Unlist shards before they are computed anew; their rows are pending from then on."""
+        self._assert_writer()
+        for shard in shards:
+            self._manifest.withdraw_shard(shard, self.shard_rows(shard))
+            self._reader.forget(shard)
+
+    def shards_with_failures(self) -> list[int]:
+        """Committed shards in which an image failed."""
+        return self._manifest.shards_with_failures()
+
+    def extend(self, images: Sequence[NewImage], selection: Selection) -> range:
+        """Append rows for more images; their range. A short last shard is withdrawn, since it grows."""
+        self._assert_writer()
+        first = self.row_count()
+        short = first % self.spec.shard_size
+        if short and images:
+            self.withdraw([first // self.spec.shard_size])
+        rows = self._manifest.append(images, selection)
+        with explained(self.path):
+            write_documents(self.path, self.spec, self.row_count())
+        return rows
+
+    def refuse_differences(self, wanted: Mapping[str, object]) -> None:
+        """StoreMismatch when a setting in `wanted` that isn't None differs from the store's, naming each."""
+        lines = self.spec.differences(wanted)
+        if lines:
+            raise StoreMismatch(
+                f"{self.path} was made otherwise ({'; '.join(lines)}): ask for the store's settings, "
+                "or give another --out"
+            )
+
+    def _assert_writer(self) -> None:
+        assert self._lock is not None, "the store is open for reading only"
+
+    def _tidy(self) -> None:
+        """Remove what killed attempts left, and finish an extension that was cut short."""
+        with explained(self.path):
+            for layout in self.spec.layouts:
+                for leftover in (self.path / layout.name).glob("*.partial"):
+                    leftover.unlink(missing_ok=True)
+            write_documents(self.path, self.spec, self.row_count())
+
+
+def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
+    """SAM's prompt encoder and mask decoder as safetensors, with their SHA-256."""
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def local_path(path: Path | str) -> Path:
+    """The path as a Path; StoreError for a URL, since stores are local folders so far."""
+    if "://" in str(path):
+        raise StoreError(
+            f"{path}: stores on object storage are not supported yet; give a folder, or mount it"
+        )
+    return Path(path)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a killed `create` left beside the place, unless its process lives."""
+    for draft in path.parent.glob(f"{path.name.replace('[', '[[]')}.*.partial"):
+        lock = WriterLock(draft / PRIVATE)
+        try:
+            lock.acquire()
+        except StoreLocked:
+            continue
+        except StoreError:
+            pass
+        shutil.rmtree(draft, ignore_errors=True)
+        lock.release()
+
+
+def _move_into_place(draft: Path, path: Path) -> None:
+    try:
+        os.rename(draft, path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreError(
+            f"{path} exists and is no mobilesam store: give another --out, or remove it"
+        ) from error
+    except OSError as error:
+        if path.is_dir() and any(path.iterdir()):
+            raise StoreError(
+                f"{path} exists and is no mobilesam store: give another --out, or remove it"
+            ) from error
+        raise
+    fsync_directory(path.parent)
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is a mobilesam store at the path (whole or damaged)."""
+    try:
+        read_spec(local_path(path))
+    except StoreNotFound:
+        return False
+    return True

@@ -1,0 +1,23 @@
+"""What can go wrong with a store; every message states the fact, the numbers and the mend."""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of every error that this room raises for its input or its surroundings."""
+
+
+class StoreNotFound(StoreError):
+    """There is no mobilesam store at the path."""
+
+
+class StoreMismatch(StoreError):
+    """The store was made with other settings than those asked for."""
+
+
+class StoreLocked(StoreError):
+    """Another live process writes to the store."""
+
+
+class StoreDamaged(StoreError):
+    """Bytes on disk are not those that were committed."""

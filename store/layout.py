@@ -1,0 +1,108 @@
+"""Where a row lies: rows, shards, slots and bytes. Pure arithmetic, no I/O.
+
+A shard file is what the Zarr v3 codec `sharding_indexed` defines with its index at the end: inner chunks (one
+row each, followed by its crc32c), then one pair (offset, bytes) of little-endian uint64 per slot, then the
+index's own crc32c. A slot without a row holds 2**64 - 1 twice. Inner chunks start at multiples of `ALIGNMENT`.
+Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+
+ALIGNMENT = 4096
+"""Bytes; O_DIRECT needs file offsets at multiples of the device's block size, at most 4096 in practice."""
+
+CHECKSUM_BYTES = 4
+CHANNELS = 256
+EMPTY = np.uint64(2**64 - 1)
+PIXELS_PER_CELL = 16
+"""Side of the square of input pixels that one cell of the embedding's grid stands for."""
+
+
+def crc32c(data: np.ndarray | bytes) -> int:
+    """Checksum of an array's or a string's bytes (Castagnoli, as Zarr's codec `crc32c` stores it)."""
+    return int(google_crc32c.value(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data))
+
+
+def shard_of(row: int, shard_size: int) -> int:
+    """The shard that holds `row`."""
+    return row // shard_size
+
+
+def rows_of(shard: int, shard_size: int, rows: int) -> range:
+    """The rows of a shard in a store of `rows` rows; fewer than `shard_size` in the last one."""
+    return range(shard * shard_size, min((shard + 1) * shard_size, rows))
+
+
+def shard_count(rows: int, shard_size: int) -> int:
+    """How many shards hold `rows` rows."""
+    return math.ceil(rows / shard_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """One array of the store: an item per row, `shard_size` rows to a file."""
+
+    name: str
+    item_shape: tuple[int, ...]
+    dtype: np.dtype
+    shard_size: int
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of one row without its checksum."""
+        return math.prod(self.item_shape) * self.dtype.itemsize
+
+    @property
+    def stride(self) -> int:
+        """Bytes from the start of one row in a shard file to the start of the next."""
+        return math.ceil((self.payload_bytes + CHECKSUM_BYTES) / ALIGNMENT) * ALIGNMENT
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index at the end of a shard file, its checksum included."""
+        return 16 * self.shard_size + CHECKSUM_BYTES
+
+    def file_bytes(self, slots: int) -> int:
+        """Bytes of a shard file in which `slots` slots are in use."""
+        return slots * self.stride + self.index_bytes
+
+    def file_name(self, shard: int) -> str:
+        """The shard's file name inside the array's folder (Zarr's default key encoding, separator '.')."""
+        return ".".join(["c", str(shard), *("0" for _ in self.item_shape)])
+
+    def encode_index(self, present: Iterable[int]) -> bytes:
+        """The index of a shard file whose slots `present` hold a row at slot x stride."""
+        entries = np.full((self.shard_size, 2), EMPTY, dtype="<u8")
+        for slot in present:
+            entries[slot] = slot * self.stride, self.payload_bytes + CHECKSUM_BYTES
+        body = entries.tobytes()
+        return body + crc32c(body).to_bytes(CHECKSUM_BYTES, "little")
+
+    def decode_index(self, data: bytes) -> np.ndarray:
+        """The index as uint64 (shard_size, 2) of (offset, bytes); ValueError when its checksum is wrong."""
+        body, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+        if len(data) != self.index_bytes or crc32c(body) != stored:
+            raise ValueError(f"{self.name}: the shard index's checksum is wrong")
+        return np.frombuffer(body, dtype="<u8").reshape(self.shard_size, 2)
+
+
+def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLayout, ...]:
+    """The arrays of a store: `embeddings`, and `scales` beside it when embeddings are int8."""
+    grid = image_size // PIXELS_PER_CELL
+    embeddings = ArrayLayout(
+        name="embeddings",
+        item_shape=(CHANNELS, grid, grid),
+        dtype=np.dtype(dtype).newbyteorder("<"),
+        shard_size=shard_size,
+    )
+    if dtype != "int8":
+        return (embeddings,)
+    scales = ArrayLayout(name="scales", item_shape=(CHANNELS,), dtype=np.dtype("<f4"), shard_size=shard_size)
+    return embeddings, scales

@@ -1,0 +1,105 @@
+"""What a store is made of: written once, never changed, compared before anything is added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import StoreError
+from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
+
+FORMAT_VERSION = 1
+DTYPES = ("float16", "float32", "int8")
+PRECISIONS = ("float32", "bfloat16")
+
+_COMPARED = (
+    "teacher",
+    "checkpoint_sha256",
+    "image_size",
+    "preprocessing",
+    "dtype",
+    "precision",
+    "shard_size",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """The immutable description of a store, kept in the Zarr group's attributes under `mobilesam`.
+
+    `image_size` is the side in pixels of the teacher's square input; `precision` the arithmetic as resolved,
+    never `auto`; `subset` the fraction and seed that chose the first set of images; `image_root` the absolute
+    folder that keys are relative to.
+    """
+
+    store_id: str
+    teacher: str
+    checkpoint: str | None
+    checkpoint_sha256: str
+    head_sha256: str
+    untrained: bool
+    image_size: int
+    preprocessing: Mapping[str, Any]
+    dtype: str
+    precision: str
+    shard_size: int
+    subset: Mapping[str, Any]
+    image_root: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise StoreError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.precision not in PRECISIONS:
+            raise StoreError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+        if self.image_size < PIXELS_PER_CELL or self.image_size % PIXELS_PER_CELL:
+            raise StoreError(f"image size {self.image_size} is not a positive multiple of {PIXELS_PER_CELL}")
+        if self.shard_size < 1:
+            raise StoreError(f"shard size {self.shard_size} is less than 1")
+
+    @property
+    def grid(self) -> int:
+        """Cells along a side of the embedding."""
+        return self.image_size // PIXELS_PER_CELL
+
+    @property
+    def layouts(self) -> tuple[ArrayLayout, ...]:
+        """The arrays' layouts, `embeddings` first."""
+        return array_layouts(self.dtype, self.image_size, self.shard_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the format's version."""
+        return {"format": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> StoreSpec:
+        """The inverse of `to_json`; StoreError for another format version or a missing field."""
+        version = value.get("format")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"the store has format {version!r}, this program reads format {FORMAT_VERSION}: "
+                "use the version that wrote it"
+            )
+        names = {field.name for field in fields(cls)}
+        missing = sorted(names - value.keys())
+        if missing:
+            raise StoreError(f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged")
+        return cls(**{name: value[name] for name in names})
+
+    def differences(self, wanted: Mapping[str, Any]) -> list[str]:
+        """One line for every setting in `wanted` that is not None and differs from the store's."""
+        lines = []
+        for name in _COMPARED:
+            mine, asked = getattr(self, name), wanted.get(name)
+            if asked is None or asked == mine:
+                continue
+            if isinstance(mine, Mapping):
+                lines += [
+                    f"{name}.{key}: store {mine.get(key)!r}, asked {asked.get(key)!r}"
+                    for key in sorted({*mine, *asked})
+                    if mine.get(key) != asked.get(key)
+                ]
+            else:
+                lines.append(f"{name}: store {mine!r}, asked {asked!r}")
+        return lines
