@@ -1,0 +1,31 @@
+"""The last step of SAM's preprocessing, on tensors and on any device."""
+
+from __future__ import annotations
+
+import torch
+
+from .images import PIXEL_MEAN, PIXEL_STD
+
+
+def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torch.Tensor:
+    """Normalise the image in the top-left corner of each canvas; everything else becomes exactly 0.
+
+    Args:
+        canvas_BHWC: uint8 RGB (B, S, S, 3) on any device; what lies outside the images does not matter.
+        sizes_B2: integer (B, 2), each image's (height, width) on its canvas, on any device.
+
+    Returns:
+        pixels_BCHW: float32 (B, 3, S, S), contiguous, on the canvas's device. Bit-equal to `Sam.preprocess`
+        (segment_anything/modeling/sam.py), which normalises on the 0-255 scale and pads with zeros AFTER that.
+    """
+    device = canvas_BHWC.device
+    _, height, width, _ = canvas_BHWC.shape
+    mean_C11 = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
+    std_C11 = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+    pixels_BCHW = canvas_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    pixels_BCHW.sub_(mean_C11).div_(std_C11)
+    sizes_B2 = sizes_B2.to(device, non_blocking=True)
+    rows_BH = torch.arange(height, device=device) < sizes_B2[:, :1]
+    columns_BW = torch.arange(width, device=device) < sizes_B2[:, 1:]
+    inside_B1HW = rows_BH[:, None, :, None] & columns_BW[:, None, None, :]
+    return pixels_BCHW.masked_fill_(~inside_B1HW, 0.0)
