@@ -37,7 +37,7 @@ def read_checked(
 ) -> bytes:
     """Read an image that a store has an embedding of: its length must be `size` and its SHA-256 `sha256` (hex).
 
-    None leaves the SHA-256 unchecked. Raises ImageError, naming the key, if the image is gone or is not the one that was precomputed.
+    With None the SHA-256 is not checked. Raises ImageError, naming the key, if the image is gone or has changed.
     """
     mend = "put the original back, or precompute into a new store"
     try:
