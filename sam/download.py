@@ -1,0 +1,276 @@
+"""One file over HTTP, whole and checked: resumed after an interruption, retried, never half in place.
+
+The bytes go to ``FILE.part``; what the server said about its version of the file goes to ``FILE.part.json``,
+so that a later attempt continues only the same version (Range with If-Range, RFC 9110). The file gets its
+name only after its SHA-256 was found right.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import http.client
+import json
+import logging
+import os
+import shutil
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import DownloadError
+
+Progress = Callable[[int, int], None]
+CHUNK = 1 << 20
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+log = logging.getLogger(__name__)
+
+
+class _Transient(Exception):
+    """This attempt failed; another may not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted, and how patiently.
+
+    Attributes:
+        url: http or https.
+        target: the file's final path; its directory is made.
+        size: its length in bytes.
+        sha256: hex digest of the whole file.
+        timeout: seconds without a byte after which an attempt is given up.
+        attempts: how many in a row may fail without a new byte.
+        backoff: seconds before the second attempt; doubled before each further one.
+    """
+
+    url: str
+    target: Path
+    size: int
+    sha256: str
+    timeout: float = 30.0
+    attempts: int = 4
+    backoff: float = 1.0
+
+    @property
+    def part(self) -> Path:
+        return self.target.with_name(self.target.name + ".part")
+
+    @property
+    def version_file(self) -> Path:
+        return self.target.with_name(self.target.name + ".part.json")
+
+
+def download_file(request: Request, progress: Progress | None = None) -> None:
+    """Download ``request.url`` to ``request.target``; return when it is there and its SHA-256 is right.
+
+    A second process that wants the same file waits for the first and takes its result.
+
+    Args:
+        request: what is wanted.
+        progress: called with (bytes so far, bytes in all), a megabyte or so apart.
+
+    Raises:
+        DownloadError: a one-line reason without a full stop. Received bytes stay for the next time, except
+            those of a whole file whose SHA-256 was wrong.
+    """
+    try:
+        request.target.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(request.target):
+            if request.target.exists():
+                return
+            _check_room(request)
+            _fetch_patiently(request, progress or _no_progress)
+            _check_digest(request)
+            _put_in_place(request)
+    except OSError as error:
+        raise DownloadError(f"{error.filename or request.target}: {error.strerror or error}") from None
+
+
+def _no_progress(done: int, total: int) -> None:
+    pass
+
+
+@contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """Hold the lock of this target; its file stays, as removing it would let two holders in."""
+    with target.with_name(target.name + ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _check_room(request: Request) -> None:
+    present = request.part.stat().st_size if request.part.exists() else 0
+    free = shutil.disk_usage(request.target.parent).free
+    needed = request.size - present
+    if free < needed:
+        raise DownloadError(
+            f"no room in {request.target.parent}: {needed:,} bytes are needed, {free:,} are free"
+        )
+
+
+def _fetch_patiently(request: Request, progress: Progress) -> None:
+    """Attempt until every byte is there; attempts that brought bytes don't count against the limit."""
+    failures = 0
+    while True:
+        before = _resumable_bytes(request)
+        try:
+            _attempt(request, progress)
+            return
+        except _Transient as error:
+            failures = 1 if _resumable_bytes(request) > before else failures + 1
+            if failures >= request.attempts:
+                raise DownloadError(f"{request.url}: {error}") from None
+            wait = request.backoff * 2 ** (failures - 1)
+            log.warning("%s: %s; again in %.0f s", request.url, error, wait)
+            time.sleep(wait)
+
+
+def _resumable_bytes(request: Request) -> int:
+    """How many bytes of a known version are there; 0 when they can't be continued."""
+    if not _version_headers(request) or not request.part.exists():
+        return 0
+    present = request.part.stat().st_size
+    return present if present <= request.size else 0
+
+
+def _version_headers(request: Request) -> dict[str, str]:
+    """The If-Range header for the version that ``part`` holds; empty when there is none.
+
+    A weak ETag promises equal meaning, not equal bytes: RFC 9110 forbids it here.
+    """
+    try:
+        version = json.loads(request.version_file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(version, dict) or version.get("url") != request.url:
+        return {}
+    etag, modified = version.get("etag"), version.get("last_modified")
+    if etag and not str(etag).startswith("W/"):
+        return {"If-Range": str(etag)}
+    return {"If-Range": str(modified)} if modified else {}
+
+
+def _attempt(request: Request, progress: Progress) -> None:
+    start = _resumable_bytes(request)
+    if start == request.size:
+        return
+    headers = {"Accept-Encoding": "identity", "User-Agent": "mobilesam"}
+    if start:
+        headers |= {"Range": f"bytes={start}-"} | _version_headers(request)
+    try:
+        # Every URL comes from the catalog or from the caller's own code.
+        with urllib.request.urlopen(
+            urllib.request.Request(request.url, headers=headers), timeout=request.timeout
+        ) as response:
+            start = _accepted_start(request, start, response.status, response.headers)
+            _receive(request, response, start, progress)
+    except urllib.error.HTTPError as error:
+        _judge_status(request, error.code, error.reason)
+    except urllib.error.URLError as error:
+        raise _Transient(str(getattr(error.reason, "strerror", None) or error.reason)) from None
+    except (TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
+        raise _Transient(str(error) or type(error).__name__) from None
+
+
+def _judge_status(request: Request, status: int, reason: str) -> None:
+    if status == 416:
+        # The server's file is shorter than what is here: another version. Begin again.
+        _forget(request)
+        raise _Transient("the server's file changed; starting again")
+    if status in TRANSIENT_STATUS:
+        raise _Transient(f"the server answered {status} {reason}")
+    raise DownloadError(f"{request.url}: the server answered {status} {reason}")
+
+
+def _accepted_start(request: Request, start: int, status: int, headers: Mapping[str, str]) -> int:
+    """Where the answer's first byte belongs; 0 (and a fresh ``part``) unless the range was granted."""
+    if status == 206 and start:
+        unit_range, _, total = headers.get("Content-Range", "").partition("/")
+        if not unit_range.startswith(f"bytes {start}-"):
+            _forget(request)
+            raise _Transient(f"the server sent another range than asked: {unit_range!r}")
+        _check_length(request, total)
+        return start
+    length = headers.get("Content-Length", "")
+    _check_length(request, length)
+    version = {
+        "url": request.url,
+        "etag": headers.get("ETag"),
+        "last_modified": headers.get("Last-Modified"),
+    }
+    # The old bytes go before the new version is written down, so the two never disagree.
+    request.part.write_bytes(b"")
+    request.version_file.write_text(json.dumps(version))
+    return 0
+
+
+def _check_length(request: Request, told: str) -> None:
+    if told.isdigit() and int(told) != request.size:
+        _forget(request)
+        raise DownloadError(f"{request.url}: the server's file has {int(told):,} bytes, not {request.size:,}")
+
+
+def _receive(request: Request, response: http.client.HTTPResponse, start: int, progress: Progress) -> None:
+    done = start
+    with request.part.open("r+b") as part:
+        part.seek(start)
+        progress(done, request.size)
+        while chunk := response.read(CHUNK):
+            _write(request, part, chunk)
+            done += len(chunk)
+            if done > request.size:
+                break
+            progress(done, request.size)
+        part.flush()
+        os.fsync(part.fileno())
+    if done > request.size:
+        _forget(request)
+        raise DownloadError(f"{request.url}: the server sent more than {request.size:,} bytes")
+    if done < request.size:
+        raise _Transient(f"the connection ended after {done:,} of {request.size:,} bytes")
+
+
+def _write(request: Request, part: BinaryIO, chunk: bytes) -> None:
+    try:
+        part.write(chunk)
+        part.flush()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DownloadError(
+                f"no room left in {request.target.parent} for {request.size:,} bytes"
+            ) from None
+        raise
+
+
+def _check_digest(request: Request) -> None:
+    with request.part.open("rb") as part:
+        found = hashlib.file_digest(part, "sha256").hexdigest()
+    if found != request.sha256:
+        _forget(request)
+        raise DownloadError(
+            f"{request.url}: the file's SHA-256 is {found}, not {request.sha256}; it was removed"
+        )
+
+
+def _put_in_place(request: Request) -> None:
+    os.replace(request.part, request.target)
+    request.version_file.unlink(missing_ok=True)
+    directory = os.open(request.target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _forget(request: Request) -> None:
+    request.version_file.unlink(missing_ok=True)
+    request.part.unlink(missing_ok=True)

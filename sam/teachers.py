@@ -1,0 +1,184 @@
+"""Teachers: image encoders whose embeddings a student learns, with the head that belongs to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .catalog import TEACHERS, TeacherInfo
+from .checkpoints import file_sha256
+from .errors import CheckpointError, SamError
+from .head import HEAD_PREFIXES, SamHead, build_head, head_shapes
+from .precision import resolve_device, resolve_precision
+from .tiny_vit import TinyViT
+from .vit import VITS, build_vit, fit_positions
+from .vit_nano import untrained_sha256, untrained_state
+from .weights import ENCODER_PREFIX, check_state, read_state
+
+__all__ = ["TEACHERS", "SamHead", "Teacher", "TeacherInfo", "build_head", "load_head", "load_teacher"]
+
+# The side that the official checkpoints' position tables are for.
+TRAINED_IMAGE_SIZE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Teacher:
+    """An image encoder ready to embed.
+
+    Attributes:
+        name: a key of ``TEACHERS``.
+        image_size: side in pixels of the padded square it takes; the grid is image_size / 16.
+        device: where the weights are.
+        precision: ``float32`` or ``bfloat16``, as resolved.
+        untrained: its weights were never trained (vit_nano).
+        checkpoint_sha256: of the whole file; for the embedded teacher, of its weights.
+        positions_interpolated: its position tables were resampled for ``image_size``.
+        image_encoder: the network, in evaluation mode, parameters frozen, float32.
+    """
+
+    name: str
+    image_size: int
+    device: torch.device
+    precision: str
+    untrained: bool
+    checkpoint_sha256: str
+    positions_interpolated: bool
+    image_encoder: nn.Module
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // 16
+
+    @torch.no_grad()
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        """Embeddings of normalised, padded images.
+
+        Args:
+            pixels_BCHW: (B, 3, S, S) float32, on any device; S is ``image_size``.
+
+        Returns:
+            (B, 256, S/16, S/16) float32, contiguous, on the teacher's device, whatever the precision.
+
+        Raises:
+            SamError: the pixels have another shape.
+        """
+        if pixels_BCHW.shape[1:] != (3, self.image_size, self.image_size):
+            wanted = f"(B, 3, {self.image_size}, {self.image_size})"
+            raise SamError(
+                f"pixels have shape {tuple(pixels_BCHW.shape)}; {self.name} was built for {wanted}"
+            )
+        pixels_BCHW = pixels_BCHW.to(self.device, torch.float32, non_blocking=True)
+        low = self.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+            emb_BCHW = self.image_encoder(pixels_BCHW)
+        return emb_BCHW.float().contiguous()
+
+
+def load_teacher(
+    name: str,
+    checkpoint: Path | None,
+    *,
+    image_size: int = 1024,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    checkpoint_sha256: str | None = None,
+) -> Teacher:
+    """Build a teacher and fill it from its checkpoint.
+
+    The weights stay mapped from the file on a CPU, so memory stays near their own size and the file must
+    not be rewritten in place while the teacher lives (replacing it is fine).
+
+    Args:
+        name: a key of ``TEACHERS``.
+        checkpoint: as ``find_checkpoint`` gives it; None for the embedded teacher, and only for it.
+        image_size: a multiple of 16; position tables are resampled where it is not the trained one.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:i``.
+        precision: ``auto``, ``float32``, ``bfloat16``.
+        checkpoint_sha256: the file's digest where it is already known, to save reading it once more.
+
+    Raises:
+        CheckpointError: the file is unusable or belongs to another teacher.
+        SamError: another argument is wrong.
+    """
+    info = _info(name)
+    if image_size < 16 or image_size % 16:
+        raise SamError(f"image size {image_size} is not a positive multiple of 16")
+    where = resolve_device(device)
+    resolved = resolve_precision(precision, where)
+    state = _encoder_state(info, checkpoint)
+    encoder, interpolated = _build_encoder(name, state, image_size)
+    if checkpoint_sha256 is None:
+        checkpoint_sha256 = untrained_sha256() if checkpoint is None else file_sha256(checkpoint)
+    return Teacher(
+        name=name,
+        image_size=image_size,
+        device=where,
+        precision=resolved,
+        untrained=info.embedded,
+        checkpoint_sha256=checkpoint_sha256,
+        positions_interpolated=interpolated,
+        image_encoder=encoder.requires_grad_(False).eval().to(where),
+    )
+
+
+def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:
+    """The teacher's own head: ``prompt_encoder.*`` and ``mask_decoder.*``, float32, on the CPU, copied.
+
+    The encoder's part of the file is mapped and never touched.
+
+    Raises:
+        CheckpointError: as ``load_teacher``.
+    """
+    state = _state(_info(name), checkpoint)
+    return {key: value.float().clone() for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
+
+
+def _info(name: str) -> TeacherInfo:
+    if name not in TEACHERS:
+        raise SamError(f"unknown teacher {name!r}: use {', '.join(TEACHERS)}")
+    return TEACHERS[name]
+
+
+def _state(info: TeacherInfo, checkpoint: Path | None) -> dict[str, Tensor]:
+    """Encoder and head of one teacher, keyed as in its checkpoint, checked."""
+    if info.embedded:
+        if checkpoint is not None:
+            raise CheckpointError(f"{info.name} is embedded and takes no checkpoint; leave out {checkpoint}")
+        return untrained_state()
+    if checkpoint is None:
+        raise CheckpointError(f"{info.name} needs its checkpoint {info.file}; give --checkpoint FILE")
+    return check_state(checkpoint, info.name, read_state(checkpoint), _expected_shapes(info.name))
+
+
+def _encoder_state(info: TeacherInfo, checkpoint: Path | None) -> dict[str, Tensor]:
+    state = _state(info, checkpoint)
+    prefix = len(ENCODER_PREFIX)
+    return {key[prefix:]: value for key, value in state.items() if key.startswith(ENCODER_PREFIX)}
+
+
+def _expected_shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        encoder = build_vit(name, TRAINED_IMAGE_SIZE) if name in VITS else TinyViT(TRAINED_IMAGE_SIZE)
+    encoder_shapes = {ENCODER_PREFIX + key: value.shape for key, value in encoder.state_dict().items()}
+    return encoder_shapes | head_shapes()
+
+
+def _build_encoder(name: str, state: dict[str, Tensor], image_size: int) -> tuple[nn.Module, bool]:
+    """The encoder holding ``state``'s own tensors, and whether its positions were resampled."""
+    # Half-precision checkpoints are computed with in float32; counters of batch norm stay integers.
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    if name in VITS:
+        state, interpolated = fit_positions(state, VITS[name], image_size)
+        with torch.device("meta"):
+            encoder = build_vit(name, image_size)
+        encoder.load_state_dict(state, assign=True)
+        return encoder, interpolated
+    # Not on meta: TinyViT has index buffers that no checkpoint holds. It is small, and has no table of
+    # positions. The fork keeps its initial values out of the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        tiny_vit = TinyViT(image_size)
+    tiny_vit.load_state_dict(state, assign=True)
+    return tiny_vit, False
