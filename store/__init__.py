@@ -5,7 +5,7 @@ Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same
 
 from .embedding_store import EmbeddingStore, encode_head, exists, local_path
 from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
-from .layout import ArrayLayout, rows_of, shard_count
+from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
 from .reader import StoredBatch
 from .records import Counts, ImageRecord, NewImage, RowResult, Selection
 from .spec import DTYPES, PRECISIONS, StoreSpec
@@ -13,6 +13,7 @@ from .writer import ShardWriter, StoredRow
 
 __all__ = [
     "DTYPES",
+    "PIXELS_PER_CELL",
     "PRECISIONS",
     "ArrayLayout",
     "Counts",
@@ -30,6 +31,7 @@ __all__ = [
     "StoreSpec",
     "StoredBatch",
     "StoredRow",
+    "array_layouts",
     "encode_head",
     "exists",
     "local_path",

@@ -45,6 +45,7 @@ def explained(path: Path) -> Iterator[None]:
         mend = {
             errno.ENOSPC: "free some room and run again",
             errno.EDQUOT: "your disk quota is used up: free some room and run again",
+            errno.ENOENT: "is it there, on every machine that works on it?",
             errno.EACCES: "check its permissions",
             errno.EPERM: "check its permissions",
             errno.EROFS: "choose a folder on a writable file system",

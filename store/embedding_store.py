@@ -13,7 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from .durable import explained, fsync_directory, write_atomic
-from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
+from .errors import StoreDamaged, StoreError, StoreLocked, StoreNotFound
 from .layout import rows_of, shard_count
 from .lock import WriterLock
 from .manifest import Manifest
@@ -169,6 +169,14 @@ class EmbeddingStore:
         it, and the manifest's. Raises StoreDamaged or StoreError; safe to call from several threads."""
         return self._reader.read(rows)
 
+    def committed_shards(self) -> dict[int, int]:
+        """Every committed shard, with the number of rows that it was committed with."""
+        return self._manifest.committed_shards()
+
+    def shards_with_failures(self) -> list[int]:
+        """Committed shards in which an image failed."""
+        return self._manifest.shards_with_failures()
+
     # ---- writing
 
     def shard_rows(self, shard: int) -> range:
@@ -177,7 +185,7 @@ class EmbeddingStore:
 
     def pending_shards(self) -> list[int]:
         """Shards to compute, ascending: those that aren't committed."""
-        committed = self._manifest.committed_shards()
+        committed = self.committed_shards()
         return [
             shard
             for shard in range(shard_count(self.row_count(), self.spec.shard_size))
@@ -219,10 +227,6 @@ class EmbeddingStore:
             self._manifest.withdraw_shard(shard, self.shard_rows(shard))
             self._reader.forget(shard)
 
-    def shards_with_failures(self) -> list[int]:
-        """Committed shards in which an image failed."""
-        return self._manifest.shards_with_failures()
-
     def extend(self, images: Sequence[NewImage], selection: Selection) -> range:
         """Append rows for more images; their range. A short last shard is withdrawn, since it grows."""
         self._assert_writer()
@@ -235,14 +239,11 @@ class EmbeddingStore:
             write_documents(self.path, self.spec, self.row_count())
         return rows
 
-    def refuse_differences(self, wanted: Mapping[str, object]) -> None:
-        """StoreMismatch when a setting in `wanted` that isn't None differs from the store's, naming each."""
-        lines = self.spec.differences(wanted)
-        if lines:
-            raise StoreMismatch(
-                f"{self.path} was made otherwise ({'; '.join(lines)}): ask for the store's settings, "
-                "or give another --out"
-            )
+    def relist(self, images: Iterable[NewImage]) -> None:
+        """Take over size and offset of pending images from a new listing: files may have been replaced, and tars
+        written anew, since the rows were given out. Committed rows and unknown keys are left alone."""
+        self._assert_writer()
+        self._manifest.relist(images)
 
     def _assert_writer(self) -> None:
         assert self._lock is not None, "the store is open for reading only"

@@ -166,6 +166,15 @@ class Manifest:
             )
         return range(first, first + len(rows))
 
+    def relist(self, images: Iterable[NewImage]) -> None:
+        """Update size and offset of pending rows by key."""
+        with self._transaction() as connection:
+            connection.executemany(
+                'UPDATE images SET size = ?1, "offset" = ?2 WHERE key = ?3 AND (size, "offset") IS NOT (?1, ?2) '
+                "AND row NOT IN (SELECT row FROM results)",
+                ((image.size, image.offset, os.fsencode(image.key)) for image in images),
+            )
+
     def commit_shard(self, shard: int, attempt: str, results: Sequence[RowResult]) -> None:
         """List a shard and all its rows; the shard must not be listed already."""
         failed = sum(result.reason is not None for result in results)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from .errors import StoreError
+from .errors import StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
 
 FORMAT_VERSION = 1
@@ -86,6 +87,14 @@ class StoreSpec:
         if missing:
             raise StoreError(f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged")
         return cls(**{name: value[name] for name in names})
+
+    def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
+        """StoreMismatch, naming each difference, when a setting in `wanted` that isn't None is not the store's."""
+        lines = self.differences(wanted)
+        if lines:
+            raise StoreMismatch(
+                f"{path} was made otherwise ({'; '.join(lines)}): ask for the store's settings, or give another --out"
+            )
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
         """One line for every setting in `wanted` that is not None and differs from the store's."""

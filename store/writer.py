@@ -10,6 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
+from .durable import explained
 from .layout import CHECKSUM_BYTES, ArrayLayout, crc32c
 from .quantize import quantize
 
@@ -36,11 +37,16 @@ class ShardWriter:
         self._paths = [partial_path(store, layout, shard, attempt) for layout in layouts]
         self._present: list[int] = []
         self._finished = False
-        self._descriptors = [
-            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666) for path in self._paths
-        ]
+        self._descriptors: list[int] = []
 
     def __enter__(self) -> ShardWriter:
+        try:
+            for path in self._paths:
+                with explained(path):
+                    self._descriptors.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except BaseException:
+            self._abandon()
+            raise
         return self
 
     def add(self, slot: int, emb_CHW: np.ndarray) -> StoredRow:
@@ -51,28 +57,38 @@ class ShardWriter:
         if emb_CHW.shape != self._layouts[0].item_shape:
             raise ValueError(f"the embedding has shape {emb_CHW.shape}, not {self._layouts[0].item_shape}")
         items = _encode(emb_CHW, self._layouts[0].dtype)
-        checksums = [
-            _write_chunk(descriptor, slot * layout.stride, item)
-            for descriptor, layout, item in zip(self._descriptors, self._layouts, items, strict=True)
-        ]
+        with explained(self._paths[0]):
+            checksums = [
+                _write_chunk(descriptor, slot * layout.stride, item)
+                for descriptor, layout, item in zip(self._descriptors, self._layouts, items, strict=True)
+            ]
         self._present.append(slot)
         return StoredRow(crc32c=checksums[0], scales_crc32c=checksums[1] if len(checksums) > 1 else None)
 
     def finish(self) -> None:
         """Write the indexes and make the files durable; the coordinator may then put them in their place."""
         for descriptor, layout in zip(self._descriptors, self._layouts, strict=True):
-            _write_all(descriptor, [layout.encode_index(self._present)], self._slots * layout.stride)
-            os.fsync(descriptor)
+            with explained(self._paths[0]):
+                _write_all(descriptor, [layout.encode_index(self._present)], self._slots * layout.stride)
+                os.fsync(descriptor)
         self._finished = True
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        if not self._finished:
-            for path in self._paths:
-                path.unlink(missing_ok=True)
+        if self._finished:
+            self._close()
+        else:
+            self._abandon()
+
+    def _close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _abandon(self) -> None:
+        self._close()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
 
 
 def partial_path(store: Path, layout: ArrayLayout, shard: int, attempt: str) -> Path:

@@ -1,0 +1,102 @@
+"""Reading and decoding a shard's images ahead of the teacher, batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_image
+from .tasks import Span, TaskImage
+
+BATCHES_AHEAD = 2
+"""Decoded batches that wait for the teacher at most: enough to cover its work, few enough for memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedImage:
+    """What became of a file: its pixels, or the `reason` why there are none. `cpu_seconds` were spent in `span`."""
+
+    image: TaskImage
+    decoded: DecodedImage | None
+    reason: str | None
+    sha256: str | None
+    bytes: int | None
+    span: Span
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of consecutive rows; `canvas_BHWC` is uint8, `sizes_B2` int64 (height, width) of the image in it.
+
+    There are always as many slots as the batch size: a failed image, and the slots past a shard's end, are black
+    and of size 1 x 1, so that the other rows' arithmetic never depends on them.
+    """
+
+    images: tuple[LoadedImage, ...]
+    canvas_BHWC: np.ndarray
+    sizes_B2: np.ndarray
+
+
+def decoded_batches(
+    images: Sequence[TaskImage], root: Path, image_size: int, batch_size: int, threads: int
+) -> Generator[Batch]:
+    """Yield the images in order, batch by batch, decoding ahead in `threads` threads."""
+    groups = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    waiting: deque[list[Future[LoadedImage]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        try:
+            for group in groups:
+                waiting.append([pool.submit(load, image, root, image_size) for image in group])
+                if len(waiting) > BATCHES_AHEAD:
+                    yield _assemble(waiting.popleft(), image_size, batch_size)
+            while waiting:
+                yield _assemble(waiting.popleft(), image_size, batch_size)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def load(image: TaskImage, root: Path, image_size: int) -> LoadedImage:
+    """Read, hash, decode and resize one image; whatever is wrong with the file becomes the reason."""
+    start, cpu_start = time.time(), time.thread_time()
+    decoded = sha256 = length = None
+    reason = image.excluded
+    if reason is None:
+        try:
+            data = read_image(root, image.key, offset=image.offset, size=_listed_size(image))
+            sha256, length = hashlib.sha256(data).hexdigest(), len(data)
+            decoded = load_image(data, image_size)
+        except ImageError as error:
+            reason = str(error)
+    return LoadedImage(
+        image=image,
+        decoded=decoded,
+        reason=reason,
+        sha256=sha256,
+        bytes=length,
+        span=Span(phase="decode", start=start, stop=time.time()),
+        cpu_seconds=time.thread_time() - cpu_start,
+    )
+
+
+def _listed_size(image: TaskImage) -> int | None:
+    # A file may have been replaced since it was listed, and is then taken as it is now; a tar's member can't.
+    return None if image.offset is None else image.size
+
+
+def _assemble(futures: Sequence[Future[LoadedImage]], image_size: int, batch_size: int) -> Batch:
+    loaded = tuple(future.result() for future in futures)
+    canvas_BHWC = np.zeros((batch_size, image_size, image_size, 3), dtype=np.uint8)
+    sizes_B2 = np.ones((batch_size, 2), dtype=np.int64)
+    for slot, item in enumerate(loaded):
+        if item.decoded is not None:
+            place_on_canvas(item.decoded, canvas_BHWC[slot])
+            sizes_B2[slot] = item.decoded.resized_size
+    return Batch(images=loaded, canvas_BHWC=canvas_BHWC, sizes_B2=sizes_B2)

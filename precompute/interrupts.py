@@ -1,0 +1,43 @@
+"""SIGINT and SIGTERM: the first asks the job to stop where nothing is lost, the second stops it at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from .errors import PrecomputeInterrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """`signum` is the signal that came, None while none has. While `graceful`, the first is only noted."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.graceful = False
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.graceful and self.signum is None:
+            self.signum = signum
+            return
+        raise PrecomputeInterrupted("interrupted", signum)
+
+
+@contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Listen for signals in the context (nothing is heard outside the main thread, where Python has none)."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {signum: signal.signal(signum, request.handle) for signum in _SIGNALS}
+    try:
+        yield request
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,204 @@
+"""The coordinator: shards out to workers, a bounded number at a time, and commits as they come back."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distributed import Future, KilledWorker
+
+from ..sam import SamError, shown
+from ..store import EmbeddingStore, StoreError
+from .cluster import Cluster
+from .errors import PrecomputeError
+from .interrupts import StopRequest
+from .progress import Observer, Progress
+from .suspects import SuspectHunt
+from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
+from .worker import TASKS_PER_WORKER, TeacherPlugin, compute_shard
+
+POLL_SECONDS = 0.5
+TRIES = 3
+"""Times that a shard is tried when it fails for a reason that may pass."""
+
+
+@dataclass
+class Tally:
+    """What a job has measured: times in seconds since the epoch, `decode_seconds` of CPU."""
+
+    committed: int = 0
+    failed: int = 0
+    decode_seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    first_batch: float | None = None
+    last_commit: float | None = None
+
+    def add(self, result: ShardResult) -> None:
+        """Count a committed shard."""
+        teacher = [span for span in result.spans if span.phase == "teacher"]
+        self.committed += len(result.results)
+        self.failed += sum(row.reason is not None for row in result.results)
+        self.decode_seconds += result.decode_seconds
+        self.teacher_seconds += sum(span.stop - span.start for span in teacher)
+        first = min(span.start for span in teacher)
+        self.first_batch = first if self.first_batch is None else min(first, self.first_batch)
+        self.last_commit = time.time()
+
+
+class Job:
+    """Computes a store's pending shards on a cluster. One use: `run`."""
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        cluster: Cluster,
+        plugin: TeacherPlugin,
+        batch_size: int,
+        progress: Progress,
+        observer: Observer,
+        stop: StopRequest,
+    ) -> None:
+        self.tally = Tally()
+        self._store = store
+        self._cluster = cluster
+        self._plugin = plugin
+        self._batch_size = batch_size
+        self._progress = progress
+        self._observer = observer
+        self._stop = stop
+        self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._flying: dict[Future, ShardTask] = {}
+        self._tries: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
+        self._hunt = SuspectHunt(cluster.client, plugin.name, observer)
+
+    def run(self, shards: Sequence[int], image_root: Path) -> Tally:
+        """Compute and commit the shards; return early, with what is committed, when a stop is asked for."""
+        waiting = deque(shards)
+        client = self._cluster.client
+        client.register_plugin(self._plugin)
+        client.subscribe_topic(BATCH_TOPIC, self._heard)
+        try:
+            while (waiting or self._flying) and self._stop.signum is None:
+                while waiting and len(self._flying) < self._cluster.workers * TASKS_PER_WORKER:
+                    self._submit(self._task(waiting.popleft(), image_root))
+                for future in self._wait():
+                    self._settle(future)
+                self._observer.progress(self._progress.snapshot())
+            for future in self._ready():
+                # Asked to stop: keep what is finished already.
+                if future.status == "finished":
+                    self._settle(future)
+        finally:
+            client.cancel(list(self._flying))
+            client.unsubscribe_topic(BATCH_TOPIC)
+            self._retire_plugin()
+        return self.tally
+
+    def _task(self, shard: int, image_root: Path) -> ShardTask:
+        records = self._store.records(None, self._store.shard_rows(shard))
+        return ShardTask(
+            shard=shard,
+            store=self._store.path.absolute(),
+            layouts=self._store.spec.layouts,
+            image_root=image_root,
+            images=tuple(
+                TaskImage(row=record.row, key=record.key, size=record.size, offset=record.offset)
+                for record in records
+            ),
+            batch_size=self._batch_size,
+        )
+
+    def _submit(self, task: ShardTask) -> None:
+        future = self._cluster.client.submit(
+            compute_shard,
+            task,
+            self._plugin.name,
+            key=f"shard-{task.shard:06d}-{self._plugin.run}-{self._tries[task.shard]}",
+            pure=False,
+        )
+        self._flying[future] = task
+        future.add_done_callback(self._finished.put)
+
+    def _wait(self) -> Iterable[Future]:
+        try:
+            first = self._finished.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            return []
+        return [first, *self._ready()]
+
+    def _ready(self) -> list[Future]:
+        ready = []
+        while not self._finished.empty():
+            ready.append(self._finished.get())
+        return ready
+
+    def _settle(self, future: Future) -> None:
+        task = self._flying.pop(future, None)
+        if task is None:
+            return  # recalled before it ended
+        try:
+            result: ShardResult = future.result()
+        except KilledWorker as error:
+            self._suspect(task, error)
+        except (SamError, StoreError, PrecomputeError):
+            # Bad input or surroundings: trying again would not help.
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a worker raises is told, and tried again
+            self._retry(task, error)
+        else:
+            self._store.commit(task.shard, result.attempt, result.results)
+            self.tally.add(result)
+            failed = [row for row in result.results if row.reason is not None]
+            self._progress.committed(task.shard, result.attempt, len(result.results), len(failed))
+            keys = {image.row: image.key for image in task.images}
+            for row in failed:
+                self._observer.message(f"failed: {shown(keys[row.row])}: {row.reason}")
+
+    def _suspect(self, task: ShardTask, error: KilledWorker) -> None:
+        """Look for the image that kills workers, with nothing else on them that could be killed along."""
+        others = list(self._flying.values())
+        self._cluster.client.cancel(list(self._flying))
+        self._flying.clear()
+        for dropped in [task, *others]:
+            self._progress.dropped(dropped.shard)
+        suspected = self._hunt.exclude_killers(task)
+        if suspected == task:
+            self._retry(task, error)
+        else:
+            self._submit_again(suspected)
+        for other in others:
+            self._submit_again(other)
+
+    def _retry(self, task: ShardTask, error: Exception) -> None:
+        self._progress.dropped(task.shard)
+        if type(error).__name__ == "OutOfMemoryError":
+            raise PrecomputeError(
+                f"the device has no memory for {self._batch_size} images at once: lower --batch-size"
+            ) from error
+        self._failures[task.shard] += 1
+        if self._failures[task.shard] >= TRIES:
+            raise PrecomputeError(
+                f"shard {task.shard} failed {TRIES} times, last with {type(error).__name__}: {error}; "
+                "what is committed stays, run the same command to go on"
+            ) from error
+        self._observer.message(f"shard {task.shard} is tried again after {type(error).__name__}: {error}")
+        self._submit_again(task)
+
+    def _submit_again(self, task: ShardTask) -> None:
+        self._tries[task.shard] += 1
+        self._submit(task)
+
+    def _heard(self, event: tuple[float, dict]) -> None:
+        batch = BatchDone(**event[1])
+        if batch.run == self._plugin.run:
+            self._progress.batch(batch.shard, batch.attempt, batch.rows, batch.failed)
+
+    def _retire_plugin(self) -> None:
+        if not self._cluster.local:
+            # A cluster of somebody else's is left without our teacher in its memory.
+            self._cluster.client.unregister_worker_plugin(self._plugin.name)

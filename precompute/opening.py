@@ -1,0 +1,93 @@
+"""From a plan to a store that is open for writing: made, or extended, with the teacher that it belongs to."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..sam import ImageFile, preprocessing_recipe
+from ..sam.catalog import TEACHERS
+from ..sam.checkpoints import file_sha256, find_checkpoint
+from ..sam.teachers import load_head
+from ..sam.vit_nano import untrained_sha256
+from ..store import EmbeddingStore, NewImage, StoreSpec, encode_head
+from .plan import Plan
+from .progress import Observer
+from .provenance import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFile:
+    """A teacher's name and weights: `path` is None for the embedded one."""
+
+    name: str
+    path: Path | None
+    sha256: str
+
+    @property
+    def untrained(self) -> bool:
+        """Whether its embeddings mean nothing (vit_nano, until it is trained)."""
+        return TEACHERS[self.name].embedded
+
+
+def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
+    """The plan's teacher, its checkpoint found (or downloaded) and hashed."""
+    path = find_checkpoint(
+        plan.teacher, plan.config.checkpoint, progress=observer.download, download=download
+    )
+    if path is None:
+        return TeacherFile(name=plan.teacher, path=None, sha256=untrained_sha256())
+    return TeacherFile(name=plan.teacher, path=path.absolute(), sha256=file_sha256(path))
+
+
+def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> EmbeddingStore:
+    """Make or extend the store as planned, and open it as its only writer."""
+    if plan.stored is None:
+        head, head_sha256 = encode_head(
+            {name: value.numpy() for name, value in load_head(teacher.name, teacher.path).items()}
+        )
+        spec = _new_spec(plan, teacher, head_sha256)
+        return EmbeddingStore.create(plan.config.out, spec, _images(plan.new), plan.selection, head)
+    plan.stored.spec.refuse_differences(
+        plan.config.out,
+        {
+            "checkpoint_sha256": teacher.sha256,
+            "preprocessing": preprocessing_recipe(plan.image_size),
+        },
+    )
+    store = EmbeddingStore.open(plan.config.out, writable=True)
+    try:
+        if plan.new:
+            store.extend(_images(plan.new), plan.selection)
+            observer.message(f"extended by {len(plan.new):,} images to {store.row_count():,}")
+        if plan.config.retry_failed:
+            store.withdraw(store.shards_with_failures())
+        store.relist(_images(plan.listing.files))
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _images(files: tuple[ImageFile, ...]) -> list[NewImage]:
+    return [NewImage(key=file.key, size=file.size, offset=file.offset) for file in files]
+
+
+def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
+    return StoreSpec(
+        store_id=uuid.uuid4().hex,
+        teacher=teacher.name,
+        checkpoint=None if teacher.path is None else teacher.path.name,
+        checkpoint_sha256=teacher.sha256,
+        head_sha256=head_sha256,
+        untrained=teacher.untrained,
+        image_size=plan.image_size,
+        preprocessing=preprocessing_recipe(plan.image_size),
+        dtype=plan.dtype,
+        precision=plan.hardware.precision,
+        shard_size=plan.shard_size,
+        subset={"fraction": plan.selection.fraction, "seed": plan.selection.seed},
+        image_root=str(plan.listing.root),
+        versions=versions(),
+    )

@@ -1,0 +1,159 @@
+"""What a run will do: options, listing and store compared, and refused where they contradict, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..sam import ImageFile, ImageSet, list_images, shown
+from ..store import EmbeddingStore, Selection, StoreSpec, exists, rows_of, shard_count
+from . import sizing
+from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
+from .errors import PrecomputeError
+from .progress import Observer
+from .selection import select, select_more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Where the teacher will run: `devices` for the `workers` by turns, `precision` as resolved."""
+
+    devices: tuple[str, ...]
+    workers: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What there is already: the store's spec, the keys of its rows, how many rows each committed shard has, and in
+    which of them images failed."""
+
+    spec: StoreSpec
+    keys: tuple[str, ...]
+    committed: Mapping[int, int]
+    with_failures: tuple[int, ...]
+
+
+def look_up(path: Path) -> Stored | None:
+    """What the store at `path` holds; None when there is none."""
+    if not exists(path):
+        return None
+    with EmbeddingStore.open(path) as store:
+        return Stored(
+            spec=store.spec,
+            keys=tuple(store.keys()),
+            committed=store.committed_shards(),
+            with_failures=tuple(store.shards_with_failures()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The store that will be made or gone on with (`stored` is None for a new one), and `new`, the images that
+    will be given rows in it."""
+
+    config: PrecomputeConfig
+    stored: Stored | None
+    hardware: Hardware
+    listing: ImageSet
+    selection: Selection
+    new: tuple[ImageFile, ...]
+    teacher: str
+    image_size: int
+    dtype: str
+    shard_size: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that the store will have."""
+        return len(self.new) + (len(self.stored.keys) if self.stored else 0)
+
+    @property
+    def shards(self) -> int:
+        """Shards that the store will have."""
+        return shard_count(self.rows, self.shard_size)
+
+    @property
+    def pending(self) -> dict[int, int]:
+        """The shards to compute, with their numbers of rows."""
+        whole = {shard: len(rows_of(shard, self.shard_size, self.rows)) for shard in range(self.shards)}
+        if self.stored is None:
+            return whole
+        again = self.stored.with_failures if self.config.retry_failed else ()
+        return {
+            shard: rows
+            for shard, rows in whole.items()
+            if self.stored.committed.get(shard) != rows or shard in again
+        }
+
+
+def refuse_contradictions(config: PrecomputeConfig, spec: StoreSpec) -> None:
+    """Refuse explicit settings that differ from the store's."""
+    spec.refuse_differences(
+        config.out,
+        {
+            "teacher": config.teacher,
+            "image_size": config.image_size,
+            "dtype": config.dtype,
+            "precision": None if config.precision == "auto" else config.precision,
+            "shard_size": config.shard_size,
+        },
+    )
+
+
+def make_plan(
+    config: PrecomputeConfig, stored: Stored | None, hardware: Hardware, observer: Observer
+) -> Plan:
+    """List the images and choose among them; change nothing."""
+    listing = list_images(config.images, root=_root(config, stored))
+    for problem in listing.problems:
+        observer.message(f"passed over: {problem}")
+    selection = Selection(fraction=config.fraction, seed=config.seed, limit=config.limit)
+    if stored:
+        spec = stored.spec
+        new = select_more(listing.files, selection, stored.keys)
+        _refuse_unasked_growth(config, new, len(stored.keys))
+        teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
+    else:
+        new = select(listing.files, selection)
+        teacher = config.teacher or DEFAULT_TEACHER
+        image_size = config.image_size or DEFAULT_IMAGE_SIZE
+        dtype = config.dtype or DEFAULT_DTYPE
+        shard_size = config.shard_size or _shard_size(teacher, image_size, hardware, len(new))
+    return Plan(
+        config=config,
+        stored=stored,
+        hardware=hardware,
+        listing=listing,
+        selection=selection,
+        new=tuple(new),
+        teacher=teacher,
+        image_size=image_size,
+        dtype=dtype,
+        shard_size=shard_size,
+    )
+
+
+def _root(config: PrecomputeConfig, stored: Stored | None) -> Path | None:
+    """The store's own image root when the images given lie below it, so that keys stay what they were when only a
+    part of the first folders, or more of them, is named."""
+    if stored is None:
+        return None
+    root = Path(stored.spec.image_root)
+    return root if all(path.absolute().is_relative_to(root) for path in config.images) else None
+
+
+def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) -> int:
+    seconds = sizing.estimated_seconds(
+        teacher, image_size, hardware.devices[0], hardware.precision, hardware.workers
+    )
+    return sizing.shard_size(images, hardware.workers, seconds)
+
+
+def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageFile], rows: int) -> None:
+    if new and not config.extend:
+        raise PrecomputeError(
+            f"{len(new):,} images are not in the store of {rows:,} yet, the first: {shown(new[0].key)}; "
+            "append them with --extend, or ask for fewer with --fraction or --limit"
+        )

@@ -1,0 +1,153 @@
+"""`mobilesam precompute` as a function: plan, store, cluster, job, summary."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..sam.precision import resolve_precision
+from ..store import EmbeddingStore
+from . import sizing
+from .cluster import Cluster, connect, local_devices
+from .config import PrecomputeConfig
+from .errors import PrecomputeInterrupted
+from .interrupts import StopRequest, stop_request
+from .job import Job, Tally
+from .opening import TeacherFile, find_teacher, open_store
+from .plan import Hardware, Plan, Stored, look_up, make_plan, refuse_contradictions
+from .progress import Observer, Progress
+from .tasks import TeacherSetup
+from .worker import TeacherPlugin
+
+
+def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
+    """Embed every chosen image that the store lacks, and commit shard by shard.
+
+    Returns `images, done, done_before, failed, seconds, images_per_second, teacher_share, decode_seconds`: rows
+    in all, done, done before this run, and failed; wall seconds of the whole call; rate from the first teacher
+    batch's begin to the last commit (None when nothing was computed); the share of that time that teachers were
+    busy; CPU seconds of reading and decoding.
+
+    Raises PrecomputeError, SamError, StoreError; PrecomputeInterrupted after SIGINT or SIGTERM, with everything
+    committed that was finished.
+    """
+    began = time.monotonic()
+    observer = observer or Observer()
+    with stop_request() as stop, ExitStack() as stack:
+        stored = look_up(config.out)
+        if stored:
+            refuse_contradictions(config, stored.spec)
+        cluster = stack.enter_context(connect(config)) if config.scheduler else None
+        plan = make_plan(config, stored, find_hardware(config, stored, cluster), observer)
+        teacher = find_teacher(plan, observer)
+        store = stack.enter_context(open_store(plan, teacher, observer))
+        before = store.counts()
+        _introduce(store, observer)
+        tally = Tally()
+        if store.pending_shards():
+            cluster = cluster or stack.enter_context(connect(config))
+            tally = _compute(plan, teacher, store, cluster, observer, stop)
+        after = store.counts()
+        if stop.signum is not None:
+            raise PrecomputeInterrupted(
+                f"interrupted: {after.done + after.failed:,} of {after.rows:,} images are committed; "
+                "run the same command to go on",
+                stop.signum,
+            )
+        return {
+            "images": after.rows,
+            "done": after.done,
+            "done_before": before.done,
+            "failed": after.failed,
+            "seconds": round(time.monotonic() - began, 3),
+            **_rates(tally, plan.hardware.workers),
+        }
+
+
+def find_hardware(config: PrecomputeConfig, stored: Stored | None, cluster: Cluster | None) -> Hardware:
+    """Devices, workers and precision: of this machine, or of the workers of a cluster that exists. `auto` means a
+    store's own precision, else bfloat16 where every worker's hardware accelerates it."""
+    asked = stored.spec.precision if stored else config.precision
+    if cluster is not None:
+        precisions = cluster.resolve_precisions(asked)
+        precision = "float32" if "float32" in precisions else "bfloat16"
+        return Hardware(devices=cluster.devices, workers=cluster.workers, precision=precision)
+    devices = local_devices(config)
+    return Hardware(
+        devices=devices,
+        workers=config.workers or len(devices),
+        precision=resolve_precision(asked, devices[0]),
+    )
+
+
+def _introduce(store: EmbeddingStore, observer: Observer) -> None:
+    spec, counts = store.spec, store.counts()
+    note = ", untrained teacher" if spec.untrained else ""
+    observer.message(
+        f"{counts.rows:,} images, {counts.done:,} done before; teacher {spec.teacher} at {spec.image_size} px in "
+        f"{spec.precision}{note}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
+    )
+
+
+def _compute(
+    plan: Plan,
+    teacher: TeacherFile,
+    store: EmbeddingStore,
+    cluster: Cluster,
+    observer: Observer,
+    stop: StopRequest,
+) -> Tally:
+    observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
+    setup = TeacherSetup(
+        name=teacher.name,
+        checkpoint=teacher.path,
+        checkpoint_sha256=teacher.sha256,
+        image_size=plan.image_size,
+        precision=store.spec.precision,
+        threads=cluster.threads,
+    )
+    plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup, cluster.devices, cluster.decode_threads)
+    before = store.counts()
+    progress = Progress(before.rows, before.done + before.failed, before.failed)
+    batch_size = plan.config.batch_size or sizing.batch_size(cluster.devices[0])
+    job = Job(store, cluster, plugin, batch_size, progress, observer, stop)
+    with _recorded(plan.config, cluster), _graceful(stop):
+        return job.run(store.pending_shards(), plan.listing.root)
+
+
+@contextmanager
+def _graceful(stop: StopRequest) -> Iterator[None]:
+    stop.graceful = True
+    try:
+        yield
+    finally:
+        stop.graceful = False
+
+
+@contextmanager
+def _recorded(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
+    """Write dask's performance report of what happens in the context, if one is asked for."""
+    if config.performance_report is None:
+        yield
+        return
+    from distributed import performance_report
+
+    with (
+        cluster.client.as_current(),
+        performance_report(filename=str(config.performance_report), mode="inline"),
+    ):
+        yield
+
+
+def _rates(tally: Tally, workers: int) -> dict[str, float | None]:
+    if tally.first_batch is None or tally.last_commit is None:
+        return {"images_per_second": None, "teacher_share": None, "decode_seconds": 0.0}
+    elapsed = tally.last_commit - tally.first_batch
+    return {
+        "images_per_second": round(tally.committed / elapsed, 4),
+        "teacher_share": round(tally.teacher_seconds / (elapsed * workers), 4),
+        "decode_seconds": round(tally.decode_seconds, 3),
+    }

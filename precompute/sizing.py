@@ -1,0 +1,64 @@
+"""How large a shard and a batch should be, from what the teacher costs on the device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+LARGEST_SHARD = 64
+SHARD_SECONDS = 300
+"""A shard is what a kill loses: no more than five minutes of work."""
+
+BATCH_ON_CPU = 1
+BATCH_ON_CUDA = 8
+
+_EFFICIENCY = 0.4
+"""Of a matrix product's speed that a ViT's forward pass reaches, roughly."""
+
+# Multiply-accumulates of one forward pass at 1024 x 1024 (published for the ViTs and TinyViT, counted for vit_nano).
+_MACS_AT_1024 = {
+    "vit_h": 2.98e12,
+    "vit_l": 1.49e12,
+    "vit_b": 0.49e12,
+    "mobile_sam": 38.8e9,
+    "vit_nano": 14e9,
+}
+
+
+def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
+    """Images per shard: 64, less where a shard would take over five minutes or leave a worker without two of its
+    own (one decodes or is written while the other computes)."""
+    by_time = int(SHARD_SECONDS / seconds_per_image) if seconds_per_image > 0 else LARGEST_SHARD
+    by_workers = -(-images // (2 * workers))
+    return max(1, min(LARGEST_SHARD, by_time, by_workers))
+
+
+def batch_size(device: str) -> int:
+    """Images that the teacher takes at once by default: on a CPU more gain nothing, on a GPU little."""
+    return BATCH_ON_CPU if device == "cpu" else BATCH_ON_CUDA
+
+
+def estimated_seconds(teacher: str, image_size: int, device: str, precision: str, workers: int) -> float:
+    """Roughly what one image costs a worker: the teacher's arithmetic at the speed of a matrix product here."""
+    macs = _MACS_AT_1024[teacher] * (image_size / 1024) ** 2
+    sharing = workers if device == "cpu" else 1
+    return macs * sharing / (_macs_per_second(torch.device(device), precision) * _EFFICIENCY)
+
+
+def _macs_per_second(device: torch.device, precision: str) -> float:
+    side = 1024 if device.type == "cpu" else 4096
+    matrix = torch.ones(side, side, dtype=getattr(torch, precision), device=device)
+    best = float("inf")
+    for _ in range(3):
+        _wait_for(device)
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return side**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,240 @@
+"""What a dask worker does: hold one teacher, and turn shard tasks into shard files.
+
+A worker runs two shard tasks at a time. The teacher serves one shard at a time, so that one shard is decoded and
+another written while it computes a third's batches.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+from distributed import Worker, WorkerPlugin, get_worker
+
+from .. import __version__
+from ..store import PIXELS_PER_CELL, RowResult, ShardWriter
+from .decoding import Batch, LoadedImage, decoded_batches
+from .errors import PrecomputeError
+from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, TeacherSetup
+
+if TYPE_CHECKING:
+    from ..sam.teachers import Teacher
+
+TASKS_PER_WORKER = 2
+"""Shard tasks that a worker runs at a time: one under the teacher, one decoding or writing."""
+
+WRITES_BEHIND = 2
+"""Batches computed but not yet written, at most."""
+
+
+class TeacherPlugin(WorkerPlugin):
+    """Holds a worker's teacher, loaded at its first task, so that what is wrong with it reaches the coordinator."""
+
+    def __init__(self, run: str, setup: TeacherSetup, devices: tuple[str, ...], decode_threads: int) -> None:
+        self.name = f"mobilesam-{run}"
+        self.run = run
+        self.decode_threads = decode_threads
+        self._setup = setup
+        self._devices = devices
+
+    def setup(self, worker: Worker) -> None:
+        """Prepare the worker; called by dask on its main thread."""
+        self._lock = threading.Lock()
+        self._teacher: Teacher | None = None
+        # A worker of a local cluster is called 0, 1, ...: each takes its own device.
+        place = worker.name if isinstance(worker.name, int) else 0
+        self._device = self._devices[place % len(self._devices)]
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C reaches the whole process group; the coordinator alone decides what it means.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    @contextmanager
+    def teacher(self) -> Iterator[Teacher]:
+        """The worker's teacher, for one thread at a time."""
+        with self._lock:
+            if self._teacher is None:
+                self._teacher = _load(self._setup, self._device)
+            yield self._teacher
+
+
+def _load(setup: TeacherSetup, device: str) -> Teacher:
+    import torch
+
+    from ..sam.precision import resolve_device
+    from ..sam.teachers import load_teacher
+
+    if setup.threads is not None:
+        # dask starts its workers with one OpenMP thread.
+        torch.set_num_threads(setup.threads)
+    teacher = load_teacher(
+        setup.name,
+        setup.checkpoint,
+        image_size=setup.image_size,
+        device=resolve_device(device),
+        precision=setup.precision,
+    )
+    if teacher.checkpoint_sha256 != setup.checkpoint_sha256:
+        raise PrecomputeError(
+            f"the worker's checkpoint {setup.checkpoint} has SHA-256 {teacher.checkpoint_sha256[:16]}, the "
+            f"coordinator's {setup.checkpoint_sha256[:16]}: give every worker the same file"
+        )
+    return teacher
+
+
+def describe_worker(device: str, precision: str, version: str) -> str:
+    """The precision that is meant here by one that is asked for; PrecomputeError when this worker's software is
+    not the coordinator's `version`."""
+    from ..sam.precision import resolve_device, resolve_precision
+
+    if version != __version__:
+        raise PrecomputeError(
+            f"a worker has mobilesam {__version__}, the coordinator {version}: install the same on both"
+        )
+    return resolve_precision(precision, resolve_device(device))
+
+
+def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
+    """Compute one shard into its partial files. Runs in a dask worker; raises StoreError when they can't be
+    written, SamError or PrecomputeError when there is no teacher."""
+    worker = get_worker()
+    plugin: TeacherPlugin = worker.plugins[plugin_name]
+    if not task.image_root.is_dir():
+        raise PrecomputeError(
+            f"worker {worker.address} sees no folder {task.image_root}: mount the images at the same path everywhere"
+        )
+    attempt = uuid.uuid4().hex[:12]
+    outcome = _Outcome(worker, BatchDone(run=plugin.run, shard=task.shard, attempt=attempt, rows=0, failed=0))
+    with (
+        ShardWriter(task.store, task.layouts, task.shard, attempt, len(task.images)) as writer,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+        closing(_batches(task, plugin.decode_threads)) as batches,
+    ):
+        first = next(batches)  # decoded before the teacher is asked for
+        writes: deque[Future[None]] = deque()
+        with plugin.teacher() as teacher:
+            for batch in chain([first], batches):
+                began = time.time()
+                emb_BCHW = _embed(teacher, batch)
+                outcome.spans.append(Span(phase="teacher", start=began, stop=time.time()))
+                writes.append(pool.submit(_write, writer, batch, emb_BCHW, task.images[0].row, outcome))
+                if len(writes) > WRITES_BEHIND:
+                    writes.popleft().result()
+        for write in writes:
+            write.result()
+        with outcome.timed("write"):
+            writer.finish()
+    _show_in_dask(worker, outcome.spans)
+    return ShardResult(
+        shard=task.shard,
+        attempt=attempt,
+        results=tuple(outcome.results),
+        spans=tuple(outcome.spans),
+        decode_seconds=outcome.decode_seconds,
+        worker=str(worker.address),
+    )
+
+
+class _Outcome:
+    """What a shard's batches have come to so far; filled by one thread at a time, spans by any."""
+
+    def __init__(self, worker: Worker, event: BatchDone) -> None:
+        self.results: list[RowResult] = []
+        self.spans: list[Span] = []
+        self.decode_seconds = 0.0
+        self._worker = worker
+        self._event = event
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.time()
+        yield
+        self.spans.append(Span(phase=phase, start=start, stop=time.time()))
+
+    def add(self, batch: Batch, results: list[RowResult]) -> None:
+        """Keep a batch's results and report them to whoever listens."""
+        self.results += results
+        self.spans += [item.span for item in batch.images]
+        self.decode_seconds += sum(item.cpu_seconds for item in batch.images)
+        failed = sum(result.reason is not None for result in results)
+        event = replace(self._event, rows=len(results), failed=failed)
+        self._worker.log_event(BATCH_TOPIC, asdict(event))
+
+
+def _batches(task: ShardTask, threads: int) -> Generator[Batch]:
+    side = task.layouts[0].item_shape[-1] * PIXELS_PER_CELL
+    return decoded_batches(task.images, task.image_root, side, task.batch_size, threads)
+
+
+def _embed(teacher: Teacher, batch: Batch) -> np.ndarray:
+    import torch
+
+    from ..sam import normalize_and_pad
+
+    canvas_BHWC = torch.from_numpy(batch.canvas_BHWC)
+    if teacher.device.type == "cuda":
+        canvas_BHWC = canvas_BHWC.pin_memory().to(teacher.device, non_blocking=True)
+    pixels_BCHW = normalize_and_pad(canvas_BHWC, torch.from_numpy(batch.sizes_B2).to(teacher.device))
+    return teacher.embed(pixels_BCHW).cpu().numpy()
+
+
+def _write(
+    writer: ShardWriter, batch: Batch, emb_BCHW: np.ndarray, first_row: int, outcome: _Outcome
+) -> None:
+    with outcome.timed("write"):
+        results = [
+            _write_row(writer, item, emb_CHW, item.image.row - first_row)
+            for item, emb_CHW in zip(batch.images, emb_BCHW[: len(batch.images)], strict=True)
+        ]
+    outcome.add(batch, results)
+
+
+def _write_row(writer: ShardWriter, item: LoadedImage, emb_CHW: np.ndarray, slot: int) -> RowResult:
+    reason = item.reason
+    crc32c = scales_crc32c = None
+    if item.decoded is not None:
+        try:
+            stored = writer.add(slot, emb_CHW)
+            crc32c, scales_crc32c = stored.crc32c, stored.scales_crc32c
+        except ValueError as error:
+            reason = str(error)
+    return RowResult(
+        row=item.image.row,
+        reason=reason,
+        sha256=item.sha256,
+        bytes=item.bytes,
+        original_size=None if item.decoded is None else item.decoded.original_size,
+        resized_size=None if item.decoded is None else item.decoded.resized_size,
+        crc32c=crc32c,
+        scales_crc32c=scales_crc32c,
+    )
+
+
+def _show_in_dask(worker: Worker, spans: list[Span]) -> None:
+    """Add the phases to the task's own times, so that dask's task stream and performance report draw decoding
+    (as disk-read) and writing (as disk-write) over the shard's bar."""
+    actions = {"decode": "disk-read", "write": "disk-write"}
+    task = worker.state.tasks[worker.get_current_task()]
+    task.startstops += [
+        {"action": actions[span.phase], "start": span.start, "stop": span.stop}
+        for span in spans
+        if span.phase in actions
+    ]
+
+
+def probe(task: ShardTask, plugin_name: str) -> bool:
+    """Run images through decoding and teacher without writing anything: does the worker live?"""
+    plugin: TeacherPlugin = get_worker().plugins[plugin_name]
+    for batch in _batches(task, 1):
+        with plugin.teacher() as teacher:
+            _embed(teacher, batch)
+    return True
