@@ -80,7 +80,7 @@ def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> 
     return ImageSet(
         root=Path(base),
         files=tuple(listing.files),
-        problems=tuple(listing.problems),
+        problems=tuple(sorted(listing.problems, key=lambda problem: os.fsencode(problem.path))),
         others=listing.others,
         hidden=listing.hidden,
     )

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import struct
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, load_image
+from PIL import Image
+
+Encode = Callable[..., bytes]
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]
+
+
+def reason(data: bytes) -> str:
+    with pytest.raises(ImageError) as caught:
+        decode_image(data)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "BytesIO" not in message
+    return message
+
+
+def test_an_empty_file_says_so() -> None:
+    assert reason(b"") == "the file is empty (0 bytes)"
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello, I am text", b"{}", b"\xff\xd8", b"RIFF\x10\0\0\0WAVEfmt ", bytes(100)]
+)
+def test_what_is_no_image_says_what_it_begins_with(data: bytes) -> None:
+    message = reason(data)
+    assert message.startswith("not a JPEG, PNG, WebP, BMP, TIFF or GIF image")
+    assert repr(data[:8]) in message
+    assert f"{len(data)} bytes" in message
+
+
+def test_text_that_begins_like_a_bitmap_is_still_refused() -> None:
+    assert reason(b"BMW is a maker of cars, and this is a text about it.").startswith(
+        "damaged or truncated BMP"
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
+def test_a_file_cut_short_is_an_error_and_never_a_half_grey_picture(
+    photos: dict[str, bytes], encode: Encode, format: str, share: float
+) -> None:
+    data = encode(decode_image(photos["cat.png"]), format)
+    assert reason(data[: int(len(data) * share)]).startswith(("damaged or truncated", "not a JPEG"))
+
+
+def test_a_progressive_jpeg_cut_between_its_scans_is_an_error(
+    photos: dict[str, bytes], encode: Encode
+) -> None:
+    data = encode(decode_image(photos["cat.png"]), "JPEG", progressive=True)
+    last_scan = data.rindex(b"\xff\xda")
+    assert reason(data[:last_scan]).startswith("damaged or truncated JPEG")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_cut_gives_an_error_or_all_the_pixels(scene: np.ndarray, encode: Encode, format: str) -> None:
+    data = encode(scene, format)
+    whole = decode_image(data)
+    for end in range(0, len(data), 1 if len(data) < 2000 else 37):
+        try:
+            cut = decode_image(data[:end])
+        except ImageError:
+            continue
+        assert np.array_equal(cut, whole), end
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6))
+def test_any_damage_gives_an_image_error_or_an_image(
+    scene: np.ndarray, encode: Encode, format: str, flips: list[tuple[int, int]]
+) -> None:
+    data = bytearray(encode(scene, format))
+    for position, value in flips:
+        data[position % len(data)] = value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            decoded = load_image(bytes(data), 64).pixels_HWC
+        except ImageError:
+            return
+    assert decoded.dtype == np.uint8
+    assert decoded.shape[2] == 3
+    assert max(decoded.shape) == 64
+
+
+def png_header(width: int, height: int, idat: bytes) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", idat) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_refused_from_its_header_without_decoding() -> None:
+    bomb = png_header(60_000, 60_000, zlib.compress(bytes(10_000_000)))
+    tracemalloc.start()
+    message = reason(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert message == "too large: 60000 x 60000 is 3,600,000,000 pixels, the limit is 200,000,000"
+    assert peak < 5_000_000
+
+
+def test_the_limit_is_ours_alone_and_not_pillows_global_one(
+    scene: np.ndarray, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert np.array_equal(decode_image(encode(scene, "PNG")), scene)
+    monkeypatch.setattr("mobilesam.sam.decode.MAX_PIXELS", scene.shape[0] * scene.shape[1])
+    assert np.array_equal(decode_image(encode(scene, "PNG")), scene)
+    monkeypatch.setattr("mobilesam.sam.decode.MAX_PIXELS", scene.shape[0] * scene.shape[1] - 1)
+    assert reason(encode(scene, "PNG")) == "too large: 60 x 40 is 2,400 pixels, the limit is 2,399"
+
+
+def test_a_phone_photo_of_200_megapixels_is_within_the_limit() -> None:
+    assert MAX_PIXELS >= 16320 * 12240
+
+
+def test_memory_that_runs_out_fails_the_image_with_its_size(
+    scene: np.ndarray, encode: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", exhausted)
+    assert reason(encode(scene, "PNG")) == "out of memory while decoding 60 x 40 pixels"
