@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mobilesam.verify.gates import describe, distinguishable, failed_checks, run_checks
+
+
+def result(cosine: float | None, skill: float | None) -> dict:
+    # The numbers over all cells are perfect, so that a gate that reads them instead of the valid ones shows.
+    return {
+        "cosine": {"mean": 1.0},
+        "skill": 1.0,
+        "cosine_valid": {"mean": cosine, "p5": 1.0, "min": 1.0},
+        "skill_valid": skill,
+    }
+
+
+def test_without_thresholds_nothing_is_checked():
+    assert run_checks(result(0.1, -3.0), {"min_cosine": None, "min_skill": None}) == []
+
+
+def test_a_miss_is_reported_with_its_name_and_both_numbers():
+    checks = run_checks(result(0.91, 0.5), {"min_cosine": 0.95, "min_skill": 0.4})
+    assert [check["passed"] for check in checks] == [False, True]
+    assert failed_checks(checks) == [
+        {"check": "min_cosine", "metric": "cosine_valid.mean", "value": 0.91, "threshold": 0.95}
+    ]
+    assert [describe(check) for check in checks] == ["cosine 0.91 is below 0.95", "skill 0.5 reaches 0.4"]
+
+
+def test_a_threshold_is_met_by_equality():
+    assert failed_checks(run_checks(result(0.95, 0.0), {"min_cosine": 0.95, "min_skill": 0.0})) == []
+
+
+@pytest.mark.parametrize("undefined", [None, float("nan")])
+def test_an_undefined_metric_fails_even_the_lowest_threshold(undefined):
+    checks = run_checks(result(undefined, undefined), {"min_cosine": -1.0, "min_skill": -1e9})
+    assert [check["check"] for check in failed_checks(checks)] == ["min_cosine", "min_skill"]
+    json.dumps(checks, allow_nan=False)
+    assert "undefined" in describe(checks[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "threshold", "texts"),
+    [
+        (0.5, 0.6, ("0.5", "0.6")),
+        (0.949996, 0.95, ("0.949996", "0.95")),
+        (0.9, 0.9, ("0.9", "0.9")),
+        (0.1 + 0.2, 0.3, ("0.30000000000000004", "0.3")),
+    ],
+)
+def test_two_different_numbers_never_read_alike(value, threshold, texts):
+    assert distinguishable(value, threshold) == texts

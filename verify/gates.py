@@ -1,0 +1,64 @@
+"""Thresholds on the headline metrics: which of them a result misses, with both numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+MINIMUMS = {"min_cosine": ("cosine_valid", "mean"), "min_skill": ("skill_valid",)}
+"""Threshold name -> path of the number it bounds in a result; the headline is the valid one."""
+
+
+def headline(result: Mapping[str, Any], check: str) -> float | None:
+    """The number that the threshold named `check` bounds; None where it is undefined."""
+    value: Any = result
+    for part in MINIMUMS[check]:
+        value = value[part]
+    return None if value is None else float(value)
+
+
+def run_checks(result: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """Every threshold that was set, as {check, metric, value, threshold, passed}.
+
+    A metric that is undefined (None or NaN) passes no threshold: absence can't pass for quality.
+    """
+    checks = []
+    for check, threshold in thresholds.items():
+        if threshold is None:
+            continue
+        value = headline(result, check)
+        defined = value is not None and not math.isnan(value)
+        checks.append(
+            {
+                "check": check,
+                "metric": ".".join(MINIMUMS[check]),
+                "value": value if defined else None,
+                "threshold": threshold,
+                "passed": defined and value is not None and value >= threshold,
+            }
+        )
+    return checks
+
+
+def failed_checks(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The failures among `checks`, as they stand in the JSON output: {check, metric, value, threshold}."""
+    return [{k: v for k, v in check.items() if k != "passed"} for check in checks if not check["passed"]]
+
+
+def describe(check: Mapping[str, Any]) -> str:
+    """One line with both numbers, such as "cosine 0.8731 is below 0.9"."""
+    name = check["check"].removeprefix("min_")
+    if check["value"] is None:
+        return f"{name} is undefined, {check['threshold']:g} was asked"
+    value, threshold = distinguishable(check["value"], check["threshold"])
+    return f"{name} {value} {'reaches' if check['value'] >= check['threshold'] else 'is below'} {threshold}"
+
+
+def distinguishable(value: float, threshold: float) -> tuple[str, str]:
+    """Both numbers as text, with as many digits as it takes to tell them apart (four if need be)."""
+    for digits in range(4, 17):
+        texts = f"{value:.{digits}g}", f"{threshold:.{digits}g}"
+        if value == threshold or texts[0] != texts[1]:
+            return texts
+    return repr(value), repr(threshold)

@@ -1,0 +1,98 @@
+"""The metrics' names and definitions, and the table of them that the terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..sam.sources import shown
+from . import gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of a result: `path` leads to it, and with `_valid` after its first part to its headline form."""
+
+    label: str
+    path: tuple[str, ...]
+    digits: str
+    definition: str
+
+    def text(self, result: Mapping[str, Any], *, valid: bool) -> str:
+        """The number as text; "undefined" where there is none."""
+        first, *rest = self.path
+        value = result[f"{first}_valid" if valid else first]
+        for part in rest:
+            value = None if value is None else value[part]
+        return number(value, self.digits)
+
+
+def number(value: float | None, digits: str) -> str:
+    """A number in the format `digits`; "undefined" where there is none."""
+    return "undefined" if value is None or value != value else format(value, digits)
+
+
+METRICS = (
+    Metric(
+        label="skill",
+        path=("skill",),
+        digits=".4f",
+        definition="1 - mse / mse of always predicting the training rows' mean embedding: 0 is a constant, "
+        "1 is the teacher.",
+    ),
+    Metric(
+        label="cosine, mean",
+        path=("cosine", "mean"),
+        digits=".4f",
+        definition="Cosine over the 256 channels at each cell, averaged over an image's cells; mean over images.",
+    ),
+    Metric(
+        label="cosine, 5th percentile",
+        path=("cosine", "p5"),
+        digits=".4f",
+        definition="The same cosine per image: 5% of the images lie below this.",
+    ),
+    Metric(
+        label="cosine, minimum",
+        path=("cosine", "min"),
+        digits=".4f",
+        definition="The same cosine per image: the worst image.",
+    ),
+    Metric(
+        label="mse",
+        path=("mse",),
+        digits="#.4g",
+        definition="Squared difference of student and teacher, mean over all elements.",
+    ),
+    Metric(
+        label="relative mse",
+        path=("relative_mse",),
+        digits="#.4g",
+        definition="sum (s - t)² / sum (t - m)², with m the teacher's mean per channel over the same rows.",
+    ),
+)
+
+
+def table_lines(result: Mapping[str, Any]) -> list[str]:
+    """What `mobilesam verify` prints: what was compared, the metrics (headline first), the verdict."""
+    subject: Mapping[str, Any] = result["subject"]
+    lines = [
+        f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {result['images']} images",
+    ]
+    if subject["untrained_teacher"]:
+        lines.append("untrained teacher: these numbers test the pipeline, not a segmenter")
+    lines += [f"note: {note}" for note in subject["notes"]]
+    lines += ["", f"{'metric':<24}{'valid cells':>14}{'all cells':>14}"]
+    for metric in METRICS:
+        values = metric.text(result, valid=True), metric.text(result, valid=False)
+        lines.append(f"{metric.label:<24}{values[0]:>14}{values[1]:>14}")
+    lines.append("")
+    lines += [f"FAILED  {gates.describe(check)}" for check in result["failed_checks"]]
+    checks = gates.run_checks(result, subject["thresholds"])
+    lines += [f"passed  {gates.describe(check)}" for check in checks if check["passed"]]
+    if not checks:
+        lines.append("no thresholds set (--min-cosine, --min-skill)")
+    if subject["report"]:
+        lines.append(f"report  {subject['report']}")
+    return [shown(line) for line in lines]
