@@ -15,7 +15,7 @@ from .config import PrecomputeConfig
 from .opening import TeacherFile, find_teacher
 from .plan import Plan, look_up, make_plan, refuse_contradictions
 from .precompute import find_hardware
-from .progress import Observer
+from .progress import Observer, Silent
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     image on this machine, timed, and of all pending ones by all workers. The times are None when the checkpoint is
     not at hand: nothing is downloaded.
     """
-    observer = observer or Observer()
+    observer = observer or Silent()
     with ExitStack() as stack:
         stored = look_up(config.out)
         if stored:

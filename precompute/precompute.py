@@ -18,7 +18,7 @@ from .interrupts import StopRequest, stop_request
 from .job import Job, Tally
 from .opening import TeacherFile, find_teacher, open_store
 from .plan import Hardware, Plan, Stored, look_up, make_plan, refuse_contradictions
-from .progress import Observer, Progress
+from .progress import Observer, Progress, Silent
 from .tasks import TeacherSetup
 from .worker import TeacherPlugin
 
@@ -35,7 +35,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     committed that was finished.
     """
     began = time.monotonic()
-    observer = observer or Observer()
+    observer = observer or Silent()
     with stop_request() as stop, ExitStack() as stack:
         stored = look_up(config.out)
         if stored:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +22,8 @@ class Snapshot:
     eta: float | None
 
 
-class Observer:
-    """What a caller may want to hear of a running job; this one doesn't listen."""
+class Observer(Protocol):
+    """What a caller may want to hear of a running job."""
 
     def message(self, text: str) -> None:
         """A line that matters once."""
@@ -32,6 +33,16 @@ class Observer:
 
     def progress(self, snapshot: Snapshot) -> None:
         """Called about twice a second, and after each commit."""
+
+
+class Silent:
+    """An observer that doesn't listen."""
+
+    def message(self, text: str) -> None: ...
+
+    def download(self, done: int, total: int) -> None: ...
+
+    def progress(self, snapshot: Snapshot) -> None: ...
 
 
 class Progress:

@@ -246,6 +246,8 @@ def _explained(path: Path) -> Iterator[None]:
             raise StoreError(
                 f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it"
             ) from error
+        if code == sqlite3.SQLITE_ERROR:
+            raise StoreDamaged(f"{path} is damaged ({error}): make the store anew") from error
         raise StoreError(f"{path}: {error}") from error
     except sqlite3.DatabaseError as error:
         raise StoreDamaged(f"{path} is damaged ({error}): make the store anew") from error

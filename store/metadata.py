@@ -72,7 +72,7 @@ def read_spec(store: Path) -> StoreSpec:
     path = store / DOCUMENT
     try:
         document = json.loads(path.read_bytes())
-        attributes = document["attributes"][ATTRIBUTE]
+        attributes = dict(document["attributes"][ATTRIBUTE])
     except FileNotFoundError as error:
         raise StoreNotFound(
             f"{store} is no mobilesam store (it has no {DOCUMENT}): make one with mobilesam precompute"
@@ -81,7 +81,7 @@ def read_spec(store: Path) -> StoreSpec:
         raise StoreNotFound(f"{store} is a file, not a mobilesam store") from error
     except OSError as error:
         raise StoreNotFound(f"can't read {path}: {error.strerror}") from error
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise StoreNotFound(f"{store} is a Zarr group, but no mobilesam store") from error
     except ValueError as error:
         raise StoreDamaged(f"{path} is damaged (no JSON): make the store anew") from error

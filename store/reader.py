@@ -53,19 +53,16 @@ class _OpenShard:
             raise StoreDamaged(f"{path} is missing, though the manifest lists it") from error
         except OSError as error:
             raise StoreError(f"can't read {path}: {error.strerror}") from error
-        try:
+        with explained(path):
             size = os.fstat(self.descriptor).st_size
-            start = max(size - layout.index_bytes, 0)
-            self.index = layout.decode_index(os.pread(self.descriptor, layout.index_bytes, start))
+            tail = os.pread(self.descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
+        try:
+            self.index = layout.decode_index(tail)
         except ValueError as error:
-            os.close(self.descriptor)
             raise StoreDamaged(f"{path} ({size} bytes): {error}") from error
-        except BaseException:
-            os.close(self.descriptor)
-            raise
 
     def __del__(self) -> None:
-        # The descriptor is missing when opening failed; every reader of the shard has let go by now.
+        # By now every thread that read from it has let go. There is none when opening failed.
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
