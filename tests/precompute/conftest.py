@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import LocalCluster
+from PIL import Image
+
+from mobilesam.precompute import PrecomputeConfig, precompute
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+
+
+@pytest.fixture(scope="session")
+def scheduler() -> Iterator[str]:
+    """The address of a cluster whose one worker lives in this process: no start-up to wait for."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:  # fmt: skip
+        yield cluster.scheduler_address
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of seven small pictures, cut from the example photos."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, name in enumerate(["admiral", "astronaut", "coffee", "galaxies", "retina", "rocket"]):
+        picture = Image.open(PHOTOS / f"{name}.jpg")
+        picture.crop((0, 0, 120 + 10 * number, 160)).save(folder / f"{number}-{name}.png")
+    shutil.copy(PHOTOS / "cat.png", folder / "6-cat.png")
+    return folder
+
+
+@pytest.fixture
+def run(scheduler: str, tmp_path: Path, photos: Path) -> Callable[..., dict[str, Any]]:
+    """run(name, ...options) precomputes the photos at 64 pixels into a store of that name under tmp_path."""
+
+    def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "images": (photos,),
+            "out": tmp_path / name,
+            "teacher": "vit_nano",
+            "image_size": 64,
+            "shard_size": 3,
+            "scheduler": scheduler,
+        }
+        observer = options.pop("observer", None)
+        return precompute(PrecomputeConfig(**(settings | options)), observer)
+
+    return run_precompute

@@ -1,0 +1,275 @@
+"""Whole runs on a cluster in this process: what is committed, refused, failed and gone on with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mobilesam.precompute import PrecomputeError, Snapshot
+from mobilesam.sam import SamError
+from mobilesam.store import EmbeddingStore, StoreLocked, StoreMismatch
+
+Run = Callable[..., dict[str, Any]]
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.snapshots: list[Snapshot] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def download(self, done: int, total: int) -> None: ...
+
+    def progress(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
+
+
+def _embeddings(path: Path) -> dict[str, bytes]:
+    """The payload of every done image, by key."""
+    with EmbeddingStore.open(path) as store:
+        return {record.key: store.read([record.row]).values.tobytes() for record in store.records("done")}
+
+
+def _shard_files(path: Path) -> dict[str, tuple[int, bytes]]:
+    return {file.name: (file.stat().st_ino, file.read_bytes()) for file in (path / "embeddings").glob("c.*")}
+
+
+def test_every_image_is_embedded_once(run: Run, tmp_path: Path) -> None:
+    listener = Listener()
+    result = run(observer=listener)
+    assert (result["images"], result["done"], result["done_before"], result["failed"]) == (7, 7, 0, 0)
+    assert result["images_per_second"] > 0
+    assert 0 < result["teacher_share"] <= 1
+    assert result["decode_seconds"] > 0
+    assert listener.snapshots[-1].computed == 7
+    assert any("untrained teacher" in message for message in listener.messages)
+    again = run()
+    assert (again["done"], again["done_before"], again["images_per_second"]) == (7, 7, None)
+    assert not list((tmp_path / "store.zarr").rglob("*.partial"))
+
+
+def test_the_store_says_how_it_was_made(run: Run, tmp_path: Path, photos: Path) -> None:
+    run(dtype="float32", fraction=0.9, seed=5)
+    with EmbeddingStore.open(tmp_path / "store.zarr") as store:
+        spec = store.spec
+        assert (spec.teacher, spec.untrained, spec.image_size, spec.dtype) == (
+            "vit_nano",
+            True,
+            64,
+            "float32",
+        )
+        assert spec.precision in ("float32", "bfloat16")
+        assert spec.subset == {"fraction": 0.9, "seed": 5}
+        assert spec.image_root == str(photos)
+        assert {"mobilesam", "torch", "zarr", "pillow"} <= spec.versions.keys()
+        assert store.read_head()
+        record = store.records()[0]
+        file = photos / record.key
+        assert record.bytes == file.stat().st_size
+        assert record.original_size == Image.open(file).size[::-1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_batches_and_shards_do_not_change_an_embedding(run: Run, tmp_path: Path, dtype: str) -> None:
+    run("a.zarr", dtype=dtype, shard_size=3, batch_size=2)
+    run("b.zarr", dtype=dtype, shard_size=7, batch_size=2)
+    assert _embeddings(tmp_path / "a.zarr") == _embeddings(tmp_path / "b.zarr")
+
+
+def test_a_broken_image_fails_alone_and_leaves_the_others_as_they_are(
+    run: Run, tmp_path: Path, photos: Path
+) -> None:
+    run("whole.zarr", batch_size=3)
+    whole = _embeddings(tmp_path / "whole.zarr")
+    (photos / "1-astronaut.png").write_bytes(b"not a picture")
+    listener = Listener()
+    result = run("broken.zarr", batch_size=3, observer=listener)
+    assert (result["done"], result["failed"]) == (6, 1)
+    assert any(message.startswith("failed: 1-astronaut.png: ") for message in listener.messages)
+    del whole["1-astronaut.png"]
+    assert _embeddings(tmp_path / "broken.zarr") == whole
+
+
+def test_retry_failed_computes_only_shards_with_failures(run: Run, tmp_path: Path, photos: Path) -> None:
+    run("undisturbed.zarr")
+    good = (photos / "4-retina.png").read_bytes()
+    (photos / "4-retina.png").write_bytes(b"")
+    run()
+    store = tmp_path / "store.zarr"
+    before = _shard_files(store)
+    assert run()["failed"] == 1, "a plain rerun leaves failed images alone"
+    (photos / "4-retina.png").write_bytes(good)
+    result = run(retry_failed=True)
+    assert (result["done"], result["done_before"], result["failed"]) == (7, 4, 0)
+    after = _shard_files(store)
+    assert {name for name in after if after[name] != before[name]} == {"c.1.0.0.0"}
+    assert _embeddings(store) == _embeddings(tmp_path / "undisturbed.zarr")
+
+
+def test_extend_recomputes_only_the_short_last_shard(run: Run, tmp_path: Path, photos: Path) -> None:
+    run("undisturbed.zarr")
+    run(limit=5)
+    store = tmp_path / "store.zarr"
+    before = _shard_files(store)
+    with pytest.raises(PrecomputeError, match=r"2 images are not in the store of 5 yet.*--extend"):
+        run()
+    result = run(extend=True)
+    assert (result["images"], result["done"], result["done_before"]) == (7, 7, 3)
+    after = _shard_files(store)
+    assert after["c.0.0.0.0"] == before["c.0.0.0.0"]
+    assert after.keys() == {"c.0.0.0.0", "c.1.0.0.0", "c.2.0.0.0"}
+    assert _embeddings(store) == _embeddings(tmp_path / "undisturbed.zarr")
+
+
+def test_new_files_are_appended_in_their_own_order(run: Run, tmp_path: Path, photos: Path) -> None:
+    run()
+    shutil.copy(photos / "6-cat.png", photos / "0-aaa.png")
+    shutil.copy(photos / "6-cat.png", photos / "9-zzz.png")
+    run(extend=True)
+    with EmbeddingStore.open(tmp_path / "store.zarr") as store:
+        keys = store.keys()
+        assert keys[:7] == sorted(keys[:7])
+        assert keys[7:] == ["0-aaa.png", "9-zzz.png"]
+        assert store.counts().done == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"teacher": "vit_h"}, "teacher: store 'vit_nano', asked 'vit_h'"),
+        ({"image_size": 128}, "image_size: store 64, asked 128"),
+        ({"dtype": "int8"}, "dtype: store 'float16', asked 'int8'"),
+        ({"shard_size": 4}, "shard_size: store 3, asked 4"),
+    ],
+)
+def test_other_settings_are_refused_with_the_difference(
+    run: Run, tmp_path: Path, options: dict[str, Any], difference: str
+) -> None:
+    run(limit=3)
+    before = _shard_files(tmp_path / "store.zarr")
+    with pytest.raises(StoreMismatch, match=difference):
+        run(limit=3, **options)
+    assert _shard_files(tmp_path / "store.zarr") == before
+
+
+def test_another_precision_is_refused_and_auto_means_the_stores(run: Run, tmp_path: Path) -> None:
+    run(limit=3, precision="float32")
+    with pytest.raises(StoreMismatch, match="precision: store 'float32', asked 'bfloat16'"):
+        run(limit=3, precision="bfloat16")
+    assert run(limit=4, extend=True, precision="auto")["done"] == 4
+
+
+def test_what_is_not_given_is_taken_from_the_store(run: Run) -> None:
+    run(limit=3, dtype="int8")
+    result = run(extend=True, teacher=None, image_size=None, shard_size=None)
+    assert (result["done"], result["failed"]) == (7, 0)
+
+
+def test_a_folder_without_images_is_refused_and_no_store_is_made(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SamError, match="no images in"):
+        run(images=(tmp_path / "empty",))
+    assert not (tmp_path / "store.zarr").exists()
+
+
+def test_a_removed_image_is_named_and_nothing_is_lost(run: Run, tmp_path: Path, photos: Path) -> None:
+    run()
+    (photos / "6-cat.png").unlink()
+    with pytest.raises(PrecomputeError, match=r"1 of the store's 7 images are gone .*6-cat\.png"):
+        run()
+    assert len(_embeddings(tmp_path / "store.zarr")) == 7
+
+
+def test_a_second_run_on_the_same_store_is_refused(run: Run, tmp_path: Path) -> None:
+    run(limit=3)
+    with (
+        EmbeddingStore.open(tmp_path / "store.zarr", writable=True),
+        pytest.raises(StoreLocked, match="is writing to this store"),
+    ):
+        run(limit=3)
+
+
+def test_a_moved_folder_of_the_same_images_is_gone_on_with(run: Run, tmp_path: Path, photos: Path) -> None:
+    run(limit=4)
+    moved = tmp_path / "elsewhere"
+    photos.rename(moved)
+    assert run(images=(moved,), extend=True)["done"] == 7
+
+
+def test_images_in_a_tar_give_the_same_embeddings(run: Run, tmp_path: Path, photos: Path) -> None:
+    import tarfile
+
+    run("folder.zarr")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for file in sorted(photos.iterdir()):
+            tar.add(file, arcname=f"./{file.name}")
+    run("tar.zarr", images=(tmp_path / "all.tar",))
+    from_tar = {
+        key.removeprefix("all.tar/"): data for key, data in _embeddings(tmp_path / "tar.zarr").items()
+    }
+    assert from_tar == _embeddings(tmp_path / "folder.zarr")
+
+
+def test_a_tar_written_anew_before_the_rest_is_computed_is_read_where_it_lies_now(
+    run: Run, tmp_path: Path, photos: Path
+) -> None:
+    import tarfile
+
+    def write(names: list[str]) -> None:
+        with tarfile.open(tmp_path / "all.tar", "w") as tar:
+            for name in names:
+                tar.add(photos / name, arcname=name)
+
+    names = sorted(file.name for file in photos.iterdir())
+    write(names)
+    run("first.zarr", images=(tmp_path / "all.tar",))
+    run(images=(tmp_path / "all.tar",))
+    with EmbeddingStore.open(tmp_path / "store.zarr", writable=True) as store:
+        store.withdraw([0, 1, 2])
+    write(names[::-1])
+    run(images=(tmp_path / "all.tar",))
+    assert _embeddings(tmp_path / "store.zarr") == _embeddings(tmp_path / "first.zarr")
+
+
+def test_int8_is_near_float32(run: Run, tmp_path: Path) -> None:
+    run("exact.zarr", dtype="float32")
+    run("int8.zarr", dtype="int8")
+    with (
+        EmbeddingStore.open(tmp_path / "exact.zarr") as exact,
+        EmbeddingStore.open(tmp_path / "int8.zarr") as small,
+    ):
+        truth = exact.read(range(7)).to_float32().astype(np.float64)
+        error = small.read(range(7)).to_float32() - truth
+    assert (error**2).sum() / ((truth - truth.mean(axis=(0, 2, 3), keepdims=True)) ** 2).sum() < 2e-4
+
+
+def test_no_scheduler_at_the_address_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobilesam.precompute.cluster.CONNECT_SECONDS", 1)
+    with pytest.raises(PrecomputeError, match="no dask scheduler at tcp://127"):
+        run(scheduler="tcp://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "--fraction 0.0"),
+        ({"fraction": 1.5}, "--fraction 1.5"),
+        ({"limit": 0}, "--limit 0"),
+        ({"image_size": 100}, "--image-size 100"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16"),
+        ({"shard_size": -1}, "--shard-size -1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_value(
+    run: Run, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PrecomputeError, match=message):
+        run(**options)

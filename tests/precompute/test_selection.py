@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mobilesam.precompute import PrecomputeError
+from mobilesam.precompute.selection import select, select_more
+from mobilesam.sam import ImageFile
+from mobilesam.store import Selection
+
+
+def _files(count: int) -> list[ImageFile]:
+    return [ImageFile(key=f"{number:04d}.jpg", size=1, offset=None) for number in range(count)]
+
+
+def _selection(fraction: float = 1.0, seed: int = 0, limit: int | None = None) -> Selection:
+    return Selection(fraction=fraction, seed=seed, limit=limit)
+
+
+def _keys(files: list[ImageFile]) -> list[str]:
+    return [file.key for file in files]
+
+
+@given(small=st.floats(0.05, 1.0), large=st.floats(0.05, 1.0), seed=st.integers(0, 99))
+def test_a_larger_fraction_holds_a_smaller_one(small: float, large: float, seed: int) -> None:
+    small, large = sorted([small, large])
+    files = _files(300)
+    assert set(_keys(select(files, _selection(small, seed)))) <= set(
+        _keys(select(files, _selection(large, seed)))
+    )
+
+
+def test_a_fraction_keeps_about_its_share() -> None:
+    assert 850 < len(select(_files(10_000), _selection(0.1))) < 1150
+
+
+def test_the_limit_takes_the_first_of_what_the_fraction_keeps() -> None:
+    files = _files(100)
+    assert select(files, _selection(0.5, limit=7)) == select(files, _selection(0.5))[:7]
+
+
+def test_a_fraction_that_keeps_nothing_is_refused_with_its_number() -> None:
+    with pytest.raises(PrecomputeError, match=r"1e-09 keeps none of 20"):
+        select(_files(20), _selection(1e-9))
+
+
+def test_a_rerun_with_the_same_selection_adds_nothing() -> None:
+    files = _files(50)
+    for selection in (_selection(), _selection(0.5, seed=4), _selection(limit=9), _selection(0.5, limit=9)):
+        assert select_more(files, selection, _keys(select(files, selection))) == []
+
+
+def test_more_files_come_behind_what_is_stored() -> None:
+    files = _files(10)
+    stored = _keys(files[4:])
+    assert _keys(select_more(files, _selection(), stored)) == _keys(files[:4])
+
+
+def test_a_higher_limit_adds_up_to_it() -> None:
+    assert _keys(select_more(_files(10), _selection(limit=6), _keys(_files(4)))) == ["0004.jpg", "0005.jpg"]
+
+
+def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit() -> None:
+    files = [ImageFile(key="000-new.jpg", size=1, offset=None), *_files(5)]
+    assert select_more(files, _selection(limit=5), _keys(_files(5))) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "selection", "message"),
+    [
+        (
+            _files(8),
+            _selection(),
+            r"2 of the store's 10 images are gone from the folder, the first: 0008\.jpg",
+        ),
+        (_files(10), _selection(0.5), r"--fraction 0\.5 --seed 0 leaves out \d of the store's 10"),
+        (_files(10), _selection(limit=9), r"--limit 9 is fewer than the 10"),
+    ],
+)
+def test_fewer_is_refused_with_both_numbers(
+    files: list[ImageFile], selection: Selection, message: str
+) -> None:
+    with pytest.raises(PrecomputeError, match=message):
+        select_more(files, selection, _keys(_files(10)))
+
+
+def test_another_seed_is_refused_where_it_chooses_otherwise() -> None:
+    files = _files(100)
+    stored = _keys(select(files, _selection(0.5, seed=1)))
+    with pytest.raises(PrecomputeError, match="--seed 2"):
+        select_more(files, _selection(0.5, seed=2), stored)
