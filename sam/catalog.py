@@ -74,6 +74,6 @@ _ALL = (
         40_728_226,
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
-    TeacherInfo(name=EMBEDDED_TEACHER, parameters=0),
+    TeacherInfo(name=EMBEDDED_TEACHER, parameters=1_657_728),
 )
 TEACHERS: Mapping[str, TeacherInfo] = MappingProxyType({info.name: info for info in _ALL})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,13 +35,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     mapped = _check_start(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol, for what is refused anyway
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, str(error))) from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     # Whatever bytes do to torch's readers, it is the file that is wrong: they raise of every kind.
     except Exception as error:  # noqa: BLE001
+        # A file too short to be mapped is EINVAL; other reasons of the system are its own to tell.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
         raise CheckpointError(_damage(path, error)) from None
     return _tensors_only(path, loaded)
 
