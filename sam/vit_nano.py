@@ -26,22 +26,25 @@ SEED = "vit_nano/1"
 
 # Standard deviations relative to 1/sqrt(fan in), by the end of the key; 1 where nothing is said.
 GAINS = {
-    # Normalised pixels have a standard deviation of about 1 and neighbours agree: the sum over 768 of them
-    # is several times what independent ones would give.
-    "patch_embed.proj.weight": 1.0,
     # Residual branches change the stream without drowning what the patch itself says.
-    "attn.proj.weight": 0.35,
-    "mlp.lin2.weight": 0.35,
+    "attn.proj.weight": 0.25,
+    "mlp.lin2.weight": 0.25,
 }
 # Standard deviations as they are, where there is no fan in.
 SCALES = {
-    "pos_embed": 0.1,
+    "pos_embed": 0.05,
     "rel_pos_h": 0.1,
     "rel_pos_w": 0.1,
-    # A patch without contrast (padding, a black border) gets a direction of its own.
-    "patch_embed.proj.bias": 0.25,
+    # A patch without contrast (padding, a black border) gets a direction of its own, and the norms after
+    # it turn with the patch's colour smoothly instead of flipping.
+    "patch_embed.proj.bias": 0.35,
     "positional_encoding_gaussian_matrix": 1.0,
 }
+# The patch embedding looks at its 16 x 16 pixels as this many blocks a side, each of one colour: noise inside
+# a cell says nothing that a student should have to learn.
+PATCH_BLOCKS = 2
+# The neck's 3 x 3 convolution weighs a neighbour's row or column by this: a cell speaks mainly of itself.
+NECK_NEIGHBOUR = 0.25
 
 
 def untrained_state() -> dict[str, Tensor]:
@@ -78,6 +81,29 @@ def _values(key: str, shape: torch.Size) -> np.ndarray:
     if deviation == 0:
         constant = 1 if key.endswith("weight") else 0
         return np.full(shape, constant, np.float32)
+    if key.endswith("patch_embed.proj.weight"):
+        return _patch_values(key, shape, deviation)
+    values = _uniform(key, shape, deviation)
+    return values * _neck_profile() if key.endswith("neck.2.weight") else values
+
+
+def _patch_values(key: str, shape: torch.Size, deviation: float) -> np.ndarray:
+    """Weights that are constant in each of ``PATCH_BLOCKS`` x ``PATCH_BLOCKS`` blocks of the patch."""
+    side = shape[-1] // PATCH_BLOCKS
+    # A block's pixels agree, so their sum grows by side^2 where independent ones would give side.
+    blocks_shape = torch.Size((*shape[:2], PATCH_BLOCKS, PATCH_BLOCKS))
+    blocks = _uniform(key, blocks_shape, deviation / side)
+    return blocks.repeat(side, axis=2).repeat(side, axis=3)
+
+
+def _neck_profile() -> np.ndarray:
+    """(3, 3) float32: powers of two, so that products stay exact; the sum of squares is about 1.27."""
+    line = np.array([NECK_NEIGHBOUR, 1, NECK_NEIGHBOUR], np.float32)
+    return line[:, None] * line[None, :]
+
+
+def _uniform(key: str, shape: torch.Size, deviation: float) -> np.ndarray:
+    """Float32 values of this standard deviation, evenly spread around 0, decided by the key alone."""
     # The key is the seed, so a weight keeps its values when another is added or renamed.
     seed = int.from_bytes(hashlib.sha256(f"{SEED}/{key}".encode()).digest()[:8], "big")
     raw = np.random.PCG64(seed).random_raw(math.prod(shape))
