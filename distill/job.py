@@ -1,0 +1,187 @@
+"""One distillation from its configuration to its result: open, describe, prepare the folder, train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..sam.precision import resolve_device, resolve_precision
+from ..store import EmbeddingStore, ImageRecord
+from .config import DistillConfig, digest
+from .errors import DistillError
+from .folder import prepared_folder
+from .loader import Loader
+from .progress import Progress
+from .run import RUNS, Run, point_latest
+from .split import split_rows
+from .stop import StopFlag, stopped_by_signals
+from .students import StudentInfo, build_student, load_student, student_info
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+# What of a GPU's free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
+# for TinyViT) and fragmentation.
+MEMORY_SHARE = 0.8
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    stop: StopFlag | None = None,
+) -> dict[str, Any]:
+    """Fits a student to a store's embeddings and returns the run's result.
+
+    A run that was interrupted goes on; one that is finished returns its result without training. The keys:
+    `run` (absolute path), `epochs`, `steps`, `seconds` (all sessions of the run), `images_per_second` (images
+    trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
+    rows after the last epoch).
+
+    In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
+    DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
+    """
+    stop = stop or StopFlag()
+    with ExitStack() as stack:
+        store = stack.enter_context(EmbeddingStore.open(config.store))
+        records = _committed(store)
+        split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
+        description = _describe(config, store, records)
+        name = f"{config.student}-{digest(description['identity'], description['data'])}"
+        head = store.read_head() if store.head_path.exists() else None
+        folder = config.out or RUNS / name
+        run = stack.enter_context(prepared_folder(folder, description, split, head, restart=config.restart))
+        point_latest(run.path)
+        finished = run.result()
+        if finished is not None:
+            load_student(run.path)
+            logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
+            return {**finished, "run": str(run.path)}
+        stack.enter_context(stopped_by_signals(stop))
+        return _train(config, run, store, records, stop, progress)
+
+
+def _train(
+    config: DistillConfig,
+    run: Run,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    stop: StopFlag,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    device = resolve_device(config.device)
+    resolved = run.config["resolved"]
+    workers = config.workers or default_workers(device)
+    pin_memory = device.type == "cuda"
+    student = build_student(config.student, store.spec.image_size, config.seed).to(device)
+    with Loader(store, records, run.image_root, workers=workers, pin_memory=pin_memory) as loader:
+        trainer = Trainer(
+            config,
+            run,
+            student,
+            loader,
+            device=device,
+            precision=resolved["precision"],
+            micro_batch=resolved["micro_batch"],
+            student_info=_student_metadata(run),
+            stop=stop,
+            progress=progress,
+        )
+        return trainer.fit()
+
+
+def _committed(store: EmbeddingStore) -> list[ImageRecord]:
+    """The rows to learn from; says how many are missing."""
+    records, counts = store.records("done"), store.counts()
+    if not records:
+        raise DistillError(
+            f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
+            "to the end first"
+        )
+    if counts.pending or counts.failed:
+        logger.warning(
+            "%s: learning from the %d rows that are done; %d are pending, %d failed",
+            store.path,
+            counts.done,
+            counts.pending,
+            counts.failed,
+        )
+    if store.spec.untrained:
+        logger.warning("untrained teacher %s: good for trials, not for masks", store.spec.teacher)
+    return records
+
+
+def _describe(config: DistillConfig, store: EmbeddingStore, records: Sequence[ImageRecord]) -> dict[str, Any]:
+    """The content of config.json for a run begun now."""
+    info = student_info(config.student)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    micro_batch = config.micro_batch or default_micro_batch(
+        info, config.batch_size, store.spec.image_size, precision, device
+    )
+    counts = store.counts()
+    rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
+    return {
+        "format": 1,
+        "student": config.student,
+        "image_size": store.spec.image_size,
+        "config": config.to_json(),
+        "identity": config.identity(),
+        "data": {"store_id": store.spec.store_id, "rows": len(records), "rows_digest": digest(rows)},
+        "resolved": {"device": str(device), "precision": precision, "micro_batch": micro_batch},
+        "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
+        "image_root": str(_image_root(config, store)),
+        "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
+        "untrained_teacher": store.spec.untrained,
+        "versions": {
+            "mobilesam": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "pillow")},
+        },
+    }
+
+
+def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path:
+    root = config.images or Path(store.spec.image_root)
+    if not root.is_dir():
+        raise DistillError(
+            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
+        )
+    return root.resolve()
+
+
+def _student_metadata(run: Run) -> dict[str, Any]:
+    spec = run.config["store"]["spec"]
+    kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
+    return {
+        **{name: spec[name] for name in kept},
+        "untrained_teacher": run.config["untrained_teacher"],
+        "run": run.path.name,
+        "versions": run.config["versions"],
+    }
+
+
+def default_micro_batch(
+    info: StudentInfo, batch_size: int, image_size: int, precision: str, device: torch.device
+) -> int:
+    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds, up to the batch."""
+    if device.type != "cuda":
+        return min(2, batch_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    an_image = info.training_bytes[precision] * (image_size / 1024) ** 2
+    return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
+
+
+def default_workers(device: torch.device) -> int:
+    """Decoding threads: few on a CPU, which trains slower than one of them decodes."""
+    available = len(os.sched_getaffinity(0))
+    return min(2 if device.type == "cpu" else 16, available)

@@ -1,0 +1,167 @@
+"""Images and their stored embeddings, decoded and read ahead by threads."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_checked, valid_cells
+from ..store import EmbeddingStore, ImageRecord
+from .errors import DistillError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of a store with their images, on the CPU (pinned where the loader was asked to).
+
+    canvas_BHWC: uint8 RGB (B, S, S, 3), image in the top-left corner, zeros elsewhere.
+    sizes_B2: int64 (B, 2), height and width of the image on its canvas.
+    valid_BHW: bool (B, g, g), cells of the embedding whose centre is image.
+    values_BCHW: (B, 256, g, g) in the store's dtype; scales_BC: float32 (B, 256) for int8, else None.
+    """
+
+    rows: list[int]
+    canvas_BHWC: Tensor
+    sizes_B2: Tensor
+    valid_BHW: Tensor
+    values_BCHW: Tensor
+    scales_BC: Tensor | None
+
+
+class Loader:
+    """Gives batches in the order asked for while its threads prepare the next ones.
+
+    Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most
+    `read_ahead` images, or one batch, are prepared beyond the one in use. `waited` is the time in seconds that
+    the consumer spent waiting for data, over all batches so far. The first use of an image checks its SHA-256,
+    every use its length.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        records: Iterable[ImageRecord],
+        image_root: Path,
+        *,
+        workers: int,
+        pin_memory: bool = False,
+    ) -> None:
+        self._store = store
+        self._records = {record.row: record for record in records}
+        self._image_root = image_root
+        self._image_size = store.spec.image_size
+        self._grid = store.spec.grid
+        self._pin_memory = pin_memory
+        self._read_ahead = 2 * workers
+        self._checked: set[int] = set()
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self.waited = 0.0
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; what they had not begun is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def valid(self, rows: Sequence[int]) -> Tensor:
+        """Cells whose centre is image, bool (B, g, g), from the manifest alone."""
+        cells = [valid_cells(self._resized_size(row), self._image_size) for row in rows]
+        return torch.stack([torch.from_numpy(cell) for cell in cells])
+
+    def batches(self, row_lists: Iterable[Sequence[int]]) -> Generator[Batch]:
+        """One batch for each list of rows, in order.
+
+        Close the generator to drop what was read ahead. Raises ImageError naming an image that is missing or
+        not the one the store knows, StoreDamaged naming a row, DistillError naming one that doesn't decode.
+        """
+        coming = iter(row_lists)
+        begun: deque[tuple[Batch, list[Future[None]]]] = deque()
+        try:
+            self._top_up(begun, coming)
+            while begun:
+                batch, futures = begun.popleft()
+                start = time.perf_counter()
+                try:
+                    for future in futures:
+                        future.result()
+                except BaseException:
+                    begun.append((batch, futures))  # so that the rest of this batch is cancelled too
+                    raise
+                self.waited += time.perf_counter() - start
+                self._top_up(begun, coming)
+                yield batch
+        finally:
+            for _, futures in begun:
+                for future in futures:
+                    future.cancel()
+
+    def _top_up(
+        self, begun: deque[tuple[Batch, list[Future[None]]]], coming: Iterator[Sequence[int]]
+    ) -> None:
+        while not begun or sum(len(batch.rows) for batch, _ in begun) < self._read_ahead:
+            rows = next(coming, None)
+            if rows is None:
+                return
+            batch = self._empty(list(rows))
+            futures = [self._pool.submit(self._fill, batch, place) for place in range(len(batch.rows))]
+            begun.append((batch, futures))
+
+    def _empty(self, rows: list[int]) -> Batch:
+        size, grid, pin = self._image_size, self._grid, self._pin_memory
+        dtype = getattr(torch, self._store.spec.dtype)
+        scaled = self._store.spec.dtype == "int8"
+        return Batch(
+            rows=rows,
+            canvas_BHWC=torch.zeros(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pin),
+            sizes_B2=torch.tensor([self._resized_size(row) for row in rows], pin_memory=pin),
+            valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
+            values_BCHW=torch.empty(len(rows), 256, grid, grid, dtype=dtype, pin_memory=pin),
+            scales_BC=torch.empty(len(rows), 256, pin_memory=pin) if scaled else None,
+        )
+
+    def _resized_size(self, row: int) -> tuple[int, int]:
+        resized_size = self._records[row].resized_size
+        assert resized_size is not None, "only committed rows are loaded"
+        return resized_size
+
+    def _fill(self, batch: Batch, place: int) -> None:
+        """Decodes one image and reads one embedding into their place in the batch (runs in a thread)."""
+        row = batch.rows[place]
+        place_on_canvas(self._decode(self._records[row]), batch.canvas_BHWC[place].numpy())
+        stored = self._store.read([row])
+        batch.values_BCHW[place] = torch.from_numpy(stored.values[0])
+        if batch.scales_BC is not None:
+            assert stored.scales is not None
+            batch.scales_BC[place] = torch.from_numpy(stored.scales[0])
+
+    def _decode(self, record: ImageRecord) -> DecodedImage:
+        assert record.bytes is not None, "only committed rows are loaded"
+        sha256 = None if record.row in self._checked else record.sha256
+        data = read_checked(self._image_root, record.key, record.offset, record.bytes, sha256)
+        self._checked.add(record.row)
+        try:
+            image = load_image(data, self._image_size)
+        except ImageError as error:
+            raise DistillError(
+                f"{record.key!r} decoded when it was precomputed but not now: {error}"
+            ) from error
+        if image.resized_size != record.resized_size:
+            raise DistillError(
+                f"{record.key!r} is now resized to {image.resized_size}, to {record.resized_size} when it was "
+                "precomputed: another version of the image libraries? Precompute again"
+            )
+        return image

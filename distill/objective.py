@@ -1,0 +1,31 @@
+"""The decoupled objective: mean squared error against the stored embedding (MobileSAM, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def loss_elements(valid_BHW: Tensor, channels: int, region: str) -> int:
+    """The number of embedding values that the loss of these images averages over.
+
+    `valid_BHW` is bool: True where a grid cell's centre is image. With region "all" every cell counts (the
+    paper), with "valid" only those cells.
+    """
+    cells = valid_BHW.numel() if region == "all" else int(valid_BHW.sum())
+    return cells * channels
+
+
+def decoupled_loss(
+    student_BCHW: Tensor, teacher_BCHW: Tensor, valid_BHW: Tensor, elements: int, region: str
+) -> Tensor:
+    """Sum of squared errors over the region, divided by `elements`; a float32 scalar that carries gradients.
+
+    `elements` is loss_elements() of the WHOLE batch, so that the losses of its micro-batches, whatever their
+    lengths, add up to the loss of the batch, and so do their gradients.
+    """
+    squared_BCHW = (student_BCHW.float() - teacher_BCHW.float()).square()
+    if region == "valid":
+        # where(), not a product: a cell that doesn't count must not leak a NaN either.
+        squared_BCHW = torch.where(valid_BHW[:, None], squared_BCHW, squared_BCHW.new_zeros(()))
+    return squared_BCHW.sum() / max(elements, 1)
