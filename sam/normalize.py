@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from .images import PIXEL_MEAN, PIXEL_STD
@@ -20,8 +22,7 @@ def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torc
     """
     device = canvas_BHWC.device
     _, height, width, _ = canvas_BHWC.shape
-    mean_C11 = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
-    std_C11 = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+    mean_C11, std_C11 = _statistics(device)
     pixels_BCHW = canvas_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     pixels_BCHW.sub_(mean_C11).div_(std_C11)
     sizes_B2 = sizes_B2.to(device, non_blocking=True)
@@ -29,3 +30,10 @@ def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torc
     columns_BW = torch.arange(width, device=device) < sizes_B2[:, 1:]
     inside_B1HW = rows_BH[:, None, :, None] & columns_BW[:, None, None, :]
     return pixels_BCHW.masked_fill_(~inside_B1HW, 0.0)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (3, 1, 1) on a device, copied once: each copy would make a GPU's queue drain."""
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1).to(device) for values in (PIXEL_MEAN, PIXEL_STD))
+    return mean_C11, std_C11
