@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from .config import DistillConfig, digest
@@ -106,6 +107,10 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
         raise DistillError(
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
             "to the end first"
+        )
+    if dict(store.spec.preprocessing) != preprocessing_recipe(store.spec.image_size):
+        raise DistillError(
+            f"{store.path} was made with another preprocessing than this version's: precompute it again"
         )
     if counts.pending or counts.failed:
         logger.warning(

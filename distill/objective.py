@@ -24,8 +24,8 @@ def decoupled_loss(
     `elements` is loss_elements() of the WHOLE batch, so that the losses of its micro-batches, whatever their
     lengths, add up to the loss of the batch, and so do their gradients.
     """
-    squared_BCHW = (student_BCHW.float() - teacher_BCHW.float()).square()
+    error_BCHW = student_BCHW.float() - teacher_BCHW.float()
     if region == "valid":
-        # where(), not a product: a cell that doesn't count must not leak a NaN either.
-        squared_BCHW = torch.where(valid_BHW[:, None], squared_BCHW, squared_BCHW.new_zeros(()))
-    return squared_BCHW.sum() / max(elements, 1)
+        # Before squaring, and not by a product: a cell that doesn't count must not leak NaN into the gradient.
+        error_BCHW = torch.where(valid_BHW[:, None], error_BCHW, error_BCHW.new_zeros(()))
+    return error_BCHW.square().sum() / elements

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mobilesam.distill import DistillConfig, DistillError
+from mobilesam.distill.config import digest
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("micro_batch", 9),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("clip", float("inf")),
+        ("weight_decay", -0.1),
+        ("warmup", 1.0),
+        ("val_fraction", 0.0),
+        ("val_fraction", 1.0),
+        ("seed", -1),
+        ("loss_region", "image"),
+        ("precision", "float16"),
+        ("workers", 0),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_name(option: str, value: object) -> None:
+    with pytest.raises(DistillError, match=option.replace("_", " ")):
+        DistillConfig(**{option: value})  # type: ignore[arg-type]
+
+
+def test_where_things_lie_does_not_change_what_is_learned() -> None:
+    here = DistillConfig(store=Path("a"), images=Path("b"), out=Path("c"), device="cpu", workers=1)
+    assert here.identity() == DistillConfig().identity()
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}])
+def test_what_changes_the_learning_changes_the_digest(change: dict[str, object]) -> None:
+    changed = DistillConfig(**change)  # type: ignore[arg-type]
+    assert digest(changed.identity()) != digest(DistillConfig().identity())

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mobilesam.distill import DistillError
+from mobilesam.distill.split import split_rows
+
+
+def hashes(count: int) -> dict[int, str]:
+    return {row: hashlib.sha256(str(row).encode()).hexdigest() for row in range(count)}
+
+
+@given(st.lists(st.binary(max_size=2), min_size=1, max_size=40), st.floats(0.01, 0.99))
+def test_both_sides_have_an_image_and_copies_stay_together(contents: list[bytes], fraction: float) -> None:
+    by_row = {row: hashlib.sha256(content).hexdigest() for row, content in enumerate(contents)}
+    if len(set(contents)) < 2:
+        with pytest.raises(DistillError, match="1 distinct"):
+            split_rows(by_row, fraction)
+        return
+    split = split_rows(by_row, fraction)
+    assert sorted(split.train + split.val) == list(by_row)
+    assert split.train
+    assert split.val
+    assert not {by_row[row] for row in split.train} & {by_row[row] for row in split.val}
+
+
+def test_about_the_asked_share_of_many_images_is_held_out() -> None:
+    split = split_rows(hashes(20_000), 0.05)
+    # Five standard deviations of a binomial count.
+    assert abs(len(split.val) - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
+
+
+def test_an_image_keeps_its_side_when_others_are_added() -> None:
+    few, many = split_rows(hashes(500), 0.1), split_rows(hashes(1000), 0.1)
+    assert set(few.val) == {row for row in many.val if row < 500}
+
+
+def test_the_threshold_is_the_fraction_of_the_first_64_bits() -> None:
+    by_row = {0: "4" + "0" * 63, 1: "3" + "f" * 63, 2: "c" + "0" * 63}
+    assert split_rows(by_row, 0.25).val == (1,)
+
+
+def test_no_image_at_all_is_refused() -> None:
+    with pytest.raises(DistillError, match="0 distinct"):
+        split_rows({}, 0.05)

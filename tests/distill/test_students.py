@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mobilesam.distill import STUDENTS, DistillError, build_student, load_student, save_student
+from mobilesam.sam.tiny_vit import TinyViT
+
+
+@pytest.fixture
+def student_file(tmp_path: Path) -> Path:
+    path = tmp_path / "student.safetensors"
+    save_student(build_student("tiny_vit", 64, seed=3), path, "tiny_vit", 64, {"teacher": "vit_nano"})
+    return path
+
+
+def metadata(**changes: str) -> dict[str, str]:
+    return {"format": "mobilesam student 1", "student": "tiny_vit", "image_size": "64", "info": "{}", **changes}
+
+
+def test_a_saved_student_rebuilds_itself_and_computes_the_same(student_file: Path) -> None:
+    pixels = torch.randn(1, 3, 64, 64)
+    original = build_student("tiny_vit", 64, seed=3).eval()
+    student, info = load_student(student_file)
+    assert not student.training
+    assert info == {"student": "tiny_vit", "image_size": 64, "teacher": "vit_nano"}
+    with torch.no_grad():
+        assert torch.equal(student(pixels), original(pixels))
+
+
+def test_it_is_found_in_a_runs_folder(student_file: Path) -> None:
+    assert load_student(student_file.parent)[1]["teacher"] == "vit_nano"
+
+
+def test_keys_are_those_of_mobile_sam_pt(student_file: Path) -> None:
+    keys = set(load_file(student_file))
+    assert keys == {f"image_encoder.{key}" for key in TinyViT(64).state_dict()}
+
+
+def test_the_seed_alone_decides_the_initial_weights_and_leaves_torchs_generator_alone() -> None:
+    torch.manual_seed(99)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    first = build_student("tiny_vit", 64, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(7)
+    second, other = build_student("tiny_vit", 64, seed=0), build_student("tiny_vit", 64, seed=1)
+    same = [torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)]
+    assert all(same)
+    differs = [not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True)]
+    assert any(differs)
+
+
+def test_every_registered_student_gives_the_grid_of_embeddings() -> None:
+    for name in STUDENTS:
+        student = build_student(name, 64, seed=0).eval()
+        with torch.no_grad():
+            assert student(torch.zeros(1, 3, 64, 64)).shape == (1, 256, 4, 4)
+
+
+def test_an_unknown_student_is_refused_with_the_list() -> None:
+    with pytest.raises(DistillError, match="tiny_vit"):
+        build_student("giant_vit", 64, seed=0)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(DistillError, match="run distill first"):
+        load_student(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 1000, -1])
+def test_a_truncated_file_is_one_clear_error(student_file: Path, length: int) -> None:
+    data = student_file.read_bytes()
+    student_file.write_bytes(data[:length])
+    with pytest.raises(DistillError, match="damaged"):
+        load_student(student_file)
+
+
+@pytest.mark.parametrize(
+    ("forged", "message"),
+    [
+        (metadata(format="other"), "format"),
+        ({}, "format"),
+        (metadata(image_size="a lot"), "metadata"),
+        (metadata(image_size="1000000"), "image size"),
+        (metadata(image_size="65"), "image size"),
+        (metadata(info="[]"), "metadata"),
+        (metadata(info="{"), "metadata"),
+        (metadata(student="giant_vit"), "giant_vit"),
+    ],
+)
+def test_forged_metadata_is_refused(student_file: Path, forged: dict[str, str], message: str) -> None:
+    save_file(load_file(student_file), student_file, forged)
+    with pytest.raises(DistillError, match=message):
+        load_student(student_file)
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "shape", "dtype", "nan"])
+def test_weights_that_do_not_fit_are_refused_by_name(student_file: Path, how: str) -> None:
+    tensors = load_file(student_file)
+    key = "image_encoder.neck.0.weight"
+    if how == "missing":
+        del tensors[key]
+    elif how == "unknown":
+        tensors["image_encoder.extra"] = torch.zeros(1)
+        key = "extra"
+    elif how == "shape":
+        tensors[key] = tensors[key][:, :-1].contiguous()
+    elif how == "dtype":
+        tensors[key] = tensors[key].half()
+    else:
+        tensors[key][0] = float("nan")
+    save_file(tensors, student_file, metadata())
+    with pytest.raises(DistillError, match=key.removeprefix("image_encoder.")):
+        load_student(student_file)
+
+
+def test_what_it_was_saved_with_is_plain_json(student_file: Path) -> None:
+    assert json.loads(json.dumps(load_student(student_file)[1])) == load_student(student_file)[1]
