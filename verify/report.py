@@ -11,23 +11,10 @@ from typing import Any
 
 from ..sam.sources import shown
 from . import gates
+from .curves import Curves, thin
 from .errors import VerifyError
 from .gallery import Gallery
 from .table import METRICS, number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """What the trainer logged: equally long columns, None where a run logged no such number."""
-
-    train_step: list[int]
-    train_loss: list[float]
-    val_epoch: list[int]
-    val_step: list[int]
-    val_mse: list[float]
-    val_cosine: list[float]
-    val_skill: list[float]
-    loss_region: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +133,11 @@ def _charts(data: ReportData) -> dict[str, str]:
     curves = data.curves
     if curves is not None and curves.train_step:
         series: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-            "train loss": thin(curves.train_step, curves.train_loss)
+            "training loss": thin(curves.train_step, curves.train_loss)
         }
-        if curves.val_mse:
-            series["validation mse"] = (curves.val_step, curves.val_mse)
-        charts["loss"] = line_chart("loss", series, xlabel="step", markers=["validation mse"])
+        if curves.val_loss:
+            series["validation loss"] = (curves.val_step, curves.val_loss)
+        charts["loss"] = line_chart("loss", series, xlabel="step", markers=["validation loss"])
     if curves is not None and curves.val_epoch:
         series = {
             "cosine": (curves.val_epoch, curves.val_cosine),
@@ -158,16 +145,3 @@ def _charts(data: ReportData) -> dict[str, str]:
         }
         charts["quality"] = line_chart("quality", series, xlabel="epoch", markers=["cosine", "skill"])
     return charts
-
-
-def thin(x: Sequence[float], y: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """At most `most` points: means of equal runs of neighbours, so that the page stays small."""
-    width = -(-len(x) // most)
-    if width <= 1:
-        return list(x), list(y)
-    runs = [slice(start, start + width) for start in range(0, len(x), width)]
-    return [_mean(x[run]) for run in runs], [_mean(y[run]) for run in runs]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -77,9 +77,8 @@ METRICS = (
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """What `mobilesam verify` prints: what was compared, the metrics (headline first), the verdict."""
     subject: Mapping[str, Any] = result["subject"]
-    lines = [
-        f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {result['images']} images",
-    ]
+    images = f"{result['images']:,} image{'' if result['images'] == 1 else 's'}"
+    lines = [f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {images}"]
     if subject["untrained_teacher"]:
         lines.append("untrained teacher: these numbers test the pipeline, not a segmenter")
     lines += [f"note: {note}" for note in subject["notes"]]

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mobilesam.verify.curves import Curves, thin
 from mobilesam.verify.errors import VerifyError
 from mobilesam.verify.gallery import Specimen, build_gallery
-from mobilesam.verify.report import Curves, ReportData, check_report, render, thin, write_report
+from mobilesam.verify.report import ReportData, check_report, render, write_report
 from mobilesam.verify.table import table_lines
 
 HOSTILE = 'a/<script>alert("1")</script>&amp;\n\udcff" onload="x.jpg'
@@ -88,7 +89,7 @@ CURVES = Curves(
     train_loss=[1.0, 0.5, 0.2, 0.1],
     val_epoch=[1, 2],
     val_step=[2, 4],
-    val_mse=[0.6, 0.2],
+    val_loss=[0.6, 0.2],
     val_cosine=[0.5, 0.9],
     val_skill=[float("nan"), 0.8],
     loss_region="all",
@@ -175,7 +176,7 @@ def test_the_verdict_says_what_failed_with_both_numbers():
     assert "skill 0.83 is below 0.9" in page.text
     passed = Page(render(data(result=result(thresholds=thresholds | {"min_skill": 0.8}))))
     assert "Passed." in passed.text
-    assert "All 2 thresholds are" in passed.text
+    assert "Both thresholds are" in passed.text
     assert "No thresholds set." in Page(render(data())).text
 
 

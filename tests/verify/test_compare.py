@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobilesam.distill import load_student
+from mobilesam.sam import ImageError, normalize_and_pad
+from mobilesam.store import EmbeddingStore
+from mobilesam.verify import VerifyConfig, VerifyError, table_lines, verify
+
+PIXELS = 128
+
+
+def metrics(result: dict) -> dict:
+    wanted = ("mse", "relative_mse", "cosine", "skill")
+    return {name: value for name, value in result.items() if name.removesuffix("_valid") in wanted}
+
+
+def assert_same(result: dict, logged: dict) -> None:
+    assert set(metrics(result)) == set(metrics(logged))
+    assert len(metrics(result)) == 8
+    for name, value in metrics(result).items():
+        assert value == pytest.approx(logged[name], rel=1e-5, abs=1e-7), name
+
+
+def test_the_latest_run_and_its_store_are_the_default(world):
+    result = verify(VerifyConfig())
+    assert result["images"] == len(world.run.split.val)
+    assert (result["passed"], result["failed_checks"]) == (True, [])
+    assert result["subject"]["run"] == world.run.path.name
+    assert result["subject"]["store"] == str(world.store)
+    assert {"images", "passed", "failed_checks", "subject", *metrics(result)} == set(result)
+    json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize(("split", "kind"), [("val", "val"), ("train", "train_eval")])
+def test_the_numbers_are_those_that_the_trainer_logged(world, split, kind):
+    logged = world.run.last(kind)
+    result = verify(VerifyConfig(split=split, batch_size=3))
+    assert result["images"] == logged["rows"]
+    assert_same(result, logged)
+
+
+def test_the_numbers_agree_with_a_computation_by_hand(world):
+    result = verify(VerifyConfig(split="all"))
+    student, _ = load_student(world.run.path)
+    with EmbeddingStore.open(world.store) as store:
+        records = store.records()
+        teacher_NCHW = store.read([record.row for record in records]).to_float32().astype(np.float64)
+    outputs, valid = [], []
+    for record in records:
+        height, width = record.resized_size
+        image = Image.open(world.photos / record.key).resize((width, height), Image.Resampling.BILINEAR)
+        canvas_BHWC = torch.zeros(1, PIXELS, PIXELS, 3, dtype=torch.uint8)
+        canvas_BHWC[0, :height, :width] = torch.from_numpy(np.array(image))
+        with torch.no_grad():
+            outputs.append(
+                student(normalize_and_pad(canvas_BHWC, torch.tensor([[height, width]])))[0].double().numpy()
+            )
+        centres = np.arange(PIXELS // 16) * 16 + 8
+        valid.append((centres < height)[:, None] & (centres < width)[None, :])
+    student_NCHW, valid_N1HW = np.stack(outputs), np.stack(valid)[:, None]
+    squared = (student_NCHW - teacher_NCHW) ** 2
+    mean_CHW = teacher_NCHW[list(world.run.split.train)].mean(axis=0)
+    constant = (mean_CHW - teacher_NCHW) ** 2
+    where = np.broadcast_to(valid_N1HW, squared.shape)
+    assert result["images"] == 6
+    assert result["mse"] == pytest.approx(squared.mean(), rel=1e-5)
+    assert result["mse_valid"] == pytest.approx(squared[where].mean(), rel=1e-5)
+    assert result["skill_valid"] == pytest.approx(1 - squared[where].sum() / constant[where].sum(), abs=1e-5)
+    norms = np.linalg.norm(student_NCHW, axis=1) * np.linalg.norm(teacher_NCHW, axis=1)
+    cosine_NHW = (student_NCHW * teacher_NCHW).sum(axis=1) / norms
+    cosines = [cosine[mask].mean() for cosine, mask in zip(cosine_NHW, valid, strict=True)]
+    assert result["cosine_valid"]["mean"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert result["cosine_valid"]["p5"] == pytest.approx(np.percentile(cosines, 5), abs=1e-6)
+    assert result["cosine_valid"]["min"] == pytest.approx(np.min(cosines), abs=1e-6)
+
+
+def test_a_missed_threshold_fails_with_both_numbers(world):
+    result = verify(VerifyConfig(min_skill=1.0, min_cosine=-1.0))
+    assert result["passed"] is False
+    assert result["failed_checks"] == [
+        {"check": "min_skill", "metric": "skill_valid", "value": result["skill_valid"], "threshold": 1.0}
+    ]
+    lines = table_lines(result)
+    assert any(line.startswith("FAILED  skill") for line in lines)
+    assert any(line.startswith("passed  cosine") for line in lines)
+
+
+def test_progress_counts_every_image(world):
+    seen = []
+    verify(VerifyConfig(split="all", batch_size=4), progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_an_untrained_teacher_is_named_in_every_output(world, tmp_path):
+    report = tmp_path / "report.html"
+    result = verify(VerifyConfig(report=report))
+    assert result["subject"]["untrained_teacher"] is True
+    assert any("untrained teacher" in line for line in table_lines(result))
+    assert "Untrained teacher" in report.read_text(encoding="utf-8")
+
+
+def test_a_student_file_in_its_run_knows_its_split(world):
+    assert verify(VerifyConfig(student=world.run.student_path)) == verify(
+        VerifyConfig(student=world.run.path)
+    )
+
+
+def test_a_student_file_alone_has_no_split_and_says_what_its_skill_means(world, tmp_path):
+    alone = shutil.copy(world.run.student_path, tmp_path / "mine.safetensors")
+    with pytest.raises(VerifyError, match="val rows aren't known: give --split all"):
+        verify(VerifyConfig(student=alone))
+    result = verify(VerifyConfig(student=alone, split="all"))
+    assert result["subject"]["run"] is None
+    assert result["subject"]["mean_embedding"] == "all committed rows of the store"
+    assert any("mean of all rows of the store" in line for line in table_lines(result))
+    # Against the mean of the very rows it is judged on, a student looks worse than against the training rows'.
+    assert result["skill"] < verify(VerifyConfig(split="all"))["skill"]
+    assert result["mse"] == verify(VerifyConfig(split="all"))["mse"]
+
+
+def test_a_store_that_moved_is_the_same_store(world, tmp_path):
+    expected = verify(VerifyConfig())
+    moved = shutil.move(world.store, tmp_path / "moved.zarr")
+    result = verify(VerifyConfig(store=moved))
+    assert_same(result, expected)
+    assert result["subject"]["notes"] == []
+
+
+def test_another_store_can_only_be_compared_as_a_whole(world, other_store):
+    other = other_store(store_id="0" * 32)
+    with pytest.raises(VerifyError, match=r"other\.zarr is not the store .* --split all"):
+        verify(VerifyConfig(store=other))
+    result = verify(VerifyConfig(store=other, split="all"))
+    assert result["images"] == 6
+    assert result["subject"]["mean_embedding"] == "the run's training rows"
+    assert any("not the store that the student was trained on" in note for note in result["subject"]["notes"])
+    assert not any("another teacher" in note for note in result["subject"]["notes"])
+
+
+def test_another_teacher_is_noted(world, other_store):
+    result = verify(VerifyConfig(store=other_store(checkpoint_sha256="cd" * 32), split="all"))
+    assert any("another teacher" in note and "cdcdcdcd" in note for note in result["subject"]["notes"])
+
+
+def test_a_store_of_another_image_size_is_refused_with_both(world, other_store):
+    other = other_store(image_size=64)
+    with pytest.raises(VerifyError, match=r"128 pixels.*embeddings of 64"):
+        verify(VerifyConfig(store=other, split="all"))
+
+
+def test_a_store_of_another_preprocessing_is_refused(world, other_store):
+    other = other_store(preprocessing={"filter": "nearest"})
+    with pytest.raises(VerifyError, match="another preprocessing"):
+        verify(VerifyConfig(store=other, split="all"))
+
+
+def test_rows_that_are_no_longer_committed_are_counted(world):
+    with EmbeddingStore.open(world.store, writable=True) as store:
+        store.withdraw(range(2))
+    with pytest.raises(VerifyError, match=r"0 done, 6 pending.*run precompute"):
+        verify(VerifyConfig(split="all"))
+    with pytest.raises(VerifyError, match=rf"lacks {len(world.run.split.train)} of the rows"):
+        verify(VerifyConfig(split="train"))
+
+
+def test_an_image_that_changed_stops_by_name(world):
+    with EmbeddingStore.open(world.store) as store:
+        key = store.records()[world.run.split.val[0]].key
+    content = bytearray((world.photos / key).read_bytes())
+    content[-20] ^= 1
+    (world.photos / key).write_bytes(content)
+    with pytest.raises(ImageError, match=f"{key} changed since precompute"):
+        verify(VerifyConfig())
+
+
+def test_images_that_moved_are_asked_for(world, tmp_path):
+    expected = verify(VerifyConfig())
+    moved = shutil.move(world.photos, tmp_path / "elsewhere")
+    with pytest.raises(VerifyError, match="photos-0; say where they are with --images"):
+        verify(VerifyConfig())
+    assert_same(verify(VerifyConfig(images=moved)), expected)
+
+
+def test_an_explicit_precision_overrides_the_runs(world):
+    result = verify(VerifyConfig(precision="bfloat16"))
+    assert result["subject"]["precision"] == "bfloat16"
+    assert verify(VerifyConfig())["subject"]["precision"] == "float32"
+    assert result["mse"] != verify(VerifyConfig())["mse"]
+    assert result["mse"] == pytest.approx(verify(VerifyConfig())["mse"], rel=0.05)
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("mobilesam.verify.compare.open_subject", lambda _: pytest.fail("work was begun"))
+    with pytest.raises(VerifyError, match="does not exist"):
+        verify(VerifyConfig(report=tmp_path / "absent" / "report.html"))
+
+
+def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
+    report = tmp_path / "report.html"
+    result = verify(VerifyConfig(split="all", report=report, min_cosine=0.9))
+    pictures: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: pictures.append(dict(attrs)["alt"]) if tag == "img" else None  # type: ignore[method-assign]
+    text = report.read_text(encoding="utf-8")
+    parser.feed(text)
+    photos = [alt for alt in pictures if alt.startswith("photo of ")]
+    assert sorted(photos) == [f"photo of photo{i}.bmp" for i in range(6)]
+    assert len(pictures) == 6 * 4 + 1
+    for stated in (
+        world.run.path.name,
+        "ab" * 32,
+        "5,743,892",
+        "6 done, 0 failed, 0 pending",
+        f"{result['skill_valid']:.4f}",
+        "Failed.",
+    ):
+        assert stated in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "test"}, "split must be val, train, all; it is 'test'"),
+        ({"precision": "float16"}, "precision must be"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"min_cosine": 1.5}, "min cosine must be between -1 and 1"),
+        ({"min_cosine": float("nan")}, "min cosine"),
+        ({"min_skill": 1.01}, "min skill must be at most 1"),
+        ({"min_skill": float("nan")}, "min skill"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(VerifyError, match=message):
+        VerifyConfig(**options)

@@ -1,0 +1,77 @@
+"""One verification: open what is compared, measure it, check the thresholds, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ..distill import ImageMetrics, evaluate
+from .config import VerifyConfig
+from .curves import read_curves
+from .gallery import build_gallery
+from .gates import failed_checks, run_checks
+from .provenance import provenance
+from .report import ReportData, check_report, write_report
+from .specimens import take_specimens
+from .subject import Subject, open_subject
+
+BATCH_SIZES = {"cpu": 2, "cuda": 16}
+
+
+def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Compares a student with its teacher's stored embeddings and returns what `--json` prints.
+
+    The keys are `images`, the metrics (see METRICS) over all cells and as `_valid` over valid ones, `passed`,
+    `failed_checks` (name, metric, value and threshold of each), and `subject`: what was compared, by name.
+    `progress(done, total)` counts images.
+
+    Raises VerifyError, and the other rooms' errors for a damaged store, a student's file or a changed image.
+    """
+    if config.report is not None:
+        check_report(config.report)
+    subject = open_subject(config)
+    with subject.store:
+        numbers, per_image = evaluate(
+            subject.student,
+            subject.store,
+            subject.rows,
+            subject.image_root,
+            mean_embedding=subject.mean_CHW,
+            device=subject.device,
+            precision=subject.precision,
+            batch_size=config.batch_size or BATCH_SIZES[subject.device.type],
+            on_image=progress,
+        )
+        result = _result(config, subject, numbers)
+        if config.report is not None:
+            write_report(config.report, _report_data(subject, result, per_image))
+    return result
+
+
+def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    failed = failed_checks(run_checks(numbers, config.thresholds))
+    return {
+        "images": len(subject.rows),
+        **numbers,
+        "passed": not failed,
+        "failed_checks": failed,
+        "subject": {
+            **subject.names(),
+            "split": config.split,
+            "thresholds": config.thresholds,
+            "report": None if config.report is None else str(config.report),
+        },
+    }
+
+
+def _report_data(subject: Subject, result: dict[str, Any], per_image: Sequence[ImageMetrics]) -> ReportData:
+    run = subject.run
+    return ReportData(
+        result=result,
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        provenance=provenance(subject, result["subject"]["split"]),
+        cosines=[image.cosine_valid for image in per_image if image.cosine_valid is not None],
+        curves=None if run is None else read_curves(run.history(), run.config["config"]["loss_region"]),
+        gallery=build_gallery(*take_specimens(subject, per_image)),
+    )
