@@ -36,8 +36,8 @@ class DistillConfig:
     epochs: int = 8
     batch_size: int = 8
     micro_batch: int | None = None
-    lr: float = 2e-3
-    weight_decay: float = 0.01
+    lr: float = 1e-3
+    weight_decay: float = 5e-4
     warmup: float = 0.05
     clip: float = 1.0
     seed: int = 0

@@ -72,6 +72,7 @@ class Trainer:
         self.log_every = max(1, self.steps_per_epoch // LINES_PER_EPOCH)
         grid = run.config["image_size"] // 16
         self.state = TrainState(mean_sum_CHW=torch.zeros(256, grid, grid, dtype=torch.float64, device=device))
+        self.meter = Meter(self.state, loader)
 
     def fit(self) -> dict[str, Any]:
         """Trains, from the last checkpoint if there is one; the result as `distill` returns it.
@@ -84,7 +85,7 @@ class Trainer:
                 "going on after epoch %d, step %d of %d", self.state.epoch, self.state.step, self.steps
             )
         state = self.state
-        self.meter, self.saved_at = Meter(state, self.loader), time.perf_counter()
+        self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
         with Recorder(
             self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1
         ) as self.recorder:
@@ -126,7 +127,8 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             state.micro_steps += 1
-            self.set_batch_norm_momentum()
+            for batch_norm in self.batch_norms:
+                batch_norm.momentum = batch_norm_momentum(state.micro_steps)
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.device, self.precision)
             valid_BHW = batch.valid_BHW.to(self.device, non_blocking=True)
             part = decoupled_loss(student_BCHW, teacher_BCHW, valid_BHW, elements, config.loss_region)
@@ -152,20 +154,10 @@ class Trainer:
             self.recorder.line("train", {**line, **self.meter.take_window()})
         self.show("train")
         if self.stop.signum is not None or (
-            time.perf_counter() - self.saved_at > self.config.checkpoint_seconds and not last
+            time.monotonic() - self.saved_at > self.config.checkpoint_seconds and not last
         ):
             self.save()
         self.stop_if_asked()
-
-    def set_batch_norm_momentum(self) -> None:
-        """Plain averages over the first micro-batches, moving ones after.
-
-        With a constant momentum of 0.1 a short run would be judged with statistics that still hold much of
-        their initial 0 and 1: 35% after ten forward passes.
-        """
-        momentum = max(BATCH_NORM_MOMENTUM, 1 / self.state.micro_steps)
-        for norm in self.batch_norms:
-            norm.momentum = momentum
 
     def validate(self) -> None:
         """Measures the validation rows and logs them."""
@@ -233,7 +225,7 @@ class Trainer:
         self.meter.count_elapsed()
         self.state.metrics_bytes = self.recorder.sync()
         save_checkpoint(self.run.checkpoint_path, self.student, self.optimizer, self.state, self.device)
-        self.saved_at = time.perf_counter()
+        self.saved_at = time.monotonic()
 
     def save_mean(self) -> None:
         """Keeps the mean of the training rows' embeddings: what skill is measured against."""
@@ -267,6 +259,15 @@ class Trainer:
                 eta_seconds=left / rate if rate else 0.0,
             )
         )
+
+
+def batch_norm_momentum(micro_steps: int) -> float:
+    """Plain averages over the first forward passes, moving ones after.
+
+    With a constant momentum of 0.1 a short run would be judged with statistics that still hold much of their
+    initial 0 and 1: 35% of it after ten forward passes.
+    """
+    return max(BATCH_NORM_MOMENTUM, 1 / micro_steps)
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mobilesam.distill import DistillConfig
 from mobilesam.sam import load_image, preprocessing_recipe
 from mobilesam.store import (
     EmbeddingStore,
@@ -22,6 +23,7 @@ from mobilesam.store import (
 )
 
 MakeStore = Callable[..., Path]
+SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50), (33, 64)]
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +39,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def save_images(tmp_path: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="session")
+def save_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """save_images(sizes) -> a folder of PNGs of smooth noise, one for each (height, width)."""
 
-    def save(sizes: Sequence[tuple[int, int]], name: str = "images", seed: int = 0) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
+    def save(sizes: Sequence[tuple[int, int]], seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("images")
         rng = np.random.default_rng(seed)
         for number, (height, width) in enumerate(sizes):
             coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
@@ -53,8 +54,8 @@ def save_images(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> MakeStore:
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     """make_store(images, ...) -> a store of the images in a folder, committed without precompute.
 
     `embeddings` (n, 256, g, g), in the order of the sorted file names, are random where None. Rows named in `failed`
@@ -69,8 +70,8 @@ def make_store(tmp_path: Path) -> MakeStore:
         dtype: str = "float16",
         failed: Sequence[int] = (),
         commit: bool = True,
-        name: str = "store.zarr",
     ) -> Path:
+        path = tmp_path_factory.mktemp("store") / "store.zarr"
         files = sorted(images.iterdir())
         if embeddings is None:
             grid = image_size // 16
@@ -94,10 +95,10 @@ def make_store(tmp_path: Path) -> MakeStore:
         )
         listed = [NewImage(key=file.name, size=file.stat().st_size) for file in files]
         selection = Selection(fraction=1.0, seed=0, limit=None)
-        with EmbeddingStore.create(tmp_path / name, spec, listed, selection, head) as store:
+        with EmbeddingStore.create(path, spec, listed, selection, head) as store:
             if commit:
                 _commit(store, files, embeddings, failed)
-        return tmp_path / name
+        return path
 
     return make
 
@@ -127,13 +128,24 @@ def _commit(store: EmbeddingStore, files: list[Path], embeddings: np.ndarray, fa
     store.commit(0, "a", results)
 
 
-@pytest.fixture
-def png_bytes() -> Callable[[np.ndarray], bytes]:
-    """png_bytes(uint8 HWC) -> the bytes of a PNG file."""
+@pytest.fixture(scope="session")
+def images(save_images: Callable[..., Path]) -> Path:
+    """Six pictures of different sizes; tests that change files make their own."""
+    return save_images(SIZES)
 
-    def encode(image_HWC: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(image_HWC).save(buffer, "PNG")
-        return buffer.getvalue()
 
-    return encode
+@pytest.fixture(scope="session")
+def store(images: Path, make_store: MakeStore) -> Path:
+    """Their store, at 64 pixels, with random embeddings."""
+    return make_store(images)
+
+
+@pytest.fixture(scope="session")
+def options() -> Callable[..., DistillConfig]:
+    """options(store, ...) -> two epochs of two images a step, on the CPU in float32."""
+
+    def make(store: Path, **changes: Any) -> DistillConfig:
+        values = {"epochs": 2, "batch_size": 2, "device": "cpu", "precision": "float32", **changes}
+        return DistillConfig(store=store, **values)
+
+    return make

@@ -18,11 +18,14 @@ SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50)]
 
 @pytest.fixture
 def images(save_images: Callable[..., Path]) -> Path:
+    """Files of this test's own."""
     return save_images(SIZES)
 
 
 @pytest.fixture
-def opened(images: Path, make_store: Callable[..., Path]) -> Iterator[Callable[..., tuple[EmbeddingStore, Loader]]]:
+def opened(
+    images: Path, make_store: Callable[..., Path]
+) -> Iterator[Callable[..., tuple[EmbeddingStore, Loader]]]:
     """opened(...) -> a store made with these options, and a loader over it."""
     to_close: list[EmbeddingStore | Loader] = []
 
@@ -41,7 +44,9 @@ def reference(images: Path, row: int) -> np.ndarray:
     """The image with its longest side resized to 64, by Pillow alone."""
     image = Image.open(sorted(images.iterdir())[row])
     scale = 64 / max(image.size)
-    return np.asarray(image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR))
+    return np.asarray(
+        image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])

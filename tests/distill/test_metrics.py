@@ -9,7 +9,9 @@ import torch
 from mobilesam.distill import Metrics
 
 
-def brute_force(student: np.ndarray, teacher: np.ndarray, mean: np.ndarray, valid: np.ndarray) -> dict[str, Any]:
+def brute_force(
+    student: np.ndarray, teacher: np.ndarray, mean: np.ndarray, valid: np.ndarray
+) -> dict[str, Any]:
     """Every definition written out over all images at once, on the cells that `valid` (B, H, W) chooses."""
     s = np.moveaxis(student.astype(np.float64), 1, -1)
     t = np.moveaxis(teacher.astype(np.float64), 1, -1)
@@ -42,10 +44,14 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
-def test_streamed_metrics_equal_a_brute_force_recomputation(arrays: dict[str, np.ndarray], batch: int) -> None:
+def test_streamed_metrics_equal_a_brute_force_recomputation(
+    arrays: dict[str, np.ndarray], batch: int
+) -> None:
     metrics = Metrics(torch.from_numpy(arrays["mean"]))
     for start in range(0, 7, batch):
-        part = [torch.from_numpy(arrays[name][start : start + batch]) for name in ("student", "teacher", "valid")]
+        part = [
+            torch.from_numpy(arrays[name][start : start + batch]) for name in ("student", "teacher", "valid")
+        ]
         metrics.update(*part)
     everywhere = brute_force(**{**arrays, "valid": np.ones_like(arrays["valid"])})
     wanted = {**everywhere, **{f"{name}_valid": value for name, value in brute_force(**arrays).items()}}

@@ -19,7 +19,13 @@ def student_file(tmp_path: Path) -> Path:
 
 
 def metadata(**changes: str) -> dict[str, str]:
-    return {"format": "mobilesam student 1", "student": "tiny_vit", "image_size": "64", "info": "{}", **changes}
+    return {
+        "format": "mobilesam student 1",
+        "student": "tiny_vit",
+        "image_size": "64",
+        "info": "{}",
+        **changes,
+    }
 
 
 def test_a_saved_student_rebuilds_itself_and_computes_the_same(student_file: Path) -> None:

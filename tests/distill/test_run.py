@@ -1,0 +1,234 @@
+"""A finished run, seen from all sides; a run that is refused; a run started over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mobilesam.distill import (
+    DistillConfig,
+    DistillError,
+    Run,
+    distill,
+    evaluate,
+    load_student,
+    mean_embedding,
+)
+from mobilesam.distill.run import run_lock
+from mobilesam.store import EmbeddingStore
+
+Options = Callable[..., DistillConfig]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    store: Path, options: Options, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """A directory in which one run was trained, and what distill() returned."""
+    home = tmp_path_factory.mktemp("home")
+    before = Path.cwd()
+    os.chdir(home)
+    try:
+        return home, distill(options(store, micro_batch=1, loss_region="valid"))
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def run(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(finished[0])
+    return Run.open()
+
+
+def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[str, Any]], run: Run) -> None:
+    result = finished[1]
+    names = ["run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "val"]
+    assert list(result) == names
+    assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
+    assert set(result["val"]) == {
+        name + suffix for name in ("mse", "relative_mse", "cosine", "skill") for suffix in ("", "_valid")
+    }
+    assert 0 <= result["data_wait_share"] <= 1
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_the_folder_holds_what_verify_and_tensorboard_need(run: Run, store: Path) -> None:
+    names = {path.name for path in run.path.iterdir()}
+    assert names >= {
+        "config.json", "split.json", "metrics.jsonl", "last.pt", "student.safetensors",
+        "sam_head.safetensors", "mean_embedding.safetensors",
+    }  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".partial") for name in names)
+    with EmbeddingStore.open(store) as opened:
+        assert run.head_path.read_bytes() == opened.head_path.read_bytes()
+
+
+def test_the_name_is_the_student_with_a_digest_and_latest_is_a_relative_link(run: Run) -> None:
+    name = os.readlink("runs/latest")
+    assert name == run.path.name
+    assert name.startswith("tiny_vit-")
+    assert len(name) == len("tiny_vit-") + 8
+
+
+def test_the_runs_description_holds_where_it_came_from(run: Run, store: Path, images: Path) -> None:
+    with EmbeddingStore.open(store) as opened:
+        assert run.config["store"]["spec"] == opened.spec.to_json()
+    assert run.store_path == store.resolve()
+    assert run.image_root == images.resolve()
+    assert run.config["counts"] == {"done": 6, "failed": 0, "pending": 0}
+    assert run.config["untrained_teacher"] is True
+    assert run.config["resolved"] == {"device": "cpu", "precision": "float32", "micro_batch": 1}
+    assert torch.__version__.startswith(run.config["versions"]["torch"])
+
+
+def test_each_kind_of_line_is_in_the_metrics(run: Run) -> None:
+    kinds = [line["kind"] for line in run.history()]
+    assert kinds == ["train"] * 3 + ["val"] + ["train"] * 3 + ["val", "train_eval", "result"]
+    assert [line["step"] for line in run.history() if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_mean_embedding_is_that_of_the_training_rows(run: Run, store: Path) -> None:
+    with EmbeddingStore.open(store) as opened:
+        rows = opened.read(run.split.train).to_float32().astype("float64").mean(axis=0)
+        assert torch.equal(mean_embedding(opened, run.split.train), run.mean_embedding())
+    torch.testing.assert_close(run.mean_embedding(), torch.from_numpy(rows).float(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("train_eval", "train"), ("val", "val")])
+def test_the_saved_student_gives_the_numbers_that_were_logged(
+    run: Run, store: Path, images: Path, kind: str, rows: str
+) -> None:
+    student, info = load_student(run.path)
+    assert (info["epoch"], info["untrained_teacher"]) == (2, True)
+    logged = run.last(kind)
+    assert logged is not None
+    counted = []
+    with EmbeddingStore.open(store) as opened:
+        result, per_image = evaluate(
+            student,
+            opened,
+            getattr(run.split, rows),
+            images,
+            mean_embedding=run.mean_embedding(),
+            device="cpu",
+            precision="float32",
+            batch_size=4,
+            on_image=lambda done, total: counted.append((done, total)),
+        )
+    assert len(per_image) == logged["rows"] == counted[-1][0] == counted[-1][1]
+    for name, value in result.items():
+        assert logged[name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_a_finished_run_reports_its_result_again_without_training(
+    finished: tuple[Path, dict[str, Any]], run: Run, store: Path, options: Options
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir() if path.name != "run.lock"}
+    again = distill(options(store, micro_batch=1, loss_region="valid"))
+    assert again == finished[1]
+    assert before == {
+        path.name: path.stat().st_mtime_ns for path in run.path.iterdir() if path.name != "run.lock"
+    }
+
+
+def test_a_second_trainer_on_the_same_run_is_refused(run: Run, store: Path, options: Options) -> None:
+    with run_lock(run.path), pytest.raises(DistillError, match=f"process {os.getpid()}"):
+        distill(options(store, micro_batch=1, loss_region="valid"))
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
+    run: Run, store: Path, options: Options
+) -> None:
+    with pytest.raises(DistillError, match=r"lr: 0\.\d+ then, 0\.5 now"):
+        distill(options(store, micro_batch=1, loss_region="valid", lr=0.5, out=run.path))
+
+
+def test_other_data_under_the_same_folder_is_refused(
+    run: Run, images: Path, make_store: Callable[..., Path], options: Options
+) -> None:
+    with pytest.raises(DistillError, match="store_id"):
+        distill(options(make_store(images), micro_batch=1, loss_region="valid", out=run.path))
+
+
+def test_restart_keeps_the_old_run_whole_beside_the_new_one(store: Path, options: Options) -> None:
+    first = Path(distill(options(store, epochs=1, out="here"))["run"])
+    weights = (first / "student.safetensors").read_bytes()
+    again = Path(distill(options(store, epochs=1, out="here", seed=5, restart=True))["run"])
+    assert again == first
+    assert (first / "student.safetensors").read_bytes() != weights
+    assert (first.with_name("here.old-1") / "student.safetensors").read_bytes() == weights
+    assert Path("runs/latest").resolve() == first
+
+
+def test_a_folder_that_is_no_run_is_left_alone(store: Path, options: Options) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("important")
+    with pytest.raises(DistillError, match="holds 1 other"):
+        distill(options(store, out="mine", restart=True))
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_store_without_finished_rows_is_refused(
+    images: Path, make_store: Callable[..., Path], options: Options
+) -> None:
+    with pytest.raises(DistillError, match=r"no finished rows \(6 pending, 0 failed\)"):
+        distill(options(make_store(images, commit=False)))
+    assert not Path("runs").exists()
+
+
+def test_failed_rows_are_left_out_and_said(
+    images: Path, make_store: Callable[..., Path], options: Options, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        distill(options(make_store(images, failed=[1, 4]), epochs=1))
+    assert "the 4 rows that are done; 0 are pending, 2 failed" in caplog.text
+    assert "untrained teacher" in caplog.text
+    run = Run.open()
+    assert run.config["counts"] == {"done": 4, "failed": 2, "pending": 0}
+    assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]
+
+
+def test_moved_images_are_named_and_found_again(
+    save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
+) -> None:
+    images = save_images([(64, 64), (30, 64)])
+    store = make_store(images)
+    moved = images.rename(images.with_name("moved"))
+    with pytest.raises(DistillError, match="--images"):
+        distill(options(store, epochs=1))
+    distill(options(store, epochs=1, images=moved))
+    assert Run.open().image_root == moved
+
+
+def test_a_set_of_copies_of_one_image_is_refused(
+    tmp_path: Path, save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
+) -> None:
+    images = save_images([(64, 64)])
+    (images / "copy.png").write_bytes((images / "00.png").read_bytes())
+    with pytest.raises(DistillError, match="1 distinct"):
+        distill(options(make_store(images)))
+
+
+def test_an_unknown_student_is_refused_before_anything_is_made(store: Path, options: Options) -> None:
+    with pytest.raises(DistillError, match="tiny_vit"):
+        distill(options(store, student="giant_vit"))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["nothing", "no config", "half a split"])
+def test_what_is_no_run_can_not_be_opened_as_one(tmp_path: Path, damage: str) -> None:
+    if damage != "nothing":
+        (tmp_path / "r").mkdir()
+    if damage == "half a split":
+        (tmp_path / "r/config.json").write_text("{}")
+        (tmp_path / "r/split.json").write_text('{"train": [1')
+    with pytest.raises(DistillError, match="run"):
+        Run.open(tmp_path / "r")

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mobilesam.distill import (
+    DistillConfig,
+    DistillError,
+    DistillInterrupted,
+    Loader,
+    Run,
+    StopFlag,
+    build_student,
+    distill,
+    embed,
+)
+from mobilesam.distill.job import default_micro_batch, default_workers
+from mobilesam.distill.sampler import split_batches
+from mobilesam.distill.students import STUDENTS
+from mobilesam.distill.trainer import Trainer, batch_norm_momentum, parameter_groups
+from mobilesam.store import EmbeddingStore
+
+Options = Callable[..., DistillConfig]
+
+
+def test_norms_biases_and_attention_biases_do_not_decay_and_all_else_does() -> None:
+    student = build_student("tiny_vit", 64, seed=0)
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    decayed, free = parameter_groups(student, 0.3)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
+    ends = {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]}
+    assert ends == {"weight"}
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    free_ends = {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]}
+    assert free_ends == {"weight", "bias", "attention_biases"}
+    assert sorted(map(id, decayed["params"] + free["params"])) == sorted(names)
+
+
+def test_early_batch_norm_statistics_are_plain_averages() -> None:
+    norm = nn.BatchNorm1d(3)
+    batches = torch.randn(7, 5, 3) * 4 + 2
+    for count, batch in enumerate(batches, start=1):
+        norm.momentum = batch_norm_momentum(count)
+        norm(batch)
+    torch.testing.assert_close(norm.running_mean, batches.mean(dim=(0, 1)))
+    torch.testing.assert_close(norm.running_var, batches.var(dim=1).mean(dim=0))
+    assert batch_norm_momentum(10) == batch_norm_momentum(10_000) == 0.1
+
+
+def test_an_int8_row_becomes_values_times_scales(images: Path, make_store: Callable[..., Path]) -> None:
+    with EmbeddingStore.open(make_store(images, dtype="int8")) as store:
+        loader = Loader(store, store.records(), images, workers=1)
+        batch = next(loader.batches([[2, 4]]))
+        loader.close()
+        _, teacher_BCHW = embed(nn.Identity(), batch, torch.device("cpu"), "float32")
+        wanted = torch.from_numpy(store.read([2, 4]).to_float32())
+    assert torch.equal(teacher_BCHW, wanted)
+
+
+def test_accumulating_a_batch_gives_the_gradient_of_the_whole_batch(
+    store: Path, images: Path, options: Options
+) -> None:
+    # Without batch norm, whose statistics depend on what is computed together.
+    def gradient(micro_batch: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Conv2d(3, 256, 16, 16), nn.GELU(), nn.Conv2d(256, 256, 1))
+        config = options(
+            store, epochs=1, batch_size=5, micro_batch=micro_batch, loss_region="valid", out=f"m{micro_batch}"
+        )
+        state = one_step(config, student, images).optimizer.state
+        # After one step AdamW's first moment is a tenth of the clipped gradient.
+        return torch.cat([state[parameter]["exp_avg"].flatten() for parameter in student.parameters()])
+
+    whole = gradient(5)
+    torch.testing.assert_close(gradient(2), whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def one_step(config: DistillConfig, student: nn.Module, images: Path) -> Trainer:
+    """The trainer after one step on rows 0 to 4."""
+    distill_folder(config)
+    with (
+        EmbeddingStore.open(config.store) as store,
+        Loader(store, store.records(), images, workers=1) as loader,
+    ):
+        trainer = make_trainer(config, student, loader, "cpu")
+        rows, size = [0, 1, 2, 3, 4], config.micro_batch or 5
+        trainer.student.train()
+        trainer.step(rows, loader.batches(split_batches(rows, size)))
+    return trainer
+
+
+def distill_folder(config: DistillConfig) -> None:
+    """A run's folder to train in: that of a run that was stopped at once."""
+    flag = StopFlag()
+    flag.set()
+    with pytest.raises(DistillInterrupted):
+        distill(config, stop=flag)
+
+
+def make_trainer(config: DistillConfig, student: nn.Module, loader: Loader, device: str) -> Trainer:
+    assert config.out is not None
+    return Trainer(
+        config,
+        Run.open(config.out),
+        student.to(device),
+        loader,
+        device=torch.device(device),
+        precision=config.precision,
+        micro_batch=config.micro_batch or 5,
+        student_info={},
+        stop=StopFlag(),
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(store: Path, options: Options) -> None:
+    with pytest.raises(DistillError, match="lower --lr"):
+        distill(options(store, lr=1e30, clip=1e30, epochs=3, warmup=0, out="run"))
+    saved = Path("run/last.pt")
+    if saved.exists():
+        weights = torch.load(saved, weights_only=True)["student"]
+        assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (2, 2), (8, 2)])
+def test_on_a_cpu_two_images_are_computed_at_a_time(batch_size: int, expected: int) -> None:
+    found = default_micro_batch(STUDENTS["tiny_vit"], batch_size, 1024, "float32", torch.device("cpu"))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "image_size", "precision", "expected"),
+    [
+        (80, 1024, "bfloat16", 42),
+        (8, 1024, "bfloat16", 4),
+        (8, 1024, "float32", 2),
+        (1, 1024, "float32", 1),
+        (8, 256, "float32", 39),
+    ],
+)
+def test_on_a_gpu_as_many_as_its_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, free_gb: int, image_size: int, precision: str, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
+    found = default_micro_batch(STUDENTS["tiny_vit"], 64, image_size, precision, torch.device("cuda"))
+    assert found == expected
+    assert default_workers(torch.device("cuda")) >= 1
+
+
+@pytest.mark.cuda
+def test_a_step_on_a_gpu_never_waits_for_it(store: Path, images: Path, options: Options) -> None:
+    config = options(store, epochs=1, batch_size=5, micro_batch=2, out="run", precision="bfloat16")
+    distill_folder(config)
+    student = build_student("tiny_vit", 64, seed=0)
+    with (
+        EmbeddingStore.open(store) as opened,
+        Loader(opened, opened.records(), images, workers=1, pin_memory=True) as loader,
+    ):
+        trainer = make_trainer(config, student, loader, "cuda")
+        trainer.student.train()
+        rows = [0, 1, 2, 3, 4]
+        parts = [[0, 1], [2, 3], [4]]
+        trainer.step(rows, loader.batches(parts))  # cuDNN and AdamW set themselves up
+        ready = list(loader.batches(parts))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step(rows, iter(ready))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.meter.fetch()
+    assert trainer.meter.last_loss is not None
+    assert math.isfinite(trainer.meter.last_loss)
