@@ -56,7 +56,9 @@ def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *,
 
     with _axes(name) as (figure, axes):
         bins = int(np.clip(np.sqrt(len(values)) * 2, 6, 40))
-        axes.hist(values, bins=bins, color=COLOURS["series-1"], alpha=0.55, linewidth=0)
+        axes.hist(
+            values, bins=bins, histtype="stepfilled", color=COLOURS["series-1"], alpha=0.55, linewidth=0
+        )
         for (label, value), style in zip(marks.items(), ("-", (0, (3, 2))), strict=False):
             axes.axvline(
                 value, color=COLOURS["ink"], linewidth=1.2, linestyle=style, label=f"{label} {value:.4f}"
