@@ -46,7 +46,7 @@ def distill(
     A run that was interrupted goes on; one that is finished returns its result without training. The keys:
     `run` (absolute path), `epochs`, `steps`, `seconds` (all sessions of the run), `images_per_second` (images
     trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
-    rows after the last epoch).
+    rows after the last epoch), `untrained_teacher`.
 
     In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
     DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
@@ -66,9 +66,13 @@ def distill(
         if finished is not None:
             load_student(run.path)
             logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
-            return {**finished, "run": str(run.path)}
+            return {**finished, "run": str(run.path), **_note(run)}
         stack.enter_context(stopped_by_signals(stop))
-        return _train(config, run, store, records, stop, progress)
+        return {**_train(config, run, store, records, stop, progress), **_note(run)}
+
+
+def _note(run: Run) -> dict[str, bool]:
+    return {"untrained_teacher": run.config["untrained_teacher"]}
 
 
 def _train(

@@ -28,14 +28,13 @@ _LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connected cluster: `devices` are those that its workers take by turns, `threads` torch's for each on a
-    CPU (None: as the worker has it)."""
+    """A connected cluster: `devices` are those that its workers take by turns, `threads` what each has for torch
+    on a CPU and for decoding (None: as many as it was started with). `local` ones are this run's own."""
 
     client: Client
     workers: int
     devices: tuple[str, ...]
     threads: int | None
-    decode_threads: int
     local: bool
 
     @property
@@ -109,8 +108,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
                     client=client,
                     workers=workers,
                     devices=devices,
-                    threads=max(1, cores // workers) if devices[0] == "cpu" else None,
-                    decode_threads=max(1, cores // workers),
+                    threads=max(1, cores // workers),
                     local=True,
                 )
         finally:
@@ -154,6 +152,5 @@ def _remote(config: PrecomputeConfig) -> Iterator[Cluster]:
             workers=workers,
             devices=(config.device,),
             threads=None,
-            decode_threads=TASKS_PER_WORKER,
             local=False,
         )

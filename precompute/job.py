@@ -194,7 +194,7 @@ class Job:
         self._submit(task)
 
     def _heard(self, event: tuple[float, dict]) -> None:
-        batch = BatchDone(**event[1])
+        batch = BatchDone(**event[1]["batch"])
         if batch.run == self._plugin.run:
             self._progress.batch(batch.shard, batch.attempt, batch.rows, batch.failed)
 

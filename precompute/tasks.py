@@ -13,14 +13,17 @@ BATCH_TOPIC = "mobilesam-batch"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSetup:
-    """How a worker makes its teacher. `threads` is torch's number of threads on a CPU."""
+    """How a worker makes its teacher: on one of the `devices`, with `threads` for torch on a CPU and for decoding
+    (None: as many as the worker has). `local` workers are this run's own."""
 
     name: str
     checkpoint: Path | None
     checkpoint_sha256: str
     image_size: int
     precision: str
+    devices: tuple[str, ...]
     threads: int | None
+    local: bool
 
 
 @dataclass(frozen=True, kw_only=True)

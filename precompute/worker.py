@@ -40,21 +40,20 @@ WRITES_BEHIND = 2
 class TeacherPlugin(WorkerPlugin):
     """Holds a worker's teacher, loaded at its first task, so that what is wrong with it reaches the coordinator."""
 
-    def __init__(self, run: str, setup: TeacherSetup, devices: tuple[str, ...], decode_threads: int) -> None:
+    def __init__(self, run: str, setup: TeacherSetup) -> None:
         self.name = f"mobilesam-{run}"
         self.run = run
-        self.decode_threads = decode_threads
         self._setup = setup
-        self._devices = devices
 
     def setup(self, worker: Worker) -> None:
         """Prepare the worker; called by dask on its main thread."""
         self._lock = threading.Lock()
         self._teacher: Teacher | None = None
+        self.threads = self._setup.threads or worker.state.nthreads
         # A worker of a local cluster is called 0, 1, ...: each takes its own device.
         place = worker.name if isinstance(worker.name, int) else 0
-        self._device = self._devices[place % len(self._devices)]
-        if threading.current_thread() is threading.main_thread():
+        self._device = self._setup.devices[place % len(self._setup.devices)]
+        if self._setup.local and threading.current_thread() is threading.main_thread():
             # Ctrl-C reaches the whole process group; the coordinator alone decides what it means.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -63,24 +62,27 @@ class TeacherPlugin(WorkerPlugin):
         """The worker's teacher, for one thread at a time."""
         with self._lock:
             if self._teacher is None:
-                self._teacher = _load(self._setup, self._device)
+                self._teacher = _load(self._setup, self._device, self.threads)
             yield self._teacher
 
 
-def _load(setup: TeacherSetup, device: str) -> Teacher:
+def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
     import torch
 
+    from ..sam.allocator import keep_freed_memory
     from ..sam.precision import resolve_device
     from ..sam.teachers import load_teacher
 
-    if setup.threads is not None:
+    where = resolve_device(device)
+    if where.type == "cpu":
         # dask starts its workers with one OpenMP thread.
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(threads)
+        keep_freed_memory()
     teacher = load_teacher(
         setup.name,
         setup.checkpoint,
         image_size=setup.image_size,
-        device=resolve_device(device),
+        device=where,
         precision=setup.precision,
     )
     if teacher.checkpoint_sha256 != setup.checkpoint_sha256:
@@ -117,7 +119,7 @@ def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
     with (
         ShardWriter(task.store, task.layouts, task.shard, attempt, len(task.images)) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
-        closing(_batches(task, plugin.decode_threads)) as batches,
+        closing(_batches(task, plugin.threads)) as batches,
     ):
         first = next(batches)  # decoded before the teacher is asked for
         writes: deque[Future[None]] = deque()
@@ -167,7 +169,7 @@ class _Outcome:
         self.decode_seconds += sum(item.cpu_seconds for item in batch.images)
         failed = sum(result.reason is not None for result in results)
         event = replace(self._event, rows=len(results), failed=failed)
-        self._worker.log_event(BATCH_TOPIC, asdict(event))
+        self._worker.log_event(BATCH_TOPIC, {"batch": asdict(event)})
 
 
 def _batches(task: ShardTask, threads: int) -> Generator[Batch]:

@@ -114,9 +114,10 @@ class EmbeddingStore:
         return cls.open(path, writable=True)
 
     def close(self) -> None:
-        """Let go of the manifest and, for a writer, of the lock."""
+        """Let go of the manifest and, for a writer, of the lock; attempts that came to nothing are removed."""
         self._manifest.close()
         if self._lock:
+            self._remove_partials()
             self._lock.release()
 
     def __enter__(self) -> EmbeddingStore:
@@ -251,10 +252,13 @@ class EmbeddingStore:
     def _tidy(self) -> None:
         """Remove what killed attempts left, and finish an extension that was cut short."""
         with explained(self.path):
-            for layout in self.spec.layouts:
-                for leftover in (self.path / layout.name).glob("*.partial"):
-                    leftover.unlink(missing_ok=True)
+            self._remove_partials()
             write_documents(self.path, self.spec, self.row_count())
+
+    def _remove_partials(self) -> None:
+        for layout in self.spec.layouts:
+            for leftover in (self.path / layout.name).glob("*.partial"):
+                leftover.unlink(missing_ok=True)
 
 
 def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:

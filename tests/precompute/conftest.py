@@ -24,10 +24,8 @@ def scheduler() -> Iterator[str]:
         yield cluster.scheduler_address
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """A folder of seven small pictures, cut from the example photos."""
-    folder = tmp_path / "photos"
+def cut_photos(folder: Path) -> Path:
+    """Make a folder of seven small pictures, cut from the example photos."""
     folder.mkdir()
     for number, name in enumerate(["admiral", "astronaut", "coffee", "galaxies", "retina", "rocket"]):
         picture = Image.open(PHOTOS / f"{name}.jpg")
@@ -37,7 +35,21 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(scheduler: str, tmp_path: Path, photos: Path) -> Callable[..., dict[str, Any]]:
+def photos(tmp_path: Path) -> Path:
+    """Seven small pictures that the test may change."""
+    return cut_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures, for tests that leave them alone."""
+    return cut_photos(tmp_path_factory.mktemp("shared") / "photos")
+
+
+@pytest.fixture
+def run(
+    scheduler: str, tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> Iterator[Callable[..., dict[str, Any]]]:
     """run(name, ...options) precomputes the photos at 64 pixels into a store of that name under tmp_path."""
 
     def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
@@ -52,4 +64,6 @@ def run(scheduler: str, tmp_path: Path, photos: Path) -> Callable[..., dict[str,
         observer = options.pop("observer", None)
         return precompute(PrecomputeConfig(**(settings | options)), observer)
 
-    return run_precompute
+    yield run_precompute
+    # What goes wrong in an event handler, dask only logs.
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []

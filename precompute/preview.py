@@ -14,8 +14,8 @@ from .cluster import connect
 from .config import PrecomputeConfig
 from .opening import TeacherFile, find_teacher
 from .plan import Plan, look_up, make_plan, refuse_contradictions
-from .precompute import find_hardware
 from .progress import Observer, Silent
+from .run import find_hardware
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:

@@ -26,10 +26,10 @@ from .worker import TeacherPlugin
 def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
     """Embed every chosen image that the store lacks, and commit shard by shard.
 
-    Returns `images, done, done_before, failed, seconds, images_per_second, teacher_share, decode_seconds`: rows
-    in all, done, done before this run, and failed; wall seconds of the whole call; rate from the first teacher
-    batch's begin to the last commit (None when nothing was computed); the share of that time that teachers were
-    busy; CPU seconds of reading and decoding.
+    Returns `images, done, done_before, failed`: rows in all, done, done before this run, and failed; `seconds`:
+    wall time of the whole call; `images_per_second`: from the first teacher batch's begin to the last commit (None
+    when nothing was computed); `teacher_share`: of that time that teachers were busy; `decode_seconds`: CPU time of
+    reading and decoding; `untrained_teacher`.
 
     Raises PrecomputeError, SamError, StoreError; PrecomputeInterrupted after SIGINT or SIGTERM, with everything
     committed that was finished.
@@ -64,6 +64,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "failed": after.failed,
             "seconds": round(time.monotonic() - began, 3),
             **_rates(tally, plan.hardware.workers),
+            "untrained_teacher": store.spec.untrained,
         }
 
 
@@ -107,9 +108,11 @@ def _compute(
         checkpoint_sha256=teacher.sha256,
         image_size=plan.image_size,
         precision=store.spec.precision,
+        devices=cluster.devices,
         threads=cluster.threads,
+        local=cluster.local,
     )
-    plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup, cluster.devices, cluster.decode_threads)
+    plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     before = store.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
     batch_size = plan.config.batch_size or sizing.batch_size(cluster.devices[0])

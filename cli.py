@@ -1,0 +1,385 @@
+"""The command line: options to config objects, errors to exit codes. What it says goes to standard error, results
+to standard output.
+
+Exit codes: 0 done; 1 a check or threshold failed; 2 usage; 3 input or environment; 130 and 143 interrupted.
+Rooms are imported inside commands, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .distill.config import DistillConfig
+
+if TYPE_CHECKING:
+    from .distill import Progress
+    from .precompute import Snapshot
+
+FAILED_CHECK, USAGE, INPUT = 1, 2, 3
+
+
+class RoomCommand(click.Command):
+    """A command whose rooms' errors become one or two lines and an exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run, and translate what is raised."""
+        debug = context.params.pop("debug", False)
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            context.exit(130)
+        except Exception as error:  # noqa: BLE001 - this is where errors end
+            if debug:
+                traceback.print_exc()
+            message, code = _explain(error)
+            click.echo(f"error: {message}", err=True)
+            context.exit(code)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from .distill.errors import DistillError
+    from .precompute.errors import PrecomputeError
+    from .sam.errors import SamError
+    from .store.errors import StoreError
+    from .verify.errors import VerifyError
+
+    signum = getattr(error, "signum", None)
+    if signum is not None:
+        return str(error), 128 + signum
+    if isinstance(error, SamError | StoreError | PrecomputeError | DistillError | VerifyError):
+        return str(error), INPUT
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}", INPUT
+    return f"unexpected {type(error).__name__}: {error}\nThis is a bug; --debug shows where.", INPUT
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What a config object refuses is a wrong use of options."""
+    try:
+        yield
+    except Exception as error:
+        message, code = _explain(error)
+        if code != INPUT or message.startswith("unexpected"):
+            raise
+        raise click.UsageError(message) from error
+
+
+def _options(*options: Callable) -> Callable:
+    """One decorator of many."""
+    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+
+def _common(command: Callable) -> Callable:
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+    debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+    return json_option(debug_option(command))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given: the others take their config object's defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+class Reporter:
+    """Messages and progress on standard error: a bar on a terminal, else a line every `LINE_SECONDS`."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._last_time, self._last_line = time.monotonic(), ""
+        self._bar = Progress(
+            TextColumn(what),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=1, note="", visible=False)
+
+    def __enter__(self) -> Reporter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def message(self, text: str) -> None:
+        """A line that matters once."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def show(self, done: float, total: float, note: str) -> None:
+        """How far it is, and a note such as rate and time left."""
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
+            return
+        due = time.monotonic() - self._last_time >= self.LINE_SECONDS or done == total
+        line = f"{done:,.0f}/{total:,.0f} {note}"
+        if due and line != self._last_line:
+            self._last_time, self._last_line = time.monotonic(), line
+            self.message(line)
+
+    def download(self, done: int, total: int) -> None:
+        """Bytes of a checkpoint downloaded."""
+        self.show(done, total, "bytes downloaded")
+
+    def training(self, progress: Progress) -> None:
+        """How far distill is."""
+        loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
+        speed = [f"{progress.images_per_second:.3g} images/s", f"{_time(progress.eta_seconds)} left"]
+        what = [f"steps, epoch {progress.epoch} of {progress.epochs}", progress.phase]
+        self.show(progress.step, progress.steps, ", ".join([*what, *loss, *speed]))
+
+    def comparison(self, done: int, total: int) -> None:
+        """How far verify is."""
+        self.show(done, total, "images")
+
+    def progress(self, snapshot: Snapshot) -> None:
+        """How far precompute is."""
+        rate = snapshot.images_per_second
+        speed = [] if rate is None else [f"{rate:.3g} images/s", f"{_time(snapshot.eta or 0)} left"]
+        counts = [f"{snapshot.done_before:,} done before", f"{snapshot.failed:,} failed"]
+        self.show(snapshot.computed, snapshot.images, ", ".join(["images", *speed, *counts]))
+
+
+def _time(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
+
+
+def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
+    click.echo(json.dumps(result) if as_json else "\n".join(lines))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mobilesam")
+def main() -> None:
+    """Distil Segment Anything's image encoder into a small one.
+
+    \b
+    mobilesam precompute --images DIR --out store.zarr    run the teacher once, into a Zarr store
+    mobilesam distill --epochs 8                          fit the student to the store
+    mobilesam verify                                      how close student and teacher are
+    """
+    # Only our own: a handler at the root would print what dask and matplotlib say to themselves.
+    logger = logging.getLogger(__package__)
+    logger.handlers[:] = [logging.StreamHandler()]
+    logger.propagate = False
+
+
+# fmt: off
+_precompute_options = _options(
+    click.option("--images", type=click.Path(path_type=Path), multiple=True, required=True, metavar="DIR|TAR...",
+                  help="Folders (searched recursively) and .tar files; several may follow one --images."),
+    click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR|TAR]..."),
+    click.option("--out", type=click.Path(path_type=Path), default="store.zarr", show_default=True,
+                  help="The store, made or gone on with."),
+    click.option("--teacher", type=click.Choice(["vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano"]),
+                  help="[default: the store's, else vit_h]"),
+    click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
+                  help="The teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]"),
+    click.option("--fraction", type=float, default=1.0, show_default=True, metavar="F",
+                  help="Keep this share of the images, chosen by a hash of each one's name."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of --fraction's choice."),
+    click.option("--limit", type=int, metavar="N", help="At most this many images."),
+    click.option("--extend", is_flag=True, help="Append images that the store lacks."),
+    click.option("--retry-failed", is_flag=True, help="Compute shards with failed images anew."),
+    click.option("--dtype", type=click.Choice(["float16", "float32", "int8"]),
+                  help="Of the stored embeddings [default: the store's, else float16]"),
+    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+                  help="Of the teacher's arithmetic; auto is bfloat16 where the hardware accelerates it."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--workers", type=int, metavar="N", help="Worker processes [default: one a GPU; 1 on a CPU]"),
+    click.option("--scheduler", metavar="ADDRESS", help="Use the dask cluster at this address."),
+    click.option("--shard-size", default="auto", show_default=True, metavar="S",
+                  help="Images per shard; auto is 64, or less where a shard would take over five minutes."),
+    click.option("--batch-size", type=int, metavar="B",
+                  help="Images that the teacher takes at once [default: by device]"),
+    click.option("--image-size", type=int, metavar="PX",
+                  help="Side of the teacher's input [default: the store's, else 1024]"),
+    click.option("--performance-report", type=click.Path(path_type=Path), metavar="FILE.html",
+                  help="Write dask's performance report."),
+    click.option("--dry-run", is_flag=True, help="Say what would be done, needed and taken; change nothing."),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_precompute_options
+@_common
+def precompute(
+    images: tuple[Path, ...], more: tuple[Path, ...], dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Run the teacher once over the images, into a store.
+
+    A rerun of the same command computes only what is missing. A broken image is recorded as failed and does not
+    stop the job.
+
+    \b
+    Examples:
+      mobilesam precompute --images photos --out store.zarr --teacher vit_b --checkpoint sam_vit_b_01ec64.pth
+      mobilesam precompute --images sa_000000.tar sa_000001.tar --fraction 0.01 --seed 1 --dry-run
+      mobilesam precompute --images photos --limit 100 --teacher vit_nano --image-size 256 --json
+      mobilesam precompute --images photos --extend --retry-failed
+      mobilesam precompute --images photos --dtype int8 --precision bfloat16 --device cuda:1 --batch-size 16
+      mobilesam precompute --images photos --workers 2 --shard-size 32 --performance-report dask.html
+      mobilesam precompute --images /data/photos --out /data/store.zarr --scheduler tcp://10.0.0.1:8786 --debug
+    """
+    from .precompute import PrecomputeConfig
+    from .precompute import dry_run as plan_only
+    from .precompute import precompute as run
+    from .precompute.summary import plan_lines, summary_lines
+
+    with _usage():
+        shard_size = _auto_or_number("--shard-size", options.pop("shard_size"))
+        config = PrecomputeConfig(images=images + more, shard_size=shard_size, **options)
+    with Reporter("precompute") as reporter:
+        result = plan_only(config, reporter) if dry_run else run(config, reporter)
+    _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
+
+
+def _auto_or_number(option: str, value: str) -> int | None:
+    if value == "auto":
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        raise click.UsageError(f"{option} {value!r} is neither auto nor a number") from None
+
+
+_DISTILL = {field.name: field.default for field in fields(DistillConfig)}
+
+
+# fmt: off
+_distill_options = _options(
+    click.option("--store", type=click.Path(path_type=Path), default=_DISTILL["store"], show_default=True,
+                  help="What precompute made."),
+    click.option("--images", type=click.Path(path_type=Path), metavar="DIR",
+                  help="Where the images are now, if they moved."),
+    click.option("--student", type=click.Choice(["tiny_vit"]), default=_DISTILL["student"], show_default=True),
+    click.option("--epochs", type=int, default=_DISTILL["epochs"], show_default=True),
+    click.option("--batch-size", type=int, default=_DISTILL["batch_size"], show_default=True,
+                  help="Images that one optimizer step is made of."),
+    click.option("--micro-batch", type=int, metavar="M",
+                  help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"),
+    click.option("--lr", type=float, default=_DISTILL["lr"], show_default=True, help="Highest learning rate."),
+    click.option("--weight-decay", type=float, default=_DISTILL["weight_decay"], show_default=True),
+    click.option("--warmup", type=float, default=_DISTILL["warmup"], show_default=True,
+                  help="Share of the steps in which the rate rises."),
+    click.option("--seed", type=int, default=_DISTILL["seed"], show_default=True),
+    click.option("--val-fraction", type=float, default=_DISTILL["val_fraction"], show_default=True,
+                  help="Share of the images held out."),
+    click.option(
+        "--loss-region",
+        type=click.Choice(["all", "valid"]),
+        default=_DISTILL["loss_region"],
+        show_default=True,
+        help="The whole square, or only its image part.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default=_DISTILL["precision"],
+        show_default=True,
+    ),
+    click.option("--device", default=_DISTILL["device"], show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--resume/--restart", default=True, show_default=True,
+                  help="Go on with the same run, or begin it anew."),
+    click.option("--out", type=click.Path(path_type=Path), metavar="runs/NAME",
+                  help="The run's folder [default: by student, options and data]"),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_distill_options
+@_common
+def distill(resume: bool, as_json: bool, **options: Any) -> None:
+    """Fit a student to a store's embeddings, by their mean squared error.
+
+    Writes runs/NAME and points runs/latest to it. A rerun of the same command goes on where it was.
+
+    \b
+    Examples:
+      mobilesam distill --epochs 8
+      mobilesam distill --store store.zarr --images /data/photos --student tiny_vit --out runs/mine
+      mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1
+      mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
+      mobilesam distill --restart --json --debug
+      mobilesam distill --resume
+    """
+    from .distill import distill as run
+    from .distill.summary import summary_lines
+
+    with _usage():
+        config = DistillConfig(**_given(**options), restart=not resume)
+    with Reporter("distill") as reporter:
+        result = run(config, progress=reporter.training)
+    _print(as_json, result, [*summary_lines(result), "Next: mobilesam verify"])
+
+
+# fmt: off
+_verify_options = _options(
+    click.option("--student", type=click.Path(path_type=Path), metavar="RUN_OR_FILE", help="[default: runs/latest]"),
+    click.option("--store", type=click.Path(path_type=Path), help="[default: the run's]"),
+    click.option("--images", type=click.Path(path_type=Path), metavar="DIR",
+                  help="Where the images are now, if they moved."),
+    click.option("--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True),
+    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
+                  help="Of the student's arithmetic; auto is what it was trained in."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--batch-size", type=int, metavar="B", help="[default: by device]"),
+    click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html",
+                  help="Write one self-contained page with curves and pictures."),
+    click.option("--min-cosine", type=float, metavar="X", help="Fail below this mean cosine (valid cells)."),
+    click.option("--min-skill", type=float, metavar="X", help="Fail below this skill (valid cells)."),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_verify_options
+@_common
+def verify(as_json: bool, **options: Any) -> None:
+    """Compare a student's embeddings with its teacher's.
+
+    Exit code 1 when a threshold is missed.
+
+    \b
+    Examples:
+      mobilesam verify
+      mobilesam verify --split all --report report.html
+      mobilesam verify --min-cosine 0.8 --min-skill 0.5 --json
+      mobilesam verify --student runs/mine --store store.zarr --images /data/photos --split train
+      mobilesam verify --precision float32 --device cpu --batch-size 2 --debug
+    """
+    from .verify import VerifyConfig, table_lines
+    from .verify import verify as run
+
+    with _usage():
+        config = VerifyConfig(**options)
+    with Reporter("verify") as reporter:
+        result = run(config, progress=reporter.comparison)
+    _print(as_json, result, table_lines(result))
+    if not result["passed"]:
+        click.get_current_context().exit(FAILED_CHECK)

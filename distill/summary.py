@@ -1,0 +1,19 @@
+"""What a run has come to, as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """The result of `distill`; the metrics are those of the image part of the held-out rows."""
+    val = result["val"]
+    lines = [
+        f"{result['run']}: {result['epochs']} epochs, {result['steps']:,} steps, {result['seconds']:.0f} s",
+        f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
+        f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
+    ]
+    if result["untrained_teacher"]:
+        lines.append("untrained teacher: good for trials, not for masks")
+    return lines
