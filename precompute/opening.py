@@ -9,7 +9,7 @@ from pathlib import Path
 from ..sam import ImageFile, preprocessing_recipe
 from ..sam.catalog import TEACHERS
 from ..sam.checkpoints import file_sha256, find_checkpoint
-from ..sam.teachers import load_head
+from ..sam.teachers import load_head, positions_interpolated
 from ..sam.vit_nano import untrained_sha256
 from ..store import EmbeddingStore, NewImage, StoreSpec, encode_head
 from .plan import Plan
@@ -83,6 +83,7 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         head_sha256=head_sha256,
         untrained=teacher.untrained,
         image_size=plan.image_size,
+        positions_interpolated=positions_interpolated(teacher.name, plan.image_size),
         preprocessing=preprocessing_recipe(plan.image_size),
         dtype=plan.dtype,
         precision=plan.hardware.precision,

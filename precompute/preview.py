@@ -23,8 +23,8 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
 
     Returns `images, pending, shards, shard_size, bytes_needed, bytes_free, seconds_per_image, seconds`: rows in
     all and to compute; shards in all; bytes on disk for what is to be computed, and free there; the time of one
-    image on this machine, timed, and of all pending ones by all workers. The times are None when the checkpoint is
-    not at hand: nothing is downloaded.
+    image on this machine, timed, and of all pending ones by all workers. The times are None when nothing is to
+    be computed, or the checkpoint is not at hand: nothing is downloaded.
     """
     observer = observer or Silent()
     with ExitStack() as stack:
@@ -35,7 +35,7 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
         plan = make_plan(config, stored, find_hardware(config, stored, cluster), observer)
     pending = sum(plan.pending.values())
     layouts = array_layouts(plan.dtype, plan.image_size, plan.shard_size)
-    seconds = _seconds_per_image(plan, observer) if pending else 0.0
+    seconds = _seconds_per_image(plan, observer) if pending else None
     return {
         "images": plan.rows,
         "pending": pending,

@@ -29,8 +29,8 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
 def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     """The result of `dry_run`."""
     needed, free = plan["bytes_needed"], plan["bytes_free"]
-    time = "not measured"
-    if plan["seconds"] is not None:
+    time = "not measured" if plan["pending"] else "none"
+    if plan["pending"] and plan["seconds"] is not None:
         time = f"about {_time(plan['seconds'])} (one image took {plan['seconds_per_image']:.3g} s here)"
     lines = [
         f"images        {plan['images']:,}, of which {plan['pending']:,} to compute",

@@ -15,7 +15,7 @@ from .head import HEAD_PREFIXES, SamHead, build_head, head_shapes
 from .precision import resolve_device, resolve_precision
 from .tiny_vit import TinyViT
 from .vit import VITS, build_vit, fit_positions
-from .vit_nano import untrained_sha256, untrained_state
+from .vit_nano import STORED_IMAGE_SIZE, untrained_sha256, untrained_state
 from .weights import ENCODER_PREFIX, check_state, read_state
 
 __all__ = ["TEACHERS", "SamHead", "Teacher", "TeacherInfo", "build_head", "load_head", "load_teacher"]
@@ -122,6 +122,13 @@ def load_teacher(
         positions_interpolated=interpolated,
         image_encoder=encoder.requires_grad_(False).eval().to(where),
     )
+
+
+def positions_interpolated(name: str, image_size: int) -> bool:
+    """Whether a teacher's position tables have to be resampled for ``image_size`` (TinyViT has none)."""
+    if name not in VITS:
+        return False
+    return image_size != (STORED_IMAGE_SIZE if TEACHERS[name].embedded else TRAINED_IMAGE_SIZE)
 
 
 def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:

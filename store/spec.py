@@ -29,7 +29,8 @@ _COMPARED = (
 class StoreSpec:
     """The immutable description of a store, kept in the Zarr group's attributes under `mobilesam`.
 
-    `image_size` is the side in pixels of the teacher's square input; `precision` the arithmetic as resolved,
+    `image_size` is the side in pixels of the teacher's square input, `positions_interpolated` whether its position
+    tables had to be resampled for it; `precision` the arithmetic as resolved,
     never `auto`; `subset` the fraction and seed that chose the first set of images; `image_root` the absolute
     folder that keys are relative to.
     """
@@ -41,6 +42,7 @@ class StoreSpec:
     head_sha256: str
     untrained: bool
     image_size: int
+    positions_interpolated: bool
     preprocessing: Mapping[str, Any]
     dtype: str
     precision: str

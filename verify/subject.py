@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distill import Run, load_student, mean_embedding
-from ..distill.run import CONFIG_FILE, STUDENT_FILE
+from ..distill.run import CONFIG_FILE
+from ..distill.students import STUDENT_FILE
 from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore

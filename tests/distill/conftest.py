@@ -84,6 +84,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
             checkpoint_sha256="0" * 64,
             head_sha256=head_sha256,
             untrained=True,
+            positions_interpolated=True,
             image_size=image_size,
             preprocessing=preprocessing_recipe(image_size),
             dtype=dtype,

@@ -9,7 +9,7 @@ import torch
 from segment_anything import sam_model_registry
 
 from mobilesam.sam.head import head_shapes
-from mobilesam.sam.teachers import load_teacher
+from mobilesam.sam.teachers import load_teacher, positions_interpolated
 from mobilesam.sam.vit import VITS, build_vit, fit_positions
 from mobilesam.sam.vit_nano import shapes, state_sha256, untrained_sha256, untrained_state
 
@@ -106,8 +106,10 @@ def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) 
 
 
 def test_the_stored_size_needs_no_resampling() -> None:
-    assert not load_teacher("vit_nano", None, image_size=512).positions_interpolated
-    assert load_teacher("vit_nano", None, image_size=256).positions_interpolated
+    for image_size in (512, 256):
+        told = positions_interpolated("vit_nano", image_size)
+        assert load_teacher("vit_nano", None, image_size=image_size).positions_interpolated == told
+        assert told == (image_size != 512)
 
 
 @pytest.fixture(scope="module")

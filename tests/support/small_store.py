@@ -32,6 +32,7 @@ def make_spec(**changes: object) -> StoreSpec:
         "head_sha256": HEAD_SHA256,
         "untrained": True,
         "image_size": 64,
+        "positions_interpolated": True,
         "preprocessing": {"mean": [1.0, 2.0, 3.0], "filter": "bilinear"},
         "dtype": "float16",
         "precision": "float32",
