@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,8 +271,9 @@ def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
 
 
 def local_path(path: Path | str) -> Path:
-    """The path as a Path; StoreError for a URL, since stores are local folders so far."""
-    if "://" in str(path):
+    """The path as a Path; StoreError for a URL: stores are local folders so far."""
+    # A Path has already made one slash of the two in s3://bucket.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise StoreError(
             f"{path}: stores on object storage are not supported yet; give a folder, or mount it"
         )

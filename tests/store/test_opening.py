@@ -124,8 +124,8 @@ def test_no_store_is_told_with_the_mend(tmp_path: Path, make: str) -> None:
         EmbeddingStore.open(place)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/store.zarr", "gs://bucket/store.zarr"])
-def test_urls_are_refused_clearly(url: str) -> None:
+@pytest.mark.parametrize("url", ["s3://bucket/store.zarr", Path("gs://bucket/store.zarr")])
+def test_urls_are_refused_clearly(url: str | Path) -> None:
     with pytest.raises(StoreError, match="not supported yet"):
         EmbeddingStore.open(url)
 

@@ -1,0 +1,280 @@
+"""The command line as its users meet it: help, usage, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from mobilesam.cli import main
+from mobilesam.distill import DistillConfig
+from mobilesam.precompute import PrecomputeConfig
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+LATER = ["--objective", "--init", "--compile", "--audit", "--keep-images", "--min-miou"]
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def _options(command: click.Command) -> list[str]:
+    return [
+        name
+        for option in command.params
+        if isinstance(option, click.Option)
+        for name in (*option.opts, *option.secondary_opts)
+        if name.startswith("--")
+    ]
+
+
+@pytest.mark.parametrize("name", ["precompute", "distill", "verify"])
+def test_every_option_has_an_example_in_its_commands_help(name: str) -> None:
+    page = _run(name, "--help").output
+    examples = page.partition("Examples:")[2].partition("Options:")[0]
+    assert f"mobilesam {name}" in examples
+    missing = [option for option in _options(main.commands[name]) if f"{option} " not in examples + " "
+               and not re.search(rf"{option}$", examples, re.MULTILINE)]  # fmt: skip
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["precompute", "distill", "verify"])
+def test_every_example_in_the_help_is_accepted(name: str) -> None:
+    page = _run(name, "--help").output
+    examples = page.partition("Examples:")[2].partition("Options:")[0]
+    lines = re.findall(rf"mobilesam {name}(.*)", examples)
+    assert lines
+    for line in lines:
+        context = main.commands[name].make_context(name, line.split())
+        assert context.params
+
+
+def test_options_and_commands_of_later_are_absent() -> None:
+    assert set(main.commands) == {"precompute", "distill", "verify"}
+    offered = {option for command in main.commands.values() for option in _options(command)}
+    assert offered.isdisjoint(LATER)
+
+
+def test_defaults_on_the_command_line_are_the_libraries() -> None:
+    distill = main.commands["distill"].make_context("distill", [])
+    defaults = DistillConfig()
+    for name, value in distill.params.items():
+        if hasattr(defaults, name) and value is not None:
+            assert value == getattr(defaults, name), name
+    given = main.commands["precompute"].make_context("precompute", ["--images", "photos"]).params
+    config = PrecomputeConfig(images=(Path("photos"),), out=Path("store.zarr"))
+    for name in (
+        "fraction",
+        "seed",
+        "limit",
+        "extend",
+        "retry_failed",
+        "precision",
+        "device",
+        "workers",
+        "out",
+    ):
+        assert given[name] == getattr(config, name), name
+
+
+def test_several_folders_and_tars_may_follow_one_images_option() -> None:
+    arguments = ["--images", "a.tar", "b.tar", "--images", "c", "--limit", "3"]
+    given = main.commands["precompute"].make_context("precompute", arguments).params
+    assert given["images"] + given["more"] == (Path("a.tar"), Path("c"), Path("b.tar"))
+
+
+def test_the_version_is_told() -> None:
+    from mobilesam import __version__
+
+    assert _run("--version").output.strip().endswith(__version__)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["precompute"], "--images"),
+        (["precompute", "--images", "x", "--fraction", "2"], "--fraction 2"),
+        (["precompute", "--images", "x", "--shard-size", "many"], "--shard-size 'many'"),
+        (["precompute", "--images", "x", "--teacher", "vit_x"], "vit_x"),
+        (["precompute", "--images", "x", "--image-size", "1000"], "--image-size 1000"),
+        (["distill", "--epochs", "0"], "epochs must be at least 1"),
+        (["distill", "--student", "resnet"], "resnet"),
+        (["verify", "--min-skill", "2"], "min skill must be"),
+        (["verify", "--split", "test"], "test"),
+        (["export"], "export"),
+    ],
+)
+def test_wrong_use_exits_2_and_names_what_is_wrong(arguments: list[str], told: str) -> None:
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["precompute", "--images", "missing"], "no such folder or tar"),
+        (["precompute", "--images", ".", "--teacher", "vit_nano"], "no images in"),
+        (["precompute", "--images", PHOTOS, "--teacher", "vit_b", "--checkpoint", "none.pth"], "none.pth"),
+        (
+            ["precompute", "--images", PHOTOS, "--teacher", "vit_b", "--checkpoint", "text.pth"],
+            "not a PyTorch",
+        ),
+        (["precompute", "--images", PHOTOS, "--teacher", "vit_nano", "--out", "text.pth"], "text.pth"),
+        (
+            ["precompute", "--images", PHOTOS, "--teacher", "vit_nano", "--out", "s3://b/x.zarr"],
+            "s3://b/x.zarr",
+        ),
+        (["distill"], "store.zarr is no mobilesam store"),
+        (["distill", "--store", "text.pth"], "text.pth"),
+        (["verify"], "run"),
+        (["verify", "--student", "text.pth", "--split", "all"], "text.pth"),
+    ],
+)
+def test_wrong_input_exits_3_in_one_or_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("this is text")
+    result = _run(*arguments)
+    assert result.exit_code == 3, result.output
+    assert told in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "unexpected" not in result.stderr
+    assert 1 <= len(result.stderr.split("error: ")[-1].strip().splitlines()) <= 2
+    assert result.stdout == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"text.pth"}
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "Traceback" in _run("distill", "--debug").stderr
+    assert "Traceback" not in _run("distill").stderr
+
+
+def test_a_dry_run_tells_what_is_needed_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOBILESAM_CACHE", str(tmp_path / "cache"))
+    arguments = ["precompute", "--images", PHOTOS, "--dry-run", "--teacher"]
+    measured = json.loads(_run(*arguments, "vit_nano", "--image-size", "64", "--json").stdout)
+    assert measured["images"] == measured["pending"] == len(list(PHOTOS.glob("*.[jp][pn]g")))
+    assert measured["bytes_needed"] > measured["images"] * 2 * 256 * 4 * 4
+    assert measured["seconds"] > 0
+    blind = _run(*arguments, "vit_h")
+    assert blind.exit_code == 0
+    assert "time          not measured" in blind.stdout
+    assert not (tmp_path / "store.zarr").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The three commands in an empty folder, on ten photos at 256 pixels; what each printed with --json."""
+    folder = tmp_path_factory.mktemp("empty")
+    photos = folder.with_name("photos")
+    shutil.copytree(PHOTOS, photos)
+    (photos / "README.md").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        results = [
+            _run("precompute", "--images", photos, "--teacher", "vit_nano", "--image-size", "256", "--json"),
+            _run("distill", "--epochs", "2", "--batch-size", "4", "--json"),
+            _run("verify", "--json"),
+            _run("verify", "--split", "all", "--report", "report.html"),
+            _run("verify", "--min-skill", "0.999", "--min-cosine", "0.9999"),
+        ]
+    return {
+        "folder": folder,
+        "results": dict(zip(["precompute", "distill", "verify", "report", "gates"], results, strict=True)),
+    }
+
+
+def _json(finished: dict[str, Any], name: str) -> dict[str, Any]:
+    result = finished["results"][name]
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_the_three_commands_work_one_after_the_other(finished: dict[str, Any]) -> None:
+    precompute, distill, verify = (_json(finished, name) for name in ("precompute", "distill", "verify"))
+    assert (precompute["images"], precompute["done"], precompute["failed"]) == (12, 12, 0)
+    assert (distill["epochs"], distill["steps"]) == (2, 2 * 3)
+    assert verify["images"] == 1
+    assert verify["passed"]
+
+
+def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
+    documented = {
+        "precompute": "images done done_before failed seconds images_per_second teacher_share decode_seconds",
+        "distill": "run epochs steps seconds images_per_second data_wait_share val",
+        "verify": "images mse relative_mse cosine skill mse_valid relative_mse_valid cosine_valid skill_valid "
+        "passed failed_checks",
+    }
+    for name, keys in documented.items():
+        assert set(keys.split()) <= _json(finished, name).keys()
+    assert _json(finished, "verify")["cosine"].keys() == {"mean", "p5", "min"}
+
+
+def test_what_verify_says_is_what_the_trainer_said(finished: dict[str, Any]) -> None:
+    val, verify = _json(finished, "distill")["val"], _json(finished, "verify")
+    for name in ("mse", "mse_valid", "skill", "skill_valid", "relative_mse"):
+        assert verify[name] == pytest.approx(val[name], rel=1e-5)
+
+
+def test_every_output_says_that_the_teacher_is_untrained(finished: dict[str, Any]) -> None:
+    results = finished["results"]
+    assert _json(finished, "precompute")["untrained_teacher"] is True
+    assert _json(finished, "distill")["untrained_teacher"] is True
+    assert "untrained teacher" in results["precompute"].stderr
+    assert "untrained teacher" in results["distill"].stderr
+    assert "untrained teacher" in results["report"].stdout
+    assert "ntrained teacher" in (finished["folder"] / "report.html").read_text()
+
+
+def test_a_missed_threshold_exits_1_and_names_both_numbers(finished: dict[str, Any]) -> None:
+    result = finished["results"]["gates"]
+    assert result.exit_code == 1
+    assert "0.999" in result.stdout
+
+
+def test_nothing_but_the_store_the_run_and_the_report_is_left(finished: dict[str, Any]) -> None:
+    folder = finished["folder"]
+    assert {path.name for path in folder.iterdir()} == {"store.zarr", "runs", "report.html"}
+    assert (folder / "runs" / "latest").resolve().parent == folder / "runs"
+    files = {path.name for path in (folder / "runs" / "latest").iterdir()}
+    wanted = {"config.json", "metrics.jsonl", "last.pt", "student.safetensors", "sam_head.safetensors"}
+    assert wanted <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_finished_run_is_reported_again_without_training(
+    finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished["folder"])
+    again = json.loads(_run("distill", "--epochs", "2", "--batch-size", "4", "--json").stdout)
+    assert again == _json(finished, "distill")
+
+
+def test_the_three_commands_work_at_1024(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two photos, one epoch: the full size, with nothing but what users type."""
+    (tmp_path / "photos").mkdir()
+    for name in ("cat.png", "rocket.jpg"):
+        shutil.copy(PHOTOS / name, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    precompute = _run(
+        "precompute", "--images", "photos", "--out", "store.zarr", "--teacher", "vit_nano", "--json"
+    )
+    assert json.loads(precompute.stdout)["done"] == 2, precompute.stderr
+    distill = _run("distill", "--epochs", "1", "--json")
+    assert json.loads(distill.stdout)["steps"] == 1, distill.stderr
+    verify = _run("verify", "--json")
+    assert json.loads(verify.stdout)["images"] == 1, verify.stderr
