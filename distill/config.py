@@ -23,8 +23,9 @@ class DistillConfig:
     """All options of one distillation, checked where they are made.
 
     `batch_size` is the effective batch of one optimizer step; `micro_batch` (None: by device and free memory)
-    only bounds memory. `warmup` is the share of all steps over which the rate rises linearly to `lr`, before
-    it falls along a half cosine. `clip` bounds the norm of the gradient. `val_fraction` is a share of image
+    only bounds memory. `warmup` is the share of all steps over which the rate rises linearly to `lr`, before it
+    falls along a half cosine. `clip` bounds the norm of the gradient. `freeze_norm` is the share of all steps
+    after which batch norms keep the statistics they have (1: never). `val_fraction` is a share of image
     contents, not of rows. `workers` counts decoding threads (None: by device and processors).
 
     Raises DistillError when a value is outside its range.
@@ -40,6 +41,7 @@ class DistillConfig:
     weight_decay: float = 5e-4
     warmup: float = 0.05
     clip: float = 1.0
+    freeze_norm: float = 0.5
     seed: int = 0
     val_fraction: float = 0.05
     loss_region: str = "all"

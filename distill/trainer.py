@@ -127,8 +127,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             state.micro_steps += 1
-            for batch_norm in self.batch_norms:
-                batch_norm.momentum = batch_norm_momentum(state.micro_steps)
+            self.set_batch_norms()
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.device, self.precision)
             valid_BHW = batch.valid_BHW.to(self.device, non_blocking=True)
             part = decoupled_loss(student_BCHW, teacher_BCHW, valid_BHW, elements, config.loss_region)
@@ -142,6 +141,18 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(loss, norm)
         state.step, state.batch, state.images = state.step + 1, state.batch + 1, state.images + len(rows)
+
+    def set_batch_norms(self) -> None:
+        """Statistics of the micro-batch at first, fixed ones later.
+
+        A micro-batch of two images normalises each by the other: noise that a student, which is judged with
+        fixed statistics, needn't learn to bear. Wu and Johnson find fixed ones best for the end of training with
+        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
+        """
+        frozen = self.state.step >= self.config.freeze_norm * self.steps
+        for batch_norm in self.batch_norms:
+            batch_norm.train(not frozen)
+            batch_norm.momentum = batch_norm_momentum(self.state.micro_steps)
 
     def after_step(self, *, last: bool) -> None:
         """Logs, shows, saves, stops: whatever is due."""

@@ -21,6 +21,7 @@ from mobilesam.distill.config import digest
         ("warmup", 1.0),
         ("val_fraction", 0.0),
         ("val_fraction", 1.0),
+        ("freeze_norm", 1.5),
         ("seed", -1),
         ("loss_region", "image"),
         ("precision", "float16"),

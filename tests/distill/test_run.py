@@ -128,6 +128,13 @@ def test_the_saved_student_gives_the_numbers_that_were_logged(
         assert logged[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_batch_norms_learn_their_statistics_in_the_first_half_only(run: Run) -> None:
+    # Three of six steps, of two, two and one images, one image at a time.
+    state = load_student(run.path)[0].state_dict()
+    counts = {int(value) for name, value in state.items() if name.endswith("num_batches_tracked")}
+    assert counts == {5}
+
+
 def test_a_finished_run_reports_its_result_again_without_training(
     finished: tuple[Path, dict[str, Any]], run: Run, store: Path, options: Options
 ) -> None:

@@ -1,0 +1,83 @@
+"""Does it learn? The real teacher, real photos, the whole trainer; small enough for two cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobilesam.distill import DistillConfig, Run, distill
+from mobilesam.sam import load_image, normalize_and_pad, place_on_canvas
+from mobilesam.sam.teachers import load_teacher
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+PIECES = 4  # a photo is cut into as many rows and columns
+
+
+def teacher_embeddings(images: Path, image_size: int) -> np.ndarray:
+    """vit_nano's embeddings of a folder, in the order of names."""
+    teacher = load_teacher("vit_nano", None, image_size=image_size)
+    embedded = []
+    for file in sorted(images.iterdir()):
+        image = load_image(file.read_bytes(), image_size)
+        canvas = np.zeros((1, image_size, image_size, 3), np.uint8)
+        place_on_canvas(image, canvas[0])
+        pixels = normalize_and_pad(torch.from_numpy(canvas), torch.tensor([image.resized_size]))
+        embedded.append(teacher.embed(pixels)[0].numpy())
+    return np.stack(embedded)
+
+
+def train(store: Path, **options: object) -> Run:
+    settings = {"batch_size": 4, "micro_batch": 4, "device": "cpu", "precision": "float32", **options}
+    return Run.open(distill(DistillConfig(store=store, **settings))["run"])  # type: ignore[arg-type]
+
+
+def test_it_overfits_twelve_photos(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+    torch.set_num_threads(2)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photos = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png"))[:12]
+    for file in photos:
+        (folder / file.name).write_bytes(file.read_bytes())
+    Image.open(photos[1]).convert("RGB").crop((0, 0, 200, 200)).save(folder / "held_out.png")
+    store = make_store(folder, image_size=256, embeddings=teacher_embeddings(folder, 256))
+    run = train(store, epochs=40, batch_size=2, micro_batch=2, val_fraction=0.01)
+    assert len(run.split.train) == 12
+    logged = run.last("train_eval")
+    assert logged is not None
+    assert logged["rows"] == 12
+    assert logged["skill"] >= 0.8
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos cut into sixteen pieces each."""
+    folder = tmp_path_factory.mktemp("pieces")
+    for name in ("astronaut.jpg", "coffee.jpg", "cat.png"):
+        photo = Image.open(PHOTOS / name).convert("RGB")
+        width, height = photo.width // PIECES, photo.height // PIECES
+        for place in range(PIECES * PIECES):
+            left, top = place % PIECES * width, place // PIECES * height
+            piece = photo.crop((left, top, left + width, top + height))
+            piece.save(folder / f"{name[:3]}{place:02d}.png")
+    return folder
+
+
+def test_pairs_teach_what_holds_for_other_images_and_shuffled_pairs_do_not(
+    pieces: Path, make_store: Callable[..., Path]
+) -> None:
+    embeddings = teacher_embeddings(pieces, 128)
+    # By a third of all: every image gets the embedding of a piece of another photo.
+    shuffled = np.roll(embeddings, len(embeddings) // 3, axis=0)
+    skills = []
+    for paired in (embeddings, shuffled):
+        run = train(make_store(pieces, image_size=128, embeddings=paired), epochs=4, val_fraction=0.25)
+        val = run.last("val")
+        assert val is not None
+        skills.append((val["skill"], val["skill_valid"]))
+    assert min(skills[0]) > 0.2
+    assert max(skills[1]) <= 0
