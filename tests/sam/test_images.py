@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+
 from mobilesam.sam import (
     DecodedImage,
     ImageError,
@@ -20,8 +23,6 @@ from mobilesam.sam import (
     resized_size,
     valid_cells,
 )
-from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
 
 
 def upstream_pixels(image_HWC: np.ndarray, image_size: int) -> torch.Tensor:

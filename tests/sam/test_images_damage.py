@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, load_image
 from PIL import Image
+
+from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, load_image
 
 Encode = Callable[..., bytes]
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from mobilesam.sam import ImageError, decode_image, load_image
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+
+from mobilesam.sam import ImageError, decode_image, load_image
 
 Encode = Callable[..., bytes]
 

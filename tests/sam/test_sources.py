@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from mobilesam.sam import ImageFile, SamError, list_images, read_image, shown
 
 

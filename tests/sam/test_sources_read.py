@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from mobilesam.sam import ImageError, read_checked, read_image
 
 

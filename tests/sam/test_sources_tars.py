@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
 from mobilesam.sam import ImageError, SamError, list_images, read_image
 
 

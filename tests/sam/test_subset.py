@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mobilesam.sam import in_fraction
 
 KEYS = [f"sa_000000/sa_{number}.jpg" for number in range(20_000)]
