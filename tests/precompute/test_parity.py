@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from official_checkpoints import write_checkpoint
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
-from torch import Tensor
 
 from mobilesam.sam.head import SamHead
 from mobilesam.sam.teachers import load_teacher
@@ -65,24 +65,12 @@ def test_a_stored_embedding_is_the_predictors(
         _assert_near(stored, _predicted(sam, PHOTOS / key), precision, tolerance)
 
 
-def _random_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
-    """A checkpoint in the official format, written by segment_anything's own classes. Their position tables are
-    zeros until trained: random ones, so that they count."""
-    torch.manual_seed(1)
-    state = sam_model_registry[name]().state_dict()
-    for key, value in state.items():
-        if "pos_embed" in key or "rel_pos" in key:
-            value.normal_(0, 0.2)
-    torch.save(state, path)
-    return state
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), CASES)
 def test_a_stored_vit_b_embedding_is_the_predictors_at_1024(
     run: Run, tmp_path: Path, dtype: str, precision: str, tolerance: float
 ) -> None:
-    state = _random_checkpoint("vit_b", tmp_path / "vit_b.pth")
+    state = write_checkpoint("vit_b", tmp_path / "vit_b.pth")
     run(
         images=(PHOTOS,), limit=1, image_size=1024, teacher="vit_b", checkpoint=tmp_path / "vit_b.pth",
         dtype=dtype, precision=precision,
@@ -95,7 +83,7 @@ def test_a_stored_vit_b_embedding_is_the_predictors_at_1024(
 
 @pytest.mark.long
 def test_a_stored_vit_h_embedding_is_the_predictors_at_1024(run: Run, tmp_path: Path) -> None:
-    state = _random_checkpoint("vit_h", tmp_path / "vit_h.pth")
+    state = write_checkpoint("vit_h", tmp_path / "vit_h.pth")
     result = run(
         images=(PHOTOS,), limit=1, image_size=1024, teacher="vit_h", checkpoint=tmp_path / "vit_h.pth",
         dtype="float32", precision="float32",

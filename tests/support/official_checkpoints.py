@@ -1,0 +1,20 @@
+"""Checkpoints in the official format, with random values, written by segment_anything's own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from segment_anything import sam_model_registry
+from torch import Tensor
+
+
+def write_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
+    """Save `vit_h`, `vit_l` or `vit_b`. Position tables are zeros until trained: random ones, so that they count."""
+    torch.manual_seed(1)
+    state = sam_model_registry[name]().state_dict()
+    for key, value in state.items():
+        if "pos_embed" in key or "rel_pos" in key:
+            value.normal_(0, 0.2)
+    torch.save(state, path)
+    return state
