@@ -68,6 +68,8 @@ class DistillConfig:
             _require(0 < value < float("inf"), name, value, "above 0")
         _require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "0 or more")
         _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of all steps, from 0 to below 1")
+        wanted = "a share of all steps, from 0 to 1"
+        _require(0 <= self.freeze_norm <= 1, "freeze_norm", self.freeze_norm, wanted)
         _require(
             0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1, both excluded"
         )

@@ -50,7 +50,7 @@ def run(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) 
 def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[str, Any]], run: Run) -> None:
     result = finished[1]
     names = ["run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "val"]
-    assert list(result) == names
+    assert list(result) == [*names, "untrained_teacher"]
     assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
     assert set(result["val"]) == {
         name + suffix for name in ("mse", "relative_mse", "cosine", "skill") for suffix in ("", "_valid")
