@@ -3,6 +3,7 @@
 Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same files.
 """
 
+from .draft import refuse_taken
 from .embedding_store import EmbeddingStore, encode_head, exists, local_path
 from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
@@ -35,6 +36,7 @@ __all__ = [
     "encode_head",
     "exists",
     "local_path",
+    "refuse_taken",
     "rows_of",
     "shard_count",
 ]

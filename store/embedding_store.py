@@ -5,30 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from .draft import draft_of
 from .durable import explained, fsync_directory, write_atomic
-from .errors import StoreDamaged, StoreError, StoreLocked, StoreNotFound
+from .errors import StoreDamaged, StoreError, StoreNotFound
 from .layout import rows_of, shard_count
 from .lock import WriterLock
 from .manifest import Manifest
-from .metadata import DOCUMENT, read_spec, write_documents
+from .metadata import read_spec, write_documents
+from .places import HEAD, MANIFEST, PRIVATE
 from .reader import DirectReader, StoredBatch
 from .records import Counts, ImageRecord, NewImage, RowResult, Selection, Status
 from .spec import StoreSpec
 from .writer import partial_path
-
-PRIVATE = Path("embeddings") / "mobilesam"
-"""Where our own files live: inside an array's folder, into which Zarr readers don't look."""
-
-MANIFEST = PRIVATE / "manifest.sqlite"
-HEAD = PRIVATE / "sam_head.safetensors"
 
 
 class EmbeddingStore:
@@ -54,21 +48,19 @@ class EmbeddingStore:
         """
         path = local_path(path)
         spec = read_spec(path)
-        lock = None
+        lock = manifest = None
         if writable:
             lock = WriterLock(path / PRIVATE)
             lock.acquire()
         try:
             manifest = Manifest(path / MANIFEST, writable=writable)
-            if manifest.store_id != spec.store_id:
-                raise StoreDamaged(
-                    f"{path / MANIFEST} belongs to store {manifest.store_id}, {DOCUMENT} to {spec.store_id}: "
-                    "put this store's own manifest back"
-                )
+            manifest.refuse_foreign(spec)
             store = cls(path, spec, manifest, lock)
             if writable:
                 store._tidy()
         except BaseException:
+            if manifest:
+                manifest.close()
             if lock:
                 lock.release()
             raise
@@ -89,29 +81,14 @@ class EmbeddingStore:
         SAM's prompt encoder and mask decoder (see `encode_head`). StoreError when the place is taken.
         """
         path = local_path(path)
-        with explained(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path)
-            draft = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-            (draft / PRIVATE).mkdir(parents=True)
-        lock = WriterLock(draft / PRIVATE)
-        try:
-            lock.acquire()
-            with explained(path):
-                manifest = Manifest.create(draft / MANIFEST, spec.store_id)
-                manifest.append(images, selection)
-                manifest.close()
-                for layout in spec.layouts:
-                    (draft / layout.name).mkdir(exist_ok=True)
-                write_documents(draft, spec, len(images))
-                write_atomic(draft / HEAD, head)
-                _move_into_place(draft, path)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        finally:
-            lock.release()
-        (path / PRIVATE / "writer.json").unlink(missing_ok=True)
+        with draft_of(path) as draft:
+            manifest = Manifest.create(draft / MANIFEST, spec)
+            manifest.append(images, selection)
+            manifest.close()
+            for layout in spec.layouts:
+                (draft / layout.name).mkdir(exist_ok=True)
+            write_documents(draft, spec, len(images))
+            write_atomic(draft / HEAD, head)
         return cls.open(path, writable=True)
 
     def close(self) -> None:
@@ -257,8 +234,9 @@ class EmbeddingStore:
             write_documents(self.path, self.spec, self.row_count())
 
     def _remove_partials(self) -> None:
-        for layout in self.spec.layouts:
-            for leftover in (self.path / layout.name).glob("*.partial"):
+        arrays = [self.path / layout.name for layout in self.spec.layouts]
+        for folder in (self.path, self.path / PRIVATE, *arrays):
+            for leftover in folder.glob("*.partial"):
                 leftover.unlink(missing_ok=True)
 
 
@@ -278,36 +256,6 @@ def local_path(path: Path | str) -> Path:
             f"{path}: stores on object storage are not supported yet; give a folder, or mount it"
         )
     return Path(path)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what a killed `create` left beside the place, unless its process lives."""
-    for draft in path.parent.glob(f"{path.name.replace('[', '[[]')}.*.partial"):
-        lock = WriterLock(draft / PRIVATE)
-        try:
-            lock.acquire()
-        except StoreLocked:
-            continue
-        except StoreError:
-            pass
-        shutil.rmtree(draft, ignore_errors=True)
-        lock.release()
-
-
-def _move_into_place(draft: Path, path: Path) -> None:
-    try:
-        os.rename(draft, path)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StoreError(
-            f"{path} exists and is no mobilesam store: give another --out, or remove it"
-        ) from error
-    except OSError as error:
-        if path.is_dir() and any(path.iterdir()):
-            raise StoreError(
-                f"{path} exists and is no mobilesam store: give another --out, or remove it"
-            ) from error
-        raise
-    fsync_directory(path.parent)
 
 
 def exists(path: Path | str) -> bool:

@@ -9,8 +9,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from .durable import write_atomic
-from .errors import StoreError, StoreLocked
+from .durable import explained, write_atomic
+from .errors import StoreLocked
 
 _NETWORK_FILE_SYSTEMS = (
     "nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "9p", "afs", "glusterfs", "fuse", "pvfs", "wekafs",
@@ -30,41 +30,43 @@ class WriterLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock or raise StoreLocked, naming who holds it."""
-        try:
+        """Take the lock or raise StoreLocked, naming who holds it; StoreError when there can be none."""
+        with explained(self._lock_path):
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StoreError(
-                f"can't write {self._lock_path}: {error.strerror}; check its permissions"
-            ) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._hold(descriptor)
+        except BaseException:
             os.close(descriptor)
-            raise StoreLocked(
-                f"{self._describe(self._owner())} is writing to this store: wait for it, or stop it"
-            ) from None
+            raise
+        self._descriptor = descriptor
+
+    def _hold(self, descriptor: int) -> None:
+        with explained(self._lock_path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreLocked(
+                    f"{self._describe(self._owner())} is writing to this store: wait for it, or stop it"
+                ) from None
         owner = self._owner()
         if owner and owner.get("host") != socket.gethostname() and _on_network(self._owner_path):
-            os.close(descriptor)
             raise StoreLocked(
                 f"{self._describe(owner)} may be writing to this store (a lock need not reach over "
                 f"this file system): if that process has ended, delete {self._owner_path}"
             )
-        try:
-            write_atomic(
-                self._owner_path, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
-            )
-        except OSError as error:
-            os.close(descriptor)
-            raise StoreError(f"can't write {self._owner_path}: {error.strerror}") from error
-        self._descriptor = descriptor
+        with explained(self._owner_path):
+            mine = {"host": socket.gethostname(), "pid": os.getpid()}
+            write_atomic(self._owner_path, json.dumps(mine).encode())
+
+    def forget_owner(self) -> None:
+        """Remove the owner file while still holding the lock: before the folder is moved."""
+        self._owner_path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Let go; harmless when not held."""
         if self._descriptor is None:
             return
-        self._owner_path.unlink(missing_ok=True)
+        self.forget_owner()
         os.close(self._descriptor)
         self._descriptor = None
 

@@ -10,13 +10,14 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .errors import StoreDamaged, StoreError
 from .records import Counts, ImageRecord, NewImage, RowResult, Selection, Status
+from .spec import StoreSpec
 
 BUSY_SECONDS = 60.0
 """How long a statement waits for another process's transaction."""
@@ -53,13 +54,13 @@ class Manifest:
         self._connection = _connect(path, writable=writable)
 
     @classmethod
-    def create(cls, path: Path, store_id: str) -> Manifest:
-        """Make an empty manifest that belongs to the store `store_id`."""
-        connection = sqlite3.connect(path)
-        connection.executescript("PRAGMA journal_mode = DELETE;" + _SCHEMA)
-        connection.execute("INSERT INTO meta VALUES ('store_id', ?)", (store_id,))
-        connection.commit()
-        connection.close()
+    def create(cls, path: Path, spec: StoreSpec) -> Manifest:
+        """Make an empty manifest that belongs to the store that `spec` describes."""
+        with _explained(path), closing(sqlite3.connect(path)) as connection:
+            connection.executescript("PRAGMA journal_mode = DELETE;" + _SCHEMA)
+            meta = {"store_id": spec.store_id, "spec_sha256": spec.digest()}
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            connection.commit()
         return cls(path, writable=True)
 
     def close(self) -> None:
@@ -72,10 +73,12 @@ class Manifest:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                # A full disk makes SQLite roll back by itself.
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
 
     def _all(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
         with self._mutex, _explained(self.path):
@@ -83,10 +86,19 @@ class Manifest:
 
     # ---- reading
 
-    @property
-    def store_id(self) -> str:
-        """The identifier of the store that this manifest was made for."""
-        return str(self._all("SELECT value FROM meta WHERE name = 'store_id'")[0][0])
+    def refuse_foreign(self, spec: StoreSpec) -> None:
+        """StoreDamaged unless this is the manifest of the very store that `spec`, its zarr.json's, describes."""
+        meta = dict(self._all("SELECT name, value FROM meta"))
+        if meta.get("store_id") != spec.store_id:
+            raise StoreDamaged(
+                f"{self.path} belongs to store {meta.get('store_id')}, zarr.json to {spec.store_id}: "
+                "put this store's own manifest back"
+            )
+        if meta.get("spec_sha256") != spec.digest():
+            raise StoreDamaged(
+                f"the attributes in zarr.json are not those that {self.path} was made with: "
+                "put this store's own zarr.json back"
+            )
 
     def row_count(self) -> int:
         """How many rows the store has, whatever their status."""
@@ -205,7 +217,7 @@ def _connect(path: Path, *, writable: bool) -> sqlite3.Connection:
         except sqlite3.OperationalError as error:
             if writable or not _needs_rollback(error):
                 raise
-            _open(path, "rw", writable=True).close()
+            _open(path, "rw", writable=True).close()  # opening rolls it back
             return _open(path, "ro", writable)
 
 
@@ -218,9 +230,13 @@ def _open(path: Path, mode: str, writable: bool) -> sqlite3.Connection:
         isolation_level=None,
         check_same_thread=False,
     )
-    if writable:
-        connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("SELECT count(*) FROM meta").fetchone()
+    try:
+        if writable:
+            connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("SELECT count(*) FROM meta").fetchone()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -248,7 +264,9 @@ def _explained(path: Path) -> Iterator[None]:
             ) from error
         if code == sqlite3.SQLITE_ERROR:
             raise StoreDamaged(f"{path} is damaged ({error}): make the store anew") from error
-        raise StoreError(f"{path}: {error}") from error
+        raise StoreError(f"{path}: {error}; check the disk and run again") from error
+    except sqlite3.IntegrityError as error:
+        raise StoreError(f"{path} refuses what it was given ({error}): nothing was changed") from error
     except sqlite3.DatabaseError as error:
         raise StoreDamaged(f"{path} is damaged ({error}): make the store anew") from error
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from .durable import write_atomic
-from .errors import StoreDamaged, StoreNotFound
+from .errors import StoreDamaged, StoreError, StoreNotFound
 from .layout import ArrayLayout
+from .places import MANIFEST
 from .spec import StoreSpec
 
 DOCUMENT = "zarr.json"
 ATTRIBUTE = "mobilesam"
+
+_MEND = f"put its own {DOCUMENT} back, or make the store anew in another place"
 
 _DIMENSIONS = ("row", "channel", "y", "x")
 
@@ -68,21 +71,26 @@ def write_documents(store: Path, spec: StoreSpec, rows: int) -> None:
 
 
 def read_spec(store: Path) -> StoreSpec:
-    """The spec of the store at a path; StoreNotFound when it is none."""
+    """The spec of the store at a path. StoreNotFound when it is none, StoreDamaged when there is one, but its
+    document is not whole, StoreError when it can't be read."""
     path = store / DOCUMENT
     try:
         document = json.loads(path.read_bytes())
         attributes = dict(document["attributes"][ATTRIBUTE])
-    except FileNotFoundError as error:
-        raise StoreNotFound(
-            f"{store} is no mobilesam store (it has no {DOCUMENT}): make one with mobilesam precompute"
-        ) from error
-    except NotADirectoryError as error:
-        raise StoreNotFound(f"{store} is a file, not a mobilesam store") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _none(store, f"it has no {DOCUMENT}") from error
     except OSError as error:
-        raise StoreNotFound(f"can't read {path}: {error.strerror}") from error
-    except (KeyError, TypeError, IndexError) as error:
-        raise StoreNotFound(f"{store} is a Zarr group, but no mobilesam store") from error
+        raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
     except ValueError as error:
-        raise StoreDamaged(f"{path} is damaged (no JSON): make the store anew") from error
+        raise StoreDamaged(f"{path} is damaged (no JSON): {_MEND}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
     return StoreSpec.from_json(attributes)
+
+
+def _none(store: Path, reason: str) -> StoreError:
+    if (store / MANIFEST).exists():
+        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {_MEND}")
+    if store.is_file():
+        return StoreNotFound(f"{store} is a file, not a mobilesam store")
+    return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")

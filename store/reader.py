@@ -82,10 +82,14 @@ class DirectReader:
         """Read rows in the order given. StoreDamaged names the file, row and key of whatever is not as
         committed; StoreError a row that isn't done."""
         arrays = [np.empty((len(rows), *layout.item_shape), layout.dtype) for layout in self._layouts]
-        for place, row in enumerate(rows):
-            shards = self._open(shard_of(int(row), self._spec.shard_size))
-            for array, layout, shard in zip(arrays, self._layouts, shards, strict=True):
-                self._read_row(shard, layout, int(row), array[place])
+        for place, row in enumerate(map(int, rows)):
+            items = [array[place] for array in arrays]
+            try:
+                self._read_row(row, items)
+            except StoreError:
+                # A writer may have committed the shard anew since it was opened, or been at it just then.
+                self.forget(shard_of(row, self._spec.shard_size))
+                self._read_row(row, items)
         return StoredBatch(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
     def forget(self, shard: int) -> None:
@@ -118,7 +122,12 @@ class DirectReader:
                 self._shards.popitem(last=False)
             return opened
 
-    def _read_row(self, shard: _OpenShard, layout: ArrayLayout, row: int, out: np.ndarray) -> None:
+    def _read_row(self, row: int, items: list[np.ndarray]) -> None:
+        shards = self._open(shard_of(row, self._spec.shard_size))
+        for shard, layout, item in zip(shards, self._layouts, items, strict=True):
+            self._read_item(shard, layout, row, item)
+
+    def _read_item(self, shard: _OpenShard, layout: ArrayLayout, row: int, out: np.ndarray) -> None:
         if row not in shard.checksums:
             raise StoreError(f"row {row} of {self._path} is not done (its image is pending or failed)")
         offset, length = shard.index[row % layout.shard_size]

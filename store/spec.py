@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreError, StoreMismatch
+from .errors import StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
 
 FORMAT_VERSION = 1
@@ -75,6 +77,10 @@ class StoreSpec:
         """Plain JSON values, with the format's version."""
         return {"format": FORMAT_VERSION, **asdict(self)}
 
+    def digest(self) -> str:
+        """SHA-256 (hex) of every field: the manifest keeps it, so that a changed zarr.json is told."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StoreSpec:
         """The inverse of `to_json`; StoreError for another format version or a missing field."""
@@ -87,8 +93,13 @@ class StoreSpec:
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
         if missing:
-            raise StoreError(f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged")
-        return cls(**{name: value[name] for name in names})
+            raise StoreDamaged(f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged")
+        try:
+            return cls(**{name: value[name] for name in names})
+        except TypeError as error:
+            raise StoreDamaged(
+                f"the store's attributes make no sense ({error}): zarr.json is damaged"
+            ) from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
         """StoreMismatch, naming each difference, when a setting in `wanted` that isn't None is not the store's."""

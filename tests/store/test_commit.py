@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from small_store import EVERYTHING, compute, embeddings, images
 
-from mobilesam.store import Counts, EmbeddingStore, NewImage, RowResult, Selection, ShardWriter, StoreError
+from mobilesam.store import (
+    Counts,
+    EmbeddingStore,
+    NewImage,
+    RowResult,
+    Selection,
+    ShardWriter,
+    StoreDamaged,
+    StoreError,
+)
 
 NewStore = Callable[..., EmbeddingStore]
 
@@ -140,6 +149,36 @@ def test_a_reader_that_was_open_sees_shards_committed_later(new_store: NewStore)
         assert reader.counts().done == 0
         compute(writer, embeddings())
         np.testing.assert_array_equal(reader.read([2]).values[0], embeddings()[2].astype(np.float16))
+
+
+def test_a_reader_that_was_open_reads_on_when_its_shard_was_extended(full_store: EmbeddingStore) -> None:
+    with EmbeddingStore.open(full_store.path) as reader:
+        reader.read([6])
+        full_store.extend(images(9)[8:], EVERYTHING)
+        with pytest.raises(StoreError, match=r"not done|no committed rows"):
+            reader.read([8])
+        compute(full_store, embeddings(9))
+        np.testing.assert_array_equal(reader.read([8]).values[0], embeddings(9)[8].astype(np.float16))
+
+
+def test_a_full_disk_under_the_manifest_is_told_as_such_and_changes_nothing(new_store: NewStore) -> None:
+    store = new_store()
+    connection = store._manifest._connection
+    pages = connection.execute("PRAGMA page_count").fetchone()[0]
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    many = [NewImage(key=f"{number:0200d}.jpg", size=1) for number in range(500)]
+    with pytest.raises(StoreError, match="no room left on the disk") as caught:
+        store.extend(many, EVERYTHING)
+    assert not isinstance(caught.value, StoreDamaged)
+    assert store.row_count() == 8
+    compute(store, embeddings())
+    assert store.counts().done == 8
+
+
+def test_a_key_twice_is_refused_without_calling_the_store_damaged(full_store: EmbeddingStore) -> None:
+    with pytest.raises(StoreError, match="nothing was changed") as caught:
+        full_store._manifest.append(images(1), EVERYTHING)
+    assert not isinstance(caught.value, StoreDamaged)
 
 
 def test_keys_come_back_whatever_their_bytes(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_store import compute, embeddings, make_spec
 
-from mobilesam.store import EmbeddingStore, StoreDamaged, StoreNotFound
+from mobilesam.store import EmbeddingStore, StoreDamaged, StoreError, StoreNotFound, exists
 from mobilesam.store.embedding_store import HEAD, MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
@@ -132,6 +134,50 @@ def test_a_damaged_group_document_is_told(full_store: EmbeddingStore, content: b
     (full_store.path / "zarr.json").write_bytes(content)
     with pytest.raises((StoreDamaged, StoreNotFound), match="zarr"):
         EmbeddingStore.open(full_store.path)
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b'{"attributes": {"other": 1}}'])
+def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
+    full_store: EmbeddingStore, content: bytes | None
+) -> None:
+    document = full_store.path / "zarr.json"
+    document.unlink() if content is None else document.write_bytes(content)
+    with pytest.raises(StoreDamaged, match="with a manifest"):
+        EmbeddingStore.open(full_store.path)
+    with pytest.raises(StoreDamaged):
+        exists(full_store.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_root", "/other"),
+        ("precision", "bfloat16"),
+        ("untrained", False),
+        ("shard_size", 4),
+        ("shard_size", "3"),
+    ],
+)
+def test_a_changed_attribute_is_told(full_store: EmbeddingStore, name: str, value: object) -> None:
+    path = full_store.path / "zarr.json"
+    document = json.loads(path.read_bytes())
+    assert document["attributes"]["mobilesam"][name] != value
+    document["attributes"]["mobilesam"][name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreDamaged, match=r"attributes .*zarr\.json"):
+        EmbeddingStore.open(full_store.path)
+
+
+def test_a_document_that_cant_be_read_is_not_taken_for_absence(
+    full_store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(StoreError, match="Permission denied; check its permissions") as caught:
+        exists(full_store.path)
+    assert not isinstance(caught.value, StoreNotFound)
 
 
 def test_attributes_survive_their_own_json() -> None:

@@ -59,10 +59,11 @@ def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
 
 def test_what_killed_attempts_left_is_removed_by_the_next_writer(full_store: EmbeddingStore) -> None:
     full_store.close()
-    leftover = full_store.path / "embeddings" / "c.9.0.0.0.dead.partial"
-    leftover.write_bytes(b"x" * 100)
+    folders = (full_store.path, full_store.path / "embeddings", full_store.path / PRIVATE)
+    for folder in folders:
+        (folder / "c.9.0.0.0.dead.partial").write_bytes(b"x" * 100)
     EmbeddingStore.open(full_store.path, writable=True).close()
-    assert not leftover.exists()
+    assert not list(full_store.path.rglob("*.partial"))
 
 
 def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
@@ -79,9 +80,9 @@ def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
 
 
 def test_an_abandoned_draft_is_removed_and_a_live_one_is_kept(tmp_path: Path) -> None:
-    abandoned = tmp_path / "store.zarr.dead0000.partial"
+    abandoned = tmp_path / "store.zarr.deadbeef.partial"
     (abandoned / PRIVATE).mkdir(parents=True)
-    live = _create(tmp_path / "store.zarr.live0000.partial")
+    live = _create(tmp_path / "store.zarr.00000000.partial")
     with _create(tmp_path / "store.zarr"):
         assert not abandoned.exists()
         assert live.path.exists()

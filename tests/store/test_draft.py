@@ -1,0 +1,68 @@
+"""Where a store may be made, and what must never be touched there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
+
+from mobilesam.store import EmbeddingStore, StoreError, refuse_taken
+from mobilesam.store.draft import draft_of
+
+
+def _create(path: Path) -> EmbeddingStore:
+    return EmbeddingStore.create(path, make_spec(), images(), EVERYTHING, HEAD)
+
+
+@pytest.mark.parametrize(
+    "name", ["store.zarr.old.partial", "store.zarr.deadbeef.partial", "store.zarr.x.partial"]
+)
+def test_folders_of_other_people_that_look_like_a_draft_are_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").write_text("data")
+    _create(tmp_path / "store.zarr").close()
+    assert (tmp_path / name / "precious").read_text() == "data"
+
+
+def test_a_name_with_wildcards_removes_no_draft_of_another_store(tmp_path: Path) -> None:
+    other = tmp_path / "ab.deadbeef.partial"
+    (other / "embeddings" / "mobilesam").mkdir(parents=True)
+    _create(tmp_path / "a*").close()
+    assert other.exists()
+
+
+@pytest.mark.parametrize("path", [".", "/", ".."])
+def test_a_place_without_a_name_is_refused_with_an_example(path: str) -> None:
+    with pytest.raises(
+        StoreError, match=r"can't become a store: name a folder of its own, as in .*store\.zarr"
+    ):
+        refuse_taken(Path(path))
+
+
+def test_a_link_to_an_empty_folder_stays_a_link_and_the_store_is_made_behind_it(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    link = tmp_path / "store.zarr"
+    link.symlink_to(disk)
+    with _create(link) as store:
+        compute(store, embeddings())
+    assert link.is_symlink()
+    assert (disk / "zarr.json").exists()
+    with EmbeddingStore.open(link) as store:
+        assert store.counts().done == 8
+
+
+def test_a_link_that_leads_nowhere_is_named_with_its_goal(tmp_path: Path) -> None:
+    (tmp_path / "store.zarr").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(StoreError, match=r"is a link to .*unmounted, which is not there"):
+        _create(tmp_path / "store.zarr")
+
+
+def test_of_two_that_make_the_same_store_the_later_is_told_that_it_is_there(tmp_path: Path) -> None:
+    place = tmp_path / "store.zarr"
+    with pytest.raises(StoreError, match="holds a store already"), draft_of(place):
+        _create(place).close()
+    with EmbeddingStore.open(place) as store:
+        assert store.counts().pending == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
