@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import dask
 from distributed import Client, LocalCluster
+from distributed.comm import get_address_host_port
 
 from .. import __version__
 from .config import PrecomputeConfig
 from .errors import PrecomputeError
-from .worker import TASKS_PER_WORKER, describe_worker
+from .interrupts import starting_processes
+from .worker import TASKS_PER_WORKER, describe_worker, measure_worker
 
 CONNECT_SECONDS = 30
 WORKER_DEATHS_ALLOWED = 2
 """Deaths of a worker under one shard that are taken for bad luck; at the next, its images are suspected."""
 
 _LOOPBACK = "127.0.0.1"
+_DASK_CLIENT_LOG = logging.getLogger("distributed.client")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Cluster:
     on a CPU and for decoding (None: as many as it was started with). `local` ones are this run's own."""
 
     client: Client
+    address: str
     workers: int
     devices: tuple[str, ...]
     threads: int | None
@@ -42,8 +44,8 @@ class Cluster:
         """The address of dask's dashboard."""
         return str(self.client.dashboard_link)
 
-    def resolve_precisions(self, precision: str) -> set[str]:
-        """What a precision that is asked for (`auto` included) means on the workers."""
+    def describe_workers(self, precision: str) -> set[tuple[str, str]]:
+        """Device type and precision that are meant on the workers by what is asked for (`auto` included)."""
         try:
             answers = self.client.run(describe_worker, self.devices[0], precision, __version__)
         except ModuleNotFoundError as error:
@@ -51,6 +53,20 @@ class Cluster:
                 f"the cluster's workers lack {error.name}: install mobilesam there"
             ) from error
         return set(answers.values())
+
+    def measure_worker(self, precision: str) -> float:
+        """Multiply-accumulates per second of one of the workers."""
+        measured = self.client.submit(measure_worker, self.devices[0], precision, pure=False)
+        return float(measured.result())
+
+    def refuse_lost_connection(self) -> None:
+        """PrecomputeError when the scheduler has gone away: dask would wait for its answers for ever."""
+        if self.client.status != "running":
+            _DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
+            raise PrecomputeError(
+                f"the connection to the dask scheduler at {self.address} was lost; what is committed stays, run the "
+                "same command to go on"
+            )
 
 
 def local_devices(config: PrecomputeConfig) -> tuple[str, ...]:
@@ -86,71 +102,69 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         "distributed.scheduler.work-stealing": False,
         "distributed.worker.daemon": True,
     }
-    with (
-        tempfile.TemporaryDirectory(prefix="mobilesam-", ignore_cleanup_errors=True) as scratch,
-        dask.config.set(settings),
-    ):
-        with _sigint_ignored():
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=TASKS_PER_WORKER,
-                processes=True,
-                host=_LOOPBACK,
-                dashboard_address=f"{_LOOPBACK}:0",
-                # The teacher is most of a worker's memory, and is no reason to kill it.
-                memory_limit=None,
-                local_directory=scratch,
-                silence_logs=logging.CRITICAL,
-            )
-        try:
-            with Client(cluster, set_as_default=False) as client:
-                yield Cluster(
-                    client=client,
-                    workers=workers,
-                    devices=devices,
-                    threads=max(1, cores // workers),
-                    local=True,
+    with ExitStack() as stack:
+        scratch = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="mobilesam-", ignore_cleanup_errors=True)
+        )
+        stack.enter_context(dask.config.set(settings))
+        with starting_processes():
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=TASKS_PER_WORKER,
+                    processes=True,
+                    host=_LOOPBACK,
+                    dashboard_address=f"{_LOOPBACK}:0",
+                    # The teacher is most of a worker's memory, and is no reason to kill it.
+                    memory_limit=None,
+                    local_directory=scratch,
+                    silence_logs=logging.CRITICAL,
                 )
-        finally:
-            cluster.close()
-
-
-@contextmanager
-def _sigint_ignored() -> Iterator[None]:
-    """For starting workers: Ctrl-C reaches the whole process group, and they inherit that it isn't for them.
-    (A worker that is replaced later ignores it once it has its plugin.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+            )
+        yield Cluster(
+            client=stack.enter_context(Client(cluster, set_as_default=False)),
+            address=cluster.scheduler_address,
+            workers=workers,
+            devices=devices,
+            threads=max(1, cores // workers),
+            local=True,
+        )
 
 
 @contextmanager
 def _remote(config: PrecomputeConfig) -> Iterator[Cluster]:
+    address = str(config.scheduler)
     try:
-        client = Client(config.scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        get_address_host_port(address if "://" in address else f"tcp://{address}")
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise PrecomputeError(
-            f"no dask scheduler at {config.scheduler} ({error}): start one with `dask scheduler`, or leave out "
+            f"no dask scheduler at {address} ({error}): start one with `dask scheduler`, or leave out "
             "--scheduler"
         ) from error
-    with client:
+    with _level_kept(_DASK_CLIENT_LOG), client:
         try:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError as error:
             raise PrecomputeError(
-                f"the scheduler at {config.scheduler} has no workers after {CONNECT_SECONDS} s: start some with "
-                f"`dask worker {config.scheduler}`"
+                f"the scheduler at {address} has no workers after {CONNECT_SECONDS} s: start some with "
+                f"`dask worker {address}`"
             ) from error
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         yield Cluster(
             client=client,
+            address=address,
             workers=workers,
             devices=(config.device,),
             threads=None,
             local=False,
         )
+
+
+@contextmanager
+def _level_kept(log: logging.Logger) -> Iterator[None]:
+    level = log.level
+    try:
+        yield
+    finally:
+        log.setLevel(level)

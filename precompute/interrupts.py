@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from .errors import PrecomputeInterrupted
@@ -26,6 +27,27 @@ class StopRequest:
             self.signum = signum
             return
         raise PrecomputeInterrupted("interrupted", signum)
+
+
+@contextmanager
+def starting_processes() -> Iterator[None]:
+    """For starting workers: a Ctrl-C reaches the whole process group, but the coordinator alone decides what it
+    means. What is started in the context, now or later by threads that began in it, inherits SIGINT blocked. One
+    that comes meanwhile is heard when the context is left."""
+    came: list[int] = []
+    heard_here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum)) if heard_here else None
+    # Were it started by a thread of the context, it would let the signal through there again.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if heard_here:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

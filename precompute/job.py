@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distributed import Future, KilledWorker
+from distributed import CancelledError, Future, KilledWorker
+from distributed.comm import CommClosedError
 
 from ..sam import SamError, shown
 from ..store import EmbeddingStore, StoreError
@@ -84,6 +85,7 @@ class Job:
         client.subscribe_topic(BATCH_TOPIC, self._heard)
         try:
             while (waiting or self._flying) and self._stop.signum is None:
+                self._cluster.refuse_lost_connection()
                 while waiting and len(self._flying) < self._cluster.workers * TASKS_PER_WORKER:
                     self._submit(self._task(waiting.popleft(), image_root))
                 for future in self._wait():
@@ -94,9 +96,10 @@ class Job:
                 if future.status == "finished":
                     self._settle(future)
         finally:
-            client.cancel(list(self._flying))
-            client.unsubscribe_topic(BATCH_TOPIC)
-            self._retire_plugin()
+            if client.status == "running":
+                client.cancel(list(self._flying))
+                client.unsubscribe_topic(BATCH_TOPIC)
+                self._retire_plugin()
         return self.tally
 
     def _task(self, shard: int, image_root: Path) -> ShardTask:
@@ -176,9 +179,11 @@ class Job:
 
     def _retry(self, task: ShardTask, error: Exception) -> None:
         self._progress.dropped(task.shard)
-        if type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, CancelledError | CommClosedError):
+            self._cluster.refuse_lost_connection()
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise PrecomputeError(
-                f"the device has no memory for {self._batch_size} images at once: lower --batch-size"
+                f"a worker has no memory for {self._batch_size} images at once: lower --batch-size"
             ) from error
         self._failures[task.shard] += 1
         if self._failures[task.shard] >= TRIES:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..sam import ImageFile, ImageSet, list_images, shown
-from ..store import EmbeddingStore, Selection, StoreSpec, exists, rows_of, shard_count
+from ..store import EmbeddingStore, Selection, StoreSpec, exists, refuse_taken, rows_of, shard_count
 from . import sizing
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
 from .errors import PrecomputeError
@@ -17,11 +17,14 @@ from .selection import select, select_more
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where the teacher will run: `devices` for the `workers` by turns, `precision` as resolved."""
+    """Where the teacher will run: `devices` of `device_type` (cpu or cuda) for the `workers` by turns, `precision` as
+    resolved; `macs_per_second` of one worker where a shard size has to be chosen by it, else None."""
 
     devices: tuple[str, ...]
+    device_type: str
     workers: int
     precision: str
+    macs_per_second: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +39,9 @@ class Stored:
 
 
 def look_up(path: Path) -> Stored | None:
-    """What the store at `path` holds; None when there is none."""
+    """What the store at `path` holds; None when there is none, and one can be made there."""
     if not exists(path):
+        refuse_taken(path)
         return None
     with EmbeddingStore.open(path) as store:
         return Stored(
@@ -145,9 +149,8 @@ def _root(config: PrecomputeConfig, stored: Stored | None) -> Path | None:
 
 
 def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) -> int:
-    seconds = sizing.estimated_seconds(
-        teacher, image_size, hardware.devices[0], hardware.precision, hardware.workers
-    )
+    assert hardware.macs_per_second is not None
+    seconds = sizing.estimated_seconds(teacher, image_size, hardware.macs_per_second)
     return sizing.shard_size(images, hardware.workers, seconds)
 
 

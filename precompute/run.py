@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+
 from ..sam.precision import resolve_precision
 from ..store import EmbeddingStore
 from . import sizing
@@ -72,15 +74,28 @@ def find_hardware(config: PrecomputeConfig, stored: Stored | None, cluster: Clus
     """Devices, workers and precision: of this machine, or of the workers of a cluster that exists. `auto` means a
     store's own precision, else bfloat16 where every worker's hardware accelerates it."""
     asked = stored.spec.precision if stored else config.precision
+    measure = stored is None and config.shard_size is None
     if cluster is not None:
-        precisions = cluster.resolve_precisions(asked)
+        types, precisions = zip(*cluster.describe_workers(asked), strict=True)
         precision = "float32" if "float32" in precisions else "bfloat16"
-        return Hardware(devices=cluster.devices, workers=cluster.workers, precision=precision)
+        return Hardware(
+            devices=cluster.devices,
+            device_type="cpu" if "cpu" in types else "cuda",
+            workers=cluster.workers,
+            precision=precision,
+            macs_per_second=cluster.measure_worker(precision) if measure else None,
+        )
     devices = local_devices(config)
+    device = torch.device(devices[0])
+    workers = config.workers or len(devices)
+    precision = resolve_precision(asked, device)
+    sharing = workers if device.type == "cpu" else 1
     return Hardware(
         devices=devices,
-        workers=config.workers or len(devices),
-        precision=resolve_precision(asked, devices[0]),
+        device_type=device.type,
+        workers=workers,
+        precision=precision,
+        macs_per_second=sizing.macs_per_second(device, precision) / sharing if measure else None,
     )
 
 
@@ -110,12 +125,11 @@ def _compute(
         precision=store.spec.precision,
         devices=cluster.devices,
         threads=cluster.threads,
-        local=cluster.local,
     )
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     before = store.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
-    batch_size = plan.config.batch_size or sizing.batch_size(cluster.devices[0])
+    batch_size = sizing.batch_size(plan.config.batch_size, plan.hardware.device_type, store.spec.shard_size)
     job = Job(store, cluster, plugin, batch_size, progress, observer, stop)
     with _recorded(plan.config, cluster), _graceful(stop):
         return job.run(store.pending_shards(), plan.listing.root)
@@ -148,7 +162,8 @@ def _recorded(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
 def _rates(tally: Tally, workers: int) -> dict[str, float | None]:
     if tally.first_batch is None or tally.last_commit is None:
         return {"images_per_second": None, "teacher_share": None, "decode_seconds": 0.0}
-    elapsed = tally.last_commit - tally.first_batch
+    # On a cluster these are two machines' clocks.
+    elapsed = max(tally.last_commit - tally.first_batch, 1e-6)
     return {
         "images_per_second": round(tally.committed / elapsed, 4),
         "teacher_share": round(tally.teacher_seconds / (elapsed * workers), 4),

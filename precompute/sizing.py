@@ -34,19 +34,19 @@ def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
     return max(1, min(LARGEST_SHARD, by_time, by_workers))
 
 
-def batch_size(device: str) -> int:
-    """Images that the teacher takes at once by default: on a CPU more gain nothing, on a GPU little."""
-    return BATCH_ON_CPU if device == "cpu" else BATCH_ON_CUDA
+def batch_size(asked: int | None, device_type: str, shard_size: int) -> int:
+    """Images that the teacher takes at once. By default few: on a CPU more gain nothing, on a GPU little. Never more
+    than a shard has, since a batch stays within its shard and empty slots cost as much as images."""
+    return min(asked or (BATCH_ON_CPU if device_type == "cpu" else BATCH_ON_CUDA), shard_size)
 
 
-def estimated_seconds(teacher: str, image_size: int, device: str, precision: str, workers: int) -> float:
-    """Roughly what one image costs a worker: the teacher's arithmetic at the speed of a matrix product here."""
-    macs = _MACS_AT_1024[teacher] * (image_size / 1024) ** 2
-    sharing = workers if device == "cpu" else 1
-    return macs * sharing / (_macs_per_second(torch.device(device), precision) * _EFFICIENCY)
+def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> float:
+    """Roughly what one image costs a worker with the speed `macs_per_second` of matrix products."""
+    return _MACS_AT_1024[teacher] * (image_size / 1024) ** 2 / (macs_per_second * _EFFICIENCY)
 
 
-def _macs_per_second(device: torch.device, precision: str) -> float:
+def macs_per_second(device: torch.device, precision: str) -> float:
+    """Multiply-accumulates per second of a matrix product on this machine's device, measured."""
     side = 1024 if device.type == "cpu" else 4096
     matrix = torch.ones(side, side, dtype=getattr(torch, precision), device=device)
     best = float("inf")

@@ -14,7 +14,7 @@ BATCH_TOPIC = "mobilesam-batch"
 @dataclass(frozen=True, kw_only=True)
 class TeacherSetup:
     """How a worker makes its teacher: on one of the `devices`, with `threads` for torch on a CPU and for decoding
-    (None: as many as the worker has). `local` workers are this run's own."""
+    (None: as many as the worker has)."""
 
     name: str
     checkpoint: Path | None
@@ -23,7 +23,6 @@ class TeacherSetup:
     precision: str
     devices: tuple[str, ...]
     threads: int | None
-    local: bool
 
 
 @dataclass(frozen=True, kw_only=True)

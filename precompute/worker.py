@@ -6,7 +6,6 @@ another written while it computes a third's batches.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 import uuid
@@ -53,9 +52,6 @@ class TeacherPlugin(WorkerPlugin):
         # A worker of a local cluster is called 0, 1, ...: each takes its own device.
         place = worker.name if isinstance(worker.name, int) else 0
         self._device = self._setup.devices[place % len(self._setup.devices)]
-        if self._setup.local and threading.current_thread() is threading.main_thread():
-            # Ctrl-C reaches the whole process group; the coordinator alone decides what it means.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     @contextmanager
     def teacher(self) -> Iterator[Teacher]:
@@ -93,16 +89,28 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
     return teacher
 
 
-def describe_worker(device: str, precision: str, version: str) -> str:
-    """The precision that is meant here by one that is asked for; PrecomputeError when this worker's software is
-    not the coordinator's `version`."""
+def describe_worker(device: str, precision: str, version: str) -> tuple[str, str]:
+    """The type of the device, and the precision, that are meant here by what is asked for; PrecomputeError when this
+    worker's software is not the coordinator's `version`."""
     from ..sam.precision import resolve_device, resolve_precision
 
     if version != __version__:
         raise PrecomputeError(
             f"a worker has mobilesam {__version__}, the coordinator {version}: install the same on both"
         )
-    return resolve_precision(precision, resolve_device(device))
+    where = resolve_device(device)
+    return where.type, resolve_precision(precision, where)
+
+
+def measure_worker(device: str, precision: str) -> float:
+    """Multiply-accumulates per second of this worker, with the threads that its teacher will have."""
+    import torch
+
+    from ..sam.precision import resolve_device
+    from .sizing import macs_per_second
+
+    torch.set_num_threads(get_worker().state.nthreads)
+    return macs_per_second(resolve_device(device), precision)
 
 
 def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:

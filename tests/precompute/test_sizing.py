@@ -35,7 +35,17 @@ def test_a_shard_has_one_to_64_images_and_takes_no_more_than_five_minutes(
 
 def test_a_larger_teacher_or_picture_is_expected_to_take_longer() -> None:
     def cost(teacher: str, image_size: int) -> float:
-        return sizing.estimated_seconds(teacher, image_size, "cpu", "float32", 1)
+        return sizing.estimated_seconds(teacher, image_size, 1e11)
 
     assert cost("vit_nano", 1024) < cost("vit_b", 1024) < cost("vit_l", 1024) < cost("vit_h", 1024)
     assert cost("vit_b", 256) < cost("vit_b", 1024)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device_type", "shard_size", "expected"),
+    [(None, "cpu", 64, 1), (None, "cuda", 64, 8), (None, "cuda", 3, 3), (5, "cpu", 64, 5), (5, "cpu", 3, 3)],
+)
+def test_batch_size_by_device_and_never_larger_than_a_shard(
+    asked: int | None, device_type: str, shard_size: int, expected: int
+) -> None:
+    assert sizing.batch_size(asked, device_type, shard_size) == expected

@@ -1,0 +1,99 @@
+"""Clusters that are not as hoped: unknown, measured from afar, lost; and signals while one starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from distributed import LocalCluster
+
+from mobilesam.precompute import PrecomputeError, Snapshot, dry_run
+from mobilesam.precompute.config import PrecomputeConfig
+from mobilesam.precompute.interrupts import starting_processes
+from mobilesam.precompute.progress import Silent
+from mobilesam.store import EmbeddingStore
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.mark.parametrize("address", ["bogus", "foo://host:1"])
+def test_an_address_that_is_none_is_told(run: Run, address: str, recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(PrecomputeError, match=f"no dask scheduler at {address}"):
+        run(scheduler=address)
+    assert not list(recwarn)
+
+
+def test_shard_and_batch_size_are_chosen_by_the_clusters_workers(
+    run: Run, tmp_path: Path, photos: Path, scheduler: str
+) -> None:
+    config = PrecomputeConfig(
+        images=(photos,), out=tmp_path / "store.zarr", teacher="vit_nano", image_size=64, scheduler=scheduler
+    )
+    plan = dry_run(config)
+    assert plan["shard_size"] == 4, "two shards, so that one is decoded while the other computes"
+    assert run(shard_size=None)["done"] == 7
+    with EmbeddingStore.open(tmp_path / "store.zarr") as store:
+        assert store.spec.shard_size == 4
+
+
+class _Closing(Silent):
+    """Closes a cluster as soon as something is committed."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+
+    def progress(self, snapshot: Snapshot) -> None:
+        if snapshot.computed:
+            self._cluster.close()
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:  # fmt: skip
+        yield cluster
+
+
+def test_a_scheduler_that_goes_away_ends_the_run_and_what_is_committed_stays(
+    run: Run, tmp_path: Path, own_cluster: LocalCluster
+) -> None:
+    address = own_cluster.scheduler_address
+    with pytest.raises(
+        PrecomputeError, match=f"connection to the dask scheduler at {address} was lost; what is"
+    ):
+        run(scheduler=address, shard_size=1, observer=_Closing(own_cluster))
+    with EmbeddingStore.open(tmp_path / "store.zarr") as store:
+        done = store.counts().done
+    assert 1 <= done < 7
+    assert run(shard_size=1)["done_before"] == done
+
+
+def test_ctrl_c_while_workers_start_is_heard_afterwards_and_never_by_them() -> None:
+    heard: list[int] = []
+    masks: list[str] = []
+
+    def start_child() -> None:
+        masks.append(subprocess.check_output(["grep", "SigBlk", "/proc/self/status"], text=True))
+
+    before = signal.signal(signal.SIGINT, lambda signum, _: heard.append(signum))
+    try:
+        with starting_processes():
+            thread = Thread(target=start_child)
+            thread.start()
+            thread.join()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard == []
+        assert heard == [signal.SIGINT]
+        start_child()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    bit = 1 << signal.SIGINT - 1
+    assert [bool(int(mask.split()[1], 16) & bit) for mask in masks] == [True, False]
