@@ -15,8 +15,9 @@ demo: $(STAMP)
 	cd $(DEMO) && ../$(BIN)/mobilesam verify --split all --report report.html
 	@echo "Look at $(DEMO)/report.html in a browser."
 
+# Two processes, a file's tests in one of them; files in order, since an early one takes longest.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m "not cuda"
