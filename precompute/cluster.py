@@ -108,19 +108,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         )
         stack.enter_context(dask.config.set(settings))
         with starting_processes():
-            cluster = stack.enter_context(
-                LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=TASKS_PER_WORKER,
-                    processes=True,
-                    host=_LOOPBACK,
-                    dashboard_address=f"{_LOOPBACK}:0",
-                    # The teacher is most of a worker's memory, and is no reason to kill it.
-                    memory_limit=None,
-                    local_directory=scratch,
-                    silence_logs=logging.CRITICAL,
-                )
-            )
+            cluster = stack.enter_context(_start(workers, scratch))
         yield Cluster(
             client=stack.enter_context(Client(cluster, set_as_default=False)),
             address=cluster.scheduler_address,
@@ -129,6 +117,26 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
             threads=max(1, cores // workers),
             local=True,
         )
+
+
+def _start(workers: int, scratch: str) -> LocalCluster:
+    try:
+        return LocalCluster(
+            n_workers=workers,
+            threads_per_worker=TASKS_PER_WORKER,
+            processes=True,
+            host=_LOOPBACK,
+            dashboard_address=f"{_LOOPBACK}:0",
+            # The teacher is most of a worker's memory, and is no reason to kill it.
+            memory_limit=None,
+            local_directory=scratch,
+            silence_logs=logging.CRITICAL,
+        )
+    except (RuntimeError, OSError, TimeoutError) as error:
+        raise PrecomputeError(
+            f"the {workers} worker process(es) did not start ({error}): is there memory for them, may this user run "
+            "processes, and is a script that calls this guarded by `if __name__ == '__main__'`?"
+        ) from error
 
 
 @contextmanager

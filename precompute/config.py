@@ -11,6 +11,8 @@ from .errors import PrecomputeError
 DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024
 DEFAULT_DTYPE = "float16"
+LARGEST_SHARD_SIZE = 10_000
+"""Images; at SAM's 2 MB each that is a file of 20 GB, and all of it is lost with a killed worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +44,17 @@ class PrecomputeConfig:
     performance_report: Path | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.images, str | Path):
+            raise TypeError(f"images is a tuple of paths, not {self.images!r} alone")
         _check(bool(self.images), "no images: name a folder or a .tar file with --images")
         _check(0 < self.fraction <= 1, f"--fraction {self.fraction} is not in (0, 1]")
         for name in ("limit", "workers", "shard_size", "batch_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} is less than 1")
+        _check(
+            self.shard_size is None or self.shard_size <= LARGEST_SHARD_SIZE,
+            f"--shard-size {self.shard_size} is more than {LARGEST_SHARD_SIZE}",
+        )
         _check(
             self.dtype is None or self.dtype in DTYPES,
             f"--dtype {self.dtype} is none of {', '.join(DTYPES)}",

@@ -12,6 +12,7 @@ from ..sam.checkpoints import file_sha256, find_checkpoint
 from ..sam.teachers import load_head, positions_interpolated
 from ..sam.vit_nano import untrained_sha256
 from ..store import EmbeddingStore, NewImage, StoreSpec, encode_head
+from .errors import PrecomputeError
 from .plan import Plan
 from .progress import Observer
 from .provenance import versions
@@ -32,7 +33,17 @@ class TeacherFile:
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
-    """The plan's teacher, its checkpoint found (or downloaded) and hashed."""
+    """The plan's teacher, its checkpoint found (or downloaded) and hashed.
+
+    PrecomputeError, before any download, when the store was made with a checkpoint that is not the official one and
+    none is given.
+    """
+    stored, official = plan.stored and plan.stored.spec, TEACHERS[plan.teacher].sha256
+    if stored and plan.config.checkpoint is None and official not in (None, stored.checkpoint_sha256):
+        raise PrecomputeError(
+            f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}), which "
+            f"is not the official {plan.teacher}: name it with --checkpoint"
+        )
     path = find_checkpoint(
         plan.teacher, plan.config.checkpoint, progress=observer.download, download=download
     )
@@ -58,6 +69,11 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
     )
     store = EmbeddingStore.open(plan.config.out, writable=True)
     try:
+        if store.row_count() != len(plan.stored.keys):
+            raise PrecomputeError(
+                f"another process extended {plan.config.out} just now, from {len(plan.stored.keys):,} to "
+                f"{store.row_count():,} images: run the same command again"
+            )
         if plan.new:
             store.extend(_images(plan.new), plan.selection)
             observer.message(f"extended by {len(plan.new):,} images to {store.row_count():,}")

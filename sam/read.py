@@ -10,6 +10,10 @@ from .errors import ImageError
 from .sources import shown
 from .tars import split_tar_key
 
+MAX_BYTES = 2_000_000_000
+"""Largest file that is read, in bytes: no image that is small enough to be decoded is larger, and reading a file of
+any length would let one stray file take all memory."""
+
 
 def read_image(root: Path | str, key: str, *, offset: int | None = None, size: int | None = None) -> bytes:
     """Read an image: a file below `root` or, with `offset` and `size`, a tar's member in place.
@@ -22,7 +26,9 @@ def read_image(root: Path | str, key: str, *, offset: int | None = None, size: i
             raise ValueError("a tar's member is read by offset and size")
         return _read_member(root, key, offset, size)
     try:
-        data = Path(root, key).read_bytes()
+        with open(Path(root, key), "rb", buffering=0) as file:
+            _refuse_huge(os.fstat(file.fileno()).st_size)
+            data = file.readall()
     except FileNotFoundError as error:
         raise ImageError("the file is missing") from error
     except OSError as error:
@@ -56,6 +62,7 @@ def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
     found = split_tar_key(root, key)
     if found is None:
         raise ImageError("its tar is missing")
+    _refuse_huge(size)
     try:
         with open(found[0], "rb", buffering=0) as tar:
             data = os.pread(tar.fileno(), size, offset)
@@ -67,3 +74,8 @@ def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
             f"its tar was cut or replaced: the image ends at byte {offset + size:,} of {tar_size:,}"
         )
     return data
+
+
+def _refuse_huge(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ImageError(f"too large: {size:,} bytes, the limit is {MAX_BYTES:,}")

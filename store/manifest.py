@@ -258,6 +258,8 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path} can't be written, and needs to be: a writer was killed in a transaction, or this is "
                 "one; check permissions and run again"
             ) from error
+        if code == sqlite3.SQLITE_CANTOPEN:
+            raise StoreError(f"{path} can't be opened: check its permissions") from error
         if code == sqlite3.SQLITE_BUSY:
             raise StoreError(
                 f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it"

@@ -97,3 +97,14 @@ def test_ctrl_c_while_workers_start_is_heard_afterwards_and_never_by_them() -> N
         signal.signal(signal.SIGINT, before)
     bit = 1 << signal.SIGINT - 1
     assert [bool(int(mask.split()[1], 16) & bit) for mask in masks] == [True, False]
+
+
+def test_workers_that_dont_start_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(**_: object) -> None:
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("mobilesam.precompute.cluster.LocalCluster", failing)
+    with pytest.raises(
+        PrecomputeError, match=r"the 2 worker process.*did not start .*is there memory for them"
+    ):
+        run(scheduler=None, workers=2)

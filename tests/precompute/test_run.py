@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilesam.precompute import PrecomputeError, Snapshot
+from mobilesam.precompute import PrecomputeConfig, PrecomputeError, Snapshot
 from mobilesam.sam import SamError
-from mobilesam.store import EmbeddingStore, StoreLocked, StoreMismatch
+from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch
 
 Run = Callable[..., dict[str, Any]]
 
@@ -266,6 +267,7 @@ def test_no_scheduler_at_the_address_is_told(run: Run, monkeypatch: pytest.Monke
         ({"image_size": 100}, "--image-size 100"),
         ({"dtype": "bfloat16"}, "--dtype bfloat16"),
         ({"shard_size": -1}, "--shard-size -1"),
+        ({"shard_size": 10**9}, "--shard-size 1000000000 is more than 10000"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_value(
@@ -273,3 +275,77 @@ def test_a_setting_out_of_range_is_refused_with_its_value(
 ) -> None:
     with pytest.raises(PrecomputeError, match=message):
         run(**options)
+
+
+def test_what_is_in_the_way_is_told_before_any_work(run: Run, tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "store.zarr").mkdir()
+    (tmp_path / "store.zarr" / "precious").write_text("data")
+    with pytest.raises(StoreError, match="exists and is no mobilesam store"):
+        # Nothing was listed: these images don't exist.
+        run(images=(tmp_path / "nowhere",))
+
+
+def test_an_extension_by_somebody_else_between_plan_and_lock_is_told(
+    run: Run, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mobilesam.precompute.run as module
+
+    run(limit=3)
+    find_teacher = module.find_teacher
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(module, "find_teacher", find_teacher)
+        run(limit=5, extend=True)
+        return find_teacher(*arguments)
+
+    monkeypatch.setattr(module, "find_teacher", overtaken)
+    with pytest.raises(PrecomputeError, match=r"extended .* just now, from 3 to 5 images: run the same"):
+        run(extend=True)
+    assert run(extend=True)["done"] == 7
+
+
+def test_a_store_of_another_checkpoint_than_the_official_asks_for_its_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mobilesam.precompute.opening as module
+
+    run(limit=3)
+    official = replace(module.TEACHERS["vit_nano"], sha256="ab" * 32)
+    monkeypatch.setattr(module, "TEACHERS", {"vit_nano": official})
+    monkeypatch.setattr(
+        module, "find_checkpoint", lambda *_: pytest.fail("looked for it, perhaps downloaded")
+    )
+    with pytest.raises(PrecomputeError, match="not the official vit_nano: name it with --checkpoint"):
+        run(limit=3)
+
+
+def test_a_file_too_large_to_be_an_image_fails_alone(run: Run, photos: Path) -> None:
+    with (photos / "7-huge.jpg").open("wb") as file:
+        file.truncate(1 << 42)
+    listener = Listener()
+    result = run(observer=listener)
+    assert (result["done"], result["failed"]) == (7, 1)
+    assert any("7-huge.jpg: too large: 4,398,046,511,104 bytes" in message for message in listener.messages)
+
+
+def test_when_every_image_fails_the_run_still_ends_and_says_so(run: Run, photos: Path) -> None:
+    for file in photos.iterdir():
+        file.write_bytes(b"")
+    result = run()
+    assert (result["images"], result["done"], result["failed"]) == (7, 0, 7)
+
+
+def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object) -> None:
+        raise MemoryError("array")
+
+    monkeypatch.setattr("mobilesam.precompute.worker._embed", starved)
+    with pytest.raises(PrecomputeError, match="no memory for 2 images at once: lower --batch-size"):
+        run(batch_size=2)
+
+
+def test_one_path_in_place_of_several_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="images is a tuple of paths"):
+        PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")  # type: ignore[arg-type]

@@ -51,6 +51,15 @@ def test_a_missing_or_unreadable_file_says_so(tmp_path: Path) -> None:
         read_image(tmp_path, "folder.jpg")
 
 
+def test_a_file_or_member_too_large_to_be_an_image_is_not_read(tmp_path: Path, tar: tuple[str, int]) -> None:
+    with (tmp_path / "huge.jpg").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(ImageError, match=r"^too large: 4,398,046,511,104 bytes, the limit is 2,000,000,000$"):
+        read_image(tmp_path, "huge.jpg")
+    with pytest.raises(ImageError, match=r"^too large: 4,398,046,511,104 bytes"):
+        read_image(tmp_path, tar[0], offset=tar[1], size=1 << 42)
+
+
 def test_a_member_cannot_be_read_without_its_size(tmp_path: Path, tar: tuple[str, int]) -> None:
     key, offset = tar
     assert read_image(tmp_path, key, offset=offset, size=6) == b"member"
