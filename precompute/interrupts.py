@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM: the first asks the job to stop where nothing is lost, the second stops it at once."""
+"""SIGINT and SIGTERM: the first asks the job to stop where nothing is lost, the second stops it at once; those after
+it are not heard, so that workers and temporary files are cleaned up."""
 
 from __future__ import annotations
 
@@ -14,19 +15,27 @@ from .errors import PrecomputeInterrupted
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class _StopNow(BaseException):
+    """Like KeyboardInterrupt, no Exception: whoever takes those for a damaged file must not take this."""
+
+
 class StopRequest:
     """`signum` is the signal that came, None while none has. While `graceful`, the first is only noted."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.graceful = False
+        self._stopping = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if self.graceful and self.signum is None:
-            self.signum = signum
+        if self._stopping:
             return
-        raise PrecomputeInterrupted("interrupted", signum)
+        noted = self.graceful and self.signum is None
+        self.signum = signum
+        if not noted:
+            self._stopping = True
+            raise _StopNow
 
 
 @contextmanager
@@ -52,7 +61,10 @@ def starting_processes() -> Iterator[None]:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Listen for signals in the context (nothing is heard outside the main thread, where Python has none)."""
+    """Listen for signals in the context (nothing is heard outside the main thread, where Python has none).
+
+    One that stops at once becomes PrecomputeInterrupted at the context's end.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -60,6 +72,9 @@ def stop_request() -> Iterator[StopRequest]:
     before = {signum: signal.signal(signum, request.handle) for signum in _SIGNALS}
     try:
         yield request
+    except _StopNow:
+        assert request.signum is not None
+        raise PrecomputeInterrupted("interrupted; run the same command to go on", request.signum) from None
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
