@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from .distill import Progress
     from .precompute import Snapshot
 
-FAILED_CHECK, USAGE, INPUT = 1, 2, 3
+FAILED_CHECK, INPUT = 1, 3
+# Whether a path can be read is for the rooms to say: that is input, not usage.
+_PATH = click.Path(path_type=Path, readable=False)
 
 
 class RoomCommand(click.Command):
@@ -107,7 +109,7 @@ class Reporter:
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._console = Console(stderr=True, highlight=False)
-        self._last_time, self._last_line = time.monotonic(), ""
+        self._last_time, self._last_shown = time.monotonic(), (-1.0, -1.0)
         self._bar = Progress(
             TextColumn(what),
             BarColumn(),
@@ -134,11 +136,10 @@ class Reporter:
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
             return
-        due = time.monotonic() - self._last_time >= self.LINE_SECONDS or done == total
-        line = f"{done:,.0f}/{total:,.0f} {note}"
-        if due and line != self._last_line:
-            self._last_time, self._last_line = time.monotonic(), line
-            self.message(line)
+        news = (done, total) != self._last_shown
+        if time.monotonic() - self._last_time >= self.LINE_SECONDS or (done == total and news):
+            self._last_time, self._last_shown = time.monotonic(), (done, total)
+            self.message(f"{done:,.0f}/{total:,.0f} {note}")
 
     def download(self, done: int, total: int) -> None:
         """Bytes of a checkpoint downloaded."""
@@ -189,14 +190,14 @@ def main() -> None:
 
 # fmt: off
 _precompute_options = _options(
-    click.option("--images", type=click.Path(path_type=Path), multiple=True, required=True, metavar="DIR|TAR...",
+    click.option("--images", type=_PATH, multiple=True, required=True, metavar="DIR|TAR...",
                   help="Folders (searched recursively) and .tar files; several may follow one --images."),
-    click.argument("more", nargs=-1, type=click.Path(path_type=Path), metavar="[DIR|TAR]..."),
-    click.option("--out", type=click.Path(path_type=Path), default="store.zarr", show_default=True,
+    click.argument("more", nargs=-1, type=_PATH, metavar="[DIR|TAR]..."),
+    click.option("--out", type=_PATH, default="store.zarr", show_default=True,
                   help="The store, made or gone on with."),
     click.option("--teacher", type=click.Choice(["vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano"]),
                   help="[default: the store's, else vit_h]"),
-    click.option("--checkpoint", type=click.Path(path_type=Path), metavar="FILE",
+    click.option("--checkpoint", type=_PATH, metavar="FILE",
                   help="The teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]"),
     click.option("--fraction", type=float, default=1.0, show_default=True, metavar="F",
                   help="Keep this share of the images, chosen by a hash of each one's name."),
@@ -217,7 +218,7 @@ _precompute_options = _options(
                   help="Images that the teacher takes at once [default: by device]"),
     click.option("--image-size", type=int, metavar="PX",
                   help="Side of the teacher's input [default: the store's, else 1024]"),
-    click.option("--performance-report", type=click.Path(path_type=Path), metavar="FILE.html",
+    click.option("--performance-report", type=_PATH, metavar="FILE.html",
                   help="Write dask's performance report."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, needed and taken; change nothing."),
 )
@@ -272,9 +273,9 @@ _DISTILL = {field.name: field.default for field in fields(DistillConfig)}
 
 # fmt: off
 _distill_options = _options(
-    click.option("--store", type=click.Path(path_type=Path), default=_DISTILL["store"], show_default=True,
+    click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
                   help="What precompute made."),
-    click.option("--images", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--images", type=_PATH, metavar="DIR",
                   help="Where the images are now, if they moved."),
     click.option("--student", type=click.Choice(["tiny_vit"]), default=_DISTILL["student"], show_default=True),
     click.option("--epochs", type=int, default=_DISTILL["epochs"], show_default=True),
@@ -305,7 +306,7 @@ _distill_options = _options(
     click.option("--device", default=_DISTILL["device"], show_default=True, metavar="auto|cpu|cuda[:i]"),
     click.option("--resume/--restart", default=True, show_default=True,
                   help="Go on with the same run, or begin it anew."),
-    click.option("--out", type=click.Path(path_type=Path), metavar="runs/NAME",
+    click.option("--out", type=_PATH, metavar="runs/NAME",
                   help="The run's folder [default: by student, options and data]"),
 )
 # fmt: on
@@ -340,16 +341,16 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
 
 # fmt: off
 _verify_options = _options(
-    click.option("--student", type=click.Path(path_type=Path), metavar="RUN_OR_FILE", help="[default: runs/latest]"),
-    click.option("--store", type=click.Path(path_type=Path), help="[default: the run's]"),
-    click.option("--images", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--student", type=_PATH, metavar="RUN_OR_FILE", help="[default: runs/latest]"),
+    click.option("--store", type=_PATH, help="[default: the run's]"),
+    click.option("--images", type=_PATH, metavar="DIR",
                   help="Where the images are now, if they moved."),
     click.option("--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True),
     click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
                   help="Of the student's arithmetic; auto is what it was trained in."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
     click.option("--batch-size", type=int, metavar="B", help="[default: by device]"),
-    click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html",
+    click.option("--report", type=_PATH, metavar="FILE.html",
                   help="Write one self-contained page with curves and pictures."),
     click.option("--min-cosine", type=float, metavar="X", help="Fail below this mean cosine (valid cells)."),
     click.option("--min-skill", type=float, metavar="X", help="Fail below this skill (valid cells)."),

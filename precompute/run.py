@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..store import EmbeddingStore
 from . import sizing
 from .cluster import Cluster, connect, local_devices
 from .config import PrecomputeConfig
-from .errors import PrecomputeInterrupted
+from .errors import PrecomputeError, PrecomputeInterrupted
 from .interrupts import StopRequest, stop_request
 from .job import Job, Tally
 from .opening import TeacherFile, find_teacher, open_store
@@ -39,6 +40,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     began = time.monotonic()
     observer = observer or Silent()
     with stop_request() as stop, ExitStack() as stack:
+        _check_report_place(config.performance_report)
         stored = look_up(config.out)
         if stored:
             refuse_contradictions(config, stored.spec)
@@ -97,6 +99,14 @@ def find_hardware(config: PrecomputeConfig, stored: Stored | None, cluster: Clus
         precision=precision,
         macs_per_second=sizing.macs_per_second(device, precision) / sharing if measure else None,
     )
+
+
+def _check_report_place(path: Path | None) -> None:
+    """Before the work, not after it: dask writes the report at the end."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise PrecomputeError(
+            f"{path} can't be written: --performance-report takes a file in a folder that exists"
+        )
 
 
 def _introduce(store: EmbeddingStore, observer: Observer) -> None:

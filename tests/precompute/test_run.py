@@ -349,3 +349,12 @@ def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
 def test_one_path_in_place_of_several_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="images is a tuple of paths"):
         PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")  # type: ignore[arg-type]
+
+
+def test_a_performance_report_that_cannot_be_written_is_told_before_the_work(
+    run: Run, tmp_path: Path
+) -> None:
+    for place in (tmp_path, tmp_path / "missing" / "dask.html"):
+        with pytest.raises(PrecomputeError, match="--performance-report takes a file"):
+            run(performance_report=place)
+    assert not (tmp_path / "store.zarr").exists()
