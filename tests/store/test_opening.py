@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,19 +154,21 @@ def test_every_difference_is_named_with_both_values(full_store: EmbeddingStore) 
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops privileges")
 def test_a_reader_needs_no_write_access(full_store: EmbeddingStore) -> None:
     full_store.close()
-    for path in [full_store.path, *full_store.path.rglob("*")]:
-        path.chmod(0o555 if path.is_dir() else 0o444)
-    for path in (full_store.path, *full_store.path.parents[:3]):
-        path.chmod(0o755)
     script = (
         "import sys, os, sqlite3\n"
         "from mobilesam.store import EmbeddingStore\n"
         "os.setuid(65534)\n"
         "print(EmbeddingStore.open(sys.argv[1]).read([7]).values.astype('float64').sum())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(full_store.path)], capture_output=True, text=True, check=False
-    )
+    # pytest's own folders are closed to other users.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        store = Path(shutil.copytree(full_store.path, Path(folder) / "store.zarr"))
+        for path in [store, *store.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(store)], capture_output=True, text=True, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == embeddings()[7].astype(np.float16).astype(np.float64).sum()
 
