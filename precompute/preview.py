@@ -10,12 +10,11 @@ from typing import Any
 
 from ..sam import CheckpointError, ImageError, load_image, normalize_and_pad, place_on_canvas, read_image
 from ..store import array_layouts
-from .cluster import connect
 from .config import PrecomputeConfig
 from .opening import TeacherFile, find_teacher
-from .plan import Plan, look_up, make_plan, refuse_contradictions
+from .plan import Plan
 from .progress import Observer, Silent
-from .run import find_hardware
+from .run import planned
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -28,11 +27,7 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     """
     observer = observer or Silent()
     with ExitStack() as stack:
-        stored = look_up(config.out)
-        if stored:
-            refuse_contradictions(config, stored.spec)
-        cluster = stack.enter_context(connect(config)) if config.scheduler else None
-        plan = make_plan(config, stored, find_hardware(config, stored, cluster), observer)
+        plan, _ = planned(config, stack, observer)
     pending = sum(plan.pending.values())
     layouts = array_layouts(plan.dtype, plan.image_size, plan.shard_size)
     seconds = _seconds_per_image(plan, observer) if pending else None

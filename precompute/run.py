@@ -41,11 +41,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     observer = observer or Silent()
     with stop_request() as stop, ExitStack() as stack:
         _check_report_place(config.performance_report)
-        stored = look_up(config.out)
-        if stored:
-            refuse_contradictions(config, stored.spec)
-        cluster = stack.enter_context(connect(config)) if config.scheduler else None
-        plan = make_plan(config, stored, find_hardware(config, stored, cluster), observer)
+        plan, cluster = planned(config, stack, observer)
         teacher = find_teacher(plan, observer)
         store = stack.enter_context(open_store(plan, teacher, observer))
         before = store.counts()
@@ -70,6 +66,16 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             **_rates(tally, plan.hardware.workers),
             "untrained_teacher": store.spec.untrained,
         }
+
+
+def planned(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> tuple[Plan, Cluster | None]:
+    """The plan of a run, everything that contradicts the store refused; with the cluster at `--scheduler`, if one
+    is given, connected for as long as `stack` lasts."""
+    stored = look_up(config.out)
+    if stored:
+        refuse_contradictions(config, stored.spec)
+    cluster = stack.enter_context(connect(config)) if config.scheduler else None
+    return make_plan(config, stored, find_hardware(config, stored, cluster), observer), cluster
 
 
 def find_hardware(config: PrecomputeConfig, stored: Stored | None, cluster: Cluster | None) -> Hardware:

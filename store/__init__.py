@@ -4,7 +4,7 @@ Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same
 """
 
 from .draft import refuse_taken
-from .embedding_store import EmbeddingStore, encode_head, exists, local_path
+from .embedding_store import EmbeddingStore, encode_head, exists
 from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
 from .reader import StoredBatch
@@ -35,7 +35,6 @@ __all__ = [
     "array_layouts",
     "encode_head",
     "exists",
-    "local_path",
     "refuse_taken",
     "rows_of",
     "shard_count",

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from .errors import StoreDamaged, StoreError
 from .records import Counts, ImageRecord, NewImage, RowResult, Selection, Status
 from .spec import StoreSpec
@@ -155,11 +153,6 @@ class Manifest:
             (rows.start, rows.stop),
         )
         return {row: (crc, scales_crc) for row, crc, scales_crc in found}
-
-    def done_rows(self) -> np.ndarray:
-        """Every done row, int64, ascending."""
-        found = self._all("SELECT row FROM results WHERE reason IS NULL ORDER BY row")
-        return np.array([row for (row,) in found], dtype=np.int64)
 
     # ---- writing
 
