@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= demo
 
-.PHONY: demo test test-long lint format clean
+.PHONY: demo test test-long faults lint format clean
 
 # The three commands on the example photos at 1024 x 1024, in the folder $(DEMO); see README.md.
 demo: $(STAMP)
@@ -21,6 +21,14 @@ test: lint
 
 test-long: $(STAMP)
 	$(BIN)/pytest -m "not cuda"
+
+# Every kill point, disk error and damage, counted from the lines that the tests write; test-long has a part of them.
+FAULTS := .faults/full.jsonl
+faults: export MOBILESAM_FAULTS := $(abspath $(FAULTS))
+faults: $(STAMP)
+	rm -f $(FAULTS)
+	$(BIN)/pytest -n 2 --dist loadfile -m fault --kill-points full tests/faults
+	PYTHONPATH=tests/support $(BIN)/python -m faults.summary --full $(FAULTS)
 
 # mypy can't name a module by a folder with a dash: it checks the package through a link of the right name.
 lint: $(STAMP)

@@ -1,0 +1,1 @@
+"""The fault suite's harness: what tests in tests/faults share."""

@@ -1,0 +1,75 @@
+"""The fault suite's account: `python -m faults.summary [--full] [FILE]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .ledger import Fault, place, read
+
+PAIRS = 100
+KILLS = 300
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over faults that fired; those that didn't don't count."""
+
+    fired: int
+    silent: int
+    lost: int
+    wrong: int
+    pairs: int
+    kills: int
+
+    @classmethod
+    def of(cls, faults: Iterable[Fault]) -> Summary:
+        """Count; `pairs` are distinct (call, phase)."""
+        everything = list(faults)
+        fired = [fault for fault in everything if fault.fired]
+        return cls(
+            fired=len(fired),
+            silent=len(everything) - len(fired),
+            lost=sum(fault.lost for fault in fired),
+            wrong=sum(fault.wrong for fault in fired),
+            pairs=len({(fault.call, fault.phase) for fault in fired}),
+            kills=sum(fault.kill for fault in fired),
+        )
+
+    def lines(self) -> list[str]:
+        """What is printed; the result last."""
+        return [
+            f"{self.kills} of them kills; {self.pairs} distinct pairs of call and phase; {self.silent} more that did "
+            "not fire",
+            f"{self.fired} faults fired, {self.lost} embeddings lost, {self.wrong} wrong reads",
+        ]
+
+    def shortcomings(self, *, full: bool) -> list[str]:
+        """What makes the account fail; `full` asks for as many faults as the long suite has."""
+        found = []
+        if self.lost or self.wrong:
+            found.append(f"{self.lost} embeddings lost and {self.wrong} wrong reads instead of none")
+        if not self.fired:
+            found.append("no fault fired")
+        if full and self.pairs < PAIRS:
+            found.append(f"{self.pairs} distinct pairs of call and phase instead of at least {PAIRS}")
+        if full and self.kills < KILLS:
+            found.append(f"{self.kills} kill points instead of at least {KILLS}")
+        return found
+
+
+def main(arguments: list[str]) -> int:
+    """Print the account; 1 when something is amiss."""
+    full = "--full" in arguments
+    files = [argument for argument in arguments if not argument.startswith("--")]
+    summary = Summary.of(read(Path(files[0]) if files else place()))
+    shortcomings = summary.shortcomings(full=full)
+    lines = [*(f"short: {line}" for line in shortcomings), *summary.lines()]
+    sys.stdout.writelines(f"{line}\n" for line in lines)
+    return 1 if shortcomings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
