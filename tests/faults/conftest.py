@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from faults.fixtures import many, pictures, run, scheduler  # noqa: F401
 from faults.ledger import Ledger, place
 
 
