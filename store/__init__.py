@@ -4,23 +4,29 @@ Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same
 """
 
 from .draft import refuse_taken
-from .embedding_store import EmbeddingStore, encode_head, exists
+from .embedding_store import EmbeddingStore
 from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
+from .head import encode_head
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
+from .metadata import exists
 from .reader import StoredBatch
-from .records import Counts, ImageRecord, NewImage, RowResult, Selection
+from .records import Audit, Counts, ImageRecord, NewImage, Problem, RowResult, Selection
 from .spec import DTYPES, PRECISIONS, StoreSpec
+from .tolerance import TOLERANCES, Tolerance, tolerance
 from .writer import ShardWriter, StoredRow
 
 __all__ = [
     "DTYPES",
     "PIXELS_PER_CELL",
     "PRECISIONS",
+    "TOLERANCES",
     "ArrayLayout",
+    "Audit",
     "Counts",
     "EmbeddingStore",
     "ImageRecord",
     "NewImage",
+    "Problem",
     "RowResult",
     "Selection",
     "ShardWriter",
@@ -32,10 +38,12 @@ __all__ = [
     "StoreSpec",
     "StoredBatch",
     "StoredRow",
+    "Tolerance",
     "array_layouts",
     "encode_head",
     "exists",
     "refuse_taken",
     "rows_of",
     "shard_count",
+    "tolerance",
 ]

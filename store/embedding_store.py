@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from .draft import draft_of
 from .durable import explained, fsync_directory, write_atomic
-from .errors import StoreDamaged, StoreError, StoreNotFound
+from .errors import StoreError
+from .head import read_head, write_head
 from .layout import rows_of, shard_count
+from .leftovers import partial_files
 from .lock import WriterLock
 from .manifest import Manifest
-from .metadata import read_spec, write_documents
-from .places import HEAD, MANIFEST, PRIVATE
+from .metadata import documents_of, read_spec, write_documents
+from .places import HEAD, MANIFEST, PRIVATE, local_path
 from .reader import DirectReader, StoredBatch
-from .records import Counts, ImageRecord, NewImage, RowResult, Selection, Status
+from .records import Audit, Counts, ImageRecord, NewImage, RowResult, Selection, Status
 from .spec import StoreSpec
+from .tolerance import tolerance
 from .writer import partial_path
 
 
@@ -82,12 +83,9 @@ class EmbeddingStore:
         """
         path = local_path(path)
         with draft_of(path) as draft:
-            manifest = Manifest.create(draft / MANIFEST, spec)
-            manifest.append(images, selection)
-            manifest.close()
-            for layout in spec.layouts:
-                (draft / layout.name).mkdir(exist_ok=True)
-            write_documents(draft, spec, len(images))
+            with closing(Manifest.create(draft / MANIFEST, spec)) as manifest:
+                manifest.append(images, selection, partial(documents_of, spec))
+                write_documents(draft, manifest.documents())
             write_atomic(draft / HEAD, head)
         return cls.open(path, writable=True)
 
@@ -95,8 +93,10 @@ class EmbeddingStore:
         """Let go of the manifest and, for a writer, of the lock; attempts that came to nothing are removed."""
         self._manifest.close()
         if self._lock:
-            self._remove_partials()
-            self._lock.release()
+            try:
+                self._remove_partials()
+            finally:
+                self._lock.release()
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -115,13 +115,7 @@ class EmbeddingStore:
 
     def read_head(self) -> bytes:
         """The content of `head_path`; StoreDamaged when it isn't what was stored."""
-        with explained(self.head_path):
-            data = self.head_path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.spec.head_sha256:
-            raise StoreDamaged(
-                f"{self.head_path} is not the file that was stored with this store: copy it from a whole one"
-            )
-        return data
+        return read_head(self.head_path, self.spec.head_sha256)
 
     def counts(self) -> Counts:
         """Rows by status."""
@@ -139,6 +133,10 @@ class EmbeddingStore:
         """Every row's key, in row order."""
         return self._manifest.keys()
 
+    def sorted_keys(self) -> Iterator[bytes]:
+        """Every row's key as bytes, ascending, without holding all of them."""
+        return self._manifest.sorted_keys()
+
     def selections(self) -> list[Selection]:
         """How the first set of images and each extension were chosen."""
         return self._manifest.selections()
@@ -155,6 +153,15 @@ class EmbeddingStore:
     def shards_with_failures(self) -> list[int]:
         """Committed shards in which an image failed."""
         return self._manifest.shards_with_failures()
+
+    def audits(self) -> list[Audit]:
+        """What fresh runs of the teacher gave for some of the done rows, in row order."""
+        return self._manifest.audits()
+
+    def audits_out_of_tolerance(self) -> list[Audit]:
+        """Those that miss the tolerance of the store's dtype and precision."""
+        limits = tolerance(self.spec.dtype, self.spec.precision)
+        return [audit for audit in self.audits() if limits.missed_by(audit)]
 
     # ---- writing
 
@@ -183,18 +190,18 @@ class EmbeddingStore:
         )
         moves = []
         for layout in self.spec.layouts:
-            partial = partial_path(self.path, layout, shard, attempt)
-            with explained(partial):
-                size = partial.stat().st_size
+            attempted = partial_path(self.path, layout, shard, attempt)
+            with explained(attempted):
+                size = attempted.stat().st_size
             if size != layout.file_bytes(len(rows)):
                 raise StoreError(
-                    f"{partial} has {size} bytes instead of {layout.file_bytes(len(rows))}: run again"
+                    f"{attempted} has {size} bytes instead of {layout.file_bytes(len(rows))}: run again"
                 )
-            moves.append((partial, self.path / layout.name / layout.file_name(shard)))
+            moves.append((attempted, self.path / layout.name / layout.file_name(shard)))
         with explained(self.path):
             # Scales first: a row exists for other Zarr readers only when both files are there.
-            for partial, place in reversed(moves):
-                os.rename(partial, place)
+            for attempted, place in reversed(moves):
+                os.rename(attempted, place)
                 fsync_directory(place.parent)
         self._manifest.commit_shard(shard, attempt, results)
         self._reader.forget(shard)
@@ -206,6 +213,16 @@ class EmbeddingStore:
             self._manifest.withdraw_shard(shard, self.shard_rows(shard))
             self._reader.forget(shard)
 
+    def record_audits(self, audits: Sequence[Audit]) -> None:
+        """Keep audits of done rows. One replaces an earlier one of its row, and goes when its shard is withdrawn."""
+        self._assert_writer()
+        self._manifest.record_audits(audits)
+
+    def restore_head(self, data: bytes) -> None:
+        """Write the head anew; StoreMismatch unless it is the one that the store was made with."""
+        self._assert_writer()
+        write_head(self.head_path, data, self.spec.head_sha256)
+
     def extend(self, images: Sequence[NewImage], selection: Selection) -> range:
         """Append rows for more images; their range. A short last shard is withdrawn, since it grows."""
         self._assert_writer()
@@ -213,9 +230,9 @@ class EmbeddingStore:
         short = first % self.spec.shard_size
         if short and images:
             self.withdraw([first // self.spec.shard_size])
-        rows = self._manifest.append(images, selection)
+        rows = self._manifest.append(images, selection, partial(documents_of, self.spec))
         with explained(self.path):
-            write_documents(self.path, self.spec, self.row_count())
+            write_documents(self.path, self._manifest.documents())
         return rows
 
     def relist(self, images: Iterable[NewImage]) -> None:
@@ -231,37 +248,8 @@ class EmbeddingStore:
         """Remove what killed attempts left, and finish an extension that was cut short."""
         with explained(self.path):
             self._remove_partials()
-            write_documents(self.path, self.spec, self.row_count())
+            write_documents(self.path, self._manifest.documents())
 
     def _remove_partials(self) -> None:
-        arrays = [self.path / layout.name for layout in self.spec.layouts]
-        for folder in (self.path, self.path / PRIVATE, *arrays):
-            for leftover in folder.glob("*.partial"):
-                leftover.unlink(missing_ok=True)
-
-
-def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
-    """SAM's prompt encoder and mask decoder as safetensors, with their SHA-256."""
-    from safetensors.numpy import save
-
-    data = save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
-    return data, hashlib.sha256(data).hexdigest()
-
-
-def local_path(path: Path | str) -> Path:
-    """The path as a Path; StoreError for a URL: stores are local folders so far."""
-    # A Path has already made one slash of the two in s3://bucket.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise StoreError(
-            f"{path}: stores on object storage are not supported yet; give a folder, or mount it"
-        )
-    return Path(path)
-
-
-def exists(path: Path | str) -> bool:
-    """Whether there is a mobilesam store at the path (whole or damaged)."""
-    try:
-        read_spec(local_path(path))
-    except StoreNotFound:
-        return False
-    return True
+        for leftover in partial_files(self.path, self.spec.layouts):
+            leftover.unlink(missing_ok=True)

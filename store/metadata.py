@@ -10,13 +10,13 @@ from typing import Any
 from .durable import write_atomic
 from .errors import StoreDamaged, StoreError, StoreNotFound
 from .layout import ArrayLayout
-from .places import MANIFEST
+from .places import MANIFEST, local_path
 from .spec import StoreSpec
 
 DOCUMENT = "zarr.json"
 ATTRIBUTE = "mobilesam"
 
-_MEND = f"put its own {DOCUMENT} back, or make the store anew in another place"
+_MEND = "put it back with mobilesam inspect STORE --repair"
 
 _DIMENSIONS = ("row", "channel", "y", "x")
 
@@ -60,14 +60,31 @@ def array_document(layout: ArrayLayout, rows: int) -> bytes:
     return bytes(documents[DOCUMENT].to_bytes())
 
 
-def write_documents(store: Path, spec: StoreSpec, rows: int) -> None:
-    """Make every zarr.json say `rows` rows, the group's last; one that says so already is left alone."""
+def documents_of(spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    """Every zarr.json of a store of `rows` rows, by its path in the store, the group's last."""
     arrays = {layout.name: array_document(layout, rows) for layout in spec.layouts}
-    places = {store / name / DOCUMENT: document for name, document in arrays.items()}
-    places[store / DOCUMENT] = group_document(spec, arrays)
-    for path, document in places.items():
-        if not path.exists() or path.read_bytes() != document:
-            write_atomic(path, document)
+    documents = {f"{name}/{DOCUMENT}": document for name, document in arrays.items()}
+    return documents | {DOCUMENT: group_document(spec, arrays)}
+
+
+def changed_documents(store: Path, documents: Mapping[str, bytes]) -> list[str]:
+    """The names of those that are not on disk as they should be."""
+    return [name for name, content in documents.items() if not _holds(store / name, content)]
+
+
+def write_documents(store: Path, documents: Mapping[str, bytes]) -> None:
+    """Put every document in its place, in the order given; one that is there already is left alone."""
+    for name in changed_documents(store, documents):
+        path = store / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, documents[name])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return False
 
 
 def read_spec(store: Path) -> StoreSpec:
@@ -86,6 +103,15 @@ def read_spec(store: Path) -> StoreSpec:
     except (KeyError, TypeError, IndexError) as error:
         raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
     return StoreSpec.from_json(attributes)
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is a mobilesam store at the path (whole or damaged)."""
+    try:
+        read_spec(local_path(path))
+    except StoreNotFound:
+        return False
+    return True
 
 
 def _none(store: Path, reason: str) -> StoreError:

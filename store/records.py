@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 Status = Literal["pending", "done", "failed"]
+ProblemKind = Literal[
+    "missing",
+    "short",
+    "zeros",
+    "checksum",
+    "identity",
+    "not-finite",
+    "unreadable",
+    "listing",
+    "orphan",
+    "metadata",
+    "head",
+    "audit",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +85,46 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How a set of images was chosen: the fraction and seed of the subset rule, and the limit if any."""
+    """How a set of images was chosen: the fraction and seed of the subset rule, and the limit if any.
+
+    `sources` are the absolute paths of the folders and tars that were named, `checkpoint` that of the teacher's
+    file when one was named: kept so that the command that goes on with a store can be told.
+    """
 
     fraction: float
     seed: int
     limit: int | None
+    sources: tuple[str, ...] = ()
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """One stored row against a fresh float32 run of the teacher: `cosine` over the 256 channels of a cell, mean
+    over cells; `relative_mse` against the fresh embedding's own mean per channel."""
+
+    row: int
+    cosine: float
+    relative_mse: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that is not as committed.
+
+    Kinds: "missing" (a shard's file), "short" (a file of another length), "zeros" (where bytes should be),
+    "checksum", "identity" (whole bytes, but not those listed), "not-finite" (NaN or infinity), "unreadable" (the
+    disk fails), "listing" (the manifest contradicts itself or the files), "orphan" (a file that nothing lists),
+    "metadata" (a zarr.json), "head", "audit" (a row out of tolerance).
+    """
+
+    kind: ProblemKind
+    message: str
+    file: str | None = None
+    shard: int | None = None
+    row: int | None = None
+    key: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)

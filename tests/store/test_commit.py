@@ -177,7 +177,7 @@ def test_a_full_disk_under_the_manifest_is_told_as_such_and_changes_nothing(new_
 
 def test_a_key_twice_is_refused_without_calling_the_store_damaged(full_store: EmbeddingStore) -> None:
     with pytest.raises(StoreError, match="nothing was changed") as caught:
-        full_store._manifest.append(images(1), EVERYTHING)
+        full_store._manifest.append(images(1), EVERYTHING, lambda rows: {})
     assert not isinstance(caught.value, StoreDamaged)
 
 
@@ -195,6 +195,26 @@ def test_every_selection_is_remembered(full_store: EmbeddingStore) -> None:
     more = Selection(fraction=0.5, seed=3, limit=9)
     full_store.extend(images(9)[8:], more)
     assert full_store.selections() == [EVERYTHING, more]
+
+
+def test_sources_survive_whatever_their_bytes(full_store: EmbeddingStore) -> None:
+    paths = (os.fsdecode(b"/caf\xe9"), "/new\nline", "/日本 'x'")
+    more = Selection(fraction=1.0, seed=0, limit=None, sources=paths, checkpoint=paths[0])
+    full_store.extend(images(9)[8:], more)
+    with EmbeddingStore.open(full_store.path) as reader:
+        assert reader.selections()[-1] == more
+
+
+def test_sorted_keys_are_all_of_them_ascending_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from small_store import HEAD, make_spec
+
+    monkeypatch.setattr("mobilesam.store.manifest.PAGE_KEYS", 3)
+    names = [b"b", b"a\xff", b"\xe9", b"B", b"a", b"aa", b"\xc3\xa9"]
+    new = [NewImage(key=os.fsdecode(name), size=1) for name in names]
+    with EmbeddingStore.create(tmp_path / "s.zarr", make_spec(), new, EVERYTHING, HEAD) as store:
+        assert list(store.sorted_keys()) == sorted(names)
 
 
 def test_relisting_moves_pending_images_only(new_store: NewStore) -> None:

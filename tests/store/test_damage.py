@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_store import compute, embeddings, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreDamaged, StoreError, StoreNotFound, exists
-from mobilesam.store.embedding_store import HEAD, MANIFEST
+from mobilesam.store.places import HEAD, MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
 
@@ -142,7 +142,9 @@ def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
 ) -> None:
     document = full_store.path / "zarr.json"
     document.unlink() if content is None else document.write_bytes(content)
-    with pytest.raises(StoreDamaged, match="with a manifest"):
+    with pytest.raises(
+        StoreDamaged, match=r"with a manifest, .*: put it back with mobilesam inspect STORE --repair"
+    ):
         EmbeddingStore.open(full_store.path)
     with pytest.raises(StoreDamaged):
         exists(full_store.path)

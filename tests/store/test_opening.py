@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch, StoreNotFound, exists
-from mobilesam.store.embedding_store import MANIFEST, PRIVATE
+from mobilesam.store.metadata import documents_of
+from mobilesam.store.places import MANIFEST, PRIVATE
 
 NewStore = Callable[..., EmbeddingStore]
 
@@ -61,11 +63,32 @@ def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
 
 def test_what_killed_attempts_left_is_removed_by_the_next_writer(full_store: EmbeddingStore) -> None:
     full_store.close()
-    folders = (full_store.path, full_store.path / "embeddings", full_store.path / PRIVATE)
-    for folder in folders:
-        (folder / "c.9.0.0.0.dead.partial").write_bytes(b"x" * 100)
+    left = [
+        "zarr.json.00c0ffee.partial",
+        "embeddings/zarr.json.00c0ffee.partial",
+        "embeddings/c.9.0.0.0.dead.partial",
+        "embeddings/mobilesam/writer.json.00c0ffee.partial",
+        "embeddings/mobilesam/sam_head.safetensors.00c0ffee.partial",
+    ]
+    for name in left:
+        (full_store.path / name).write_bytes(b"x" * 100)
     EmbeddingStore.open(full_store.path, writable=True).close()
     assert not list(full_store.path.rglob("*.partial"))
+
+
+def test_files_that_only_look_like_leftovers_are_left_alone(full_store: EmbeddingStore) -> None:
+    full_store.close()
+    others = [
+        "notes.partial",
+        "embeddings/c.9.0.0.0.dead.partial.txt",
+        "embeddings/mobilesam/mine.json.partial",
+    ]
+    for name in others:
+        (full_store.path / name).write_bytes(b"precious")
+    (full_store.path / "embeddings" / "c.9.0.0.0.dead.partial").mkdir()
+    EmbeddingStore.open(full_store.path, writable=True).close()
+    assert [(full_store.path / name).read_bytes() for name in others] == [b"precious"] * 3
+    assert (full_store.path / "embeddings" / "c.9.0.0.0.dead.partial").is_dir()
 
 
 def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
@@ -74,7 +97,7 @@ def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
     import zarr
 
     full_store.withdraw([2])
-    full_store._manifest.append(images(9)[8:], EVERYTHING)
+    full_store._manifest.append(images(9)[8:], EVERYTHING, partial(documents_of, full_store.spec))
     full_store.close()
     with EmbeddingStore.open(full_store.path, writable=True) as store:
         assert store.pending_shards() == [2]
