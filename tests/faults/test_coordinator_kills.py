@@ -1,0 +1,27 @@
+"""kill -9 of the coordinator at its system calls: what was committed stays, a rerun completes the store."""
+
+from __future__ import annotations
+
+import pytest
+from faults.ledger import Ledger
+from faults.points import points, spread
+from faults.scenarios import scenarios
+from faults.scene import Scene
+from faults.strikes import strike_coordinator, trace_coordinator
+from faults.tracing import CALLS
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.mark.parametrize(
+    ("name", "few", "many"), [("new", 4, 130), ("extend", 3, 70), ("retry", 1, 30), ("resume", 1, 30)]
+)
+def test_a_coordinator_killed_anywhere_loses_nothing_that_was_committed(
+    scene: Scene, ledger: Ledger, full: bool, name: str, few: int, many: int
+) -> None:
+    scenario = scenarios(scene)[name]()
+    trace, store = trace_coordinator(scenario)
+    chosen = spread(points(trace, store, "coordinator", calls=CALLS), many if full else few)
+    struck = [strike_coordinator(scenario, point, ledger) for point in chosen]
+    assert [line for strike in struck for line in strike.complaints] == []
+    assert sum(strike.fired for strike in struck) >= 0.9 * len(chosen)

@@ -1,0 +1,121 @@
+"""Jobs to disturb: what is there before, what is asked for, and what an undisturbed run leaves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mobilesam.store import EmbeddingStore
+
+from .events import Trace, read_trace
+from .recovery import Snapshot
+from .scene import Scene, copy_tree, draw_pictures
+from .tracing import RENAMES, Injection, Tracer
+from .zygote import Process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A precompute command on `photos` with `options`, begun on a copy of `template` (None: on nothing)."""
+
+    name: str
+    scene: Scene
+    photos: Path
+    options: tuple[str, ...]
+    template: Path | None
+    undisturbed: Snapshot
+
+    def prepared(self) -> Path:
+        """The store's path in a new folder, with what is there before."""
+        return _prepared(self.scene, self.template)
+
+    def start(self, store: Path, tracer: Callable[[int], object] | None = None) -> Process:
+        """The command."""
+        return self.scene.start_precompute(
+            store, store.with_name("stages"), *self.options, photos=self.photos, tracer=tracer
+        )
+
+    def rerun(self, store: Path) -> None:
+        """The same command to its end; AssertionError unless it goes well."""
+        self.scene.precompute(store, *self.options, photos=self.photos)
+
+
+def scenarios(scene: Scene) -> dict[str, Callable[[], Scenario]]:
+    """By name; each is made when it is asked for."""
+    return {
+        "new": lambda: _scenario("new", scene, None, ()),
+        "new-int8": lambda: _scenario("new-int8", scene, None, ("--dtype", "int8")),
+        "extend": lambda: _extend(scene),
+        "retry": lambda: _retry(scene),
+        "resume": lambda: _resume(scene),
+    }
+
+
+def _scenario(
+    name: str, scene: Scene, template: Path | None, options: tuple[str, ...], photos: Path | None = None
+) -> Scenario:
+    photos = photos or scene.photos
+    store = _prepared(scene, template)
+    scene.precompute(store, *options, photos=photos)
+    return Scenario(
+        name=name,
+        scene=scene,
+        photos=photos,
+        options=options,
+        template=template,
+        undisturbed=Snapshot.of(store),
+    )
+
+
+def _prepared(scene: Scene, template: Path | None) -> Path:
+    store = scene.place() / "store.zarr"
+    if template is not None:
+        copy_tree(template, store)
+    return store
+
+
+def _extend(scene: Scene) -> Scenario:
+    """Five images, the last shard short, become eight; two arrays, for int8."""
+    store = _prepared(scene, None)
+    scene.precompute(store, "--limit", "5", "--dtype", "int8")
+    return _scenario("extend", scene, store, ("--limit", "8", "--extend", "--dtype", "int8"))
+
+
+def _retry(scene: Scene) -> Scenario:
+    """Two broken files in different shards are there whole again."""
+    photos = draw_pictures(scene.place() / "photos")
+    whole = {name: (photos / name).read_bytes() for name in ("1.png", "6.png")}
+    for name, data in whole.items():
+        (photos / name).write_bytes(data[: len(data) // 2])
+    store = _prepared(scene, None)
+    scene.precompute(store, photos=photos)
+    for name, data in whole.items():
+        (photos / name).write_bytes(data)
+    return _scenario("retry", scene, store, ("--retry-failed",), photos)
+
+
+def _resume(scene: Scene) -> Scenario:
+    """A coordinator died before its third shard was in place, with partial files of several attempts about."""
+    store = _prepared(scene, None)
+    scene.ensure_worker()
+    trace = traced(scene, store, None)
+    third = next(
+        event for event in trace.events if event.call in RENAMES and event.path.endswith("c.2.0.0.0")
+    )
+    shutil.rmtree(store)
+    traced(scene, store, Injection(third.call, third.ordinal))
+    with EmbeddingStore.open(store) as opened:
+        assert 0 < len(opened.committed_shards()) < 4
+    (store / "embeddings" / "c.3.0.0.0.0123456789ab.partial").write_bytes(b"abandoned")
+    (store / "zarr.json.01234567.partial").write_bytes(b"abandoned")
+    return _scenario("resume", scene, store, ())
+
+
+def traced(scene: Scene, store: Path, injection: Injection | None) -> Trace:
+    """A plain precompute under strace to its end, whatever that is."""
+    stages, tracer = store.with_name("stages"), Tracer(store.with_name("log"), injection)
+    scene.zygote.wait(scene.start_precompute(store, stages, tracer=tracer))
+    tracer.end()
+    return read_trace(tracer.log, stages)

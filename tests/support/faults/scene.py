@@ -1,0 +1,142 @@
+"""Where the faults happen: a few small pictures, a dask scheduler of its own process, and jobs on them."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .zygote import GUARD_SECONDS, Process, Zygote
+
+PICTURES = 8
+SHARD_SIZE = 2
+
+
+class Scene:
+    """A cluster whose processes die one by one. `folder` holds everything; `place()` gives a new folder in it."""
+
+    def __init__(self, zygote: Zygote, folder: Path) -> None:
+        self.zygote = zygote
+        self.folder = folder
+        self.photos = draw_pictures(folder / "photos")
+        self._numbers = itertools.count()
+        self._worker: Process | None = None
+        address = folder / "address"
+        self._scheduler = zygote.start("scheduler", place=str(address))
+        deadline = time.monotonic() + GUARD_SECONDS
+        while not address.exists():
+            assert time.monotonic() < deadline, self._scheduler.said()
+            time.sleep(0.01)
+        self.address = address.read_text()
+
+    def place(self) -> Path:
+        """A new empty folder."""
+        folder = self.folder / f"{next(self._numbers):05d}"
+        folder.mkdir()
+        return folder
+
+    # ---- processes
+
+    def start_worker(
+        self, stages: Path | None = None, tracer: Callable[[int], object] | None = None, slow: float = 0.0
+    ) -> Process:
+        """A new worker. It is the only one: the one before is killed."""
+        self.kill_worker()
+        folder = self.place()
+        self._worker = self.zygote.start(
+            "worker",
+            tracer=tracer,
+            address=self.address,
+            stage_file=str(stages or folder / "stages"),
+            local=str(folder),
+            slow=slow,
+        )
+        return self._worker
+
+    def kill_worker(self) -> None:
+        """Leave the cluster without a worker."""
+        if self._worker is not None:
+            self.zygote.kill(self._worker)
+            self.zygote.wait(self._worker)
+            self._worker = None
+
+    def ensure_worker(self) -> None:
+        """A worker that lives, as a nanny would see to it."""
+        if self._worker is None or not self.zygote.running(self._worker):
+            self._worker = None
+            self.start_worker()
+
+    def start_precompute(
+        self,
+        out: Path,
+        stages: Path,
+        *options: str,
+        photos: Path | None = None,
+        tracer: Callable[[int], object] | None = None,
+    ) -> Process:
+        """`mobilesam precompute` on the cluster."""
+        arguments = [
+            "--images", str(photos or self.photos), "--out", str(out), "--teacher", "vit_nano", "--image-size", "64",
+            "--shard-size", str(SHARD_SIZE), "--scheduler", self.address, "--json", *options,
+        ]  # fmt: skip
+        return self.zygote.start("coordinator", tracer=tracer, arguments=arguments, stage_file=str(stages))
+
+    def precompute(self, out: Path, *options: str, photos: Path | None = None) -> None:
+        """The same to its end; AssertionError unless it goes well."""
+        self.ensure_worker()
+        process = self.start_precompute(out, self.place() / "stages", *options, photos=photos)
+        code = self.zygote.wait(process)
+        assert code == 0, f"precompute ended with {code}:\n{process.said()}"
+
+    def start_distill(
+        self,
+        store: Path,
+        out: Path,
+        stages: Path,
+        tracer: Callable[[int], object] | None = None,
+        **settings: Any,
+    ) -> Process:
+        """`mobilesam distill` of a tiny student, a checkpoint after each step."""
+        return self.zygote.start(
+            "trainer",
+            tracer=tracer,
+            cwd=out.parent,
+            stage_file=str(stages),
+            **{
+                "store": str(store),
+                "out": str(out),
+                "student": "speck",
+                "epochs": 2,
+                "batch_size": 2,
+                "val_fraction": 0.2,
+                "checkpoint_seconds": 1e-9,
+                **settings,
+            },
+        )
+
+    def close(self) -> None:
+        """End the cluster."""
+        self.kill_worker()
+        self.zygote.kill(self._scheduler)
+        self.zygote.wait(self._scheduler)
+
+
+def draw_pictures(folder: Path, number: int = PICTURES) -> Path:
+    """Small pictures of smooth noise, each of another size."""
+    folder.mkdir()
+    rng = np.random.default_rng(7)
+    for count in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((64 - 3 * count, 40 + 2 * count)).save(folder / f"{count}.png")
+    return folder
+
+
+def copy_tree(source: Path, place: Path) -> None:
+    """A copy of a store or a run as it is."""
+    shutil.copytree(source, place, symlinks=True)

@@ -1,0 +1,63 @@
+"""strace on a process of the suite: to see its system calls, and to hit it at one of them."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+KILL = "kill"
+
+CALLS = (
+    "openat", "mkdir", "write", "writev", "pwrite64", "pwritev", "fsync", "fdatasync", "ftruncate", "flock",
+    "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "symlink", "symlinkat", "link", "linkat",
+    "fallocate", "copy_file_range", "sendfile", "chmod", "fchmod",
+)  # fmt: skip
+"""What changes files, and what opens and locks them."""
+
+WRITES = ("write", "pwrite64", "pwritev")
+SYNCS = ("fsync", "fdatasync")
+RENAMES = ("rename", "renameat", "renameat2")
+UNLINKS = ("unlink", "unlinkat", "rmdir")
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Hits the `ordinal`-th call (from 1, counted in each thread) of a kind: `effect` is KILL, a signal before the
+    call is done, or the name of the error that it fails with."""
+
+    call: str
+    ordinal: int
+    effect: str = KILL
+
+    @property
+    def name(self) -> str:
+        """As the ledger has it."""
+        return self.call if self.effect == KILL else f"{self.call}:{self.effect}"
+
+    def argument(self) -> str:
+        """For strace's -e."""
+        effect = "signal=SIGKILL" if self.effect == KILL else f"error={self.effect}"
+        return f"inject={self.call}:{effect}:when={self.ordinal}"
+
+
+class Tracer:
+    """Attaches to one process with all its threads; call it with the pid, then `end` when that has ended."""
+
+    def __init__(self, log: Path, injection: Injection | None = None) -> None:
+        self.log = log
+        self._injection = injection
+        self._strace: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, pid: int) -> None:
+        options = ["-f", "-y", "-ttt", "-s", "64", "-o", str(self.log), "-e", f"trace={','.join(CALLS)}"]
+        if self._injection is not None:
+            options += ["-e", self._injection.argument()]
+        self._strace = subprocess.Popen(
+            ["strace", *options, "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def end(self) -> None:
+        """Wait for the log's last line."""
+        assert self._strace is not None
+        self._strace.wait(timeout=60)
