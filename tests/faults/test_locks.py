@@ -1,0 +1,287 @@
+"""Two at once: the second is refused by name and the first is undisturbed; readers may come and go."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.fixtures import HANGING, contents, environment, mobilesam, refused
+from faults.ledger import Ledger
+from faults.recovery import Snapshot, digest, living, missing_rows, recovered, stray_files, wrong_reads
+from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
+
+from mobilesam.distill import DistillConfig, DistillError, distill
+from mobilesam.distill.run import run_lock
+from mobilesam.store import EmbeddingStore, StoreError, StoreLocked
+from mobilesam.store import lock as lock_module
+from mobilesam.store.places import PRIVATE
+
+pytestmark = pytest.mark.fault
+
+Run = Callable[..., dict[str, Any]]
+
+# After two images the worker waits for a file. dask runs a preload more than once in a process: what it wraps is the
+# original every time.
+WAITING = """
+import itertools, pathlib, time
+import mobilesam.precompute.decoding as decoding
+from mobilesam.sam import load_image
+count = itertools.count()
+def waiting(data, image_size):
+    if next(count) >= 2:
+        while not pathlib.Path({gate!r}).exists():
+            time.sleep(0.05)
+    return load_image(data, image_size)
+decoding.load_image = waiting
+"""
+
+
+def arguments(pictures: Path, store: Path) -> list[str]:
+    return [
+        "precompute", "--images", str(pictures), "--out", str(store), "--teacher", "vit_nano",
+        "--image-size", "64", "--shard-size", "1", "--json",
+    ]  # fmt: skip
+
+
+@contextmanager
+def slow_writer(folder: Path, pictures: Path, store: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A precompute in its own session that has committed a shard and waits for `folder / "gate"`."""
+    preload = folder / "preload.py"
+    preload.write_text(WAITING.format(gate=str(folder / "gate")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mobilesam", *arguments(pictures, store)],
+        env=environment(DASK_DISTRIBUTED__WORKER__PRELOAD=str(preload)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        while committed(store) < 1:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def committed(path: Path) -> int:
+    try:
+        with EmbeddingStore.open(path) as store:
+            return len(store.committed_shards())
+    except StoreError:
+        return 0
+
+
+def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
+    run: Run, ledger: Ledger, tmp_path: Path, pictures: Path
+) -> None:
+    run("undisturbed.zarr", shard_size=1)
+    undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
+    store = tmp_path / "store.zarr"
+    with slow_writer(tmp_path, pictures, store) as first:
+        refused(
+            mobilesam(*arguments(pictures, store)),
+            f"process {first.pid} on {socket.gethostname()} is writing to this store: wait for it, or stop it",
+        )
+        refused(mobilesam("inspect", store, "--repair", "--json"), f"process {first.pid} on")
+        assert first.poll() is None, "the first one had ended before the second was refused"
+        (tmp_path / "gate").touch()
+        out, err = first.communicate(timeout=HANGING)
+    wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
+    ledger.record(
+        call="second-writer", ordinal=0, file="writer.lock", phase="precompute", fired=True, lost=len(lost),
+        wrong=len(wrong), role="coordinator",
+    )  # fmt: skip
+    assert first.returncode == 0, err
+    assert json.loads(out)["done"] == 7
+    assert not lost
+    assert not wrong
+    assert stray_files(store, undisturbed) == []
+
+
+def test_a_dead_owners_lock_falls_away(run: Run, ledger: Ledger, tmp_path: Path, pictures: Path) -> None:
+    run("undisturbed.zarr", shard_size=1)
+    undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
+    store = tmp_path / "store.zarr"
+    with slow_writer(tmp_path, pictures, store) as owner:
+        before = committed(store)
+        os.kill(owner.pid, signal.SIGKILL)
+        owner.wait()
+        left = json.loads((store / PRIVATE / "writer.json").read_bytes())
+        assert left == {"host": socket.gethostname(), "pid": owner.pid}
+        deadline = time.monotonic() + HANGING
+        while living([owner.pid]):
+            assert time.monotonic() < deadline, "the dead coordinator's workers live on"
+            time.sleep(0.1)
+        recovery = recovered(store, undisturbed, lambda: run(shard_size=1), sessions=[owner.pid])
+    ledger.record(
+        call="kill", ordinal=before, file="writer.lock", phase="lock held", fired=True,
+        lost=len(recovery.missing), wrong=len(recovery.wrong), role="coordinator", kill=True,
+    )  # fmt: skip
+    assert recovery.clean, recovery
+
+
+OTHER_HOST = {"host": "elsewhere.example", "pid": 7}
+
+
+def test_another_hosts_owner_file_is_ignored_on_a_local_disk(
+    run: Run, ledger: Ledger, tmp_path: Path
+) -> None:
+    """Its process died with that host's mount: here the kernel would know of a live one."""
+    run(limit=3)
+    run("undisturbed.zarr")
+    store, undisturbed = tmp_path / "store.zarr", Snapshot.of(tmp_path / "undisturbed.zarr")
+    (store / PRIVATE / "writer.json").write_text(json.dumps(OTHER_HOST))
+    recovery = recovered(store, undisturbed, lambda: run(extend=True))
+    ledger.record(
+        call="other-host", ordinal=0, file="writer.json", phase="local disk", fired=True,
+        lost=len(recovery.missing), wrong=len(recovery.wrong),
+    )  # fmt: skip
+    assert recovery.clean, recovery
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "lustre", "fuse.sshfs", "9p", "cifs", "ceph", "beegfs"])
+def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
+    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The mount table is made up: no network file system is at hand here."""
+    with EmbeddingStore.create(tmp_path / "store.zarr", make_spec(), images(), EVERYTHING, HEAD) as store:
+        compute(store, embeddings())
+    path = tmp_path / "store.zarr"
+    undisturbed = Snapshot.of(path)
+    (path / PRIVATE / "writer.json").write_text(json.dumps(OTHER_HOST))
+    before = contents(path)
+    table = f"1 0 0:1 / / rw - ext4 /dev/x rw\n2 1 0:2 / {tmp_path} rw - {kind} server:/x rw\n"
+    read_text = Path.read_text
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path,
+            "read_text",
+            lambda self, *rest: table if str(self) == "/proc/self/mountinfo" else read_text(self, *rest),
+        )
+        assert lock_module._on_network(path)
+        with pytest.raises(
+            StoreLocked, match=r"process 7 on elsewhere\.example may be writing .* delete .*writer\.json"
+        ):
+            EmbeddingStore.open(path, writable=True)
+    assert contents(path) == before
+    # As the message says: once the file is gone, the store opens.
+    (path / PRIVATE / "writer.json").unlink()
+    EmbeddingStore.open(path, writable=True).close()
+    wrong, lost = wrong_reads(path, undisturbed), missing_rows(path, undisturbed)
+    ledger.record(
+        call="other-host", ordinal=0, file="writer.json", phase=f"network disk {kind}", fired=True, lost=len(lost),
+        wrong=len(wrong),
+    )  # fmt: skip
+    assert not lost
+    assert not wrong
+
+
+def test_a_reader_sees_only_right_bytes_while_shards_are_withdrawn_and_committed(
+    ledger: Ledger, tmp_path: Path, many: Callable[[int, int], int]
+) -> None:
+    """A read is the model's bytes, or an error that says the row isn't done just then."""
+    path = tmp_path / "store.zarr"
+    with EmbeddingStore.create(path, make_spec(dtype="int8"), images(), EVERYTHING, HEAD) as store:
+        compute(store, embeddings())
+        undisturbed = Snapshot.of(path)
+        stop, wrong, counts = threading.Event(), [], {"read": 0, "refused": 0}
+        readers = [
+            threading.Thread(target=read_on, args=(path, undisturbed, stop, wrong, counts)) for _ in range(2)
+        ]
+        for reader in readers:
+            reader.start()
+        for turn in range(many(300, 60)):
+            store.withdraw([turn % 3])
+            compute(store, embeddings())
+        stop.set()
+        for reader in readers:
+            reader.join()
+    lost = missing_rows(path, undisturbed)
+    ledger.record(
+        call="read", ordinal=counts["read"], file="embeddings", phase="while a writer commits",
+        fired=counts["read"] > 0, lost=len(lost), wrong=len(wrong),
+    )  # fmt: skip
+    assert counts["read"] > 50
+    assert not wrong
+    assert not lost
+
+
+def read_on(
+    path: Path, undisturbed: Snapshot, stop: threading.Event, wrong: list[str], counts: dict[str, int]
+) -> None:
+    """Read every row again and again, with one store kept open and with fresh ones by turns."""
+    with EmbeddingStore.open(path) as kept:
+        while not stop.is_set():
+            with EmbeddingStore.open(path) as fresh:
+                for store in (kept, fresh):
+                    for row in range(8):
+                        try:
+                            found = digest(store.read([row]))
+                        except StoreError as error:
+                            if not re.search("is not done|no committed rows", str(error)):
+                                wrong.append(f"row {row}: {error}")
+                            counts["refused"] += 1
+                            continue
+                        counts["read"] += 1
+                        if found != undisturbed.rows[f"photo{row:04d}.jpg"]:
+                            wrong.append(f"row {row}")
+
+
+def test_two_trainers_on_one_run(
+    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    monkeypatch.chdir(tmp_path)
+    config = DistillConfig(
+        store=tmp_path / "store.zarr",
+        out=tmp_path / "run",
+        epochs=1,
+        batch_size=4,
+        device="cpu",
+        precision="float32",
+    )
+    options = (
+        "distill", "--store", config.store, "--out", config.out, "--epochs", "1", "--batch-size", "4",
+        "--device", "cpu", "--precision", "float32", "--json",
+    )  # fmt: skip
+    seen = []
+
+    def intrude(progress: object) -> None:
+        """While the first one trains."""
+        if seen:
+            return
+        before = contents(config.out)
+        seen.append(
+            refused(mobilesam(*options, cwd=tmp_path), f"is being trained by process {os.getpid()} on")
+        )
+        with pytest.raises(DistillError, match="is being trained by"):
+            distill(DistillConfig(**{**vars(config), "restart": True}))
+        assert contents(config.out) == before
+
+    first = distill(config, progress=intrude)
+    assert seen
+    alone = distill(DistillConfig(**{**vars(config), "out": tmp_path / "alone"}))
+    lost = first["steps"] != alone["steps"] or first["val"] != alone["val"]
+    ledger.record(
+        call="second-trainer", ordinal=0, file="run.lock", phase="distill", fired=True, lost=int(lost), wrong=0,
+        role="trainer",
+    )  # fmt: skip
+    assert not lost
+    # The lock is the process's: nothing has to be deleted.
+    with run_lock(config.out):
+        pass
