@@ -48,6 +48,8 @@ def explained(path: Path) -> Iterator[None]:
             errno.ENOENT: "is it there, on every machine that works on it?",
             errno.EACCES: "check its permissions",
             errno.EPERM: "check its permissions",
+            errno.EIO: "the disk fails: check it, and then the store with mobilesam inspect STORE --check",
+            errno.EMFILE: "raise the limit of open files (ulimit -n)",
             errno.EROFS: "choose a folder on a writable file system",
         }.get(error.errno or 0, "check the disk and run again")
         raise StoreError(f"{error.filename or path}: {error.strerror or error}; {mend}") from error

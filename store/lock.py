@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,34 @@ class WriterLock:
             raise
         self._descriptor = descriptor
 
-    def _hold(self, descriptor: int) -> None:
+    def live_owner(self) -> dict[str, Any] | None:
+        """Host and pid (None where not known) of the process that holds the lock, or may hold it from another
+        host; None when nobody does. Needs no write access."""
         with explained(self._lock_path):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                held = False
             except BlockingIOError:
+                held = True
+            finally:
+                os.close(descriptor)
+        owner = self._owner()
+        if not held and not self._may_be_held_elsewhere(owner):
+            return None
+        return {"host": owner.get("host"), "pid": owner.get("pid")}
+
+    def _hold(self, descriptor: int) -> None:
+        with explained(self._lock_path):
+            if not _flock_soon(descriptor):
                 raise StoreLocked(
                     f"{self._describe(self._owner())} is writing to this store: wait for it, or stop it"
-                ) from None
+                )
         owner = self._owner()
-        if owner and owner.get("host") != socket.gethostname() and _on_network(self._owner_path):
+        if self._may_be_held_elsewhere(owner):
             raise StoreLocked(
                 f"{self._describe(owner)} may be writing to this store (a lock need not reach over "
                 f"this file system): if that process has ended, delete {self._owner_path}"
@@ -77,11 +96,27 @@ class WriterLock:
             return {}
         return owner if isinstance(owner, dict) else {}
 
+    def _may_be_held_elsewhere(self, owner: dict[str, Any]) -> bool:
+        return bool(owner) and owner.get("host") != socket.gethostname() and _on_network(self._owner_path)
+
     @staticmethod
     def _describe(owner: dict[str, Any]) -> str:
         if not owner:
             return "another process"
         return f"process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _flock_soon(descriptor: int) -> bool:
+    """Take the lock; False when it stays held. Whoever only looks whether it is held holds it for an instant."""
+    for wait in (0.01, 0.04, 0.1, 0.2, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is not None:
+                time.sleep(wait)
+        else:
+            return True
+    return False
 
 
 def _on_network(path: Path) -> bool:

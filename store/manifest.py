@@ -131,8 +131,7 @@ class Manifest:
         count = 0 if last is None else int(last) + 1
         if count != appended:
             raise StoreDamaged(
-                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): put a whole copy "
-                "of it back, or make the store anew in another place"
+                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {database.MEND}"
             )
         return count
 
@@ -164,18 +163,24 @@ class Manifest:
 
     def selections(self) -> list[Selection]:
         """How the first set of images and each extension were chosen, in order."""
-        return [
-            Selection(
-                fraction=fraction,
-                seed=seed,
-                limit=limit,
-                sources=tuple(json.loads(sources)),
-                checkpoint=checkpoint and json.loads(checkpoint),
-            )
-            for fraction, seed, limit, sources, checkpoint in self.query(
-                'SELECT fraction, seed, "limit", sources, checkpoint FROM extensions ORDER BY first_row'
-            )
-        ]
+        found = self.query(
+            'SELECT fraction, seed, "limit", sources, checkpoint FROM extensions ORDER BY first_row'
+        )
+        try:
+            return [
+                Selection(
+                    fraction=fraction,
+                    seed=seed,
+                    limit=limit,
+                    sources=tuple(json.loads(sources)),
+                    checkpoint=None if checkpoint is None else json.loads(checkpoint),
+                )
+                for fraction, seed, limit, sources, checkpoint in found
+            ]
+        except (TypeError, ValueError) as error:
+            raise StoreDamaged(
+                f"{self.path} is damaged (its sets of images: {error}): {database.MEND}"
+            ) from error
 
     def records(self, status: Status | None = None, rows: range | None = None) -> list[ImageRecord]:
         """Records in row order: those of one status, or all; of a range of rows, or all. StoreDamaged when one
@@ -304,9 +309,12 @@ class Manifest:
                     )
 
     def reindex(self) -> None:
-        """Build the indexes anew from their tables."""
+        """Build the indexes anew from their tables; StoreDamaged when these are damaged themselves."""
         with self._mutex, database.explained(self.path):
-            self._connection.execute("REINDEX")
+            try:
+                self._connection.execute("REINDEX")
+            except sqlite3.IntegrityError as error:
+                raise StoreDamaged(f"{self.path} is damaged: it lists a key twice") from error
 
 
 def _replace_documents(connection: sqlite3.Connection, documents: Mapping[str, bytes]) -> None:

@@ -26,6 +26,8 @@ from .spec import StoreSpec
 OPEN_SHARDS = 128
 """Shard files held open at most; the usual limit of a process is 1024 descriptors."""
 
+MEND = "take damaged shards out with mobilesam inspect STORE --repair, and compute them anew"
+
 
 @dataclass(frozen=True)
 class StoredBatch:
@@ -47,19 +49,17 @@ class _OpenShard:
     def __init__(self, path: Path, layout: ArrayLayout, checksums: dict[int, int]) -> None:
         self.path = path
         self.checksums = checksums
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise StoreDamaged(f"{path} is missing, though the manifest lists it") from error
-        except OSError as error:
-            raise StoreError(f"can't read {path}: {error.strerror}") from error
         with explained(path):
+            try:
+                self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise StoreDamaged(f"{path} is missing, though the manifest lists it; {MEND}") from error
             size = os.fstat(self.descriptor).st_size
             tail = os.pread(self.descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
         try:
             self.index = layout.decode_index(tail)
         except ValueError as error:
-            raise StoreDamaged(f"{path} ({size} bytes): {error}") from error
+            raise StoreDamaged(f"{path} ({size} bytes): {error}; {MEND}") from error
 
     def __del__(self) -> None:
         # By now every thread that read from it has let go. There is none when opening failed.
@@ -136,7 +136,7 @@ class DirectReader:
         behind = bytearray(CHECKSUM_BYTES)
         payload = out.reshape(-1).view(np.uint8)
         with explained(shard.path):
-            count = _read_all(shard.descriptor, [payload.data, memoryview(behind)], int(offset))
+            count = read_fully(shard.descriptor, [payload.data, memoryview(behind)], int(offset))
         if count != length:
             raise self._damage(shard, row, "the file is too short")
         computed = crc32c(payload)
@@ -149,10 +149,10 @@ class DirectReader:
 
     def _damage(self, shard: _OpenShard, row: int, fact: str) -> StoreDamaged:
         key = self._manifest.records(rows=range(row, row + 1))[0].key
-        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}")
+        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {MEND}")
 
 
-def _read_all(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
     """preadv until the buffers are full or the file ends; the number of bytes read."""
     total = 0
     while buffers:
