@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from faults.ledger import Ledger, place
@@ -33,3 +34,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         made = Scene(zygote, tmp_path_factory.mktemp("scene"))
         yield made
         made.close()
+
+
+@pytest.fixture(scope="session")
+def store(scene: Scene) -> Path:
+    """A whole store, for those who only read it."""
+    path = scene.place() / "store.zarr"
+    scene.precompute(path)
+    return path

@@ -15,6 +15,7 @@ _RESUMED = re.compile(r"^(\d+) +[\d.]+ <\.\.\. \w+ resumed>(.*)$")
 _UNFINISHED = " <unfinished ...>"
 _RESULT = re.compile(r"\) += (-?\d+|\?)(.*)$")
 _DESCRIPTOR = re.compile(r"^-?\d+<(/[^>]*)>")
+_CWD = re.compile(r"^AT_FDCWD<(/[^>]*)>")
 _AT = re.compile(r'(?:(?:AT_FDCWD|\d+)<(/[^>]*)>(?:\(deleted\))?, )?"((?:[^"\\]|\\.)*)"')
 _SAID = re.compile(r'>, "([+!-])(\w+)( \w+)?\\n"')
 _BY_PATH = frozenset(
@@ -79,6 +80,7 @@ class _Reader:
     def __init__(self, stage_file: str) -> None:
         self.events: list[Event] = []
         self._stage_file = stage_file
+        self._cwd = "/"  # until a call tells it
         self._counts: Counter[tuple[int, str]] = Counter()
         self._stages: dict[int, list[str]] = defaultdict(list)
         self._open: dict[int, int] = {}
@@ -96,7 +98,9 @@ class _Reader:
 
     def _started(self, thread: int, time: float, call: str, text: str) -> None:
         self._counts[thread, call] += 1
-        paths = _paths(call, text)
+        if cwd := _CWD.match(text):
+            self._cwd = cwd[1]
+        paths = _paths(call, text, self._cwd)
         if paths == (self._stage_file,):
             self._told(thread, text)
             return
@@ -132,12 +136,12 @@ def _ended(event: Event) -> Event:
     return replace(event, result=int(result[1]), injected="(INJECTED)" in result[2])
 
 
-def _paths(call: str, rest: str) -> tuple[str, ...]:
+def _paths(call: str, rest: str, cwd: str) -> tuple[str, ...]:
     """The files that a call names, absolute."""
     if call not in _BY_PATH:
         descriptor = _DESCRIPTOR.match(rest)
         return (descriptor[1].removesuffix("(deleted)"),) if descriptor else ()
-    found = [os.path.join(folder or "/", name) for folder, name in _AT.findall(rest)]
+    found = [os.path.join(folder or cwd, name) for folder, name in _AT.findall(rest)]
     if call in ("symlink", "symlinkat"):
         found = found[-1:]
     return tuple(os.path.normpath(path) for path in found)
@@ -163,6 +167,7 @@ _KINDS = [
         (r"^events\.", "curves"),
         (r"^last\.pt", "last"),
         (r"^previous\.pt", "previous"),
+        (r"^next\.pt", "next"),
         (r"^student\.", "student"),
         (r"^mean_embedding\.", "mean"),
         (r"^sam_head\.", "head"),

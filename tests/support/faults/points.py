@@ -18,6 +18,11 @@ class Point:
     injection: Injection
     phase: str
 
+    @classmethod
+    def at(cls, event: Event, effect: str = KILL) -> Point:
+        """The point at an event of a trace."""
+        return cls(Injection(event.call, event.ordinal, effect), event.stage)
+
 
 def phase_of(event: Event, root: Path, role: str) -> str:
     """Where in the job an event is: its stage and what it acts on."""

@@ -1,0 +1,206 @@
+"""Faults in training: what a killed trainer's rerun must come to, and how much of the work it may do again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from .events import Event, Trace, kind_of, read_trace
+from .ledger import Ledger
+from .points import Point, phase_of
+from .recovery import living
+from .scene import Scene, copy_tree
+from .strikes import Struck, ending
+from .tracing import KILL, Tracer
+from .zygote import Process
+
+_CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
+"""What a line says about time, with the checksum over it."""
+
+_SESSIONS = re.compile(r"events\.out\.tfevents\..*")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its lines of metrics without clocks, its weights, and the names of its files."""
+
+    lines: list[dict[str, Any]]
+    weights: dict[str, bytes]
+    files: frozenset[str]
+
+    @classmethod
+    def of(cls, run: Path) -> Outcome:
+        """Read it."""
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        tensors = {
+            f"{name}/{key}": value.numpy().tobytes()
+            for name in ("student.safetensors", "mean_embedding.safetensors")
+            for key, value in load_file(run / name).items()
+        }
+        return cls([_without_clocks(line) for line in lines], tensors, files_of(run))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """`mobilesam distill` on `store`, begun on a copy of `template` (None: on nothing). `checkpoints` are what an
+    undisturbed run makes from there."""
+
+    name: str
+    scene: Scene
+    store: Path
+    template: Path | None
+    undisturbed: Outcome
+    checkpoints: int
+
+    def prepared(self) -> Path:
+        """The run's folder in a new folder, with what is there before."""
+        return _prepared(self.scene, self.template)
+
+    def start(self, run: Path, tracer: Callable[[int], object] | None = None) -> Process:
+        """The command, its stages in a new file `stages`."""
+        return self.scene.start_distill(self.store, run, run.with_name("stages"), tracer)
+
+    def rerun(self, run: Path) -> int:
+        """The same command to its end: how many checkpoints it made. AssertionError unless it goes well."""
+        return _train(self.scene, self.store, run)
+
+
+def trainings(scene: Scene, store: Path) -> dict[str, Callable[[], Training]]:
+    """By name; each is made when it is asked for."""
+    return {"new": lambda: _new(scene, store), "resume": lambda: _resume(scene, store)}
+
+
+def _new(scene: Scene, store: Path) -> Training:
+    run = _prepared(scene, None)
+    checkpoints = _train(scene, store, run)
+    return Training(
+        name="new",
+        scene=scene,
+        store=store,
+        template=None,
+        undisturbed=Outcome.of(run),
+        checkpoints=checkpoints,
+    )
+
+
+def _resume(scene: Scene, store: Path) -> Training:
+    """A trainer was killed in its second epoch, after a line that no checkpoint knows of."""
+    new = _new(scene, store)
+    trace, _ = trace_trainer(new)
+    saves = [event for event in trace.events if event.stage == "checkpoint" and event.call == "openat"]
+    late = saves[2 * len(saves) // 3]
+    run = new.prepared()
+    tracer = Tracer(run.with_name("log"), Point.at(late).injection)
+    assert scene.zygote.wait(new.start(run, tracer)) == -9
+    tracer.end()
+    made = Counter(run.with_name("stages").read_text().splitlines())["-checkpoint"]
+    return Training(
+        name="resume",
+        scene=scene,
+        store=store,
+        template=run,
+        undisturbed=new.undisturbed,
+        checkpoints=new.checkpoints - made,
+    )
+
+
+def trace_trainer(training: Training) -> tuple[Trace, Path]:
+    """An undisturbed trainer's system calls, and its run."""
+    run = training.prepared()
+    tracer = Tracer(run.with_name("log"))
+    process = training.start(run, tracer)
+    assert training.scene.zygote.wait(process) == 0, process.said()
+    tracer.end()
+    return read_trace(tracer.log, run.with_name("stages")), run
+
+
+def strike_trainer(training: Training, point: Point, ledger: Ledger) -> Struck:
+    """Kill a trainer, or let a call of it fail, and run again."""
+    run = training.prepared()
+    tracer = Tracer(run.with_name("log"), point.injection)
+    process = training.start(run, tracer)
+    code = training.scene.zygote.wait(process)
+    tracer.end()
+    hit = read_trace(tracer.log, run.with_name("stages")).hit(point.injection)
+    complaints = [] if hit is None else ending(point, code, process.said())
+    return recover_training(training, run, process, point, hit, complaints, ledger)
+
+
+def recover_training(
+    training: Training,
+    run: Path,
+    process: Process,
+    point: Point,
+    hit: Event | None,
+    complaints: list[str],
+    ledger: Ledger,
+) -> Struck:
+    """Run again, compare with the undisturbed run, write it down and clear away."""
+    made = Counter(run.with_name("stages").read_text().splitlines())["-checkpoint"]
+    # Whoever was hit after the last checkpoint has nothing to do again but to report.
+    again = training.rerun(run) - (training.checkpoints - made)
+    outcome = Outcome.of(run)
+    same = outcome.lines == training.undisturbed.lines and outcome.weights == training.undisturbed.weights
+    ledger.record(
+        call=point.injection.name,
+        ordinal=point.injection.ordinal,
+        file=kind_of(hit.path, run) or hit.path if hit else "",
+        phase=phase_of(hit, run, "trainer") if hit else point.phase,
+        role="trainer",
+        fired=hit is not None,
+        lost=max(0, again),
+        wrong=0 if same else 1,
+        kill=point.injection.effect == KILL,
+    )
+    complaints = [
+        *complaints,
+        *([f"{again} checkpoints' work was done again"] if again > 0 else []),
+        *([] if same else [f"other numbers: {first_difference(outcome.lines, training.undisturbed.lines)}"]),
+        *[f"left behind: {name}" for name in sorted(outcome.files - training.undisturbed.files)],
+        *[f"process {pid} lives on" for pid in living([process.session])],
+    ]
+    shutil.rmtree(run.parent)
+    return Struck(hit is not None, [f"{point}: {line}" for line in complaints])
+
+
+def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
+    """The first line in which two runs differ."""
+    for one, other in zip(ours, theirs, strict=False):
+        if one != other:
+            return f"{one} instead of {other}"
+    return f"{len(ours)} lines instead of {len(theirs)}" if len(ours) != len(theirs) else "the weights"
+
+
+def files_of(run: Path) -> frozenset[str]:
+    """Names in the run's folder and beside it in runs/; TensorBoard's files, one a session, count as one."""
+    beside = [path for path in (run.parent / "runs").iterdir() if path.name != "latest"]
+    return frozenset(
+        [_SESSIONS.sub("events", path.name) for path in run.iterdir()] + [path.name for path in beside]
+    )
+
+
+def _without_clocks(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in _CLOCKS}
+
+
+def _prepared(scene: Scene, template: Path | None) -> Path:
+    run = scene.place() / "run"
+    if template is not None:
+        copy_tree(template, run)
+    return run
+
+
+def _train(scene: Scene, store: Path, run: Path) -> int:
+    stages = run.with_name(f"stages-{scene.place().name}")
+    process = scene.start_distill(store, run, stages)
+    code = scene.zygote.wait(process)
+    assert code == 0, f"distill ended with {code}:\n{process.said()}"
+    return Counter(stages.read_text().splitlines())["-checkpoint"]
