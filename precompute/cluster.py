@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +16,18 @@ from .. import __version__
 from .config import PrecomputeConfig
 from .errors import PrecomputeError
 from .interrupts import starting_processes
-from .worker import TASKS_PER_WORKER, describe_worker, measure_worker
+from .scratch import scratch_folder
+from .worker import TASKS_PER_WORKER, TeacherPlugin, describe_worker, measure_worker
 
 CONNECT_SECONDS = 30
 WORKER_DEATHS_ALLOWED = 2
 """Deaths of a worker under one shard that are taken for bad luck; at the next, its images are suspected."""
+SILENCE_SECONDS = 10.0
+"""On top of the time that an image may take: a local worker that has not been heard of for so long is replaced.
+
+Workers report twice a second from a thread of their own, however long the teacher takes. What silences one is code
+that holds Python's lock, as an image's decoder may: for no longer than any image is given.
+"""
 
 _LOOPBACK = "127.0.0.1"
 _DASK_CLIENT_LOG = logging.getLogger("distributed.client")
@@ -58,6 +64,21 @@ class Cluster:
         """Multiply-accumulates per second of one of the workers."""
         measured = self.client.submit(measure_worker, self.devices[0], precision, pure=False)
         return float(measured.result())
+
+    def count_workers(self) -> int:
+        """Workers that the scheduler has now."""
+        return len(self.client.scheduler_info(n_workers=-1)["workers"])
+
+    @contextmanager
+    def holding(self, plugin: TeacherPlugin) -> Iterator[None]:
+        """Give the plugin to all workers, and those to come, for the length of the context."""
+        self.client.register_plugin(plugin)
+        try:
+            yield
+        finally:
+            if not self.local and self.client.status == "running":
+                # A cluster of somebody else's is left without our teacher in its memory.
+                self.client.unregister_worker_plugin(plugin.name)
 
     def refuse_lost_connection(self) -> None:
         """PrecomputeError when the scheduler has gone away: dask would wait for its answers for ever."""
@@ -100,12 +121,11 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
     settings = {
         "distributed.scheduler.allowed-failures": WORKER_DEATHS_ALLOWED,
         "distributed.scheduler.work-stealing": False,
+        "distributed.scheduler.worker-ttl": f"{config.image_timeout + SILENCE_SECONDS}s",
         "distributed.worker.daemon": True,
     }
     with ExitStack() as stack:
-        scratch = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="mobilesam-", ignore_cleanup_errors=True)
-        )
+        scratch = stack.enter_context(scratch_folder())
         stack.enter_context(dask.config.set(settings))
         with starting_processes():
             cluster = stack.enter_context(_start(workers, scratch))

@@ -11,6 +11,8 @@ from .errors import PrecomputeError
 DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024
 DEFAULT_DTYPE = "float16"
+DEFAULT_IMAGE_TIMEOUT = 120.0
+"""Seconds: a hundred times what the slowest photo of a camera takes, and short of a night's work lost to one file."""
 LARGEST_SHARD_SIZE = 10_000
 """Images; at SAM's 2 MB each that is a file of 20 GB, and all of it is lost with a killed worker."""
 
@@ -21,7 +23,9 @@ class PrecomputeConfig:
     else the default: vit_h, 1024 pixels, float16, a shard size and precision chosen for the hardware.
 
     `fraction` in (0, 1] and `seed` choose images by the hash of their key; `limit` then caps their number.
-    `workers` are processes of a local cluster, ignored when `scheduler` (a dask address) is given.
+    `workers` are processes of a local cluster, ignored when `scheduler` (a dask address) is given. An image that
+    takes longer than `image_timeout` seconds to read and decode fails. At the end `audit` random images of the run
+    are embedded again in float32 and compared with what is stored.
     """
 
     images: tuple[Path, ...]
@@ -41,6 +45,8 @@ class PrecomputeConfig:
     shard_size: int | None = None
     batch_size: int | None = None
     image_size: int | None = None
+    image_timeout: float = DEFAULT_IMAGE_TIMEOUT
+    audit: int = 2
     performance_report: Path | None = None
 
     def __post_init__(self) -> None:
@@ -51,6 +57,11 @@ class PrecomputeConfig:
         for name in ("limit", "workers", "shard_size", "batch_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} is less than 1")
+        _check(self.audit >= 0, f"--audit {self.audit} is less than 0")
+        _check(
+            0 < self.image_timeout < float("inf"),
+            f"--image-timeout {self.image_timeout:g} is no number of seconds above 0",
+        )
         _check(
             self.shard_size is None or self.shard_size <= LARGEST_SHARD_SIZE,
             f"--shard-size {self.shard_size} is more than {LARGEST_SHARD_SIZE}",

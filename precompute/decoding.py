@@ -6,13 +6,13 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_image
+from .decoders import Decoders, Job
 from .tasks import Span, TaskImage
 
 BATCHES_AHEAD = 2
@@ -46,21 +46,32 @@ class Batch:
 
 
 def decoded_batches(
-    images: Sequence[TaskImage], root: Path, image_size: int, batch_size: int, threads: int
+    images: Sequence[TaskImage],
+    root: Path,
+    image_size: int,
+    batch_size: int,
+    threads: int,
+    timeout: float,
 ) -> Generator[Batch]:
-    """Yield the images in order, batch by batch, decoding ahead in `threads` threads."""
+    """Yield the images in order, batch by batch, decoding ahead in `threads` threads; an image that takes one of them
+    longer than `timeout` seconds fails."""
     groups = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    waiting: deque[list[Future[LoadedImage]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            for group in groups:
-                waiting.append([pool.submit(load, image, root, image_size) for image in group])
-                if len(waiting) > BATCHES_AHEAD:
-                    yield _assemble(waiting.popleft(), image_size, batch_size)
-            while waiting:
-                yield _assemble(waiting.popleft(), image_size, batch_size)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    waiting: deque[list[Job[LoadedImage]]] = deque()
+    decoders = Decoders(threads, timeout, lambda image: load(image, root, image_size))
+
+    def take() -> Batch:
+        loaded = [decoders.result(job) or _timed_out(job, timeout) for job in waiting.popleft()]
+        return _assemble(loaded, image_size, batch_size)
+
+    try:
+        for group in groups:
+            waiting.append([decoders.submit(image) for image in group])
+            if len(waiting) > BATCHES_AHEAD:
+                yield take()
+        while waiting:
+            yield take()
+    finally:
+        decoders.close()
 
 
 def load(image: TaskImage, root: Path, image_size: int) -> LoadedImage:
@@ -86,17 +97,29 @@ def load(image: TaskImage, root: Path, image_size: int) -> LoadedImage:
     )
 
 
+def _timed_out(job: Job[LoadedImage], timeout: float) -> LoadedImage:
+    now = time.time()
+    return LoadedImage(
+        image=job.image,
+        decoded=None,
+        reason=f"reading and decoding it took longer than {timeout:g} s (--image-timeout)",
+        sha256=None,
+        bytes=None,
+        span=Span(phase="decode", start=now - timeout, stop=now),
+        cpu_seconds=0.0,
+    )
+
+
 def _listed_size(image: TaskImage) -> int | None:
     # A file may have been replaced since it was listed, and is then taken as it is now; a tar's member can't.
     return None if image.offset is None else image.size
 
 
-def _assemble(futures: Sequence[Future[LoadedImage]], image_size: int, batch_size: int) -> Batch:
-    loaded = tuple(future.result() for future in futures)
+def _assemble(loaded: Sequence[LoadedImage], image_size: int, batch_size: int) -> Batch:
     canvas_BHWC = np.zeros((batch_size, image_size, image_size, 3), dtype=np.uint8)
     sizes_B2 = np.ones((batch_size, 2), dtype=np.int64)
     for slot, item in enumerate(loaded):
         if item.decoded is not None:
             place_on_canvas(item.decoded, canvas_BHWC[slot])
             sizes_B2[slot] = item.decoded.resized_size
-    return Batch(images=loaded, canvas_BHWC=canvas_BHWC, sizes_B2=sizes_B2)
+    return Batch(images=tuple(loaded), canvas_BHWC=canvas_BHWC, sizes_B2=sizes_B2)

@@ -14,22 +14,25 @@ from distributed.comm import CommClosedError
 
 from ..sam import SamError, shown
 from ..store import EmbeddingStore, StoreError
+from . import sizing
+from .auditor import Sample
 from .cluster import Cluster
 from .errors import PrecomputeError
 from .interrupts import StopRequest
 from .progress import Observer, Progress
 from .suspects import SuspectHunt
 from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
+from .watch import POLL_SECONDS, StopAsked, Watch
 from .worker import TASKS_PER_WORKER, TeacherPlugin, compute_shard
 
-POLL_SECONDS = 0.5
 TRIES = 3
 """Times that a shard is tried when it fails for a reason that may pass."""
 
 
 @dataclass
 class Tally:
-    """What a job has measured: times in seconds since the epoch, `decode_seconds` of CPU."""
+    """What a job has measured: times in seconds since the epoch, `decode_seconds` of CPU, `slowest_batch` in seconds.
+    `first_failure` names an image and why it failed."""
 
     committed: int = 0
     failed: int = 0
@@ -37,6 +40,8 @@ class Tally:
     teacher_seconds: float = 0.0
     first_batch: float | None = None
     last_commit: float | None = None
+    slowest_batch: float | None = None
+    first_failure: str | None = None
 
     def add(self, result: ShardResult) -> None:
         """Count a committed shard."""
@@ -44,7 +49,9 @@ class Tally:
         self.committed += len(result.results)
         self.failed += sum(row.reason is not None for row in result.results)
         self.decode_seconds += result.decode_seconds
-        self.teacher_seconds += sum(span.stop - span.start for span in teacher)
+        batches = [span.stop - span.start for span in teacher]
+        self.teacher_seconds += sum(batches)
+        self.slowest_batch = max([*batches, self.slowest_batch or 0.0])
         first = min(span.start for span in teacher)
         self.first_batch = first if self.first_batch is None else min(first, self.first_batch)
         self.last_commit = time.time()
@@ -59,7 +66,10 @@ class Job:
         cluster: Cluster,
         plugin: TeacherPlugin,
         batch_size: int,
+        image_timeout: float,
+        sample: Sample,
         progress: Progress,
+        watch: Watch,
         observer: Observer,
         stop: StopRequest,
     ) -> None:
@@ -68,24 +78,27 @@ class Job:
         self._cluster = cluster
         self._plugin = plugin
         self._batch_size = batch_size
+        self._image_timeout = image_timeout
+        self._sample = sample
         self._progress = progress
+        self._watch = watch
         self._observer = observer
         self._stop = stop
         self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
         self._flying: dict[Future, ShardTask] = {}
         self._tries: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()
-        self._hunt = SuspectHunt(cluster.client, plugin.name, observer)
+        self._hunt = SuspectHunt(cluster.client, plugin.name, watch, observer)
 
     def run(self, shards: Sequence[int], image_root: Path) -> Tally:
-        """Compute and commit the shards; return early, with what is committed, when a stop is asked for."""
+        """Compute and commit the shards; return early, with what is committed, when a stop is asked for. The cluster
+        must be holding the plugin."""
         waiting = deque(shards)
         client = self._cluster.client
-        client.register_plugin(self._plugin)
         client.subscribe_topic(BATCH_TOPIC, self._heard)
         try:
             while (waiting or self._flying) and self._stop.signum is None:
-                self._cluster.refuse_lost_connection()
+                self._watch.look()
                 while waiting and len(self._flying) < self._cluster.workers * TASKS_PER_WORKER:
                     self._submit(self._task(waiting.popleft(), image_root))
                 for future in self._wait():
@@ -99,7 +112,6 @@ class Job:
             if client.status == "running":
                 client.cancel(list(self._flying))
                 client.unsubscribe_topic(BATCH_TOPIC)
-                self._retire_plugin()
         return self.tally
 
     def _task(self, shard: int, image_root: Path) -> ShardTask:
@@ -114,6 +126,8 @@ class Job:
                 for record in records
             ),
             batch_size=self._batch_size,
+            image_timeout=self._image_timeout,
+            batch_timeout=sizing.batch_timeout(self._batch_size, self.tally.slowest_batch),
         )
 
     def _submit(self, task: ShardTask) -> None:
@@ -156,26 +170,41 @@ class Job:
         else:
             self._store.commit(task.shard, result.attempt, result.results)
             self.tally.add(result)
+            self._sample.show(result.results)
             failed = [row for row in result.results if row.reason is not None]
             self._progress.committed(task.shard, result.attempt, len(result.results), len(failed))
             keys = {image.row: image.key for image in task.images}
             for row in failed:
-                self._observer.message(f"failed: {shown(keys[row.row])}: {row.reason}")
+                what = f"{shown(keys[row.row])}: {row.reason}"
+                self.tally.first_failure = self.tally.first_failure or what
+                self._observer.message(f"failed: {what}")
 
     def _suspect(self, task: ShardTask, error: KilledWorker) -> None:
         """Look for the image that kills workers, with nothing else on them that could be killed along."""
-        others = list(self._flying.values())
+        time.sleep(POLL_SECONDS)  # shards that were given up for the same deaths are heard of together
+        killed = [task, *(other for future, other in self._flying.items() if future.status == "error")]
+        again = [task, *self._flying.values()]
         self._cluster.client.cancel(list(self._flying))
         self._flying.clear()
-        for dropped in [task, *others]:
+        for dropped in again:
             self._progress.dropped(dropped.shard)
-        suspected = self._hunt.exclude_killers(task)
-        if suspected == task:
-            self._retry(task, error)
-        else:
-            self._submit_again(suspected)
-        for other in others:
-            self._submit_again(other)
+        try:
+            cleared = self._first_cleared(killed)
+        except StopAsked:
+            return
+        if cleared is None:
+            self._retry(again.pop(0), error)
+        for other in again:
+            # One that merely ran beside the shard with the image is not to blame.
+            self._submit_again(cleared if cleared and cleared.shard == other.shard else other)
+
+    def _first_cleared(self, tasks: Sequence[ShardTask]) -> ShardTask | None:
+        """The first of the shards that holds images which kill workers, without them; None when none does."""
+        for task in tasks:
+            cleared = self._hunt.exclude_killers(task)
+            if cleared != task:
+                return cleared
+        return None
 
     def _retry(self, task: ShardTask, error: Exception) -> None:
         self._progress.dropped(task.shard)
@@ -202,8 +231,3 @@ class Job:
         batch = BatchDone(**event[1]["batch"])
         if batch.run == self._plugin.run:
             self._progress.batch(batch.shard, batch.attempt, batch.rows, batch.failed)
-
-    def _retire_plugin(self) -> None:
-        if not self._cluster.local:
-            # A cluster of somebody else's is left without our teacher in its memory.
-            self._cluster.client.unregister_worker_plugin(self._plugin.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from ..sam.catalog import TEACHERS
 from ..sam.checkpoints import file_sha256, find_checkpoint
 from ..sam.teachers import load_head, positions_interpolated
 from ..sam.vit_nano import untrained_sha256
-from ..store import EmbeddingStore, NewImage, StoreSpec, encode_head
+from ..store import EmbeddingStore, NewImage, StoreDamaged, StoreSpec, encode_head
 from .errors import PrecomputeError
-from .plan import Plan
+from .plan import Plan, Stored
 from .progress import Observer
 from .provenance import versions
 
@@ -55,9 +56,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
 def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> EmbeddingStore:
     """Make or extend the store as planned, and open it as its only writer."""
     if plan.stored is None:
-        head, head_sha256 = encode_head(
-            {name: value.numpy() for name, value in load_head(teacher.name, teacher.path).items()}
-        )
+        head, head_sha256 = _head(teacher)
         spec = _new_spec(plan, teacher, head_sha256)
         return EmbeddingStore.create(plan.config.out, spec, _images(plan.new), plan.selection, head)
     plan.stored.spec.refuse_differences(
@@ -69,25 +68,52 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
     )
     store = EmbeddingStore.open(plan.config.out, writable=True)
     try:
-        if store.row_count() != len(plan.stored.keys):
-            raise PrecomputeError(
-                f"another process extended {plan.config.out} just now, from {len(plan.stored.keys):,} to "
-                f"{store.row_count():,} images: run the same command again"
-            )
-        if plan.new:
-            store.extend(_images(plan.new), plan.selection)
-            observer.message(f"extended by {len(plan.new):,} images to {store.row_count():,}")
-        if plan.config.retry_failed:
-            store.withdraw(store.shards_with_failures())
-        store.relist(_images(plan.listing.files))
+        _go_on(store, plan.stored, plan, teacher, observer)
     except BaseException:
         store.close()
         raise
     return store
 
 
-def _images(files: tuple[ImageFile, ...]) -> list[NewImage]:
-    return [NewImage(key=file.key, size=file.size, offset=file.offset) for file in files]
+def _go_on(
+    store: EmbeddingStore, stored: Stored, plan: Plan, teacher: TeacherFile, observer: Observer
+) -> None:
+    """Bring an open store to what is planned."""
+    if store.row_count() != stored.rows:
+        raise PrecomputeError(
+            f"another process extended {plan.config.out} just now, from {stored.rows:,} to "
+            f"{store.row_count():,} images: run the same command again"
+        )
+    _mend_head(store, teacher, observer)
+    if plan.new:
+        store.extend(_images(plan.new), plan.selection)
+        observer.message(f"extended by {len(plan.new):,} images to {store.row_count():,}")
+    if plan.config.retry_failed:
+        store.withdraw(store.shards_with_failures())
+    if store.pending_shards():
+        store.relist(_image(file) for file in plan.listing.files)
+
+
+def _head(teacher: TeacherFile) -> tuple[bytes, str]:
+    tensors = load_head(teacher.name, teacher.path)
+    return encode_head({name: value.numpy() for name, value in tensors.items()})
+
+
+def _mend_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
+    """SAM's prompt encoder and mask decoder come from the teacher's file: a damaged copy is no loss."""
+    try:
+        store.read_head()
+    except StoreDamaged as error:
+        store.restore_head(_head(teacher)[0])
+        observer.message(f"{store.head_path} is written anew from the teacher's file: {error}")
+
+
+def _images(files: Iterable[ImageFile]) -> list[NewImage]:
+    return [_image(file) for file in files]
+
+
+def _image(file: ImageFile) -> NewImage:
+    return NewImage(key=file.key, size=file.size, offset=file.offset)
 
 
 def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:

@@ -29,11 +29,11 @@ class Hardware:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """What there is already: the store's spec, the keys of its rows, how many rows each committed shard has, and in
-    which of them images failed."""
+    """What there is already: the store's spec, its number of rows, how many each committed shard has, and in which of
+    them images failed."""
 
     spec: StoreSpec
-    keys: tuple[str, ...]
+    rows: int
     committed: Mapping[int, int]
     with_failures: tuple[int, ...]
 
@@ -46,7 +46,7 @@ def look_up(path: Path) -> Stored | None:
     with EmbeddingStore.open(path) as store:
         return Stored(
             spec=store.spec,
-            keys=tuple(store.keys()),
+            rows=store.row_count(),
             committed=store.committed_shards(),
             with_failures=tuple(store.shards_with_failures()),
         )
@@ -71,7 +71,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """Rows that the store will have."""
-        return len(self.new) + (len(self.stored.keys) if self.stored else 0)
+        return len(self.new) + (self.stored.rows if self.stored else 0)
 
     @property
     def shards(self) -> int:
@@ -113,11 +113,18 @@ def make_plan(
     listing = list_images(config.images, root=_root(config, stored))
     for problem in listing.problems:
         observer.message(f"passed over: {problem}")
-    selection = Selection(fraction=config.fraction, seed=config.seed, limit=config.limit)
+    selection = Selection(
+        fraction=config.fraction,
+        seed=config.seed,
+        limit=config.limit,
+        sources=tuple(str(path.absolute()) for path in config.images),
+        checkpoint=None if config.checkpoint is None else str(config.checkpoint.absolute()),
+    )
     if stored:
         spec = stored.spec
-        new = select_more(listing.files, selection, stored.keys)
-        _refuse_unasked_growth(config, new, len(stored.keys))
+        with EmbeddingStore.open(config.out) as store:
+            new = select_more(listing.files, selection, store.sorted_keys())
+        _refuse_unasked_growth(config, new, stored.rows)
         teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
     else:
         new = select(listing.files, selection)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from ..sam import CheckpointError, ImageError, load_image, normalize_and_pad, place_on_canvas, read_image
+from ..sam import CheckpointError, normalize_and_pad
 from ..store import array_layouts
 from .config import PrecomputeConfig
+from .decoding import Batch, decoded_batches
 from .opening import TeacherFile, find_teacher
 from .plan import Plan
 from .progress import Observer, Silent
 from .run import planned
+from .tasks import TaskImage
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -51,18 +53,22 @@ def _seconds_per_image(plan: Plan, observer: Observer) -> float | None:
             raise
         observer.message(f"time not measured: {str(error).splitlines()[0]}")
         return None
-    for file in plan.listing.files:
-        try:
-            data = read_image(plan.listing.root, file.key, offset=file.offset, size=file.size)
-            return round(_timed(plan, teacher, data), 4)
-        except ImageError:
-            continue  # a run would record it as failed; the next one will do for timing
+    images = [
+        TaskImage(row=row, key=file.key, size=file.size, offset=file.offset)
+        for row, file in enumerate(plan.listing.files)
+    ]
+    batches = decoded_batches(images, plan.listing.root, plan.image_size, 1, 1, plan.config.image_timeout)
+    with closing(batches):
+        for batch in batches:
+            # One that can't be decoded a run would record as failed; the next one will do for timing.
+            if batch.images[0].decoded is not None:
+                return round(_timed(plan, teacher, batch), 4)
     return None
 
 
-def _timed(plan: Plan, file: TeacherFile, data: bytes) -> float:
-    """Seconds from an image's bytes to its embedding, the second time: the first also warms up."""
-    import numpy as np
+def _timed(plan: Plan, file: TeacherFile, batch: Batch) -> float:
+    """Seconds from an image's bytes to its embedding; the teacher's are those of the second time on a GPU: the first
+    also warms up."""
     import torch
 
     from ..sam.teachers import load_teacher
@@ -75,16 +81,14 @@ def _timed(plan: Plan, file: TeacherFile, data: bytes) -> float:
         precision=plan.hardware.precision,
         checkpoint_sha256=file.sha256,
     )
+    decoding = batch.images[0].span
     seconds = 0.0
     for _ in range(2 if teacher.device.type == "cuda" else 1):
         start = time.perf_counter()
-        decoded = load_image(data, plan.image_size)
-        canvas_BHWC = np.zeros((1, plan.image_size, plan.image_size, 3), dtype=np.uint8)
-        place_on_canvas(decoded, canvas_BHWC[0])
-        sizes_B2 = torch.tensor([decoded.resized_size])
-        teacher.embed(normalize_and_pad(torch.from_numpy(canvas_BHWC), sizes_B2)).cpu()
+        pixels_BCHW = normalize_and_pad(torch.from_numpy(batch.canvas_BHWC), torch.from_numpy(batch.sizes_B2))
+        teacher.embed(pixels_BCHW).cpu()
         seconds = time.perf_counter() - start
-    return seconds
+    return seconds + decoding.stop - decoding.start
 
 
 def _existing(path: Path) -> Path:

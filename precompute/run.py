@@ -13,7 +13,7 @@ import torch
 
 from ..sam.precision import resolve_precision
 from ..store import EmbeddingStore
-from . import sizing
+from . import auditor, sizing
 from .cluster import Cluster, connect, local_devices
 from .config import PrecomputeConfig
 from .errors import PrecomputeError, PrecomputeInterrupted
@@ -23,6 +23,7 @@ from .opening import TeacherFile, find_teacher, open_store
 from .plan import Hardware, Plan, Stored, look_up, make_plan, refuse_contradictions
 from .progress import Observer, Progress, Silent
 from .tasks import TeacherSetup
+from .watch import Watch
 from .worker import TeacherPlugin
 
 
@@ -32,7 +33,8 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     Returns `images, done, done_before, failed`: rows in all, done, done before this run, and failed; `seconds`:
     wall time of the whole call; `images_per_second`: from the first teacher batch's begin to the last commit (None
     when nothing was computed); `teacher_share`: of that time that teachers were busy; `decode_seconds`: CPU time of
-    reading and decoding; `untrained_teacher`.
+    reading and decoding; `untrained_teacher`; `audit`: `rows, cosine_min, relative_mse_max, seconds`, or None when
+    nothing was audited; `out_of_tolerance`: whether the store holds an audited row that misses its tolerance.
 
     Raises PrecomputeError, SamError, StoreError; PrecomputeInterrupted after SIGINT or SIGTERM, with everything
     committed that was finished.
@@ -46,16 +48,21 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
         store = stack.enter_context(open_store(plan, teacher, observer))
         before = store.counts()
         _introduce(store, observer)
-        tally = Tally()
+        tally, audit = Tally(), None
         if store.pending_shards():
             cluster = cluster or stack.enter_context(connect(config))
-            tally = _compute(plan, teacher, store, cluster, observer, stop)
+            tally, audit = _compute(plan, teacher, store, cluster, observer, stop)
         after = store.counts()
         if stop.signum is not None:
             raise PrecomputeInterrupted(
                 f"interrupted: {after.done + after.failed:,} of {after.rows:,} images are committed; "
                 "run the same command to go on",
                 stop.signum,
+            )
+        if tally.committed and tally.failed == tally.committed:
+            observer.message(
+                f"WARNING: none of this run's {tally.committed:,} images could be embedded, the first: "
+                f"{tally.first_failure}"
             )
         return {
             "images": after.rows,
@@ -65,6 +72,8 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "seconds": round(time.monotonic() - began, 3),
             **_rates(tally, plan.hardware.workers),
             "untrained_teacher": store.spec.untrained,
+            "audit": audit,
+            "out_of_tolerance": auditor.warn_of_audits(store, observer),
         }
 
 
@@ -131,9 +140,30 @@ def _compute(
     cluster: Cluster,
     observer: Observer,
     stop: StopRequest,
-) -> Tally:
+) -> tuple[Tally, dict[str, Any] | None]:
+    """Compute and audit what is pending: what the job measured, and what the audit found."""
     observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
-    setup = TeacherSetup(
+    config, root = plan.config, plan.listing.root
+    plugin = TeacherPlugin(uuid.uuid4().hex[:8], _setup(plan, teacher, store, cluster))
+    watch = Watch(cluster, plugin.run, observer, stop)
+    sample = auditor.Sample(config.audit)
+    before = store.counts()
+    progress = Progress(before.rows, before.done + before.failed, before.failed)
+    batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
+    job = Job(
+        store, cluster, plugin, batch_size, config.image_timeout, sample, progress, watch, observer, stop
+    )
+    with _recorded(config, cluster), _graceful(stop), cluster.holding(plugin), watch.listening():
+        tally = job.run(store.pending_shards(), root)
+        if stop.signum is not None:
+            return tally, None
+        return tally, auditor.audit(
+            store, sample.rows, root, config.image_timeout, cluster, plugin.name, watch, observer
+        )
+
+
+def _setup(plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster) -> TeacherSetup:
+    return TeacherSetup(
         name=teacher.name,
         checkpoint=teacher.path,
         checkpoint_sha256=teacher.sha256,
@@ -141,14 +171,8 @@ def _compute(
         precision=store.spec.precision,
         devices=cluster.devices,
         threads=cluster.threads,
+        local=cluster.local,
     )
-    plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
-    before = store.counts()
-    progress = Progress(before.rows, before.done + before.failed, before.failed)
-    batch_size = sizing.batch_size(plan.config.batch_size, plan.hardware.device_type, store.spec.shard_size)
-    job = Job(store, cluster, plugin, batch_size, progress, observer, stop)
-    with _recorded(plan.config, cluster), _graceful(stop):
-        return job.run(store.pending_shards(), plan.listing.root)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How large a shard and a batch should be, from what the teacher costs on the device."""
+"""How large a shard and a batch should be, and how long a batch may take, from what the teacher costs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ SHARD_SECONDS = 300
 
 BATCH_ON_CPU = 1
 BATCH_ON_CUDA = 8
+
+FIRST_BATCH_SECONDS = 1800.0
+IMAGE_SECONDS = 600.0
+"""In the teacher, before any batch is through: ViT-H in float32 takes 64 s an image on two cores, and slower ones
+exist."""
+LEAST_BATCH_SECONDS = 300.0
+SLOWER_THAN_SLOWEST = 20.0
 
 _EFFICIENCY = 0.4
 """Of a matrix product's speed that a ViT's forward pass reaches, roughly."""
@@ -38,6 +45,14 @@ def batch_size(asked: int | None, device_type: str, shard_size: int) -> int:
     """Images that the teacher takes at once. By default few: on a CPU more gain nothing, on a GPU little. Never more
     than a shard has, since a batch stays within its shard and empty slots cost as much as images."""
     return min(asked or (BATCH_ON_CPU if device_type == "cpu" else BATCH_ON_CUDA), shard_size)
+
+
+def batch_timeout(batch_size: int, slowest: float | None) -> float:
+    """Seconds after which a batch in the teacher is taken for one that hangs, given how long the slowest batch took.
+    Generous: a worker that is only slow loses the shard it is at."""
+    if slowest is None:
+        return max(FIRST_BATCH_SECONDS, IMAGE_SECONDS * batch_size)
+    return max(LEAST_BATCH_SECONDS, SLOWER_THAN_SLOWEST * slowest)
 
 
 def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> float:

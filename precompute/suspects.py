@@ -10,6 +10,7 @@ from distributed import Client, KilledWorker
 from ..sam import shown
 from .progress import Observer
 from .tasks import ShardTask, TaskImage
+from .watch import Watch
 from .worker import probe
 
 REASON = "a worker process died each time it processed this image"
@@ -18,20 +19,23 @@ REASON = "a worker process died each time it processed this image"
 class SuspectHunt:
     """Bisects shards under which workers keep dying."""
 
-    def __init__(self, client: Client, plugin_name: str, observer: Observer) -> None:
+    def __init__(self, client: Client, plugin_name: str, watch: Watch, observer: Observer) -> None:
         self._client = client
         self._plugin_name = plugin_name
+        self._watch = watch
         self._observer = observer
 
     def exclude_killers(self, task: ShardTask) -> ShardTask:
         """The same shard with every image excluded that kills workers on its own.
 
-        When none does, the shard is returned as it is: its workers died of something else.
+        When none does, the shard is returned as it is: its workers died of something else. StopAsked when a signal
+        came.
         """
+        images = [image for image in task.images if image.excluded is None]
         self._observer.message(
-            f"workers died under shard {task.shard}: looking for the image among {len(task.images)}"
+            f"workers died under shard {task.shard}: looking for the image among {len(images)}"
         )
-        killers = set(self._search(task, [image for image in task.images if image.excluded is None]))
+        killers = set(self._search_halves(task, images))
         for image in killers:
             self._observer.message(f"excluded: {shown(image.key)}: {REASON}")
         return replace(
@@ -42,15 +46,17 @@ class SuspectHunt:
         )
 
     def _search(self, task: ShardTask, images: Sequence[TaskImage]) -> list[TaskImage]:
+        """The killers among the images, by trying them together first."""
         if not images or self._survives(replace(task, images=tuple(images))):
             return []
-        if len(images) == 1:
-            return list(images)
+        return list(images) if len(images) == 1 else self._search_halves(task, images)
+
+    def _search_halves(self, task: ShardTask, images: Sequence[TaskImage]) -> list[TaskImage]:
         middle = len(images) // 2
         return self._search(task, images[:middle]) + self._search(task, images[middle:])
 
     def _survives(self, task: ShardTask) -> bool:
         try:
-            return bool(self._client.submit(probe, task, self._plugin_name, pure=False).result())
+            return bool(self._watch.result(self._client.submit(probe, task, self._plugin_name, pure=False)))
         except KilledWorker:
             return False

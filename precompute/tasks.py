@@ -1,20 +1,23 @@
-"""What travels between coordinator and workers: row numbers and keys out, records back; never arrays."""
+"""What travels between coordinator and workers: row numbers and keys out, records and numbers back; never arrays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..store import ArrayLayout, RowResult
+from ..store import ArrayLayout, Audit, RowResult
 
 BATCH_TOPIC = "mobilesam-batch"
 """Topic of the events by which workers report rows as they finish, before their shard is committed."""
+
+MESSAGE_TOPIC = "mobilesam-message"
+"""Topic of the events by which workers say what matters once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSetup:
     """How a worker makes its teacher: on one of the `devices`, with `threads` for torch on a CPU and for decoding
-    (None: as many as the worker has)."""
+    (None: as many as the worker has). `local` workers are children of the coordinator, and die with it."""
 
     name: str
     checkpoint: Path | None
@@ -23,6 +26,7 @@ class TeacherSetup:
     precision: str
     devices: tuple[str, ...]
     threads: int | None
+    local: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class TaskImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One shard to compute: `images` are its rows in order, `batch_size` the teacher's fixed batch."""
+    """One shard to compute: `images` are its rows in order, `batch_size` the teacher's fixed batch. Seconds:
+    `image_timeout` for reading and decoding one image, `batch_timeout` for a batch in the teacher."""
 
     shard: int
     store: Path
@@ -46,6 +51,8 @@ class ShardTask:
     image_root: Path
     images: tuple[TaskImage, ...]
     batch_size: int
+    image_timeout: float
+    batch_timeout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +85,24 @@ class BatchDone:
     attempt: str
     rows: int
     failed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditTask:
+    """Rows of a store to embed again, from the images that they were embedded from. Timeouts as in ShardTask."""
+
+    store: Path
+    image_root: Path
+    rows: tuple[int, ...]
+    image_timeout: float
+    batch_timeout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditAnswer:
+    """What became of one row: its `audit`, or the `reason` why there is none."""
+
+    row: int
+    key: str
+    audit: Audit | None
+    reason: str | None

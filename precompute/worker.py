@@ -24,7 +24,8 @@ from .. import __version__
 from ..store import PIXELS_PER_CELL, RowResult, ShardWriter
 from .decoding import Batch, LoadedImage, decoded_batches
 from .errors import PrecomputeError
-from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, TeacherSetup
+from .process import die_with_parent, ended_after
+from .tasks import BATCH_TOPIC, MESSAGE_TOPIC, BatchDone, ShardResult, ShardTask, Span, TeacherSetup
 
 if TYPE_CHECKING:
     from ..sam.teachers import Teacher
@@ -48,6 +49,9 @@ class TeacherPlugin(WorkerPlugin):
         """Prepare the worker; called by dask on its main thread."""
         self._lock = threading.Lock()
         self._teacher: Teacher | None = None
+        self._worker = worker
+        if self._setup.local and worker.nanny:
+            die_with_parent()
         self.threads = self._setup.threads or worker.state.nthreads
         # A worker of a local cluster is called 0, 1, ...: each takes its own device.
         place = worker.name if isinstance(worker.name, int) else 0
@@ -60,6 +64,26 @@ class TeacherPlugin(WorkerPlugin):
             if self._teacher is None:
                 self._teacher = _load(self._setup, self._device, self.threads)
             yield self._teacher
+
+    @contextmanager
+    def teacher_anew(self) -> Iterator[Teacher]:
+        """A teacher in float32, loaded anew for this context alone; the shards' goes first, for its memory."""
+        with self._lock:
+            self._teacher = None
+            yield _load(replace(self._setup, precision="float32"), self._device, self.threads)
+
+    @contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """For a batch in the teacher. One that takes longer ends this process, if a nanny will start another."""
+        if not self._worker.nanny:
+            yield
+            return
+        with ended_after(seconds, lambda: self._tell(f"a batch hung in the teacher for {seconds:.0f} s")):
+            yield
+
+    def _tell(self, what: str) -> None:
+        text = f"worker {self._worker.address} ends: {what}"
+        self._worker.log_event(MESSAGE_TOPIC, {"run": self.run, "text": text})
 
 
 def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
@@ -134,7 +158,8 @@ def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
         with plugin.teacher() as teacher:
             for batch in chain([first], batches):
                 began = time.time()
-                emb_BCHW = _embed(teacher, batch)
+                with plugin.limited(task.batch_timeout):
+                    emb_BCHW = _embed(teacher, batch)
                 outcome.spans.append(Span(phase="teacher", start=began, stop=time.time()))
                 writes.append(pool.submit(_write, writer, batch, emb_BCHW, task.images[0].row, outcome))
                 if len(writes) > WRITES_BEHIND:
@@ -182,7 +207,7 @@ class _Outcome:
 
 def _batches(task: ShardTask, threads: int) -> Generator[Batch]:
     side = task.layouts[0].item_shape[-1] * PIXELS_PER_CELL
-    return decoded_batches(task.images, task.image_root, side, task.batch_size, threads)
+    return decoded_batches(task.images, task.image_root, side, task.batch_size, threads, task.image_timeout)
 
 
 def _embed(teacher: Teacher, batch: Batch) -> np.ndarray:
@@ -245,6 +270,6 @@ def probe(task: ShardTask, plugin_name: str) -> bool:
     """Run images through decoding and teacher without writing anything: does the worker live?"""
     plugin: TeacherPlugin = get_worker().plugins[plugin_name]
     for batch in _batches(task, 1):
-        with plugin.teacher() as teacher:
+        with plugin.teacher() as teacher, plugin.limited(task.batch_timeout):
             _embed(teacher, batch)
     return True

@@ -60,6 +60,7 @@ def run(
             "image_size": 64,
             "shard_size": 3,
             "scheduler": scheduler,
+            "audit": 0,
         }
         observer = options.pop("observer", None)
         return precompute(PrecomputeConfig(**(settings | options)), observer)

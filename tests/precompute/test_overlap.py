@@ -25,7 +25,7 @@ def results(
     """Five shards computed by one worker, and what dask's task stream says of them."""
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=untrained_sha256(), image_size=SIDE,
-        precision="float32", devices=("cpu",), threads=1,
+        precision="float32", devices=("cpu",), threads=1, local=False,
     )  # fmt: skip
     layouts = array_layouts("float16", SIDE, SIZE)
     (tmp_path / "embeddings").mkdir()
@@ -41,6 +41,8 @@ def results(
                 for row, file in zip(range(shard * SIZE, (shard + 1) * SIZE), files, strict=False)
             ),
             batch_size=1,
+            image_timeout=60,
+            batch_timeout=60,
         )
         for shard in range(SHARDS)
     ]

@@ -1,0 +1,105 @@
+"""What the coordinator hears and sees of the workers while it waits for them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import Future
+
+from .cluster import Cluster
+from .errors import PrecomputeError
+from .interrupts import StopRequest
+from .progress import Observer
+from .tasks import MESSAGE_TOPIC
+
+POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0
+TELL_SECONDS = 60.0
+"""Between messages that there are no workers; the first comes at the second look without any."""
+GIVE_UP_SECONDS = 300.0
+"""A local cluster's workers are replaced by nobody but their own keepers; where these failed, waiting is in vain."""
+
+
+class StopAsked(Exception):
+    """Waiting ended because a signal came."""
+
+
+class Watch:
+    """Passes on what workers of a run say, and tells when all have left and when some are back: without any, dask
+    waits for ever and says nothing."""
+
+    def __init__(self, cluster: Cluster, run: str, observer: Observer, stop: StopRequest) -> None:
+        self._cluster = cluster
+        self._run = run
+        self._observer = observer
+        self._stop = stop
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._clock: Callable[[], float] = time.monotonic
+        self._looked = float("-inf")
+        self._empty_since: float | None = None
+        self._told: float | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear what workers say in the context."""
+        client = self._cluster.client
+        client.subscribe_topic(MESSAGE_TOPIC, self._hear)
+        try:
+            yield
+        finally:
+            if client.status == "running":
+                client.unsubscribe_topic(MESSAGE_TOPIC)
+            self._pass_on()
+
+    def look(self) -> None:
+        """To be called while waiting, as often as one likes.
+
+        PrecomputeError when the scheduler has gone away, or a local cluster's workers have for good.
+        """
+        self._pass_on()
+        self._cluster.refuse_lost_connection()
+        now = self._clock()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._count(now)
+
+    def result(self, future: Future) -> Any:
+        """The future's result, or what it raised. StopAsked when a signal came first; PrecomputeError as `look`."""
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        while not done.wait(POLL_SECONDS):
+            if self._stop.signum is not None:
+                future.cancel()
+                raise StopAsked
+            self.look()
+        return future.result()
+
+    def _hear(self, event: tuple[float, dict]) -> None:
+        # Called by dask on a thread of its own.
+        if event[1]["run"] == self._run:
+            self._heard.put(event[1]["text"])
+
+    def _pass_on(self) -> None:
+        while not self._heard.empty():
+            self._observer.message(self._heard.get())
+
+    def _count(self, now: float) -> None:
+        if workers := self._cluster.count_workers():
+            if self._told is not None:
+                self._observer.message(f"{workers} worker(s) at {self._cluster.address} again")
+            self._empty_since = self._told = None
+        elif self._empty_since is None:
+            self._empty_since = now
+        elif self._cluster.local and now - self._empty_since >= GIVE_UP_SECONDS:
+            raise PrecomputeError(
+                f"all worker processes ended {now - self._empty_since:.0f} s ago and none could be started again: is "
+                "there memory for them? What is committed stays, run the same command to go on"
+            )
+        elif self._told is None or now - self._told >= TELL_SECONDS:
+            self._told = now
+            self._observer.message(f"no workers at {self._cluster.address}; waiting")
