@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..distill import ImageMetrics, evaluate
+from .audit import audit_checks, audit_summary
 from .config import VerifyConfig
 from .curves import read_curves
 from .gallery import build_gallery
@@ -23,7 +24,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
     """Compares a student with its teacher's stored embeddings and returns what `--json` prints.
 
     The keys are `images`, the metrics (see METRICS) over all cells and as `_valid` over valid ones, `passed`,
-    `failed_checks` (name, metric, value and threshold of each), and `subject`: what was compared, by name.
+    `failed_checks` (name, metric, value and threshold of each), and `subject`: what was compared, by name. A store
+    whose audit found embeddings that are not the teacher's fails too: nothing compared with them means anything.
     `progress(done, total)` counts images.
 
     Raises VerifyError, and the other rooms' errors for a damaged store, a student's file or a changed image.
@@ -50,7 +52,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 
 
 def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    failed = failed_checks(run_checks(numbers, config.thresholds))
+    audit = audit_summary(subject.store)
+    failed = failed_checks([*run_checks(numbers, config.thresholds), *audit_checks(audit)])
     return {
         "images": len(subject.rows),
         **numbers,
@@ -59,6 +62,7 @@ def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) 
         "subject": {
             **subject.names(),
             "split": config.split,
+            "audit": audit,
             "thresholds": config.thresholds,
             "report": None if config.report is None else str(config.report),
         },

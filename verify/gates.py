@@ -48,11 +48,24 @@ def failed_checks(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def describe(check: Mapping[str, Any]) -> str:
     """One line with both numbers, such as "cosine 0.8731 is below 0.9"."""
+    if check["check"] == "audit":
+        return _describe_audit(check)
     name = check["check"].removeprefix("min_")
     if check["value"] is None:
         return f"{name} is undefined, {check['threshold']:g} was asked"
     value, threshold = distinguishable(check["value"], check["threshold"])
     return f"{name} {value} {'reaches' if check['value'] >= check['threshold'] else 'is below'} {threshold}"
+
+
+def _describe_audit(check: Mapping[str, Any]) -> str:
+    value, threshold = distinguishable(check["value"], check["threshold"])
+    what, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
+        check["metric"]
+    ]
+    return (
+        f"the store's audit: {what} {value} with the teacher run anew is {relation} {threshold}, so the stored "
+        "embeddings are not this teacher's: precompute them into a new store"
+    )
 
 
 def distinguishable(value: float, threshold: float) -> tuple[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .. import __version__
+from .audit import audit_summary
 from .subject import Subject
 
 Pairs = list[tuple[str, str]]
@@ -63,10 +65,20 @@ def _store(subject: Subject) -> Pairs:
         ("id", spec.store_id),
         ("embeddings", f"256 x {spec.grid} x {spec.grid} {spec.dtype}, images of {spec.image_size} pixels"),
         ("rows", f"{counts.done:,} done, {counts.failed:,} failed, {counts.pending:,} pending"),
+        ("audit", _audit(audit_summary(subject.store))),
         ("subset", f"fraction {spec.subset['fraction']:g}, seed {spec.subset['seed']}"),
         ("images", str(subject.image_root)),
         ("written by", _versions(spec.versions)),
     ]
+
+
+def _audit(audit: Mapping[str, Any] | None) -> str:
+    if audit is None:
+        return "no row was embedded again"
+    return (
+        f"{audit['rows']:,} row(s) embedded again in float32: cosine at least {audit['cosine_min']:.6f}, "
+        f"relative mse at most {audit['relative_mse_max']:.2g}"
+    )
 
 
 def _comparison(subject: Subject, split: str) -> Pairs:

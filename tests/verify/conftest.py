@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from PIL import Image
 from small_store import EVERYTHING, HEAD, make_spec
 
 from mobilesam.distill import DistillConfig, Run, distill
+from mobilesam.distill.sealed import read_sealed, write_sealed
 from mobilesam.sam import preprocessing_recipe, resized_size
 from mobilesam.store import EmbeddingStore, NewImage, RowResult, ShardWriter
 
@@ -88,7 +90,8 @@ def world(finished_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "world"
     shutil.copytree(finished_world, folder, symlinks=True)
     for config in (folder / "runs").glob("*/config.json"):
-        config.write_text(config.read_text().replace(str(finished_world), str(folder)))
+        moved = json.dumps(read_sealed(config)).replace(str(finished_world), str(folder))
+        write_sealed(config, json.loads(moved))
     monkeypatch.chdir(folder)
     return World(path=folder, store=folder / "store.zarr", photos=folder / "photos-0")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mobilesam.distill import load_student
 from mobilesam.sam import ImageError, normalize_and_pad
-from mobilesam.store import EmbeddingStore
+from mobilesam.store import Audit, EmbeddingStore
 from mobilesam.verify import VerifyConfig, VerifyError, table_lines, verify
 
 PIXELS = 128
@@ -240,3 +240,19 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(VerifyError, match=message):
         VerifyConfig(**options)
+
+
+def test_a_store_that_fails_its_audit_fails_the_verification_and_the_report_says_so(world):
+    whole = verify(VerifyConfig(split="all"))
+    assert (whole["passed"], whole["subject"]["audit"]) == (True, None)
+    with EmbeddingStore.open(world.store, writable=True) as store:
+        store.record_audits([Audit(row=1, cosine=0.4, relative_mse=1.2)])
+    report = world.path / "report.html"
+    result = verify(VerifyConfig(split="all", report=report))
+    assert not result["passed"]
+    assert [check["check"] for check in result["failed_checks"]] == ["audit", "audit"]
+    assert any(line.startswith("FAILED  the store's audit: cosine 0.4") for line in table_lines(result))
+    page = report.read_text()
+    assert "The store does not hold what its teacher computes." in page
+    assert "threshold" not in page.partition("Failed.")[2].partition("</ul>")[0]
+    assert "1 row(s) embedded again" in page

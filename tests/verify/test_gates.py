@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mobilesam.verify.audit import audit_checks
 from mobilesam.verify.gates import describe, distinguishable, failed_checks, run_checks
 
 
@@ -53,3 +54,32 @@ def test_an_undefined_metric_fails_even_the_lowest_threshold(undefined):
 )
 def test_two_different_numbers_never_read_alike(value, threshold, texts):
     assert distinguishable(value, threshold) == texts
+
+
+def audit(cosine: float, relative_mse: float) -> dict:
+    return {
+        "rows": 2,
+        "cosine_min": cosine,
+        "relative_mse_max": relative_mse,
+        "tolerance": {"cosine": 0.999, "relative_mse": 2e-3},
+    }
+
+
+def test_an_audit_within_tolerance_fails_nothing_and_a_store_without_one_has_no_checks():
+    assert failed_checks(audit_checks(audit(0.999, 2e-3))) == []
+    assert audit_checks(None) == []
+
+
+@pytest.mark.parametrize(
+    ("cosine", "relative_mse", "metric", "told"),
+    [
+        (0.98, 1e-3, "cosine_min", "cosine 0.98 with the teacher run anew is below 0.999"),
+        (0.9995, 0.5, "relative_mse_max", "relative mse 0.5 with the teacher run anew is above 0.002"),
+        (float("nan"), 1e-3, "cosine_min", "cosine nan"),
+    ],
+)
+def test_an_audit_out_of_tolerance_is_a_failed_check_with_both_numbers(cosine, relative_mse, metric, told):
+    (failed,) = failed_checks(audit_checks(audit(cosine, relative_mse)))
+    assert (failed["check"], failed["metric"]) == ("audit", metric)
+    assert told in describe(failed)
+    assert "precompute" in describe(failed)
