@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 # Used by most files here: pictures, a precompute in this process, how often to do things.
 from faults.fixtures import many, pictures, run, scheduler  # noqa: F401
 from faults.ledger import Ledger, place
