@@ -92,7 +92,7 @@ class WriterLock:
     def _owner(self) -> dict[str, Any]:
         try:
             owner = json.loads(self._owner_path.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}
 

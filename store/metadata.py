@@ -98,7 +98,7 @@ def read_spec(store: Path) -> StoreSpec:
         raise _none(store, f"it has no {DOCUMENT}") from error
     except OSError as error:
         raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreDamaged(f"{path} is damaged (no JSON): {_MEND}") from error
     except (KeyError, TypeError, IndexError) as error:
         raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
