@@ -78,9 +78,15 @@ def _problem(manifest: Manifest, message: str, shard: int | None = None) -> Prob
     return Problem(kind="listing", message=message, file=str(manifest.path), shard=shard)
 
 
-def _database_problems(manifest: Manifest) -> Iterator[Problem]:
+def integrity_errors(manifest: Manifest) -> list[str]:
+    """What SQLite finds wrong with the database; reads all of it."""
     lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
-    if lines != ["ok"]:
+    return [] if lines == ["ok"] else lines
+
+
+def _database_problems(manifest: Manifest) -> Iterator[Problem]:
+    lines = integrity_errors(manifest)
+    if lines:
         yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {MEND}")
 
 

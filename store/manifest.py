@@ -20,8 +20,10 @@ from . import database
 from .digests import KeysDigest, row_digest, shard_digest
 from .errors import StoreDamaged, StoreError
 from .records import Audit, Counts, ImageRecord, NewImage, RowResult, Selection, Status
-from .rows import SELECT_RECORDS, record_of, result_fields
-from .spec import StoreSpec
+from .rows import SELECT_LISTED, SELECT_RECORDS, record_of, result_fields
+from .spec import StoreSpec, spec_digest
+
+_MEND = "put it back with mobilesam inspect STORE --repair"
 
 PAGE_KEYS = 10_000
 """Keys read at once where all of them are gone through."""
@@ -88,12 +90,18 @@ class Manifest:
             )
 
     def spec(self) -> StoreSpec:
-        """The spec as the manifest keeps it; StoreDamaged when it isn't as written."""
+        """The spec as the manifest keeps it. StoreDamaged when it isn't as written, StoreError when another version
+        wrote it."""
         meta = dict(self.query("SELECT name, value FROM meta"))
         try:
-            spec = StoreSpec.from_json(json.loads(meta["spec"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreDamaged(f"{self.path} is damaged: it does not say what store it is of") from error
+            value = json.loads(meta["spec"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreDamaged(
+                f"{self.path} is damaged: its copy of the spec is unreadable; {_MEND}"
+            ) from error
+        if spec_digest(value) != meta.get("spec_sha256"):
+            raise StoreDamaged(f"{self.path} is damaged: its copy of the spec is not as written; {_MEND}")
+        spec = StoreSpec.from_json(value)
         self.refuse_foreign(spec)
         return spec
 
@@ -113,7 +121,7 @@ class Manifest:
         found = self.query("SELECT name, content, sha256 FROM documents ORDER BY length(name) DESC, name")
         for name, content, sha256 in found:
             if not isinstance(content, bytes) or hashlib.sha256(content).digest() != sha256:
-                raise StoreDamaged(f"{self.path} is damaged: its copy of {name} is not as written")
+                raise StoreDamaged(f"{self.path} is damaged: its copy of {name} is not as written; {_MEND}")
         return {name: content for name, content, _ in found}
 
     def restore_documents(self, documents: Mapping[str, bytes]) -> None:
@@ -185,19 +193,16 @@ class Manifest:
     def records(self, status: Status | None = None, rows: range | None = None) -> list[ImageRecord]:
         """Records in row order: those of one status, or all; of a range of rows, or all. StoreDamaged when one
         is not as it was committed."""
-        where, values = ["1"], []
-        if status is not None:
-            where.append(
-                {
-                    "pending": "results.row IS NULL",
-                    "done": "results.row IS NOT NULL AND reason IS NULL",
-                    "failed": "reason IS NOT NULL",
-                }[status]
-            )
+        select, where, values = SELECT_RECORDS, ["1"], []
+        if status == "pending":
+            where.append("results.row IS NULL")
+        elif status is not None:
+            select = SELECT_LISTED
+            where.append("reason IS NULL" if status == "done" else "reason IS NOT NULL")
         if rows is not None:
             where.append("row >= ? AND row < ?")
             values += [rows.start, rows.stop]
-        found = self.query(f"{SELECT_RECORDS} WHERE {' AND '.join(where)} ORDER BY row", values)
+        found = self.query(f"{select} WHERE {' AND '.join(where)} ORDER BY row", values)
         return [record_of(fields) for fields in found]
 
     def checksums(self, rows: range) -> dict[int, tuple[int, int | None]]:

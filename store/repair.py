@@ -10,6 +10,7 @@ from pathlib import Path
 from .check import OpenStore, Tell, full_problems, is_past_trust, quick_problems
 from .durable import explained
 from .errors import StoreDamaged
+from .listing import integrity_errors
 from .metadata import changed_documents, documents_of, write_documents
 from .records import Problem
 
@@ -54,7 +55,10 @@ def repair(store: OpenStore, progress: Tell | None) -> Repair:
 
 
 def _reindex(store: OpenStore) -> bool:
-    """Whether SQLite could build the manifest's indexes anew: often they are all that is damaged."""
+    """Build the manifest's indexes anew when they are all that SQLite finds damaged; whether it could."""
+    errors = integrity_errors(store.manifest)
+    if not errors or not all("index" in error for error in errors):
+        return False
     try:
         store.manifest.reindex()
     except StoreDamaged:

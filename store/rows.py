@@ -8,20 +8,27 @@ from .digests import row_digest
 from .errors import StoreDamaged
 from .records import ImageRecord, RowResult
 
-SELECT_RECORDS = """
+_SELECT = """
 SELECT row, key, size, "offset", reason, sha256, bytes, height, width, resized_height, resized_width, crc32c,
        scales_crc32c, results.row IS NOT NULL, results.digest
-FROM images LEFT JOIN results USING (row)
 """
+
+SELECT_RECORDS = f"{_SELECT} FROM images LEFT JOIN results USING (row)"
+
+SELECT_LISTED = f"{_SELECT} FROM results CROSS JOIN images USING (row)"
+"""Of rows with results alone. SQLite keeps the order of a CROSS JOIN: few failed rows are found by their index."""
 
 
 def record_of(fields: tuple) -> ImageRecord:
-    """The record in a row of SELECT_RECORDS; StoreDamaged when it isn't what was committed."""
+    """The record in a row of one of these; StoreDamaged when it isn't what was committed."""
     *content, listed, digest = fields
     (row, key, size, offset, reason, sha256, length, height, width, resized_height, resized_width,
      crc, scales_crc) = content  # fmt: skip
     if not isinstance(key, bytes) or (listed and row_digest(tuple(content)) != digest):
-        raise StoreDamaged(f"the manifest's row {row} is damaged: its checksum is not that of its fields")
+        raise StoreDamaged(
+            f"the manifest's row {row} is damaged (its checksum is not that of its fields): take its shard out with "
+            "mobilesam inspect STORE --repair, and compute it anew"
+        )
     return ImageRecord(
         row=row,
         key=os.fsdecode(key),

@@ -16,6 +16,8 @@ FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "int8")
 PRECISIONS = ("float32", "bfloat16")
 
+_MEND = "zarr.json is damaged; put it back with mobilesam inspect STORE --repair"
+
 _COMPARED = (
     "teacher",
     "checkpoint_sha256",
@@ -25,6 +27,11 @@ _COMPARED = (
     "precision",
     "shard_size",
 )
+
+
+def spec_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a spec's JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +86,7 @@ class StoreSpec:
 
     def digest(self) -> str:
         """SHA-256 (hex) of every field: the manifest keeps it, so that a changed zarr.json is told."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        return spec_digest(self.to_json())
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StoreSpec:
@@ -93,13 +100,11 @@ class StoreSpec:
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
         if missing:
-            raise StoreDamaged(f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged")
+            raise StoreDamaged(f"the store's attributes lack {', '.join(missing)}: {_MEND}")
         try:
             return cls(**{name: value[name] for name in names})
         except TypeError as error:
-            raise StoreDamaged(
-                f"the store's attributes make no sense ({error}): zarr.json is damaged"
-            ) from error
+            raise StoreDamaged(f"the store's attributes make no sense ({error}): {_MEND}") from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
         """StoreMismatch, naming each difference, when a setting in `wanted` that isn't None is not the store's."""
