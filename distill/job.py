@@ -22,10 +22,10 @@ from .errors import DistillError
 from .folder import prepared_folder
 from .loader import Loader
 from .progress import Progress
-from .run import RUNS, Run, point_latest
+from .run import FORMAT, RUNS, Run, point_latest
 from .split import split_rows
 from .stop import StopFlag, stopped_by_signals
-from .students import StudentInfo, build_student, load_student, student_info
+from .students import StudentInfo, build_student, student_info
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def distill(
     DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
     """
     stop = stop or StopFlag()
-    with ExitStack() as stack:
+    with stopped_by_signals(stop), ExitStack() as stack:
         store = stack.enter_context(EmbeddingStore.open(config.store))
         records = _committed(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
@@ -63,12 +63,22 @@ def distill(
         run = stack.enter_context(prepared_folder(folder, description, split, head, restart=config.restart))
         point_latest(run.path)
         finished = run.result()
-        if finished is not None:
-            load_student(run.path)
+        if finished is not None and _whole(run):
+            run.checkpoints.drop_previous()
             logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
             return {**finished, "run": str(run.path), **_note(run)}
-        stack.enter_context(stopped_by_signals(stop))
         return {**_train(config, run, store, records, stop, progress), **_note(run)}
+
+
+def _whole(run: Run) -> bool:
+    """Whether a finished run can be used as it lies there; its last checkpoint restores what can't."""
+    try:
+        run.student()
+        run.mean_embedding()
+    except DistillError as error:
+        logger.warning("%s\nthe run's last checkpoint restores it", error)
+        return False
+    return True
 
 
 def _note(run: Run) -> dict[str, bool]:
@@ -140,7 +150,7 @@ def _describe(config: DistillConfig, store: EmbeddingStore, records: Sequence[Im
     counts = store.counts()
     rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
     return {
-        "format": 1,
+        "format": FORMAT,
         "student": config.student,
         "image_size": store.spec.image_size,
         "config": config.to_json(),
@@ -175,6 +185,7 @@ def _student_metadata(run: Run) -> dict[str, Any]:
         **{name: spec[name] for name in kept},
         "untrained_teacher": run.config["untrained_teacher"],
         "run": run.path.name,
+        "run_id": run.id,
         "versions": run.config["versions"],
     }
 

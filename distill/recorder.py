@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -11,27 +10,35 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from .errors import DistillError
-from .run import METRICS_FILE
+from .run import METRICS_FILE, decode_lines
+from .sealed import encode_line
 
 
 class Recorder:
     """Appends to metrics.jsonl and to TensorBoard's event file.
 
-    `keep_bytes` of metrics.jsonl are kept and the rest cut off: what a killed session logged beyond its last
-    checkpoint will be logged again. TensorBoard hides its own such points from `next_step` on.
+    `keep_bytes` of metrics.jsonl are kept, their checksums verified, and the rest cut off: what a killed session
+    logged beyond the checkpoint that is gone on from will be logged again. TensorBoard hides its own such points from
+    `next_step` on.
     """
 
     def __init__(self, folder: Path, *, keep_bytes: int, next_step: int) -> None:
-        self._file = open(folder / METRICS_FILE, "ab")  # noqa: SIM115 - closed by close()
-        length = self._file.tell()
-        if length < keep_bytes:
+        path = folder / METRICS_FILE
+        self._file = open(path, "a+b")  # noqa: SIM115 - closed by close()
+        self._file.seek(0)
+        kept = self._file.read(keep_bytes)
+        try:
+            if len(kept) < keep_bytes:
+                raise DistillError(
+                    f"{path} has {len(kept):,} bytes, {keep_bytes:,} at the checkpoint: put a whole copy back, "
+                    "or give --restart to start over"
+                )
+            decode_lines(path, kept.removesuffix(b"\n").split(b"\n") if kept else [])
+        except DistillError:
             self._file.close()
-            raise DistillError(
-                f"{folder / METRICS_FILE} has {length:,} bytes, {keep_bytes:,} at the last checkpoint: put it back, "
-                "or give --restart to start over"
-            )
+            raise
         self._file.truncate(keep_bytes)
-        self._board = SummaryWriter(str(folder), purge_step=next_step if keep_bytes else None)
+        self._board = SummaryWriter(str(folder), purge_step=next_step)
 
     def __enter__(self) -> Recorder:
         return self
@@ -44,8 +51,7 @@ class Recorder:
 
     def line(self, kind: str, values: dict[str, Any]) -> None:
         """Appends one JSON object; a step's numbers also become points of curves."""
-        text = json.dumps({"kind": kind, **values}, separators=(",", ":"), allow_nan=False)
-        self._file.write(text.encode() + b"\n")
+        self._file.write(encode_line({"kind": kind, **values}))
         self._file.flush()
         if "step" in values:
             self._points(kind, values, values["step"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from .checkpoint import Checkpoints
+from .config import digest
 from .errors import DistillError
+from .sealed import decode_line, json_sha256, read_sealed
 from .split import Split
-from .students import STUDENT_FILE
+from .students import MEND, STUDENT_FILE, load_student
+from .tensor_file import check_tensors, load_tensors, save_tensors
 
+FORMAT = 2
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 METRICS_FILE = "metrics.jsonl"
-CHECKPOINT_FILE = "last.pt"
 HEAD_FILE = "sam_head.safetensors"
 MEAN_FILE = "mean_embedding.safetensors"
+MEAN_KEY = "mean_embedding"
 LOCK_FILE = "run.lock"
+EVENTS = "events.out.tfevents.*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,8 @@ class Run:
 
     `config` is config.json: `student`, `image_size`, `config` (options as given), `resolved` (micro-batch,
     precision, device), `store` (path and spec), `image_root`, `counts`, `untrained_teacher`, `versions`.
+
+    Whatever is read from the folder is checked against a checksum and against the run it belongs to.
     """
 
     path: Path
@@ -54,12 +61,13 @@ class Run:
         folder = folder.resolve()
         if not (folder / CONFIG_FILE).is_file():
             raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE}")
-        config, split = _read_json(folder / CONFIG_FILE), _read_json(folder / SPLIT_FILE)
-        try:
-            rows = Split(train=tuple(split["train"]), val=tuple(split["val"]))
-        except (KeyError, TypeError) as error:
-            raise DistillError(f"{folder / SPLIT_FILE} is damaged ({error!r}); train again") from error
-        return cls(path=folder, config=config, split=rows)
+        config = read_description(folder)
+        return cls(path=folder, config=config, split=read_split(folder, config))
+
+    @property
+    def id(self) -> str:
+        """Hex SHA-256 of what was asked for and of the data: equal where runs learn the same."""
+        return json_sha256([self.config["identity"], self.config["data"]])
 
     @property
     def store_path(self) -> Path:
@@ -82,40 +90,114 @@ class Run:
         return self.path / HEAD_FILE
 
     @property
-    def checkpoint_path(self) -> Path:
+    def checkpoints(self) -> Checkpoints:
         """What a rerun goes on from."""
-        return self.path / CHECKPOINT_FILE
+        return Checkpoints(folder=self.path, run_id=self.id)
+
+    def student(self, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+        """As `load_student`; DistillError also when the file in the folder is another run's."""
+        student, info = load_student(self.student_path, device)
+        if info.get("run_id") != self.id:
+            raise DistillError(f"{self.student_path} is another run's; {MEND}")
+        return student, info
+
+    def read_head(self) -> bytes:
+        """SAM's head as safetensors; DistillError when it isn't the store's."""
+        wanted = self.config["store"]["spec"]["head_sha256"]
+        try:
+            data = self.head_path.read_bytes()
+        except OSError as error:
+            raise DistillError(f"{self.head_path} can't be read: {error.strerror or error}") from error
+        if hashlib.sha256(data).hexdigest() != wanted:
+            raise DistillError(f"{self.head_path} is damaged; copy it from the store, or run distill again")
+        return data
 
     def mean_embedding(self) -> Tensor:
         """The training rows' mean embedding, float32 (256, g, g); there after the first epoch."""
-        path = self.path / MEAN_FILE
+        path, grid = self.path / MEAN_FILE, self.config["image_size"] // 16
+        mend = "run distill again, which goes on or writes it anew"
         try:
-            return load_file(path)["mean_embedding"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise DistillError(
-                f"{path} is missing or damaged ({error}); finish the run's first epoch"
-            ) from error
+            header = check_tensors(path)
+            if header.metadata.get("run_id") != self.id or header.shapes != {MEAN_KEY: (256, grid, grid)}:
+                raise DistillError(f"{path} is another run's")
+            return load_tensors(path)[MEAN_KEY]
+        except OSError as error:
+            raise DistillError(f"{path} can't be read ({error.strerror or error}); {mend}") from error
+        except DistillError as error:
+            raise DistillError(f"{error}; {mend}") from error
+
+    def save_mean_embedding(self, mean_CHW: Tensor) -> None:
+        """Writes what `mean_embedding` reads."""
+        save_tensors(self.path / MEAN_FILE, {MEAN_KEY: mean_CHW}, {"run_id": self.id})
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order; `kind` tells them apart: train, val, train_eval, result."""
-        path = self.path / METRICS_FILE
-        if not path.is_file():
-            return []
         # A kill may leave half a last line; every other line was whole when it was followed.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return decode_lines(self.path / METRICS_FILE, self._lines())
+
+    def _lines(self) -> list[bytes]:
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise DistillError(f"{path} is damaged ({error})") from error
+            return (self.path / METRICS_FILE).read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The newest line of one kind."""
         return next((line for line in reversed(self.history()) if line["kind"] == kind), None)
 
     def result(self) -> dict[str, Any] | None:
-        """What distill() returned when the run finished, or None while it hasn't."""
-        line = self.last("result")
-        return None if line is None else {name: value for name, value in line.items() if name != "kind"}
+        """What distill() returned when the run finished, or None while it hasn't.
+
+        It is the last line. One that is damaged, as a power cut may leave it, is no result: the run goes on from
+        its checkpoint and writes it again.
+        """
+        try:
+            line = decode_line(self._lines()[-1])
+        except (IndexError, ValueError):
+            return None
+        return line if line.pop("kind") == "result" else None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of config.json; DistillError when it is missing or damaged."""
+    try:
+        config = read_sealed(folder / CONFIG_FILE)
+    except DistillError as error:
+        mend = "put back a whole copy, or start over with distill --restart"
+        raise DistillError(f"{error}; {mend}") from error
+    if config.get("format") != FORMAT:
+        raise DistillError(
+            f"the run in {folder} has format {config.get('format')}, this version reads {FORMAT}; start over with "
+            "distill --restart"
+        )
+    return config
+
+
+def read_split(folder: Path, config: dict[str, Any]) -> Split:
+    """The content of split.json; DistillError when it is missing, damaged, or not the one of this description."""
+    file = folder / SPLIT_FILE
+    mend = "run distill again, which writes it anew"
+    try:
+        split = read_sealed(file)
+    except DistillError as error:
+        raise DistillError(f"{error}; {mend}") from error
+    if json_sha256(split) != config["split_sha256"]:
+        raise DistillError(f"{file} is another run's; {mend}")
+    return Split(train=tuple(split["train"]), val=tuple(split["val"]))
+
+
+def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
+    """Decodes lines of `path`; DistillError naming the first that is damaged."""
+    decoded = []
+    for number, line in enumerate(lines, 1):
+        try:
+            decoded.append(decode_line(line))
+        except ValueError as error:
+            raise DistillError(
+                f"{path} is damaged in line {number} of {len(lines)} ({error}); put back a whole copy, or give "
+                "--restart to start over"
+            ) from error
+    return decoded
 
 
 @contextmanager
@@ -142,17 +224,8 @@ def point_latest(folder: Path) -> None:
     RUNS.mkdir(exist_ok=True)
     if os.path.lexists(LATEST) and not LATEST.is_symlink():
         raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
-    draft = RUNS / f".latest.{os.getpid()}"
+    # One name for each folder, which the caller has locked: what a kill leaves is replaced by the rerun.
+    draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
     draft.unlink(missing_ok=True)
     draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))
     os.replace(draft, LATEST)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DistillError(f"{path} is missing or damaged ({error}); train again") from error
-    if not isinstance(value, dict):
-        raise DistillError(f"{path} is damaged: not a JSON object; train again")
-    return value

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from ..sam.tiny_vit import TinyViT
-from ..store.durable import write_atomic
 from .errors import DistillError
+from .tensor_file import Header, check_tensors, load_tensors, save_tensors
 
 STUDENT_FILE = "student.safetensors"
 FORMAT = "mobilesam student 1"
+
+MEND = "put back a whole copy, or run distill again"
 
 # As in mobile_sam.pt, so that student.safetensors and sam_head.safetensors together have that file's keys.
 KEY_PREFIX = "image_encoder."
@@ -82,68 +82,76 @@ def save_student(student: nn.Module, path: Path, name: str, image_size: int, inf
     tensors = {
         KEY_PREFIX + key: value.detach().cpu().contiguous() for key, value in student.state_dict().items()
     }
-    write_atomic(path, save(tensors, metadata))
+    save_tensors(path, tensors, metadata)
 
 
 def load_student(path: Path | str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Rebuilds a student from a run's folder or a student file, in evaluation mode on `device`.
 
     Returns it with its description: `student`, `image_size`, and what it was saved with. Raises DistillError
-    when the file is missing, truncated, not a student, or its weights don't fit the student it names.
+    when the file is missing, damaged (its SHA-256 says), not a student, or its weights don't fit the student it
+    names; a file that claims more than that student's weights is refused before any is read.
     """
     file = Path(path) / STUDENT_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise DistillError(f"no student at {file}; run distill first, or give a run or a {STUDENT_FILE}")
     try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise DistillError(
-            f"{file} is damaged or not a safetensors file ({error}); train it again"
-        ) from error
-    info = _read_metadata(file, metadata)
-    with torch.random.fork_rng(devices=[]):
-        student = student_info(info["student"]).build(info["image_size"])
-    state = {key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}
-    _check_fit(file, info["student"], state, student.state_dict())
-    student.load_state_dict(state)
+        header = check_tensors(file)
+        info = _read_metadata(file, header.metadata)
+        with torch.random.fork_rng(devices=[]):
+            student = student_info(info["student"]).build(info["image_size"])
+        wanted = {KEY_PREFIX + key: value for key, value in student.state_dict().items()}
+        _check_names(file, info["student"], header, wanted)
+        tensors = load_tensors(file)
+    except OSError as error:
+        raise DistillError(f"{file} can't be read: {error.strerror or error}") from error
+    except DistillError as error:
+        raise DistillError(f"{error}; {MEND}") from error
+    _check_values(file, info["student"], tensors, wanted)
+    student.load_state_dict({key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()})
     return student.to(device).eval(), info
 
 
 def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     found = metadata.get("format")
     if found != FORMAT:
+        found = None if found is None else found[:40]
         raise DistillError(f"{file} is not a student this version reads: format {found!r}, wanted {FORMAT!r}")
     try:
         name, image_size, info = (
-            metadata["student"],
+            metadata["student"][:40],
             int(metadata["image_size"]),
             json.loads(metadata["info"]),
         )
-    except (KeyError, ValueError) as error:
-        raise DistillError(f"{file} has damaged metadata ({error}); train it again") from error
+    except (KeyError, ValueError, RecursionError) as error:
+        raise DistillError(f"{file} has damaged metadata ({str(error)[:100]})") from error
     # The size decides how large an encoder is built, so a forged one must not get that far.
     if not (16 <= image_size <= 16384) or image_size % 16 or not isinstance(info, dict):
-        raise DistillError(f"{file} has damaged metadata (image size {image_size}); train it again")
+        raise DistillError(f"{file} has damaged metadata (image size {image_size})")
     return {**info, "student": name, "image_size": image_size}
 
 
-def _check_fit(file: Path, name: str, state: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compares names, shapes and types: load_state_dict would convert types in silence."""
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+def _check_names(file: Path, name: str, header: Header, wanted: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(wanted.keys() - header.shapes), sorted(header.shapes.keys() - wanted)
     if missing or unknown:
         first = (missing or unknown)[0]
         raise DistillError(
             f"{file} does not hold a {name}: {len(missing)} weights missing, {len(unknown)} unknown, "
-            f"the first is {first}; train it again"
+            f"the first is {first[:80]}"
         )
     for key, value in wanted.items():
-        got = state[key]
-        if got.shape != value.shape or got.dtype != value.dtype:
+        if header.shapes[key] != tuple(value.shape):
+            got = str(header.shapes[key])[:80]
+            raise DistillError(f"{file} does not hold a {name}: {key} is {got}, wanted {tuple(value.shape)}")
+
+
+def _check_values(file: Path, name: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Types and values: load_state_dict would convert types in silence."""
+    for key, value in wanted.items():
+        got = tensors[key]
+        if got.dtype != value.dtype:
             raise DistillError(
-                f"{file} does not hold a {name}: {key} is {tuple(got.shape)} {got.dtype}, "
-                f"wanted {tuple(value.shape)} {value.dtype}; train it again"
+                f"{file} does not hold a {name}: {key} is {got.dtype}, wanted {value.dtype}; {MEND}"
             )
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
-            raise DistillError(f"{file} holds values that aren't finite, in {key}; train it again")
+            raise DistillError(f"{file} holds values that aren't finite, in {key}; {MEND}")

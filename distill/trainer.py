@@ -11,20 +11,18 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
-from ..store.durable import write_atomic
-from .checkpoint import TrainState, load_checkpoint, save_checkpoint
+from .checkpoint import CHECKPOINT_FILE, TrainState
 from .config import DistillConfig
-from .errors import DistillInterrupted
+from .errors import DistillError, DistillInterrupted
 from .evaluation import embed, evaluate_batches
 from .loader import Batch, Loader
 from .meter import Meter
 from .objective import decoupled_loss, loss_elements
 from .progress import Progress
 from .recorder import Recorder
-from .run import MEAN_FILE, Run
+from .run import Run
 from .sampler import epoch_order, split_batches
 from .schedule import learning_rate
 from .stop import StopFlag
@@ -79,29 +77,37 @@ class Trainer:
 
         Raises DistillInterrupted after saving when the stop flag is set, DistillError when the loss isn't finite.
         """
-        if self.run.checkpoint_path.exists():
-            self.state = load_checkpoint(self.run.checkpoint_path, self.student, self.optimizer, self.device)
-            logger.info(
-                "going on after epoch %d, step %d of %d", self.state.epoch, self.state.step, self.steps
-            )
+        self.go_on()
         state = self.state
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
         with Recorder(
             self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1
         ) as self.recorder:
+            self.stop.saves = True
             while state.epoch < self.config.epochs:
                 self.train_epoch()
                 self.validate()
                 state.epoch, state.batch = state.epoch + 1, 0
-                save_student(
-                    self.student,
-                    self.run.student_path,
-                    self.config.student,
-                    self.run.config["image_size"],
-                    {**self.student_info, "epoch": state.epoch, "step": state.step},
-                )
+                self.save_student()
                 self.save()
             return self.finish()
+
+    def go_on(self) -> None:
+        """Takes up the last checkpoint, if the run has come to one, and writes anew what was lost beside it."""
+        checkpoints = self.run.checkpoints
+        if not checkpoints.exist():
+            if self.run.student_path.exists():
+                raise DistillError(
+                    f"{self.run.path} has a student but no {CHECKPOINT_FILE} to go on from: put it back, or give "
+                    "--restart to start over, which keeps the old run beside the new one"
+                )
+            return
+        self.state = state = checkpoints.load(self.student, self.optimizer, self.state, self.device)
+        logger.info("going on after epoch %d, step %d of %d", state.epoch, state.step, self.steps)
+        if state.epoch:
+            self.save_mean()
+        if state.epoch and not state.batch:
+            self.save_student()
 
     def train_epoch(self) -> None:
         """The batches of one epoch that are still to do."""
@@ -228,20 +234,31 @@ class Trainer:
         }
         self.recorder.line("result", result)
         self.recorder.sync()
+        self.run.checkpoints.drop_previous()
         return result
 
     def save(self) -> None:
-        """Writes last.pt; what was logged before it is durable first."""
+        """Writes a checkpoint; what was logged before it is durable first."""
         self.meter.fetch()
         self.meter.count_elapsed()
         self.state.metrics_bytes = self.recorder.sync()
-        save_checkpoint(self.run.checkpoint_path, self.student, self.optimizer, self.state, self.device)
+        self.run.checkpoints.save(self.student, self.optimizer, self.state, self.device)
         self.saved_at = time.monotonic()
+
+    def save_student(self) -> None:
+        """Writes the student as of the last complete epoch."""
+        state = self.state
+        save_student(
+            self.student,
+            self.run.student_path,
+            self.config.student,
+            self.run.config["image_size"],
+            {**self.student_info, "epoch": state.epoch, "step": state.step},
+        )
 
     def save_mean(self) -> None:
         """Keeps the mean of the training rows' embeddings: what skill is measured against."""
-        mean_CHW = (self.state.mean_sum_CHW / self.state.mean_rows).float().cpu()
-        write_atomic(self.run.path / MEAN_FILE, save({"mean_embedding": mean_CHW}))
+        self.run.save_mean_embedding((self.state.mean_sum_CHW / self.state.mean_rows).float().cpu())
 
     def stop_if_asked(self) -> None:
         """Ends a run whose state has just been saved."""

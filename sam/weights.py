@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import errno
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .archive import ArchiveError
 from .catalog import TEACHERS
 from .errors import CheckpointError
 from .tiny_vit import CLASSIFIER_PREFIXES
+from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
+from .unpickler import ForeignObjects
 from .vit import VITS
 
 ENCODER_PREFIX = "image_encoder."
-ZIP_MAGIC = b"PK\x03\x04"
-PICKLE_MAGIC = b"\x80"
 # Some tools save these two with the weights; they are SAM's fixed preprocessing, not weights.
 PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
 
@@ -27,30 +25,32 @@ PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
 def read_state(path: Path) -> dict[str, Tensor]:
     """The flat state dict in a ``torch.save`` file, on the CPU.
 
-    Nothing but tensors and plain containers is unpickled. Files in torch's zip format are mapped, so a
-    tensor's bytes are read when they are first used; older files are read whole.
+    Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is
+    verified first (2.4 GB take about a second once they are read); then they are mapped, so that memory holds
+    what is used. Older files are read whole.
 
     Raises:
-        CheckpointError: the file is absent, empty, truncated, no checkpoint, or holds other objects.
+        CheckpointError: the file is absent, empty, truncated, damaged, no checkpoint, or holds other objects.
     """
-    mapped = _check_start(path)
+    _check_start(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol, for what is refused anyway
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
-    # Whatever bytes do to torch's readers, it is the file that is wrong: they raise of every kind.
-    except Exception as error:  # noqa: BLE001
-        # A file too short to be mapped is EINVAL; other reasons of the system are its own to tell.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-        raise CheckpointError(_damage(path, error)) from None
+        loaded = read_torch_file(path)
+    except ForeignObjects as error:
+        raise CheckpointError(
+            f"{path} holds Python objects other than tensors ({error}); it was refused, since loading them can run "
+            "code.\nSave the plain state dict: torch.save(model.state_dict(), FILE)."
+        ) from None
+    except ArchiveError as error:
+        raise CheckpointError(_damage(path, str(error))) from None
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointError(_damage(path, "the disk can't read it")) from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     return _tensors_only(path, loaded)
 
 
-def _check_start(path: Path) -> bool:
-    """Look at the first bytes; tell whether the file can be mapped (torch's zip format)."""
+def _check_start(path: Path) -> None:
+    """Tell by the first bytes what can't be a checkpoint at all."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a directory, not a checkpoint file; name the .pth or .pt file in it"
@@ -64,29 +64,14 @@ def _check_start(path: Path) -> bool:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
         raise CheckpointError(f"{path} is empty (0 bytes); download it again")
-    if start.startswith(ZIP_MAGIC):
-        return True
-    if not start.startswith(PICKLE_MAGIC):
+    if not start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
         raise CheckpointError(f"{path} is not a PyTorch checkpoint: it starts with {start!r}")
-    return False
 
 
-def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"(?:GLOBAL|global) ([\w.]+)", message)
-    if "truncated" in message or (found is None and "nsupported" not in message):
-        return f"{path} ({path.stat().st_size:,} bytes) is truncated or damaged; download it again"
-    what = f" ({found.group(1)})" if found else ""
-    return (
-        f"{path} holds Python objects other than tensors{what}; it was refused, since loading them can run code.\n"
-        "Save the plain state dict: torch.save(model.state_dict(), FILE)."
-    )
-
-
-def _damage(path: Path, error: Exception) -> str:
+def _damage(path: Path, reason: str) -> str:
     size = path.stat().st_size
     official = [info for info in TEACHERS.values() if info.file == path.name and info.bytes != size]
     lengths = f", {official[0].bytes:,} expected" if official else ""
-    reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
     return f"{path} ({size:,} bytes{lengths}) is truncated or damaged; download it again.\n({reason})"
 
 
@@ -96,7 +81,7 @@ def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
     state = {str(key): value for key, value in loaded.items() if str(key) not in PIXEL_STATISTICS}
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
-        keys = ", ".join(map(repr, list(state)[:4])) or "nothing"
+        keys = ", ".join(repr(key[:80]) for key in list(state)[:4]) or "nothing"
         raise CheckpointError(
             f"{path} is not a flat state dict of tensors: it holds {keys}.\n"
             "Save the plain state dict with keys image_encoder.*, prompt_encoder.*, mask_decoder.*."
@@ -109,7 +94,7 @@ def looks_like(state: Mapping[str, Tensor]) -> str | None:
     if f"{ENCODER_PREFIX}patch_embed.seq.0.c.weight" in state:
         return "mobile_sam"
     patches = state.get(f"{ENCODER_PREFIX}patch_embed.proj.weight")
-    if patches is None:
+    if patches is None or not patches.ndim:
         return None
     blocks = {key.split(".")[2] for key in state if key.startswith(f"{ENCODER_PREFIX}blocks.")}
     sizes = (patches.shape[0], len(blocks))
@@ -135,7 +120,8 @@ def check_state(
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     if missing or unknown:
-        examples = [f"{key} is missing" for key in missing[:1]] + [f"{key} is unknown" for key in unknown[:1]]
+        examples = [f"{key} is missing" for key in missing[:1]]
+        examples += [f"{key[:80]} is unknown" for key in unknown[:1]]
         raise CheckpointError(
             f"{path} is not a {name} checkpoint: of {len(expected)} weights {len(missing)} are missing, "
             f"{len(unknown)} are unknown.\n({'; '.join(examples)})"
@@ -144,4 +130,8 @@ def check_state(
         if state[key].shape != shape:
             wrong, right = tuple(state[key].shape), tuple(shape)
             raise CheckpointError(f"{path} is not a {name} checkpoint: {key} has shape {wrong}, not {right}")
+        if not state[key].is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise CheckpointError(
+                f"{path} is not a {name} checkpoint: {key} holds {state[key].dtype} numbers"
+            )
     return dict(state)

@@ -71,7 +71,7 @@ def open_subject(config: VerifyConfig) -> Subject:
     """
     run, file = _find_student(config)
     device = resolve_device(config.device)
-    student, info = load_student(file, device)
+    student, info = load_student(file, device) if run is None else run.student(device)
     store = EmbeddingStore.open(config.store or (DEFAULT_STORE if run is None else run.store_path))
     try:
         _check_fit(info, store)

@@ -22,6 +22,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
+from mobilesam.distill.sealed import read_sealed, write_sealed
 from mobilesam.sam import ImageError
 
 Options = Callable[..., DistillConfig]
@@ -118,9 +119,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
 
 def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, options: Options) -> None:
     interrupted_at(1, "train", options(store, out="run", epochs=1, precision="auto"))
-    config = json.loads(Path("run/config.json").read_text())
+    config = read_sealed(Path("run/config.json"))
     config["resolved"].update(precision="bfloat16", micro_batch=1)
-    Path("run/config.json").write_text(json.dumps(config))
+    write_sealed(Path("run/config.json"), config)
     phases = []
     distill(
         options(store, out="run", epochs=1, precision="auto"),
