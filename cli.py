@@ -181,6 +181,7 @@ def main() -> None:
     mobilesam precompute --images DIR --out store.zarr    run the teacher once, into a Zarr store
     mobilesam distill --epochs 8                          fit the student to the store
     mobilesam verify                                      how close student and teacher are
+    mobilesam inspect store.zarr --check                  what a store is, and whether it is whole
     """
     # Only our own: a handler at the root would print what dask and matplotlib say to themselves.
     logger = logging.getLogger(__package__)
@@ -218,6 +219,10 @@ _precompute_options = _options(
                   help="Images that the teacher takes at once [default: by device]"),
     click.option("--image-size", type=int, metavar="PX",
                   help="Side of the teacher's input [default: the store's, else 1024]"),
+    click.option("--image-timeout", type=float, default=120.0, show_default=True, metavar="SECONDS",
+                  help="An image that takes longer to read and decode fails."),
+    click.option("--audit", type=int, default=2, show_default=True, metavar="K",
+                  help="At the end, embed K random images of this run again in float32 and compare."),
     click.option("--performance-report", type=_PATH, metavar="FILE.html",
                   help="Write dask's performance report."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, needed and taken; change nothing."),
@@ -234,7 +239,7 @@ def precompute(
     """Run the teacher once over the images, into a store.
 
     A rerun of the same command computes only what is missing. A broken image is recorded as failed and does not
-    stop the job.
+    stop the job. Exit code 1 when the audit finds stored embeddings that are not the teacher's.
 
     \b
     Examples:
@@ -244,6 +249,7 @@ def precompute(
       mobilesam precompute --images photos --extend --retry-failed
       mobilesam precompute --images photos --dtype int8 --precision bfloat16 --device cuda:1 --batch-size 16
       mobilesam precompute --images photos --workers 2 --shard-size 32 --performance-report dask.html
+      mobilesam precompute --images /nfs/photos --image-timeout 600 --audit 10
       mobilesam precompute --images /data/photos --out /data/store.zarr --scheduler tcp://10.0.0.1:8786 --debug
     """
     from .precompute import PrecomputeConfig
@@ -257,6 +263,8 @@ def precompute(
     with Reporter("precompute") as reporter:
         result = plan_only(config, reporter) if dry_run else run(config, reporter)
     _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
+    if result.get("out_of_tolerance"):
+        click.get_current_context().exit(FAILED_CHECK)
 
 
 def _auto_or_number(option: str, value: str) -> int | None:
@@ -383,4 +391,30 @@ def verify(as_json: bool, **options: Any) -> None:
         result = run(config, progress=reporter.comparison)
     _print(as_json, result, table_lines(result))
     if not result["passed"]:
+        click.get_current_context().exit(FAILED_CHECK)
+
+
+@main.command(cls=RoomCommand)
+@click.argument("store", type=_PATH, default="store.zarr")
+@click.option("--check", is_flag=True, help="Read everything and name each damaged shard and image.")
+@click.option("--repair", is_flag=True, help="Check, and take damaged shards out, to be computed anew.")
+@_common
+def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
+    """Tell what a store is, and whether it is whole.
+
+    Exit code 1 when something is wrong with it, 0 when --repair has mended that. A good shard is never touched.
+
+    \b
+    Examples:
+      mobilesam inspect store.zarr
+      mobilesam inspect store.zarr --check --json
+      mobilesam inspect store.zarr --repair --debug
+    """
+    from .store.inspection import inspect_store
+    from .store.summary import inspection_lines
+
+    with Reporter("inspect") as reporter:
+        result = inspect_store(store, check=check or repair, repair=repair, progress=reporter.comparison)
+    _print(as_json, result, inspection_lines(result))
+    if result["problems"]:
         click.get_current_context().exit(FAILED_CHECK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from mobilesam.distill import DistillConfig
 from mobilesam.precompute import PrecomputeConfig
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-LATER = ["--objective", "--init", "--compile", "--audit", "--keep-images", "--min-miou"]
+COMMANDS = ["precompute", "distill", "verify", "inspect"]
+LATER = ["--objective", "--init", "--compile", "--keep-images", "--min-miou"]
 
 
 def _run(*arguments: object) -> Result:
@@ -34,7 +36,7 @@ def _options(command: click.Command) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["precompute", "distill", "verify"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_an_example_in_its_commands_help(name: str) -> None:
     page = _run(name, "--help").output
     examples = page.partition("Examples:")[2].partition("Options:")[0]
@@ -44,7 +46,7 @@ def test_every_option_has_an_example_in_its_commands_help(name: str) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["precompute", "distill", "verify"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_example_in_the_help_is_accepted(name: str) -> None:
     page = _run(name, "--help").output
     examples = page.partition("Examples:")[2].partition("Options:")[0]
@@ -56,7 +58,7 @@ def test_every_example_in_the_help_is_accepted(name: str) -> None:
 
 
 def test_options_and_commands_of_later_are_absent() -> None:
-    assert set(main.commands) == {"precompute", "distill", "verify"}
+    assert set(main.commands) == set(COMMANDS)
     offered = {option for command in main.commands.values() for option in _options(command)}
     assert offered.isdisjoint(LATER)
 
@@ -79,6 +81,8 @@ def test_defaults_on_the_command_line_are_the_libraries() -> None:
         "device",
         "workers",
         "out",
+        "audit",
+        "image_timeout",
     ):
         assert given[name] == getattr(config, name), name
 
@@ -107,6 +111,8 @@ def test_the_version_is_told() -> None:
         (["distill", "--student", "resnet"], "resnet"),
         (["verify", "--min-skill", "2"], "min skill must be"),
         (["verify", "--split", "test"], "test"),
+        (["precompute", "--images", "x", "--audit", "-1"], "--audit -1"),
+        (["precompute", "--images", "x", "--image-timeout", "0"], "--image-timeout 0"),
         (["export"], "export"),
     ],
 )
@@ -134,6 +140,9 @@ def test_wrong_use_exits_2_and_names_what_is_wrong(arguments: list[str], told: s
         ),
         (["distill"], "store.zarr is no mobilesam store"),
         (["distill", "--store", "text.pth"], "text.pth"),
+        (["inspect"], "store.zarr is no mobilesam store"),
+        (["inspect", "text.pth", "--check"], "text.pth"),
+        (["inspect", "s3://b/x.zarr"], "object storage"),
         (["verify"], "run"),
         (["verify", "--student", "text.pth", "--split", "all"], "text.pth"),
     ],
@@ -178,6 +187,7 @@ def test_a_dry_run_tells_what_is_needed_and_changes_nothing(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The three commands in an empty folder, on ten photos at 256 pixels; what each printed with --json."""
+    names = ["precompute", "distill", "verify", "report", "gates", "inspect", "check"]
     folder = tmp_path_factory.mktemp("empty")
     photos = folder.with_name("photos")
     shutil.copytree(PHOTOS, photos)
@@ -190,10 +200,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             _run("verify", "--json"),
             _run("verify", "--split", "all", "--report", "report.html"),
             _run("verify", "--min-skill", "0.999", "--min-cosine", "0.9999"),
+            _run("inspect", "--json"),
+            _run("inspect", "store.zarr", "--check"),
         ]
     return {
         "folder": folder,
-        "results": dict(zip(["precompute", "distill", "verify", "report", "gates"], results, strict=True)),
+        "results": dict(zip(names, results, strict=True)),
     }
 
 
@@ -213,14 +225,23 @@ def test_the_three_commands_work_one_after_the_other(finished: dict[str, Any]) -
 
 def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
     documented = {
-        "precompute": "images done done_before failed seconds images_per_second teacher_share decode_seconds",
+        "precompute": "images done done_before failed seconds images_per_second teacher_share decode_seconds "
+        "audit",
         "distill": "run epochs steps seconds images_per_second data_wait_share val",
         "verify": "images mse relative_mse cosine skill mse_valid relative_mse_valid cosine_valid skill_valid "
         "passed failed_checks",
+        "inspect": "rows bytes teacher problems",
     }
     for name, keys in documented.items():
         assert set(keys.split()) <= _json(finished, name).keys()
     assert _json(finished, "verify")["cosine"].keys() == {"mean", "p5", "min"}
+    assert _json(finished, "precompute")["audit"].keys() == {
+        "rows",
+        "cosine_min",
+        "relative_mse_max",
+        "seconds",
+    }
+    assert _json(finished, "inspect")["rows"] == {"done": 12, "pending": 0, "failed": 0}
 
 
 def test_what_verify_says_is_what_the_trainer_said(finished: dict[str, Any]) -> None:
@@ -237,6 +258,34 @@ def test_every_output_says_that_the_teacher_is_untrained(finished: dict[str, Any
     assert "untrained teacher" in results["distill"].stderr
     assert "untrained teacher" in results["report"].stdout
     assert "ntrained teacher" in (finished["folder"] / "report.html").read_text()
+
+
+def test_the_run_was_audited_and_the_store_is_whole(finished: dict[str, Any]) -> None:
+    assert _json(finished, "precompute")["audit"]["rows"] == 2
+    assert _json(finished, "inspect")["audit"]["rows"] == 2
+    check = finished["results"]["check"]
+    assert check.exit_code == 0, check.output
+    assert "check         whole" in check.stdout
+
+
+def test_damage_exits_1_and_the_command_that_repair_prints_makes_it_whole(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished["folder"] / "store.zarr", tmp_path / "store.zarr")
+    shard = sorted((tmp_path / "store.zarr" / "embeddings").glob("c.*"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    check = _run("inspect", "--check", "--json")
+    assert check.exit_code == 1
+    assert [problem["kind"] for problem in json.loads(check.stdout)["problems"]] == ["checksum"]
+    repair = _run("inspect", "--repair")
+    assert repair.exit_code == 0, repair.output
+    (command,) = re.findall(r"^ +mobilesam (precompute .*)$", repair.stdout, re.MULTILINE)
+    again = _run(*shlex.split(command))
+    assert again.exit_code == 0, again.output
+    assert shard.read_bytes() == whole
+    assert _run("inspect", "--check").exit_code == 0
 
 
 def test_a_missed_threshold_exits_1_and_names_both_numbers(finished: dict[str, Any]) -> None:
