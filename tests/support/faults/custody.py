@@ -1,0 +1,99 @@
+"""Hostile files are read in a process of their own, with bounded memory and time, and what became of it is told."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from mobilesam.distill.checkpoint import Checkpoints, TrainState
+from mobilesam.distill.errors import DistillError
+from mobilesam.distill.students import build_student, load_student
+from mobilesam.distill.trainer import parameter_groups
+from mobilesam.sam.errors import SamError
+from mobilesam.sam.teachers import load_head, load_teacher
+
+CPU_SECONDS = 120
+ROOM = 3 << 30
+"""Bytes of address space beyond what the process has at its start: far less than what the files here ask for."""
+
+_forkserver = get_context("forkserver")
+_forkserver.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`outcome` is "read", "refused" (by one of our errors) or "crash"; `grown` the bytes by which the process's
+    resident memory grew at most."""
+
+    outcome: str
+    message: str
+    grown: int
+
+
+def examine(reader: str, path: Path) -> Verdict:
+    """Read a file with one of READERS."""
+    ours, theirs = _forkserver.Pipe(duplex=False)
+    process = _forkserver.Process(target=_examine, args=(theirs, reader, path))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        process.join()
+        return Verdict("crash", f"the process ended with {process.exitcode}", 0)
+    finally:
+        process.join()
+
+
+def _examine(connection: Connection, reader: str, path: Path) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    torch.set_num_threads(1)
+    before = _peak()
+    try:
+        READERS[reader](path)
+        outcome, message = "read", ""
+    except (SamError, DistillError) as error:
+        outcome, message = "refused", str(error)
+    except BaseException as error:  # noqa: BLE001 - told on the other side
+        outcome, message = "crash", repr(error)[:500]
+    connection.send(Verdict(outcome, message, _peak() - before))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _teacher(path: Path) -> None:
+    load_teacher("mobile_sam", path, image_size=64)
+
+
+def _head(path: Path) -> None:
+    load_head("mobile_sam", path)
+
+
+def _student(path: Path) -> None:
+    load_student(path)
+
+
+def _checkpoint(path: Path) -> None:
+    """As last.pt, with nothing before it."""
+    student = build_student("tiny_vit", 64, 0)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.1))
+    state = TrainState(mean_sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64))
+    Checkpoints(folder=path.parent, run_id="mine").load(student, optimizer, state, torch.device("cpu"))
+
+
+READERS: Mapping[str, Callable[[Path], None]] = {
+    "teacher": _teacher,
+    "head": _head,
+    "student": _student,
+    "checkpoint": _checkpoint,
+}
