@@ -1,4 +1,4 @@
-"""EIO and ENOSPC from writing, syncing and renaming: a clear error or a job that goes on, and a rerun completes it."""
+"""EIO and ENOSPC from writing, syncing and renaming: a clear error, or a job that goes on; a rerun completes it."""
 
 from __future__ import annotations
 

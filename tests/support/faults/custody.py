@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,7 +25,20 @@ ROOM = 3 << 30
 """Bytes of address space beyond what the process has at its start: far less than what the files here ask for."""
 
 _forkserver = get_context("forkserver")
-_forkserver.set_forkserver_preload([__name__])
+
+
+def _start_server() -> None:
+    """A process that has imported this module, to be forked; by itself it would not find it (and not say so)."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        _forkserver.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Verdict:
 
 def examine(reader: str, path: Path) -> Verdict:
     """Read a file with one of READERS."""
+    _start_server()
     ours, theirs = _forkserver.Pipe(duplex=False)
     process = _forkserver.Process(target=_examine, args=(theirs, reader, path))
     process.start()

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from .events import Event, kind_of
 from .tracing import RENAMES, SYNCS, UNLINKS, WRITES
 
-_AT_OFFSET = re.compile(r", (\d+)\) += \d+")
+_AT_OFFSET = re.compile(r", (\d+)(?:, 0)?\) += \d+")  # pwritev2 has flags behind it
 
 _AT_THE_END = frozenset(
-    ["shard", "manifest", "zarr", "head", "last", "previous", "student", "mean", "config", "split", "metrics"]
+    ["folder", "shard", "manifest", "zarr", "head", "last", "student", "mean", "config", "split", "metrics"]
 )
 """Kinds of files that are durable, with their names, once a command has ended well."""
 

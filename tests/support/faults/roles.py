@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import stages
+from .mutants import MUTANTS
 
 
 def prepare() -> None:
@@ -63,6 +64,12 @@ def _add_speck() -> None:
     students.STUDENTS = {**students.STUDENTS, "speck": info}
 
 
+def mutate(mutant: str | None) -> None:
+    """Leave out one of the safeguards, if asked to; see mutants.py."""
+    if mutant is not None:
+        MUTANTS[mutant](setattr)
+
+
 def scheduler(place: str) -> int:
     """dask's scheduler until it is killed; its address goes into the file `place`."""
     import dask
@@ -81,10 +88,11 @@ def scheduler(place: str) -> int:
     return 0
 
 
-def worker(address: str, stage_file: str, local: str, slow: float = 0.0) -> int:
+def worker(address: str, stage_file: str, local: str, slow: float = 0.0, mutant: str | None = None) -> int:
     """One of dask's workers, with one thread, until it is killed. Every row is written `slow` seconds late."""
     from distributed import Worker
 
+    mutate(mutant)
     stages.say_to(stage_file, slow=slow)
 
     async def run() -> None:
@@ -95,8 +103,9 @@ def worker(address: str, stage_file: str, local: str, slow: float = 0.0) -> int:
     return 0
 
 
-def coordinator(arguments: list[str], stage_file: str) -> int:
+def coordinator(arguments: list[str], stage_file: str, mutant: str | None = None) -> int:
     """`mobilesam precompute` with these arguments."""
+    mutate(mutant)
     stages.say_to(stage_file)
     return _command(["precompute", *arguments])
 
@@ -107,11 +116,12 @@ def inspector(arguments: list[str], stage_file: str) -> int:
     return _command(["inspect", *arguments])
 
 
-def trainer(stage_file: str, **settings: Any) -> int:
+def trainer(stage_file: str, mutant: str | None = None, **settings: Any) -> int:
     """`mobilesam distill` with these settings, those that the command line doesn't have among them."""
     from mobilesam import cli
     from mobilesam.distill import DistillConfig, distill
 
+    mutate(mutant)
     stages.say_to(stage_file)
     try:
         distill(DistillConfig(device="cpu", precision="float32", workers=1, **settings))

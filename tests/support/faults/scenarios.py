@@ -18,9 +18,11 @@ from .zygote import Process
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A precompute command on `photos` with `options`, begun on a copy of `template` (None: on nothing)."""
+    """A precompute command on `photos` with `options`, begun on a copy of `template` (None: on nothing). With a
+    `mutant` the coordinator lacks one of its safeguards; the rerun has it."""
 
     name: str
+    mutant: str | None = None
     scene: Scene
     photos: Path
     options: tuple[str, ...]
@@ -34,7 +36,12 @@ class Scenario:
     def start(self, store: Path, tracer: Callable[[int], object] | None = None) -> Process:
         """The command."""
         return self.scene.start_precompute(
-            store, store.with_name("stages"), *self.options, photos=self.photos, tracer=tracer
+            store,
+            store.with_name("stages"),
+            *self.options,
+            photos=self.photos,
+            tracer=tracer,
+            mutant=self.mutant,
         )
 
     def rerun(self, store: Path) -> None:

@@ -44,7 +44,11 @@ class Scene:
     # ---- processes
 
     def start_worker(
-        self, stages: Path | None = None, tracer: Callable[[int], object] | None = None, slow: float = 0.0
+        self,
+        stages: Path | None = None,
+        tracer: Callable[[int], object] | None = None,
+        slow: float = 0.0,
+        mutant: str | None = None,
     ) -> Process:
         """A new worker. It is the only one: the one before is killed."""
         self.kill_worker()
@@ -56,6 +60,7 @@ class Scene:
             stage_file=str(stages or folder / "stages"),
             local=str(folder),
             slow=slow,
+            mutant=mutant,
         )
         return self._worker
 
@@ -79,13 +84,16 @@ class Scene:
         *options: str,
         photos: Path | None = None,
         tracer: Callable[[int], object] | None = None,
+        mutant: str | None = None,
     ) -> Process:
         """`mobilesam precompute` on the cluster."""
         arguments = [
             "--images", str(photos or self.photos), "--out", str(out), "--teacher", "vit_nano", "--image-size", "64",
             "--shard-size", str(SHARD_SIZE), "--scheduler", self.address, "--json", *options,
         ]  # fmt: skip
-        return self.zygote.start("coordinator", tracer=tracer, arguments=arguments, stage_file=str(stages))
+        return self.zygote.start(
+            "coordinator", tracer=tracer, arguments=arguments, stage_file=str(stages), mutant=mutant
+        )
 
     def precompute(self, out: Path, *options: str, photos: Path | None = None) -> None:
         """The same to its end; AssertionError unless it goes well."""

@@ -9,13 +9,13 @@ from pathlib import Path
 KILL = "kill"
 
 CALLS = (
-    "openat", "mkdir", "write", "writev", "pwrite64", "pwritev", "fsync", "fdatasync", "ftruncate", "flock",
-    "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "symlink", "symlinkat", "link", "linkat",
-    "fallocate", "copy_file_range", "sendfile", "chmod", "fchmod",
+    "openat", "mkdir", "write", "writev", "pwrite64", "pwritev", "pwritev2", "fsync", "fdatasync", "ftruncate",
+    "flock", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "symlink", "symlinkat", "link",
+    "linkat", "fallocate", "copy_file_range", "sendfile", "chmod", "fchmod",
 )  # fmt: skip
 """What changes files, and what opens and locks them."""
 
-WRITES = ("write", "pwrite64", "pwritev")
+WRITES = ("write", "pwrite64", "pwritev", "pwritev2")
 SYNCS = ("fsync", "fdatasync")
 RENAMES = ("rename", "renameat", "renameat2")
 UNLINKS = ("unlink", "unlinkat", "rmdir")

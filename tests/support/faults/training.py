@@ -7,13 +7,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from .events import Event, Trace, kind_of, read_trace
+from .events import Trace, read_trace
 from .ledger import Ledger
 from .points import Point, phase_of
 from .recovery import living
@@ -51,9 +51,10 @@ class Outcome:
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """`mobilesam distill` on `store`, begun on a copy of `template` (None: on nothing). `checkpoints` are what an
-    undisturbed run makes from there."""
+    undisturbed run makes from there. With a `mutant` the trainer lacks one of its safeguards; the rerun has it."""
 
     name: str
+    mutant: str | None = None
     scene: Scene
     store: Path
     template: Path | None
@@ -66,7 +67,7 @@ class Training:
 
     def start(self, run: Path, tracer: Callable[[int], object] | None = None) -> Process:
         """The command, its stages in a new file `stages`."""
-        return self.scene.start_distill(self.store, run, run.with_name("stages"), tracer)
+        return self.scene.start_distill(self.store, run, run.with_name("stages"), tracer, mutant=self.mutant)
 
     def rerun(self, run: Path) -> int:
         """The same command to its end: how many checkpoints it made. AssertionError unless it goes well."""
@@ -131,7 +132,9 @@ def strike_trainer(training: Training, point: Point, ledger: Ledger) -> Struck:
     tracer.end()
     hit = read_trace(tracer.log, run.with_name("stages")).hit(point.injection)
     complaints = [] if hit is None else ending(point, code, process.said())
-    return recover_training(training, run, process, point, hit, complaints, ledger)
+    if hit is not None:
+        point = replace(point, phase=phase_of(hit, run, "trainer"))
+    return recover_training(training, run, process, point, hit is not None, complaints, ledger)
 
 
 def recover_training(
@@ -139,7 +142,7 @@ def recover_training(
     run: Path,
     process: Process,
     point: Point,
-    hit: Event | None,
+    fired: bool,
     complaints: list[str],
     ledger: Ledger,
 ) -> Struck:
@@ -152,10 +155,10 @@ def recover_training(
     ledger.record(
         call=point.injection.name,
         ordinal=point.injection.ordinal,
-        file=kind_of(hit.path, run) or hit.path if hit else "",
-        phase=phase_of(hit, run, "trainer") if hit else point.phase,
+        file=point.phase.rpartition("-")[2],
+        phase=point.phase,
         role="trainer",
-        fired=hit is not None,
+        fired=fired,
         lost=max(0, again),
         wrong=0 if same else 1,
         kill=point.injection.effect == KILL,
@@ -168,7 +171,7 @@ def recover_training(
         *[f"process {pid} lives on" for pid in living([process.session])],
     ]
     shutil.rmtree(run.parent)
-    return Struck(hit is not None, [f"{point}: {line}" for line in complaints])
+    return Struck(fired, [f"{point}: {line}" for line in complaints])
 
 
 def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
