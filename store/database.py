@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .errors import StoreDamaged, StoreError
+from .errors import MAKE_ANEW, StoreDamaged, StoreError
 
 BUSY_SECONDS = 300.0
 """How long a statement waits for another process's transaction; `inspect --check` reads the whole manifest in one."""
 
 SCHEMA_VERSION = 1
 """Kept as SQLite's user_version; raised whenever a table changes."""
-
-MEND = "put a whole copy of it back, or make the store anew in another place"
 
 _SCHEMA = f"""
 PRAGMA journal_mode = DELETE;
@@ -50,7 +48,7 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     """Open without creating. A reader leaves the file system alone unless a killed writer's transaction has to
     be rolled back first, which takes write access once."""
     if not path.is_file():
-        raise StoreDamaged(f"{path} is missing: without its manifest a store can't be read; {MEND}")
+        raise StoreDamaged(f"{path} is missing: without its manifest a store can't be read; {MAKE_ANEW}")
     with explained(path):
         try:
             return _open(path, "rw" if writable else "ro", writable)
@@ -84,7 +82,7 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
     if not {"meta", "images", "shards", "results"} <= tables:
-        raise StoreDamaged(f"{path} is damaged (it has none of a manifest's tables): {MEND}")
+        raise StoreDamaged(f"{path} is damaged (it has none of a manifest's tables): {MAKE_ANEW}")
     if version != SCHEMA_VERSION:
         other = "an earlier" if version < SCHEMA_VERSION else "a later"
         raise StoreError(
@@ -124,9 +122,9 @@ def explained(path: Path) -> Iterator[None]:
                 f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it"
             ) from error
         if code in (sqlite3.SQLITE_ERROR, None):
-            raise StoreDamaged(f"{path} is damaged ({error}): {MEND}") from error
+            raise StoreDamaged(f"{path} is damaged ({error}): {MAKE_ANEW}") from error
         raise StoreError(f"{path}: {error}; check the disk and run again") from error
     except sqlite3.IntegrityError as error:
         raise StoreError(f"{path} refuses what it was given ({error}): nothing was changed") from error
-    except sqlite3.DatabaseError as error:
-        raise StoreDamaged(f"{path} is damaged ({error}): {MEND}") from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise StoreDamaged(f"{path} is damaged ({error}): {MAKE_ANEW}") from error

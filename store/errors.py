@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+PUT_BACK = "put it back with mobilesam inspect STORE --repair"
+TAKE_OUT = "take damaged shards out with mobilesam inspect STORE --repair, and compute them anew"
+MAKE_ANEW = "put a whole copy of it back, or make the store anew in another place"
+"""The mends of damage to documents, to shards, and to the manifest itself."""
+
 
 class StoreError(Exception):
     """Base of every error that this room raises for its input or its surroundings."""

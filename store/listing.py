@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .database import MEND
 from .digests import KeysDigest, shard_digest
-from .errors import StoreDamaged
+from .errors import MAKE_ANEW, StoreDamaged
 from .manifest import PAGE_KEYS, Manifest
 from .records import ImageRecord, Problem
 from .rows import SELECT_RECORDS, record_of
@@ -87,7 +86,7 @@ def integrity_errors(manifest: Manifest) -> list[str]:
 def _database_problems(manifest: Manifest) -> Iterator[Problem]:
     lines = integrity_errors(manifest)
     if lines:
-        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {MEND}")
+        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {MAKE_ANEW}")
 
 
 def _image_problems(manifest: Manifest) -> Iterator[Problem]:
@@ -109,7 +108,7 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
         if count != rows or keys.value() != digest:
             yield _problem(
                 manifest,
-                f"the {rows:,} keys from row {first:,} on are not those that were listed: {MEND}",
+                f"the {rows:,} keys from row {first:,} on are not those that were listed: {MAKE_ANEW}",
             )
 
 

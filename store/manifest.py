@@ -18,12 +18,10 @@ from pathlib import Path
 
 from . import database
 from .digests import KeysDigest, row_digest, shard_digest
-from .errors import StoreDamaged, StoreError
+from .errors import MAKE_ANEW, PUT_BACK, StoreDamaged, StoreError
 from .records import Audit, Counts, ImageRecord, NewImage, RowResult, Selection, Status
 from .rows import SELECT_LISTED, SELECT_RECORDS, record_of, result_fields
 from .spec import StoreSpec, spec_digest
-
-_MEND = "put it back with mobilesam inspect STORE --repair"
 
 PAGE_KEYS = 10_000
 """Keys read at once where all of them are gone through."""
@@ -85,8 +83,7 @@ class Manifest:
             )
         if meta.get("spec_sha256") != spec.digest():
             raise StoreDamaged(
-                f"the attributes in zarr.json are not those that {self.path} was made with: "
-                f"put this store's own zarr.json back with mobilesam inspect STORE --repair"
+                f"the attributes in zarr.json are not those that {self.path} was made with: {PUT_BACK}"
             )
 
     def spec(self) -> StoreSpec:
@@ -97,10 +94,10 @@ class Manifest:
             value = json.loads(meta["spec"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreDamaged(
-                f"{self.path} is damaged: its copy of the spec is unreadable; {_MEND}"
+                f"{self.path} is damaged: its copy of the spec is unreadable; {PUT_BACK}"
             ) from error
         if spec_digest(value) != meta.get("spec_sha256"):
-            raise StoreDamaged(f"{self.path} is damaged: its copy of the spec is not as written; {_MEND}")
+            raise StoreDamaged(f"{self.path} is damaged: its copy of the spec is not as written; {PUT_BACK}")
         spec = StoreSpec.from_json(value)
         self.refuse_foreign(spec)
         return spec
@@ -121,7 +118,9 @@ class Manifest:
         found = self.query("SELECT name, content, sha256 FROM documents ORDER BY length(name) DESC, name")
         for name, content, sha256 in found:
             if not isinstance(content, bytes) or hashlib.sha256(content).digest() != sha256:
-                raise StoreDamaged(f"{self.path} is damaged: its copy of {name} is not as written; {_MEND}")
+                raise StoreDamaged(
+                    f"{self.path} is damaged: its copy of {name} is not as written; {PUT_BACK}"
+                )
         return {name: content for name, content, _ in found}
 
     def restore_documents(self, documents: Mapping[str, bytes]) -> None:
@@ -139,7 +138,7 @@ class Manifest:
         count = 0 if last is None else int(last) + 1
         if count != appended:
             raise StoreDamaged(
-                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {database.MEND}"
+                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {MAKE_ANEW}"
             )
         return count
 
@@ -187,7 +186,7 @@ class Manifest:
             ]
         except (TypeError, ValueError) as error:
             raise StoreDamaged(
-                f"{self.path} is damaged (its sets of images: {error}): {database.MEND}"
+                f"{self.path} is damaged (its sets of images: {error}): {MAKE_ANEW}"
             ) from error
 
     def records(self, status: Status | None = None, rows: range | None = None) -> list[ImageRecord]:

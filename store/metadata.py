@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from .durable import write_atomic
-from .errors import StoreDamaged, StoreError, StoreNotFound
+from .errors import PUT_BACK, StoreDamaged, StoreError, StoreNotFound
 from .layout import ArrayLayout
 from .places import MANIFEST, local_path
 from .spec import StoreSpec
 
 DOCUMENT = "zarr.json"
 ATTRIBUTE = "mobilesam"
-
-_MEND = "put it back with mobilesam inspect STORE --repair"
 
 _DIMENSIONS = ("row", "channel", "y", "x")
 
@@ -99,7 +97,7 @@ def read_spec(store: Path) -> StoreSpec:
     except OSError as error:
         raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path} is damaged (no JSON): {_MEND}") from error
+        raise StoreDamaged(f"{path} is damaged (no JSON): {PUT_BACK}") from error
     except (KeyError, TypeError, IndexError) as error:
         raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
     return StoreSpec.from_json(attributes)
@@ -116,7 +114,7 @@ def exists(path: Path | str) -> bool:
 
 def _none(store: Path, reason: str) -> StoreError:
     if (store / MANIFEST).exists():
-        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {_MEND}")
+        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {PUT_BACK}")
     if store.is_file():
         return StoreNotFound(f"{store} is a file, not a mobilesam store")
     return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")

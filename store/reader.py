@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .durable import explained
-from .errors import StoreDamaged, StoreError
+from .errors import TAKE_OUT, StoreDamaged, StoreError
 from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c, rows_of, shard_of
 from .manifest import Manifest
 from .quantize import dequantize
@@ -25,8 +25,6 @@ from .spec import StoreSpec
 
 OPEN_SHARDS = 128
 """Shard files held open at most; the usual limit of a process is 1024 descriptors."""
-
-MEND = "take damaged shards out with mobilesam inspect STORE --repair, and compute them anew"
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,13 @@ class _OpenShard:
             try:
                 self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
-                raise StoreDamaged(f"{path} is missing, though the manifest lists it; {MEND}") from error
+                raise StoreDamaged(f"{path} is missing, though the manifest lists it; {TAKE_OUT}") from error
             size = os.fstat(self.descriptor).st_size
             tail = os.pread(self.descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
         try:
             self.index = layout.decode_index(tail)
         except ValueError as error:
-            raise StoreDamaged(f"{path} ({size} bytes): {error}; {MEND}") from error
+            raise StoreDamaged(f"{path} ({size} bytes): {error}; {TAKE_OUT}") from error
 
     def __del__(self) -> None:
         # By now every thread that read from it has let go. There is none when opening failed.
@@ -149,7 +147,7 @@ class DirectReader:
 
     def _damage(self, shard: _OpenShard, row: int, fact: str) -> StoreDamaged:
         key = self._manifest.records(rows=range(row, row + 1))[0].key
-        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {MEND}")
+        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {TAKE_OUT}")
 
 
 def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:

@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreDamaged, StoreError, StoreMismatch
+from .errors import PUT_BACK, StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
 
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "int8")
 PRECISIONS = ("float32", "bfloat16")
-
-_MEND = "zarr.json is damaged; put it back with mobilesam inspect STORE --repair"
 
 _COMPARED = (
     "teacher",
@@ -100,11 +98,15 @@ class StoreSpec:
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
         if missing:
-            raise StoreDamaged(f"the store's attributes lack {', '.join(missing)}: {_MEND}")
+            raise StoreDamaged(
+                f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged; {PUT_BACK}"
+            )
         try:
             return cls(**{name: value[name] for name in names})
         except TypeError as error:
-            raise StoreDamaged(f"the store's attributes make no sense ({error}): {_MEND}") from error
+            raise StoreDamaged(
+                f"the store's attributes make no sense ({error}): zarr.json is damaged; {PUT_BACK}"
+            ) from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
         """StoreMismatch, naming each difference, when a setting in `wanted` that isn't None is not the store's."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +21,8 @@ import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch, StoreNotFound, exists
+from mobilesam.store.durable import explained
+from mobilesam.store.lock import WriterLock
 from mobilesam.store.metadata import documents_of
 from mobilesam.store.places import MANIFEST, PRIVATE
 
@@ -59,6 +64,41 @@ def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
     writer.wait()
     with EmbeddingStore.open(full_store.path, writable=True) as store:
         assert store.counts().done == 8
+
+
+@pytest.mark.parametrize("left", [b'{"host": "here", "pid": 1}', b"", b"[]", b"\xff" * 9000])
+def test_whatever_a_dead_owner_left_is_overwritten(full_store: EmbeddingStore, left: bytes) -> None:
+    full_store.close()
+    owner = full_store.path / PRIVATE / "writer.json"
+    owner.write_bytes(left.replace(b"here", socket.gethostname().encode()))
+    assert WriterLock(full_store.path / PRIVATE).live_owner() is None
+    with EmbeddingStore.open(full_store.path, writable=True):
+        mine = {"host": socket.gethostname(), "pid": os.getpid()}
+        assert json.loads(owner.read_bytes()) == mine
+        assert WriterLock(full_store.path / PRIVATE).live_owner() == mine
+    assert not owner.exists()
+    assert WriterLock(full_store.path / PRIVATE).live_owner() is None
+
+
+def test_an_owner_of_another_host_counts_as_live_where_a_lock_need_not_reach_it(
+    full_store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_store.close()
+    (full_store.path / PRIVATE / "writer.json").write_text('{"host": "elsewhere", "pid": 7}')
+    lock = WriterLock(full_store.path / PRIVATE)
+    assert lock.live_owner() is None
+    monkeypatch.setattr("mobilesam.store.lock._on_network", lambda path: True)
+    assert lock.live_owner() == {"host": "elsewhere", "pid": 7}
+
+
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.EIO, "the disk fails: check it"), (errno.ENOSPC, "free some room"), (errno.EMFILE, "ulimit -n")],
+)
+def test_what_the_system_refuses_is_told_with_its_mend(tmp_path: Path, number: int, mend: str) -> None:
+    with pytest.raises(StoreError, match=mend) as caught, explained(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_what_killed_attempts_left_is_removed_by_the_next_writer(full_store: EmbeddingStore) -> None:
@@ -180,7 +220,10 @@ def test_a_reader_needs_no_write_access(full_store: EmbeddingStore) -> None:
     script = (
         "import sys, os, sqlite3\n"
         "from mobilesam.store import EmbeddingStore\n"
+        "from mobilesam.store.inspection import inspect_store\n"
+        "inspect_store(sys.argv[1], check=True)  # imports what this user may read, and the next may not\n"
         "os.setuid(65534)\n"
+        "assert inspect_store(sys.argv[1], check=True)['problems'] == []\n"
         "print(EmbeddingStore.open(sys.argv[1]).read([7]).values.astype('float64').sum())\n"
     )
     # pytest's own folders are closed to other users.
