@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from distributed import LocalCluster
+from listener import Listener
 from PIL import Image
 
 from mobilesam.precompute import PrecomputeConfig, precompute
@@ -22,6 +23,12 @@ def scheduler() -> Iterator[str]:
         dashboard_address="127.0.0.1:0",
     ) as cluster:  # fmt: skip
         yield cluster.scheduler_address
+
+
+@pytest.fixture
+def listener() -> Listener:
+    """An observer for one run, or several."""
+    return Listener()
 
 
 def cut_photos(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from listener import Listener
 
 from mobilesam.precompute import (
     PrecomputeError,
@@ -32,23 +33,10 @@ from mobilesam.store import EmbeddingStore, RowResult, tolerance
 Run = Callable[..., dict[str, Any]]
 
 
-class Listener:
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def download(self, done: int, total: int) -> None: ...
-
-    def progress(self, snapshot: Snapshot) -> None: ...
-
-
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
 def test_random_rows_of_a_run_are_embedded_again_and_found_to_be_the_teachers(
-    run: Run, tmp_path: Path, dtype: str
+    run: Run, tmp_path: Path, dtype: str, listener: Listener
 ) -> None:
-    listener = Listener()
     result = run(audit=3, dtype=dtype, precision="float32", observer=listener)
     audit = result["audit"]
     assert audit["rows"] == 3
@@ -119,10 +107,12 @@ EMBED = worker._embed
     ],
 )
 def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
-    run: Run, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Teacher, Batch], np.ndarray]
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Callable[[Teacher, Batch], np.ndarray],
+    listener: Listener,
 ) -> None:
     monkeypatch.setattr(worker, "_embed", wrong)
-    listener = Listener()
     result = run(limit=3, precision="float32", observer=listener)
     assert result["out_of_tolerance"] is False, "nobody looked"
     result = run(limit=6, extend=True, audit=1, observer=listener)
@@ -135,7 +125,7 @@ def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
 
 
 def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
-    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
 ) -> None:
     load = audit_module.decoded_batches
 
@@ -146,7 +136,6 @@ def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
         return load(*arguments)
 
     monkeypatch.setattr(audit_module, "decoded_batches", changing)
-    listener = Listener()
     result = run(audit=7, observer=listener)
     assert result["audit"]["rows"] == 5
     told = sorted(message for message in listener.messages if message.startswith("not audited"))

@@ -10,27 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listener import Listener
 from PIL import Image
 
-from mobilesam.precompute import PrecomputeConfig, PrecomputeError, Snapshot
+from mobilesam.precompute import PrecomputeConfig, PrecomputeError
 from mobilesam.sam import SamError
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch
 
 Run = Callable[..., dict[str, Any]]
-
-
-class Listener:
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.snapshots: list[Snapshot] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def download(self, done: int, total: int) -> None: ...
-
-    def progress(self, snapshot: Snapshot) -> None:
-        self.snapshots.append(snapshot)
 
 
 def _embeddings(path: Path) -> dict[str, bytes]:
@@ -43,8 +30,7 @@ def _shard_files(path: Path) -> dict[str, tuple[int, bytes]]:
     return {file.name: (file.stat().st_ino, file.read_bytes()) for file in (path / "embeddings").glob("c.*")}
 
 
-def test_every_image_is_embedded_once(run: Run, tmp_path: Path) -> None:
-    listener = Listener()
+def test_every_image_is_embedded_once(run: Run, tmp_path: Path, listener: Listener) -> None:
     result = run(observer=listener)
     assert (result["images"], result["done"], result["done_before"], result["failed"]) == (7, 7, 0, 0)
     assert result["images_per_second"] > 0
@@ -86,12 +72,11 @@ def test_batches_and_shards_do_not_change_an_embedding(run: Run, tmp_path: Path,
 
 
 def test_a_broken_image_fails_alone_and_leaves_the_others_as_they_are(
-    run: Run, tmp_path: Path, photos: Path
+    run: Run, tmp_path: Path, photos: Path, listener: Listener
 ) -> None:
     run("whole.zarr", batch_size=3)
     whole = _embeddings(tmp_path / "whole.zarr")
     (photos / "1-astronaut.png").write_bytes(b"not a picture")
-    listener = Listener()
     result = run("broken.zarr", batch_size=3, observer=listener)
     assert (result["done"], result["failed"]) == (6, 1)
     assert any(message.startswith("failed: 1-astronaut.png: ") for message in listener.messages)
@@ -319,20 +304,25 @@ def test_a_store_of_another_checkpoint_than_the_official_asks_for_its_name(
         run(limit=3)
 
 
-def test_a_file_too_large_to_be_an_image_fails_alone(run: Run, photos: Path) -> None:
+def test_a_file_too_large_to_be_an_image_fails_alone(run: Run, photos: Path, listener: Listener) -> None:
     with (photos / "7-huge.jpg").open("wb") as file:
         file.truncate(1 << 42)
-    listener = Listener()
     result = run(observer=listener)
     assert (result["done"], result["failed"]) == (7, 1)
     assert any("7-huge.jpg: too large: 4,398,046,511,104 bytes" in message for message in listener.messages)
 
 
-def test_when_every_image_fails_the_run_still_ends_and_says_so(run: Run, photos: Path) -> None:
+def test_when_every_image_fails_the_run_still_ends_and_says_so(
+    run: Run, photos: Path, listener: Listener
+) -> None:
     for file in photos.iterdir():
         file.write_bytes(b"")
-    result = run()
+    result = run(audit=2, observer=listener)
     assert (result["images"], result["done"], result["failed"]) == (7, 0, 7)
+    assert (result["audit"], result["out_of_tolerance"]) == (None, False)
+    assert listener.messages[-1].startswith(
+        "WARNING: none of this run's 7 images could be embedded, the first: 0-admiral.png: "
+    )
 
 
 def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
