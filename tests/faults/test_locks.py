@@ -7,19 +7,17 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.fixtures import HANGING, contents, environment, mobilesam, refused
+from faults.fixtures import HANGING, contents, mobilesam, refused
 from faults.ledger import Ledger
 from faults.recovery import Snapshot, digest, living, missing_rows, recovered, stray_files, wrong_reads
+from faults.writers import committed, precompute_arguments, waiting_writer
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.distill import DistillConfig, DistillError, distill
@@ -32,59 +30,6 @@ pytestmark = pytest.mark.fault
 
 Run = Callable[..., dict[str, Any]]
 
-# After two images the worker waits for a file. dask runs a preload more than once in a process: what it wraps is the
-# original every time.
-WAITING = """
-import itertools, pathlib, time
-import mobilesam.precompute.decoding as decoding
-from mobilesam.sam import load_image
-count = itertools.count()
-def waiting(data, image_size):
-    if next(count) >= 2:
-        while not pathlib.Path({gate!r}).exists():
-            time.sleep(0.05)
-    return load_image(data, image_size)
-decoding.load_image = waiting
-"""
-
-
-def arguments(pictures: Path, store: Path) -> list[str]:
-    return [
-        "precompute", "--images", str(pictures), "--out", str(store), "--teacher", "vit_nano",
-        "--image-size", "64", "--shard-size", "1", "--json",
-    ]  # fmt: skip
-
-
-@contextmanager
-def slow_writer(folder: Path, pictures: Path, store: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A precompute in its own session that has committed a shard and waits for `folder / "gate"`."""
-    preload = folder / "preload.py"
-    preload.write_text(WAITING.format(gate=str(folder / "gate")))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mobilesam", *arguments(pictures, store)],
-        env=environment(DASK_DISTRIBUTED__WORKER__PRELOAD=str(preload)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        while committed(store) < 1:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        yield process
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def committed(path: Path) -> int:
-    try:
-        with EmbeddingStore.open(path) as store:
-            return len(store.committed_shards())
-    except StoreError:
-        return 0
-
 
 def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
     run: Run, ledger: Ledger, tmp_path: Path, pictures: Path
@@ -92,9 +37,9 @@ def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store = tmp_path / "store.zarr"
-    with slow_writer(tmp_path, pictures, store) as first:
+    with waiting_writer(tmp_path, pictures, store) as first:
         refused(
-            mobilesam(*arguments(pictures, store)),
+            mobilesam(*precompute_arguments(pictures, store)),
             f"process {first.pid} on {socket.gethostname()} is writing to this store: wait for it, or stop it",
         )
         refused(mobilesam("inspect", store, "--repair", "--json"), f"process {first.pid} on")
@@ -117,7 +62,7 @@ def test_a_dead_owners_lock_falls_away(run: Run, ledger: Ledger, tmp_path: Path,
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store = tmp_path / "store.zarr"
-    with slow_writer(tmp_path, pictures, store) as owner:
+    with waiting_writer(tmp_path, pictures, store) as owner:
         before = committed(store)
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
