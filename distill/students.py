@@ -120,7 +120,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         name, image_size, info = (
             metadata["student"][:40],
-            int(metadata["image_size"]),
+            int(metadata["image_size"][:40]),
             json.loads(metadata["info"]),
         )
     except (KeyError, ValueError, RecursionError) as error:

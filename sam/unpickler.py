@@ -16,9 +16,9 @@ from torch import Tensor
 from .archive import ArchiveError
 from .errors import SamError
 
-MAX_PICKLE = 4 << 20
-"""Largest pickle that is read, in bytes: forty times that of ViT-H's weights. One byte makes some 70 of memory at
-most, an empty list."""
+MAX_PICKLE = 1 << 20
+"""Largest pickle that is read, in bytes: ten times that of TinyViT's weights with AdamW's moments (950 tensors). One
+byte makes some 70 of memory at most, an empty list."""
 
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8

@@ -11,6 +11,7 @@ import os, signal
 from mobilesam.distill import StopFlag
 from mobilesam.distill.stop import stopped_by_signals
 flag = StopFlag()
+flag.saves = True
 with stopped_by_signals(flag):
     os.kill(os.getpid(), signal.{first})
     print("asked", flag.signum, flush=True)

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bounded import read_bounded
+from flips import flipped
 from safetensors.torch import load_file, save_file
 
 from mobilesam.distill import STUDENTS, DistillError, build_student, load_student, save_student
+from mobilesam.distill.tensor_file import save_tensors
 from mobilesam.sam.tiny_vit import TinyViT
 
 
@@ -100,7 +106,7 @@ def test_a_truncated_file_is_one_clear_error(student_file: Path, length: int) ->
     ],
 )
 def test_forged_metadata_is_refused(student_file: Path, forged: dict[str, str], message: str) -> None:
-    save_file(load_file(student_file), student_file, forged)
+    save_tensors(student_file, load_file(student_file), forged)
     with pytest.raises(DistillError, match=message):
         load_student(student_file)
 
@@ -120,10 +126,84 @@ def test_weights_that_do_not_fit_are_refused_by_name(student_file: Path, how: st
         tensors[key] = tensors[key].half()
     else:
         tensors[key][0] = float("nan")
-    save_file(tensors, student_file, metadata())
+    save_tensors(student_file, tensors, metadata())
     with pytest.raises(DistillError, match=key.removeprefix("image_encoder.")):
         load_student(student_file)
 
 
 def test_what_it_was_saved_with_is_plain_json(student_file: Path) -> None:
     assert json.loads(json.dumps(load_student(student_file)[1])) == load_student(student_file)[1]
+
+
+def test_a_file_without_its_checksum_is_refused(student_file: Path) -> None:
+    save_file(load_file(student_file), student_file, metadata())
+    with pytest.raises(DistillError, match="no SHA-256"):
+        load_student(student_file)
+
+
+def test_a_flipped_weight_is_an_error(student_file: Path) -> None:
+    data = student_file.read_bytes()
+    student_file.write_bytes(flipped(data, 8 * (len(data) - 1000)))
+    with pytest.raises(DistillError, match="SHA-256 isn't the one"):
+        load_student(student_file)
+
+
+def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def sealed(header: dict[str, object], data: bytes = b"") -> bytes:
+    """A forged file that carries the right SHA-256 of itself."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text + b"\n" + data).hexdigest()
+    metadata = {**header["__metadata__"], "sha256": digest}  # type: ignore[dict-item]
+    return safetensors(json.dumps({**header, "__metadata__": metadata}).encode(), data)
+
+
+def one_tensor(shape: list[int], offsets: list[int], dtype: str = "F32") -> dict[str, object]:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    return {"__metadata__": metadata(), "image_encoder.neck.0.weight": entry}
+
+
+def all_tensors(shapes: dict[str, list[int]], offsets: Callable[[int], list[int]]) -> dict[str, object]:
+    entries = {
+        key: {"dtype": "F32", "shape": shape, "data_offsets": offsets(index)}
+        for index, (key, shape) in enumerate(shapes.items())
+    }
+    return {"__metadata__": metadata(), **entries}
+
+
+def test_forged_headers_are_errors_in_bounded_memory(tmp_path: Path) -> None:
+    shapes = {f"image_encoder.{key}": list(value.shape) for key, value in TinyViT(64).state_dict().items()}
+    forged = {
+        "a header of exabytes": safetensors(b"{}", length=2**63),
+        "a header of gigabytes": safetensors(b"{}", length=2**31),
+        "a header of 50 MB": safetensors(b"[" * 50_000_000),
+        "a header that is deep": safetensors(b"[" * 500_000 + b"]" * 500_000),
+        "a header that is deep, of objects": safetensors(b'{"a":' * 150_000 + b"1" + b"}" * 150_000),
+        "a header of lists": safetensors(b"[" + b"[]," * 300_000 + b"1]"),
+        "no object": safetensors(b"[1]"),
+        "no JSON": safetensors(b"{'a': 1}"),
+        "NaN": safetensors(b'{"__metadata__": NaN}'),
+        "metadata of NaN": safetensors(b'{"__metadata__": {"sha256": NaN}}'),
+        "a name twice": safetensors(b'{"a":{},"a":{},"__metadata__":{"sha256":"0"}}'),
+        "a giant shape": sealed(one_tensor([2**40, 2**40], [0, 4]), bytes(4)),
+        "numbers without end": sealed(one_tensor([10**1000], [0, 4]), bytes(4)),
+        "offsets beyond the file": sealed(all_tensors(shapes, lambda index: [0, 2**60])),
+        "overlapping": sealed(all_tensors(shapes, lambda index: [0, 4]), bytes(4)),
+        "negative offsets": sealed(all_tensors(shapes, lambda index: [-4, 4]), bytes(4)),
+        "no numbers": sealed(one_tensor(["a"], ["b"]), bytes(4)),  # type: ignore[list-item]
+        "a long name": sealed({"__metadata__": metadata(), "x" * 500_000: {"shape": [], "dtype": "F32"}}),
+        "a giant image size": sealed({"__metadata__": metadata(image_size="9" * 4000)}),
+        "a giant student": sealed({"__metadata__": metadata(student="9" * 400_000)}),
+        "a deep description": sealed({"__metadata__": metadata(info="[" * 100_000)}),
+        "empty": b"",
+    }
+    files = [tmp_path / f"{index}.safetensors" for index in range(len(forged))]
+    for file, data in zip(files, forged.values(), strict=True):
+        file.write_bytes(data)
+    outcomes = read_bounded("student", files, 600_000_000)
+    for (name, file), outcome in zip(zip(forged, files, strict=True), outcomes, strict=True):
+        assert outcome.startswith(f"{file} ") or "student" in name, name
+        assert outcome != "read", name
+        assert len(outcome) < 500, name
