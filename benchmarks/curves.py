@@ -1,0 +1,74 @@
+"""A soak's curve as a table, judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks.flatness import Judgement, judge
+
+MEMORY_FLOOR = 0.02
+TIME_FLOOR = 0.05
+"""Shares of the beginning: less than this above it is flat, however little noise there is."""
+
+DESCRIPTORS_FLOOR = 2
+STEEPEST = 100
+"""Bytes an image by which memory may still grow in the second half: 1.1 GB over 11 million images."""
+
+WHOLE_SET = 11_000_000
+"""Images of SA-1B, about."""
+
+
+def judge_curve(points: Sequence[dict[str, Any]]) -> dict[str, Judgement]:
+    """Judgements by what was measured: memory and descriptors of each process, wall and processor time."""
+    images = [point["images"] for point in points]
+    found = {}
+    for name in points[0]["resident"]:
+        memory = [point["resident"][name] for point in points]
+        found[f"memory of {name}, MiB"] = judge(images, memory, MEMORY_FLOOR * memory[0], STEEPEST)
+        descriptors = [point["descriptors"][name] for point in points]
+        found[f"descriptors of {name}"] = judge(images, descriptors, DESCRIPTORS_FLOOR)
+    for name in ("wall", "processor"):
+        times = [point[name] for point in points]
+        # The first point has the start of everything in it.
+        found[f"{name} time, ms an image"] = judge(images[1:], times[1:], TIME_FLOOR * times[1])
+    return found
+
+
+def table(points: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a point."""
+    names = list(points[0]["resident"])
+    heads = [f"{name} MiB / fds" for name in names]
+    lines = ["  ".join(["    images", *(f"{head:>24}" for head in heads), "wall ms/image", "CPU ms/image"])]
+    for point in points:
+        processes = [f"{point['resident'][n] / 2**20:17.1f} / {point['descriptors'][n]:4d}" for n in names]
+        lines.append(
+            f"{point['images']:10,}  {'  '.join(processes)}  {point['wall'] * 1e3:13.2f}  "
+            f"{point['processor'] * 1e3:12.2f}"
+        )
+    return lines
+
+
+def verdict(judgements: dict[str, Judgement]) -> list[str]:
+    """One line a judgement: medians of the first and the last fifth, what is allowed, and what still grows."""
+    lines = []
+    for name, found in judgements.items():
+        unit = 2**-20 if "MiB" in name else 1e3 if "ms" in name else 1
+        line = (
+            f"{'flat' if found.flat else 'RISES':5}  {name}: {found.first * unit:.2f} -> {found.last * unit:.2f}, "
+            f"{(found.last - found.first) * unit:+.2f} of {found.allowed * unit:.2f} allowed "
+            f"(noise {found.noise * unit:.2f})"
+        )
+        if "MiB" in name:
+            line += (
+                f"; second half {found.late_slope:+.0f} +- {found.late_slope_error:.0f} bytes an image, which over "
+                f"{WHOLE_SET // 10**6} million would be {found.late_slope * WHOLE_SET / 2**20:.0f} MiB"
+            )
+        lines.append(line)
+    return lines
+
+
+def judgements_json(judgements: dict[str, Judgement]) -> dict[str, Any]:
+    """The judgements as plain JSON values."""
+    return {name: asdict(found) for name, found in judgements.items()}

@@ -1,0 +1,132 @@
+"""A store with a manifest of any length, made quickly: every row in place, no embedding behind any."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import uuid
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from mobilesam.sam import preprocessing_recipe
+from mobilesam.store import EmbeddingStore, NewImage, Selection, StoreSpec, encode_head
+from mobilesam.store.digests import row_digest, shard_digest
+from mobilesam.store.places import MANIFEST
+
+SHARD_SIZE = 64
+FAILED_EVERY = 10_000
+"""One row in so many is failed."""
+
+
+class _Images(Sequence[NewImage]):
+    """The images of the rows, made one at a time: a list of millions would be most of this process's memory."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row):  # type: ignore[no-untyped-def]
+        return NewImage(key=_key(row), size=_size(row))
+
+    def __iter__(self) -> Iterator[NewImage]:
+        return map(self.__getitem__, range(self._rows))
+
+
+def _key(row: int) -> str:
+    """Named and grouped as in SA-1B."""
+    return f"sa_{row // 11_186:06d}/sa_{row:08d}.jpg"
+
+
+def _size(row: int) -> int:
+    return 1_000_000 + row % 1000
+
+
+def make_large_store(
+    path: Path, rows: int, *, pending_shards: int, image_size: int, image_root: Path, shard_files: bool
+) -> None:
+    """Make a store of `rows` rows in shards of 64, all committed but the last `pending_shards`.
+
+    Every checksum in the manifest is right but those of the embeddings: with `shard_files` the shards' files have
+    their full length and no content (sparse), else they are not there.
+    """
+    head, head_sha256 = encode_head({"mask_decoder.w": np.zeros(3, np.float32)})
+    spec = StoreSpec(
+        store_id=uuid.uuid4().hex,
+        teacher="vit_nano",
+        checkpoint=None,
+        checkpoint_sha256="0" * 64,
+        head_sha256=head_sha256,
+        untrained=True,
+        positions_interpolated=False,
+        image_size=image_size,
+        preprocessing=preprocessing_recipe(image_size),
+        dtype="float16",
+        precision="float32",
+        shard_size=SHARD_SIZE,
+        subset={"fraction": 1.0, "seed": 0},
+        image_root=str(image_root),
+        versions={},
+    )
+    everything = Selection(fraction=1.0, seed=0, limit=None, sources=(str(image_root),))
+    with EmbeddingStore.create(path, spec, _Images(rows), everything, head) as store:
+        shards = store.pending_shards()
+        _commit(path, rows, shards[: len(shards) - pending_shards])
+        if shard_files:
+            _make_shard_files(store, shards[: len(shards) - pending_shards])
+
+
+def _commit(path: Path, rows: int, shards: Sequence[int]) -> None:
+    """List shards as `Manifest.commit_shard` does, but all in one transaction that can't be rolled back."""
+    committed = min(rows, len(shards) * SHARD_SIZE)
+    digests = array("I")
+    with closing(sqlite3.connect(path / MANIFEST)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = OFF")
+        insert = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        connection.executemany(insert, _results(committed, digests))
+        connection.executemany(
+            "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?)",
+            (_shard(shard, digests[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]) for shard in shards),
+        )
+        connection.commit()
+    # To be read from the disk later, it has to be there.
+    descriptor = os.open(path / MANIFEST, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _results(rows: int, digests: array[int]) -> Iterator[tuple]:
+    """The table `results`; each row's digest is appended to `digests`, too."""
+    for row in range(rows):
+        size, reason, sha256, sizes, crc = _size(row), None, None, (1500, 2250, 683, 1024), None
+        if row % FAILED_EVERY == FAILED_EVERY - 1:
+            reason, sizes = "made to fail", (None, None, None, None)
+        else:
+            sha256 = hashlib.sha256(b"%d" % row).digest()
+            crc = int.from_bytes(sha256[:4], "little")
+        learned = (reason, sha256, sha256 and size, *sizes, crc, None)
+        digest = row_digest((row, _key(row).encode(), size, None, *learned))
+        digests.append(digest)
+        yield (row, *learned, digest)
+
+
+def _shard(shard: int, digests: Sequence[int]) -> tuple:
+    first = shard * SHARD_SIZE
+    failed = sum(row % FAILED_EVERY == FAILED_EVERY - 1 for row in range(first, first + len(digests)))
+    fields = (shard, len(digests), len(digests) - failed, failed, "0123456789ab")
+    return (*fields, shard_digest(fields, digests))
+
+
+def _make_shard_files(store: EmbeddingStore, shards: Sequence[int]) -> None:
+    for layout in store.spec.layouts:
+        for shard in shards:
+            place = store.path / layout.name / layout.file_name(shard)
+            with open(place, "wb") as file:
+                file.truncate(layout.file_bytes(len(store.shard_rows(shard))))

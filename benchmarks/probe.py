@@ -1,0 +1,108 @@
+"""One thing done to a large store or folder, in a process of its own: its time and peak memory are that thing's.
+
+    python -m benchmarks.probe NAME ARGUMENT...
+
+Prints one JSON object: `seconds` without Python's start and imports, `peak_bytes`, resident, with them, and `found`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mobilesam.store import EmbeddingStore
+from mobilesam.store.inspection import inspect_store
+
+
+def count(store: str) -> dict[str, Any]:
+    """Open to read, and count by status."""
+    with EmbeddingStore.open(store) as opened:
+        counts = opened.counts()
+    return {"done": counts.done, "failed": counts.failed, "pending": counts.pending}
+
+
+def inspect(store: str) -> dict[str, Any]:
+    """What `mobilesam inspect STORE` asks for."""
+    result = inspect_store(store)
+    return {"rows": result["rows"], "problems": len(result["problems"])}
+
+
+def resume(store: str) -> dict[str, Any]:
+    """What a rerun asks of the store before its first task: open as the writer, list what is pending, read the first
+    pending shard's records."""
+    with EmbeddingStore.open(store, writable=True) as opened:
+        pending = opened.pending_shards()
+        records = opened.records(None, opened.shard_rows(pending[0]))
+    return {"pending_shards": len(pending), "records": len(records)}
+
+
+class _Begun(Exception):
+    """The first task is with a worker: what was to be measured is over."""
+
+
+def start_precompute(images: str, store: str) -> dict[str, Any]:
+    """`precompute` until its first task is on its way."""
+    from mobilesam.precompute import PrecomputeConfig, precompute
+    from mobilesam.precompute.progress import Silent, Snapshot
+
+    class Observer(Silent):
+        def progress(self, snapshot: Snapshot) -> None:
+            found.update(images=snapshot.images, seconds=time.perf_counter() - began, peak_bytes=peak_bytes())
+            raise _Begun
+
+    found: dict[str, Any] = {}
+    config = PrecomputeConfig(
+        images=(Path(images),),
+        out=Path(store),
+        teacher="vit_nano",
+        image_size=64,
+        device="cpu",
+        shard_size=64,
+        audit=0,
+    )
+    began = time.perf_counter()
+    try:
+        precompute(config, Observer())
+    except _Begun:
+        return found
+    raise SystemExit("precompute came to its end without a task")
+
+
+def start_distill(store: str, run: str) -> dict[str, Any]:
+    """`distill` until it asks for its first image, which is not there."""
+    from mobilesam.distill import DistillConfig, distill
+    from mobilesam.sam import ImageError
+
+    try:
+        distill(DistillConfig(store=Path(store), epochs=1, device="cpu", precision="float32", out=Path(run)))
+    except ImageError:
+        return {}
+    raise SystemExit("distill found an image where there is none")
+
+
+def peak_bytes() -> int:
+    """The most that was resident since this program began (getrusage would count what the parent had, too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {
+    probe.__name__: probe for probe in (count, inspect, resume, start_precompute, start_distill)
+}
+
+
+def main() -> None:
+    """Do the one thing that is asked for."""
+    name, *arguments = sys.argv[1:]
+    began = time.perf_counter()
+    found = PROBES[name](*arguments)
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "found": found} | found))
+
+
+if __name__ == "__main__":
+    main()

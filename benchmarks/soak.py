@@ -1,0 +1,148 @@
+"""Long runs of precompute and distill over small pictures, watched. Each is run in a process of its own:
+
+    python -m benchmarks.soak precompute FOLDER
+    python -m benchmarks.soak distill FOLDER
+
+FOLDER holds `pictures/`; the store is made, and read, beside them. The last line printed is the curve as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.sampling import Sample, Watch, curve, worker_processes
+from mobilesam.distill import DistillConfig, distill
+from mobilesam.distill.progress import Progress
+from mobilesam.distill.students import STUDENTS, StudentInfo
+from mobilesam.precompute import PrecomputeConfig, precompute
+from mobilesam.precompute.progress import Snapshot
+
+SIDE = 64
+"""Pixels: the smallest image that a teacher takes."""
+
+BATCH_ON_TEACHER = 8
+BATCH_ON_STUDENT = 64
+VAL_FRACTION = 0.02
+PER_POINT = 1000
+FEWEST_POINTS = 8
+LIGHT_STUDENT = "light"
+
+
+class _Observer:
+    """Takes a sample whenever precompute tells how far it is."""
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)
+
+    def download(self, done: int, total: int) -> None: ...
+
+    def progress(self, snapshot: Snapshot) -> None:
+        if self.watch is None:  # the workers run by the time of the first call
+            self.watch = Watch({"coordinator": psutil.Process(), **worker_processes()})
+        self.watch.look(snapshot.computed)
+
+
+def soak_precompute(folder: Path) -> tuple[dict[str, Any], list[Sample], int]:
+    """Embed every picture by vit_nano, with a worker process as by default; result, samples, images."""
+    observer = _Observer()
+    pictures = sum(1 for _ in (folder / "pictures").rglob("*.jpg"))
+    result = precompute(
+        PrecomputeConfig(
+            images=(folder / "pictures",),
+            out=folder / "store.zarr",
+            teacher="vit_nano",
+            image_size=SIDE,
+            device="cpu",
+            shard_size=max(1, min(64, pictures // 24)),
+            batch_size=BATCH_ON_TEACHER,
+        ),
+        observer,
+    )
+    assert observer.watch is not None, "precompute told nothing"
+    if (result["done"], result["done_before"], result["failed"]) != (pictures, 0, 0):
+        raise SystemExit(f"{pictures} pictures, but precompute says {result}")
+    return result, observer.watch.samples, pictures
+
+
+def soak_distill(folder: Path, student: str, batch: int) -> tuple[dict[str, Any], list[Sample], int]:
+    """Fit a student for one epoch to the store that the other soak left; result, samples, images trained."""
+    watch = Watch({"trainer": psutil.Process()})
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "train":
+            watch.look(progress.step * batch)
+
+    config = DistillConfig(
+        store=folder / "store.zarr",
+        student=student,
+        epochs=1,
+        batch_size=batch,
+        micro_batch=batch,
+        val_fraction=VAL_FRACTION,
+        device="cpu",
+        precision="float32",
+        out=folder / f"run-{student}",
+        restart=True,
+    )
+    result = distill(config, progress=look)
+    return result, watch.samples, watch.samples[-1].images
+
+
+class LightStudent(nn.Module):
+    """One layer. Where TinyViT takes too long, it still shows whether loader, trainer and recorder hold on to
+    anything; of TinyViT it shows nothing."""
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 256, 16, 16)
+        self.norm = nn.BatchNorm2d(256)
+
+    def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16)."""
+        return self.norm(self.patches(pixels_BCHW))
+
+
+def _add_light_student() -> None:
+    light = StudentInfo(
+        name=LIGHT_STUDENT,
+        summary="one layer",
+        build=LightStudent,
+        training_bytes={"float32": 1, "bfloat16": 1},
+    )
+    STUDENTS[LIGHT_STUDENT] = light  # type: ignore[index]
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["precompute", "distill"]))
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("--student", default="tiny_vit")
+def main(what: str, folder: Path, student: str) -> None:
+    """Run one soak and print its curve."""
+    if what == "precompute":
+        result, samples, images = soak_precompute(folder)
+    else:
+        _add_light_student()
+        pictures = sum(1 for _ in (folder / "pictures").rglob("*.jpg"))
+        result, samples, images = soak_distill(folder, student, max(1, min(BATCH_ON_STUDENT, pictures // 24)))
+    print(json.dumps({"images": images, "result": result, "points": _points(samples, images)}))
+
+
+def _points(samples: Sequence[Sample], images: int) -> list[dict[str, Any]]:
+    points = curve(samples, images, max(FEWEST_POINTS, images // PER_POINT))
+    return [asdict(point) for point in points]
+
+
+if __name__ == "__main__":
+    main()
