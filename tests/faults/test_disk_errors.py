@@ -24,13 +24,13 @@ def assert_all_well(struck: list[Struck]) -> None:
     assert sum(strike.fired for strike in struck) >= 0.9 * len(struck)
 
 
-@pytest.mark.parametrize(("name", "few", "many"), [("new", 2, 70), ("extend", 1, 40)])
-def test_a_coordinator_that_cannot_write_says_so_and_a_rerun_completes_the_store(
+@pytest.mark.parametrize(("name", "few", "many"), [("new", 2, 70), ("extend", 1, 40), ("repair", 1, 20)])
+def test_a_command_that_cannot_write_says_so_and_a_rerun_completes_the_store(
     scene: Scene, ledger: Ledger, full: bool, name: str, few: int, many: int
 ) -> None:
     scenario = scenarios(scene)[name]()
     trace, store = trace_coordinator(scenario)
-    chosen = spread(points(trace, store, "coordinator", calls=CALLS, effects=ERRORS), many if full else few)
+    chosen = spread(points(trace, store, scenario.role, calls=CALLS, effects=ERRORS), many if full else few)
     assert_all_well([strike_coordinator(scenario, point, ledger) for point in chosen])
 
 

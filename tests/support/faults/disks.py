@@ -15,7 +15,6 @@ from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS, _MS_RDONLY, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 0x20000, 1, 32, 16384, 1 << 18
-_BALLAST = "ballast"
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Outcome:
 class Disk:
     """The disk seen from here: `path` is where it is mounted, for the one process that has it."""
 
-    def __init__(self, path: Path, pool: ProcessPoolExecutor) -> None:
+    def __init__(self, path: Path, size: int, pool: ProcessPoolExecutor) -> None:
         self.path = path
+        self._size = size
         self._pool = pool
         self.pid: int = self.call(os.getpid).value
 
@@ -40,8 +40,8 @@ class Disk:
         return self._pool.submit(_outcome, function, arguments, options).result()
 
     def leave(self, free: int | None) -> None:
-        """Fill the disk up so that this many bytes are free; None: empty it of what fills it."""
-        self._do(_fill, self.path, free)
+        """Make the disk so small that this many bytes are free; None: as large as it was."""
+        self._do(_resize, self.path, self._size, free)
 
     def read_only(self, on: bool) -> None:
         """Remount it read-only, or writable again."""
@@ -65,7 +65,7 @@ def small_disk(path: Path, size: int) -> Iterator[Disk]:
         outcome = pool.submit(_outcome, _separate, (path, size), {}).result()
         if outcome.error:
             raise OSError(outcome.message)
-        yield Disk(path, pool)
+        yield Disk(path, size, pool)
 
 
 def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Outcome:
@@ -93,12 +93,9 @@ def _check(result: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def _fill(path: Path, free: int | None) -> None:
-    ballast = path / _BALLAST
-    ballast.unlink(missing_ok=True)
+def _resize(path: Path, size: int, free: int | None) -> None:
     if free is not None:
         disk = os.statvfs(path)
-        with ballast.open("wb") as file:
-            room = disk.f_bavail * disk.f_frsize - free
-            if room > 0:
-                os.posix_fallocate(file.fileno(), 0, room)
+        # 0 would mean no limit, and an empty disk takes a page.
+        size = max((disk.f_blocks - disk.f_bfree) * disk.f_frsize + free, disk.f_frsize)
+    _mount(None, path, _MS_REMOUNT, f"size={size}")

@@ -19,15 +19,22 @@ from .zygote import Process
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
     """A precompute command on `photos` with `options`, begun on a copy of `template` (None: on nothing). With a
-    `mutant` the coordinator lacks one of its safeguards; the rerun has it."""
+    `mutant` the coordinator lacks one of its safeguards; the rerun has it. With `repair`, the command is
+    `mobilesam inspect --repair`."""
 
     name: str
     mutant: str | None = None
+    repair: bool = False
     scene: Scene
     photos: Path
     options: tuple[str, ...]
     template: Path | None
     undisturbed: Snapshot
+
+    @property
+    def role(self) -> str:
+        """Whose command it is."""
+        return "inspector" if self.repair else "coordinator"
 
     def prepared(self) -> Path:
         """The store's path in a new folder, with what is there before."""
@@ -35,6 +42,8 @@ class Scenario:
 
     def start(self, store: Path, tracer: Callable[[int], object] | None = None) -> Process:
         """The command."""
+        if self.repair:
+            return self.scene.start_repair(store, store.with_name("stages"), tracer=tracer)
         return self.scene.start_precompute(
             store,
             store.with_name("stages"),
@@ -45,7 +54,9 @@ class Scenario:
         )
 
     def rerun(self, store: Path) -> None:
-        """The same command to its end; AssertionError unless it goes well."""
+        """The same command to its end; AssertionError unless it goes well. What was repaired is computed again."""
+        if self.repair:
+            _repair(self.scene, store)
         self.scene.precompute(store, *self.options, photos=self.photos)
 
 
@@ -57,6 +68,7 @@ def scenarios(scene: Scene) -> dict[str, Callable[[], Scenario]]:
         "extend": lambda: _extend(scene),
         "retry": lambda: _retry(scene),
         "resume": lambda: _resume(scene),
+        "repair": lambda: _damaged(scene),
     }
 
 
@@ -118,6 +130,35 @@ def _resume(scene: Scene) -> Scenario:
     (store / "embeddings" / "c.3.0.0.0.0123456789ab.partial").write_bytes(b"abandoned")
     (store / "zarr.json.01234567.partial").write_bytes(b"abandoned")
     return _scenario("resume", scene, store, ())
+
+
+def _damaged(scene: Scene) -> Scenario:
+    """One shard has a flipped bit, one is missing, an array's document is damaged, partial files lie about."""
+    store = _prepared(scene, None)
+    scene.precompute(store)
+    undisturbed = Snapshot.of(store)
+    embeddings = store / "embeddings"
+    flipped = bytearray((embeddings / "c.1.0.0.0").read_bytes())
+    flipped[100] ^= 1
+    (embeddings / "c.1.0.0.0").write_bytes(flipped)
+    (embeddings / "c.2.0.0.0").unlink()
+    (embeddings / "zarr.json").write_bytes(b"{}")
+    (embeddings / "c.3.0.0.0.0123456789ab.partial").write_bytes(b"abandoned")
+    return Scenario(
+        name="repair",
+        repair=True,
+        scene=scene,
+        photos=scene.photos,
+        options=(),
+        template=store,
+        undisturbed=undisturbed,
+    )
+
+
+def _repair(scene: Scene, store: Path) -> None:
+    process = scene.start_repair(store, scene.place() / "stages")
+    code = scene.zygote.wait(process)
+    assert code == 0, f"inspect --repair ended with {code}:\n{process.said()}"
 
 
 def traced(scene: Scene, store: Path, injection: Injection | None) -> Trace:

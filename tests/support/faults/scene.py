@@ -102,6 +102,14 @@ class Scene:
         code = self.zygote.wait(process)
         assert code == 0, f"precompute ended with {code}:\n{process.said()}"
 
+    def start_repair(
+        self, store: Path, stages: Path, tracer: Callable[[int], object] | None = None
+    ) -> Process:
+        """`mobilesam inspect --repair`."""
+        return self.zygote.start(
+            "inspector", tracer=tracer, arguments=[str(store), "--repair"], stage_file=str(stages)
+        )
+
     def start_distill(
         self,
         store: Path,

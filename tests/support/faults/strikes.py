@@ -43,7 +43,7 @@ def trace_coordinator(scenario: Scenario) -> tuple[Trace, Path]:
 
 
 def strike_coordinator(scenario: Scenario, point: Point, ledger: Ledger) -> Struck:
-    """Kill a coordinator, or let a call of it fail; its worker lives on."""
+    """Kill a scenario's command, or let a call of it fail; the worker lives on."""
     store = scenario.prepared()
     before = [*store.parent.rglob("*")]
     scenario.scene.ensure_worker()
@@ -56,7 +56,7 @@ def strike_coordinator(scenario: Scenario, point: Point, ledger: Ledger) -> Stru
     complaints = [] if hit is None else ending(point, code, process.said())
     if hit is not None and point.injection.effect == KILL:
         complaints += _cut_power(scenario, store, Model(store, before).run(trace.events), ledger, point)
-    return _recover(scenario, store, point, hit, [process], complaints, ledger, "coordinator")
+    return _recover(scenario, store, point, hit, [process], complaints, ledger, scenario.role)
 
 
 def trace_worker(scenario: Scenario) -> tuple[Trace, Path]:
@@ -162,7 +162,7 @@ def _cut_power(scenario: Scenario, store: Path, model: Model, ledger: Ledger, po
         ordinal=point.injection.ordinal,
         file="",
         phase=point.phase,
-        role="coordinator",
+        role=scenario.role,
         fired=True,
         lost=len(missing),
         wrong=len(wrong),
