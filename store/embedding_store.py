@@ -25,6 +25,9 @@ from .spec import StoreSpec
 from .tolerance import tolerance
 from .writer import partial_path
 
+RELISTED_BY_KEY = 100_000
+"""Pending rows up to which their keys are kept in memory, rather than looked up for every image of a listing."""
+
 
 class EmbeddingStore:
     """Teacher embeddings of a set of images, one image a row; see `open` and `create`.
@@ -128,10 +131,6 @@ class EmbeddingStore:
     def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:
         """Records in row order: done ones unless another status, or None for all, is given."""
         return self._manifest.records(status, rows)
-
-    def keys(self) -> list[str]:
-        """Every row's key, in row order."""
-        return self._manifest.keys()
 
     def sorted_keys(self) -> Iterator[bytes]:
         """Every row's key as bytes, ascending, without holding all of them."""
@@ -239,7 +238,12 @@ class EmbeddingStore:
         """Take over size and offset of pending images from a new listing: files may have been replaced, and tars
         written anew, since the rows were given out. Committed rows and unknown keys are left alone."""
         self._assert_writer()
-        self._manifest.relist(images)
+        pending = [self.shard_rows(shard) for shard in self.pending_shards()]
+        if sum(map(len, pending)) <= RELISTED_BY_KEY:
+            keys = {key for rows in pending for key in self._manifest.keys(rows)}
+            images = (image for image in images if os.fsencode(image.key) in keys)
+        if pending:
+            self._manifest.relist(images)
 
     def _assert_writer(self) -> None:
         assert self._lock is not None, "the store is open for reading only"

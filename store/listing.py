@@ -98,10 +98,7 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
         keys = KeysDigest((first, *chosen))
         count = 0
         for start in range(first, first + rows, PAGE_KEYS):
-            for (key,) in manifest.query(
-                "SELECT key FROM images WHERE row >= ? AND row < ? ORDER BY row",
-                (start, min(start + PAGE_KEYS, first + rows)),
-            ):
+            for key in manifest.keys(range(start, min(start + PAGE_KEYS, first + rows))):
                 if isinstance(key, bytes):
                     keys.add(key)
                 count += 1

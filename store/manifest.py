@@ -155,9 +155,12 @@ class Manifest:
         """Committed shards in which at least one image failed."""
         return [shard for (shard,) in self.query("SELECT shard FROM shards WHERE failed > 0 ORDER BY shard")]
 
-    def keys(self) -> list[str]:
-        """The key of every row, in row order."""
-        return [os.fsdecode(key) for (key,) in self.query("SELECT key FROM images ORDER BY row")]
+    def keys(self, rows: range) -> list[bytes]:
+        """The keys of a range of rows, in row order."""
+        found = self.query(
+            "SELECT key FROM images WHERE row >= ? AND row < ? ORDER BY row", (rows.start, rows.stop)
+        )
+        return [key for (key,) in found]
 
     def sorted_keys(self) -> Iterator[bytes]:
         """The key of every row, as bytes, ascending; a few at a time are in memory."""
