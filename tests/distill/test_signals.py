@@ -13,6 +13,8 @@ import pytest
 
 from mobilesam.distill import Run
 
+pytestmark = pytest.mark.long  # two processes a test, which import everything
+
 # The command with a student that trains in no time, which sends itself signals when it comes to a function.
 PROGRAM = """
 import importlib, os, sys
@@ -83,17 +85,17 @@ def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object
 BEFORE = "nothing was lost"
 FIRST = [
     pytest.param("job", "split_rows", 1, BEFORE, id="the store is loaded"),
-    pytest.param("folder", "write_sealed", 2, BEFORE, id="the folder is made", marks=pytest.mark.long),
-    pytest.param("job", "build_student", 1, BEFORE, id="the student is built", marks=pytest.mark.long),
-    pytest.param("trainer", "embed", 2, "after step 2 of 6", id="training", marks=pytest.mark.long),
-    pytest.param("trainer", "evaluate_batches", 1, "after step 3 of 6", id="validation", marks=pytest.mark.long),
-    pytest.param("checkpoint", "write_atomic", 1, "after step 4 of 6", id="saving", marks=pytest.mark.long),
-    pytest.param("trainer", "evaluate_batches", 3, "after step 6 of 6", id="the last evaluation", marks=pytest.mark.long),
+    pytest.param("folder", "write_sealed", 2, BEFORE, id="the folder is made"),
+    pytest.param("job", "build_student", 1, BEFORE, id="the student is built"),
+    pytest.param("trainer", "embed", 2, "after step 2 of 6", id="training"),
+    pytest.param("trainer", "evaluate_batches", 1, "after step 3 of 6", id="validation"),
+    pytest.param("checkpoint", "write_atomic", 1, "after step 4 of 6", id="saving"),
+    pytest.param("trainer", "evaluate_batches", 3, "after step 6 of 6", id="the last evaluation"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "name", "call", "said"), FIRST)
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_saves_and_the_exit_code_names_it(
     store: Path, wanted: list[object], module: str, name: str, call: int, said: str, signum: signal.Signals
 ) -> None:
@@ -107,11 +109,11 @@ def test_the_first_signal_saves_and_the_exit_code_names_it(
 
 
 SECOND = [
-    pytest.param("trainer", "embed", 5, id="training", marks=pytest.mark.long),
-    pytest.param("trainer", "evaluate_batches", 2, id="validation", marks=pytest.mark.long),
+    pytest.param("trainer", "embed", 5, id="training"),
+    pytest.param("trainer", "evaluate_batches", 2, id="validation"),
     pytest.param("checkpoint", "write_atomic", 2, id="writing the second checkpoint"),
-    pytest.param("checkpoint", "os.rename", 2, id="before its first rename", marks=pytest.mark.long),
-    pytest.param("checkpoint", "os.rename", 3, id="between its renames", marks=pytest.mark.long),
+    pytest.param("checkpoint", "os.rename", 2, id="before its first rename"),
+    pytest.param("checkpoint", "os.rename", 3, id="between its renames"),
 ]
 
 
