@@ -22,6 +22,9 @@ from .worker import TASKS_PER_WORKER, TeacherPlugin, describe_worker, measure_wo
 CONNECT_SECONDS = 30
 WORKER_DEATHS_ALLOWED = 2
 """Deaths of a worker under one shard that are taken for bad luck; at the next, its images are suspected."""
+START_SECONDS = 300.0
+"""For a worker that died to be there again; dask alone would give it up for good after fifteen seconds, which a busy
+machine needs for starting one."""
 SILENCE_SECONDS = 10.0
 """On top of the time that an image may take: a local worker that has not been heard of for so long is replaced.
 
@@ -124,6 +127,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
     cores = len(os.sched_getaffinity(0))
     settings = {
         "distributed.scheduler.allowed-failures": WORKER_DEATHS_ALLOWED,
+        "distributed.deploy.lost-worker-timeout": f"{START_SECONDS}s",
         "distributed.scheduler.work-stealing": False,
         "distributed.scheduler.worker-ttl": f"{config.image_timeout + SILENCE_SECONDS}s",
         "distributed.worker.daemon": True,

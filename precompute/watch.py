@@ -11,7 +11,7 @@ from typing import Any
 
 from distributed import Future
 
-from .cluster import Cluster
+from .cluster import START_SECONDS, Cluster
 from .errors import PrecomputeError
 from .interrupts import StopRequest
 from .progress import Observer
@@ -19,10 +19,10 @@ from .tasks import MESSAGE_TOPIC
 
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0
+ABSENT_SECONDS = 30.0
+"""Until absent workers are told of: one that is started anew takes less."""
 TELL_SECONDS = 60.0
-"""Between messages that there are no workers; the first comes at the second look without any."""
-GIVE_UP_SECONDS = 300.0
-"""A local cluster's workers are replaced by nobody but their own keepers; where these failed, waiting is in vain."""
+"""Between messages of that."""
 
 
 class StopAsked(Exception):
@@ -93,13 +93,15 @@ class Watch:
             if self._told is not None:
                 self._observer.message(f"{workers} worker(s) at {self._cluster.address} again")
             self._empty_since = self._told = None
-        elif self._empty_since is None:
+            return
+        if self._empty_since is None:
             self._empty_since = now
-        elif self._cluster.local and now - self._empty_since >= GIVE_UP_SECONDS:
+        absent = now - self._empty_since
+        if self._cluster.local and absent >= START_SECONDS:
             raise PrecomputeError(
-                f"all worker processes ended {now - self._empty_since:.0f} s ago and none could be started again: is "
-                "there memory for them? What is committed stays, run the same command to go on"
+                f"all worker processes ended {absent:.0f} s ago and none could be started again: is there memory for "
+                "them? What is committed stays, run the same command to go on"
             )
-        elif self._told is None or now - self._told >= TELL_SECONDS:
+        if absent >= ABSENT_SECONDS if self._told is None else now - self._told >= TELL_SECONDS:
             self._told = now
             self._observer.message(f"no workers at {self._cluster.address}; waiting")

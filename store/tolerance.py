@@ -24,21 +24,31 @@ class Tolerance:
 
 TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
     {
-        # The same arithmetic twice differs by the order of additions alone: other threads, batches, processors.
-        ("float32", "float32"): Tolerance(cosine=0.99999, relative_mse=1e-5),
-        # Rounding to 11 bits adds a relative error of about 1e-7 (2^-24 a value), less than the line above.
-        ("float16", "float32"): Tolerance(cosine=0.99999, relative_mse=1e-5),
-        # One scale an image and channel: 5e-5 to 8e-5 measured on SAM-like embeddings; six times that, since
-        # real ones have heavier tails.
-        ("int8", "float32"): Tolerance(cosine=0.9995, relative_mse=5e-4),
-        # ViT-B in bfloat16 against float32: cosine 0.99994 measured; deeper teachers gather more error.
-        ("float32", "bfloat16"): Tolerance(cosine=0.999, relative_mse=2e-3),
-        ("float16", "bfloat16"): Tolerance(cosine=0.999, relative_mse=2e-3),
-        ("int8", "bfloat16"): Tolerance(cosine=0.998, relative_mse=3e-3),
+        ("float32", "float32"): Tolerance(cosine=0.99999, relative_mse=3e-5),
+        ("float16", "float32"): Tolerance(cosine=0.99999, relative_mse=3e-5),
+        ("int8", "float32"): Tolerance(cosine=0.9998, relative_mse=5e-3),
+        ("float32", "bfloat16"): Tolerance(cosine=0.9995, relative_mse=2e-2),
+        ("float16", "bfloat16"): Tolerance(cosine=0.9995, relative_mse=2e-2),
+        ("int8", "bfloat16"): Tolerance(cosine=0.9995, relative_mse=2e-2),
     }
 )
-"""By (dtype stored, precision of the arithmetic). An exchanged photo, a wrong channel order or another teacher's
-weights lie far outside: cosines of unrelated photos stay below 0.9."""
+"""By (dtype stored, precision of the arithmetic). Largest values measured with vit_nano on a CPU, batches of 3 in two
+threads against single images in one: 9 example photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain
+white image, the worst case of relative_mse, since its embedding varies little from cell to cell:
+
+| stored, computed in | 1 - cosine | relative_mse | of the white image |
+|---|---|---|---|
+| float32, float32 | 0 | 0 | 0 |
+| float16, float32 | 2.2e-8 | 2.4e-7 | 2.7e-6 |
+| int8, float32 | 1.9e-5 | 1.0e-4 | 5.2e-4 |
+| float16, bfloat16 | 2.5e-5 | 2.9e-4 | 2.3e-3 |
+| int8, bfloat16 | 3.4e-5 | 3.9e-4 | 2.8e-3 |
+
+The limits leave about ten times the worst: for deeper teachers (ViT-B in bfloat16: 1 - cosine 6e-5), other
+processors, other orders of addition. What they find, by the same measurements (cosine of the photo that it shows least
+in): another photo (0.29), red for blue (0.987), a mean off by 0.1 in the normalisation (0.997), two channels of 256
+exchanged (0.9992) everywhere; weights off by 2% (0.9998) and noise of 1% (0.99995) in float32 and float16 from float32.
+"""
 
 
 def tolerance(dtype: str, precision: str) -> Tolerance:

@@ -270,13 +270,13 @@ def test_an_image_that_hangs_with_pythons_lock_held_is_found_and_the_job_goes_on
 HANGING_TEACHER = """
 import time
 import mobilesam.precompute.worker as worker
-embed = worker._embed
+if not hasattr(worker, "embed_as_it_was"):
+    worker.embed_as_it_was = worker._embed
 def hanging(teacher, batch):
     while batch.images[0].image.key == "2-coffee.png":
         time.sleep(3600)
-    return embed(teacher, batch)
-if embed.__name__ == "_embed":
-    worker._embed = hanging
+    return worker.embed_as_it_was(teacher, batch)
+worker._embed = hanging
 """
 
 IMPATIENT = """
@@ -304,7 +304,9 @@ def test_an_image_that_hangs_in_the_teacher_is_found_and_the_job_goes_on(
         env=os.environ | _preload(tmp_path, HANGING_TEACHER),
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"worker tcp://\S+ ends: a batch hung in the teacher for 10 s", done.stderr), done.stderr
+    assert re.search(r"worker tcp://\S+ ends: a batch hung in the teacher for \d+ s", done.stderr), (
+        done.stderr
+    )
     reason = "a worker process died each time it processed this image"
     _others_are_whole(out, undisturbed, "2-coffee.png", reason)
 
@@ -324,7 +326,7 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_its_scratch_goes_with
         stderr=subprocess.DEVNULL,
         env=os.environ | _preload(tmp_path, HANGING.format(how=how)) | env,
     )
-    while _committed(out) < 2:
+    while _committed(out) < 1:
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)  # by now a worker is at the image that hangs

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mobilesam.precompute import PrecomputeError
 from mobilesam.precompute.selection import select, select_more
-from mobilesam.sam import ImageFile
+from mobilesam.sam import ImageFile, in_fraction
 from mobilesam.store import Selection
 
 
@@ -94,3 +96,43 @@ def test_another_seed_is_refused_where_it_chooses_otherwise() -> None:
     stored = _stored(select(files, _selection(0.5, seed=1)))
     with pytest.raises(PrecomputeError, match="--seed 2"):
         select_more(files, _selection(0.5, seed=2), stored)
+
+
+_KEYS = st.lists(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=3), unique=True
+)
+
+
+@given(listed=_KEYS, stored=_KEYS, fraction=st.floats(0.2, 1.0), limit=st.none() | st.integers(1, 12))
+def test_walking_both_side_by_side_gives_what_sets_give(
+    listed: list[str], stored: list[str], fraction: float, limit: int | None
+) -> None:
+    files = [ImageFile(key=key, size=1, offset=None) for key in sorted(listed, key=lambda key: key.encode())]
+    selection = _selection(fraction, limit=limit)
+    kept = [file for file in files if in_fraction(file.key, fraction, 0)]
+    problem = None
+    if gone := set(stored) - set(listed):
+        problem = f"{len(gone)} of the store's {len(stored)} images are gone"
+    elif dropped := set(stored) - set(_keys(kept)):
+        problem = f"leaves out {len(dropped)} of the store's {len(stored)} images"
+    elif limit is not None and limit < len(stored):
+        problem = f"--limit {limit} is fewer than the {len(stored)} images"
+    walked = iter(sorted(key.encode() for key in stored))
+    if problem:
+        with pytest.raises(PrecomputeError, match=problem):
+            select_more(iter(files), selection, walked)
+        return
+    new = [file for file in kept if file.key not in stored]
+    assert (
+        select_more(iter(files), selection, walked) == new[: None if limit is None else limit - len(stored)]
+    )
+
+
+def test_no_copy_of_a_stores_keys_is_made() -> None:
+    files = _files(50_000)
+    stored = (file.key.encode() for file in files)
+    tracemalloc.start()
+    assert select_more(files, _selection(), stored) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000, "bytes; the keys alone take ten times that"

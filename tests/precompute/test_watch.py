@@ -56,7 +56,8 @@ def test_absent_workers_are_told_once_a_minute_and_so_is_their_return() -> None:
     for _ in range(4):
         after(5)
     cluster.count = 0
-    after(5)
+    for _ in range(6):
+        after(5)
     assert listener.messages == [], "one that is restarted is away for a moment"
     for _ in range(24):
         after(5)
@@ -115,6 +116,7 @@ def test_a_run_goes_on_when_workers_return_to_a_scheduler_that_had_none(
     run: Run, own_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "ABSENT_SECONDS", 0.3)
     listener, address = Leaving(own_cluster), own_cluster.scheduler_address
     result = run(scheduler=address, shard_size=1, observer=listener)
     assert (result["done"], result["failed"]) == (7, 0)

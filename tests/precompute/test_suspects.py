@@ -1,0 +1,62 @@
+"""Which shard and image are blamed when workers die."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from distributed import KilledWorker
+from listener import Listener
+
+from mobilesam.precompute import job, suspects, worker
+from mobilesam.precompute.tasks import ShardResult, ShardTask
+from mobilesam.store import EmbeddingStore
+
+Run = Callable[..., dict[str, Any]]
+
+
+def _killed() -> KilledWorker:
+    return KilledWorker("shard", SimpleNamespace(address="tcp://somewhere:1"), 2)  # type: ignore[arg-type]
+
+
+def _deadly(task: ShardTask) -> bool:
+    return any(image.key == "2-coffee.png" and image.excluded is None for image in task.images)
+
+
+def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
+    """Shard 0 is heard of last, and holds the image. Shard 1 dies once, since it ran beside it."""
+    once = task.store / "died"
+    if task.shard == 1 and not once.exists():
+        once.touch()
+        raise _killed()
+    if _deadly(task):
+        time.sleep(0.1)
+        raise _killed()
+    return worker.compute_shard(task, plugin_name)
+
+
+def _probe(task: ShardTask, plugin_name: str) -> bool:
+    if _deadly(task):
+        raise _killed()
+    return True
+
+
+def test_a_shard_that_ran_beside_the_deadly_one_is_not_blamed(
+    run: Run, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "compute_shard", _compute)
+    monkeypatch.setattr(suspects, "probe", _probe)
+    result = run(observer=listener)
+    assert (result["done"], result["failed"]) == (6, 1)
+    with EmbeddingStore.open(tmp_path / "store.zarr") as store:
+        (record,) = store.records("failed")
+    assert (record.key, record.reason) == ("2-coffee.png", suspects.REASON)
+    assert [message for message in listener.messages if "workers died" in message] == [
+        "workers died under shard 1: looking for the image among 3",
+        "workers died under shard 0: looking for the image among 3",
+    ]
+    assert not any("tried again" in message for message in listener.messages)
