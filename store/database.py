@@ -72,10 +72,20 @@ def _open(path: Path, mode: str, writable: bool) -> sqlite3.Connection:
         if writable:
             connection.execute("PRAGMA synchronous = FULL")
         _refuse_other_schemas(path, connection)
+        if writable and path.with_name(f"{path.name}-journal").exists():
+            _remove_journal(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _remove_journal(connection: sqlite3.Connection) -> None:
+    """Of a transaction that was killed before it changed anything: SQLite rolls back and removes others by itself,
+    and lets this one lie until the next transaction."""
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
 
 
 def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:

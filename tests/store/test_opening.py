@@ -279,3 +279,14 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(
     read = store.read(list(range(29, -1, -1))).values
     assert len(list(descriptors.iterdir())) <= before + 2
     np.testing.assert_array_equal(read, embeddings(30)[::-1].astype(np.float16))
+
+
+def test_a_writer_removes_the_journal_of_a_transaction_that_was_killed_before_it_changed_anything(
+    full_store: EmbeddingStore,
+) -> None:
+    full_store.close()
+    journal = full_store.path / f"{MANIFEST}-journal"
+    journal.write_bytes(bytes(512))
+    with EmbeddingStore.open(full_store.path, writable=True) as store:
+        assert store.counts().done == 8
+        assert not journal.exists()

@@ -12,7 +12,11 @@ from pathlib import Path, PurePosixPath
 from .events import Event, kind_of
 from .tracing import RENAMES, SYNCS, UNLINKS, WRITES
 
-_AT_OFFSET = re.compile(r", (\d+)(?:, 0)?\) += \d+")  # pwritev2 has flags behind it
+_OFFSETS = {
+    "pwrite64": re.compile(r", (\d+)\) += \d+"),
+    "pwritev": re.compile(r", (\d+)\) += \d+"),
+    "pwritev2": re.compile(r", (\d+), \w+\) += \d+"),  # flags last
+}
 
 _AT_THE_END = frozenset(
     ["folder", "shard", "manifest", "zarr", "head", "last", "student", "mean", "config", "split", "metrics"]
@@ -128,7 +132,7 @@ class Model:
         if event.call == "write":
             file.appended += event.result
         else:
-            offset = _AT_OFFSET.search(event.text)
+            offset = _OFFSETS[event.call].search(event.text)
             assert offset is not None, event.text
             file.ranges.append((int(offset[1]), int(offset[1]) + event.result))
 

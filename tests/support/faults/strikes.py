@@ -150,10 +150,11 @@ def promised_keys(stages: Path, store: Path) -> list[str]:
 
 def _cut_power(scenario: Scenario, store: Path, model: Model, ledger: Ledger, point: Point) -> list[str]:
     """The same moment with the power gone too: nothing that was promised may be unreadable, nothing wrong."""
-    promised = promised_keys(store.with_name("stages"), store)
     copy = scenario.scene.place() / "after"
+    # Before anybody opens the store: that would roll a killed transaction back.
     shutil.copytree(store.parent, copy)
     model.cut(store.parent, copy)
+    promised = promised_keys(store.with_name("stages"), store)
     left = copy / store.name
     missing = set(promised) & set(missing_rows(left, scenario.undisturbed))
     wrong = wrong_reads(left, scenario.undisturbed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +101,7 @@ def _resume(scene: Scene, store: Path) -> Training:
     tracer = Tracer(run.with_name("log"), Point.at(late).injection)
     assert scene.zygote.wait(new.start(run, tracer)) == -9
     tracer.end()
-    made = Counter(run.with_name("stages").read_text().splitlines())["-checkpoint"]
+    made = _made(run.with_name("stages"))
     return Training(
         name="resume",
         scene=scene,
@@ -147,7 +146,7 @@ def recover_training(
     ledger: Ledger,
 ) -> Struck:
     """Run again, compare with the undisturbed run, write it down and clear away."""
-    made = Counter(run.with_name("stages").read_text().splitlines())["-checkpoint"]
+    made = _made(run.with_name("stages"))
     # Whoever was hit after the last checkpoint has nothing to do again but to report.
     again = training.rerun(run) - (training.checkpoints - made)
     outcome = Outcome.of(run)
@@ -206,4 +205,9 @@ def _train(scene: Scene, store: Path, run: Path) -> int:
     process = scene.start_distill(store, run, stages)
     code = scene.zygote.wait(process)
     assert code == 0, f"distill ended with {code}:\n{process.said()}"
-    return Counter(stages.read_text().splitlines())["-checkpoint"]
+    return _made(stages)
+
+
+def _made(stages: Path) -> int:
+    """How many checkpoints a process has completed; a file that isn't there is one of a process hit early."""
+    return stages.read_text().splitlines().count("-checkpoint") if stages.exists() else 0
