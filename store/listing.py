@@ -30,11 +30,15 @@ class ShardListing:
 def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListing | None:
     """The listing of a shard, its digests compared; None when it isn't committed (any more)."""
     first = shard * shard_size
-    with manifest.snapshot():
-        shards = manifest.query("SELECT * FROM shards WHERE shard = ?", (shard,))
-        found = manifest.query(
-            f"{SELECT_RECORDS} WHERE row >= ? AND row < ? ORDER BY row", (first, first + shard_size)
-        )
+    try:
+        with manifest.snapshot():
+            shards = manifest.query("SELECT * FROM shards WHERE shard = ?", (shard,))
+            found = manifest.query(
+                f"{SELECT_RECORDS} WHERE row >= ? AND row < ? ORDER BY row", (first, first + shard_size)
+            )
+    except StoreDamaged as error:
+        problem = Problem(kind="listing", message=str(error), shard=shard)
+        return ShardListing(shard=shard, attempt="", rows=range(0), records=(), problems=(problem,))
     if not shards:
         return None
     *fields, digest = shards[0]

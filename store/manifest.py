@@ -44,8 +44,10 @@ class Manifest:
         return manifest
 
     def close(self) -> None:
-        """Close the connection; the object is of no further use."""
-        self._connection.close()
+        """Close the connection, when the statement that another thread is at has ended; the object is of no
+        further use."""
+        with self._mutex:
+            self._connection.close()
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
@@ -135,7 +137,7 @@ class Manifest:
         last, appended = self.query(
             "SELECT (SELECT max(row) FROM images), (SELECT coalesce(sum(rows), 0) FROM extensions)"
         )[0]
-        count = 0 if last is None else int(last) + 1
+        count = last + 1 if isinstance(last, int) else 0
         if count != appended:
             raise StoreDamaged(
                 f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {MAKE_ANEW}"
@@ -149,7 +151,10 @@ class Manifest:
 
     def committed_shards(self) -> dict[int, int]:
         """Every committed shard with the number of rows that it was committed with."""
-        return dict(self.query("SELECT shard, rows FROM shards ORDER BY shard"))
+        committed = dict(self.query("SELECT shard, rows FROM shards ORDER BY shard"))
+        if not all(isinstance(shard, int) for shard in committed):
+            raise StoreDamaged(f"{self.path} is damaged (a shard has no number): {MAKE_ANEW}")
+        return committed
 
     def shards_with_failures(self) -> list[int]:
         """Committed shards in which at least one image failed."""
@@ -168,8 +173,11 @@ class Manifest:
         while page := self.query(
             "SELECT key FROM images WHERE key > ? ORDER BY key LIMIT ?", (last, PAGE_KEYS)
         ):
-            yield from (key for (key,) in page)
-            last = page[-1][0]
+            for (key,) in page:
+                if not isinstance(key, bytes) or key <= last:
+                    raise StoreDamaged(f"{self.path} is damaged (its keys are out of order): {MAKE_ANEW}")
+                yield key
+                last = key
 
     def selections(self) -> list[Selection]:
         """How the first set of images and each extension were chosen, in order."""

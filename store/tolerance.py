@@ -45,9 +45,10 @@ white image, the worst case of relative_mse, since its embedding varies little f
 | int8, bfloat16 | 3.4e-5 | 3.9e-4 | 2.8e-3 |
 
 The limits leave about ten times the worst: for deeper teachers (ViT-B in bfloat16: 1 - cosine 6e-5), other
-processors, other orders of addition. What they find, by the same measurements (cosine of the photo that it shows least
-in): another photo (0.29), red for blue (0.987), a mean off by 0.1 in the normalisation (0.997), two channels of 256
-exchanged (0.9992) everywhere; weights off by 2% (0.9998) and noise of 1% (0.99995) in float32 and float16 from float32.
+processors, other orders of addition. What they find, by the same measurements (cosine of the photo that it
+shows least in): another photo (0.29), red for blue (0.987), a mean off by 0.1 in the normalisation (0.997), two
+channels of 256 exchanged (0.9992) everywhere; weights off by 2% (0.9998) and noise of 1% (0.99995) in float32
+and float16 from float32.
 """
 
 

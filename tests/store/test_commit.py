@@ -216,6 +216,13 @@ def test_sorted_keys_are_all_of_them_ascending_by_bytes(
         assert list(store.sorted_keys()) == sorted(names)
 
 
+def test_keys_out_of_order_are_damage_rather_than_a_search_for_ever(full_store: EmbeddingStore) -> None:
+    keys = full_store._manifest.query
+    full_store._manifest.query = lambda *arguments: keys(*arguments)[::-1]  # type: ignore[method-assign]
+    with pytest.raises(StoreDamaged, match="keys are out of order"):
+        list(full_store.sorted_keys())
+
+
 @pytest.mark.parametrize("by_key", [0, 100])
 def test_relisting_moves_pending_images_only(
     new_store: NewStore, monkeypatch: pytest.MonkeyPatch, by_key: int

@@ -32,6 +32,7 @@ from mobilesam.store import (
 from mobilesam.store.inspection import inspect_store
 from mobilesam.store.layout import crc32c
 from mobilesam.store.listing import shard_listing
+from mobilesam.store.manifest import Manifest
 from mobilesam.store.places import HEAD as HEAD_FILE
 from mobilesam.store.places import MANIFEST
 from mobilesam.store.shard_check import check_shard
@@ -406,6 +407,26 @@ def test_text_that_is_no_utf8_in_the_manifest_is_damage(store: EmbeddingStore) -
     _sql(store, "UPDATE results SET reason = CAST(x'ff' AS TEXT) WHERE row = 4")
     with EmbeddingStore.open(store.path) as reader, pytest.raises(StoreDamaged, match="damaged"):
         reader.records("failed")
+    assert _found(store) == [("listing", 1, None)]
+
+
+def test_a_manifest_is_closed_when_no_thread_is_at_it_any_more(store: EmbeddingStore) -> None:
+    manifest = Manifest(store.path / MANIFEST, writable=False)
+    held, closed = threading.Event(), threading.Event()
+
+    def close() -> None:
+        held.wait()
+        manifest.close()
+        closed.set()
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    with manifest.snapshot():
+        held.set()
+        assert not closed.wait(0.2)
+        assert manifest.query("SELECT count(*) FROM images") == [(8,)]
+    thread.join()
+    assert closed.is_set()
 
 
 def test_a_failing_disk_under_one_shard_is_that_shards_problem(
