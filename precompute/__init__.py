@@ -1,7 +1,7 @@
 """The dask job: pending shards -> images -> teacher -> store.
 
-In the order of a run: config, plan (selection, sizing), opening, cluster, job (progress, interrupts, suspects) in
-the coordinator; worker (tasks, decoding) in dask's workers.
+In the order of a run: config, plan (selection, sizing), opening, cluster (scratch), job (progress, interrupts, watch,
+suspects), auditor in the coordinator; worker (tasks, decoding, decoders, process), audit in dask's workers.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """

@@ -59,11 +59,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
                 "run the same command to go on",
                 stop.signum,
             )
-        if tally.committed and tally.failed == tally.committed:
-            observer.message(
-                f"WARNING: none of this run's {tally.committed:,} images could be embedded, the first: "
-                f"{tally.first_failure}"
-            )
+        _warn_of_failures(tally, observer)
         return {
             "images": after.rows,
             "done": after.done,
@@ -75,6 +71,15 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "audit": audit,
             "out_of_tolerance": auditor.warn_of_audits(store, observer),
         }
+
+
+def _warn_of_failures(tally: Tally, observer: Observer) -> None:
+    """A run that embedded nothing is hardly what anybody wanted, though it did what it could."""
+    if tally.committed and tally.failed == tally.committed:
+        observer.message(
+            f"WARNING: none of this run's {tally.committed:,} images could be embedded, the first: "
+            f"{tally.first_failure}"
+        )
 
 
 def planned(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> tuple[Plan, Cluster | None]:

@@ -9,6 +9,7 @@ import pytest
 from distributed import LocalCluster
 from listener import Listener
 from PIL import Image
+from precompute_command import contents, run_command
 
 from mobilesam.precompute import PrecomputeConfig, precompute
 
@@ -47,10 +48,20 @@ def photos(tmp_path: Path) -> Path:
     return cut_photos(tmp_path / "photos")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pictures, for tests that leave them alone."""
     return cut_photos(tmp_path_factory.mktemp("shared") / "photos")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared_photos: Path) -> dict[str, bytes]:
+    """The shard files of a run of one local worker over the shared photos, a shard for each picture."""
+    out = shared_photos.with_name("undisturbed.zarr")
+    result = run_command(shared_photos, out, "--shard-size", "1")
+    assert (result["images"], result["done"], result["done_before"]) == (7, 7, 0)
+    assert (result["audit"]["rows"], result["out_of_tolerance"]) == (2, False)
+    return contents(out)
 
 
 @pytest.fixture

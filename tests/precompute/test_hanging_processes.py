@@ -1,0 +1,163 @@
+"""What hangs for good, with real worker processes: images, teachers, workers whose coordinator was killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from precompute_command import command_of, committed, contents, preload, run_command
+
+from mobilesam.store import EmbeddingStore
+
+HANGING = """
+import ctypes
+import time
+import mobilesam.precompute.decoding as decoding
+from mobilesam.sam import load_image
+def hanging(data, image_size):
+    while data.endswith(b"HANG"):
+        {how}
+    return load_image(data, image_size)
+decoding.load_image = hanging
+"""
+
+
+def _hang(photo: Path) -> None:
+    with photo.open("ab") as file:
+        file.write(b"HANG")
+
+
+def _processes(marker: str) -> list[int]:
+    """Processes that have `marker` in their environment, and are no zombies."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and marker.encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def _others_are_whole(out: Path, undisturbed: dict[str, bytes], failed: str, reason: str) -> None:
+    """Every image but one is stored as in the undisturbed run, in shards of one image."""
+    with EmbeddingStore.open(out) as store:
+        (record,) = store.records("failed")
+        assert (record.key, record.reason) == (failed, reason)
+        assert store.counts().done == 6
+    stored = contents(out)
+    del stored[f"c.{record.row}.0.0.0"]
+    assert stored.items() <= undisturbed.items()
+    assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.long
+def test_an_image_whose_decoding_never_ends_fails_and_holds_up_nothing(
+    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    _hang(photos / "2-coffee.png")
+    out = tmp_path / "store.zarr"
+    env = preload(tmp_path, HANGING.format(how="time.sleep(3600)")) | {"MOBILESAM_TEST": str(tmp_path)}
+    result = run_command(photos, out, "--shard-size", "1", "--image-timeout", "8", env=env)
+    assert (result["done"], result["failed"]) == (6, 1)
+    reason = "reading and decoding it took longer than 8 s (--image-timeout)"
+    _others_are_whole(out, undisturbed, "2-coffee.png", reason)
+    assert _processes(f"MOBILESAM_TEST={tmp_path}") == []
+
+
+@pytest.mark.long
+def test_an_image_that_hangs_with_pythons_lock_held_is_found_and_the_job_goes_on(
+    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    _hang(photos / "2-coffee.png")
+    out = tmp_path / "store.zarr"
+    env = preload(tmp_path, HANGING.format(how="ctypes.PyDLL(None).pause()"))
+    env |= {"MOBILESAM_TEST": str(tmp_path)}
+    # Workers are given up after ten seconds more.
+    result = run_command(photos, out, "--shard-size", "1", "--image-timeout", "8", env=env)
+    assert (result["done"], result["failed"]) == (6, 1)
+    reason = "a worker process died each time it processed this image"
+    _others_are_whole(out, undisturbed, "2-coffee.png", reason)
+    assert _processes(f"MOBILESAM_TEST={tmp_path}") == []
+
+
+HANGING_TEACHER = """
+import time
+import mobilesam.precompute.worker as worker
+if not hasattr(worker, "embed_as_it_was"):
+    worker.embed_as_it_was = worker._embed
+def hanging(teacher, batch):
+    while batch.images[0].image.key == "2-coffee.png":
+        time.sleep(3600)
+    return worker.embed_as_it_was(teacher, batch)
+worker._embed = hanging
+"""
+
+IMPATIENT = """
+import sys
+from mobilesam.precompute import sizing
+sizing.FIRST_BATCH_SECONDS = sizing.IMAGE_SECONDS = sizing.LEAST_BATCH_SECONDS = 10.0
+if __name__ == "__main__":
+    from mobilesam.cli import main
+    main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_an_image_that_hangs_in_the_teacher_is_found_and_the_job_goes_on(
+    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, script = tmp_path / "store.zarr", tmp_path / "impatient.py"
+    script.write_text(IMPATIENT)
+    command = command_of(photos, out, "--shard-size", "1")
+    done = subprocess.run(
+        [sys.executable, str(script), *command[3:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | preload(tmp_path, HANGING_TEACHER),
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"worker tcp://\S+ ends: a batch hung in the teacher for \d+ s", done.stderr), (
+        done.stderr
+    )
+    reason = "a worker process died each time it processed this image"
+    _others_are_whole(out, undisturbed, "2-coffee.png", reason)
+
+
+@pytest.mark.parametrize(
+    "how", ["time.sleep(3600)", pytest.param("ctypes.PyDLL(None).pause()", marks=pytest.mark.long)]
+)
+def test_workers_end_with_a_coordinator_that_is_killed_and_its_scratch_goes_with_the_next(
+    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str
+) -> None:
+    _hang(photos / "2-coffee.png")
+    out, temporary = tmp_path / "store.zarr", tmp_path / "tmp"
+    temporary.mkdir()
+    env = {"MOBILESAM_TEST": str(tmp_path), "TMPDIR": str(temporary)}
+    process = subprocess.Popen(
+        command_of(photos, out, "--shard-size", "1"),
+        stderr=subprocess.DEVNULL,
+        env=os.environ | preload(tmp_path, HANGING.format(how=how)) | env,
+    )
+    while committed(out) < 1:
+        assert process.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)  # by now a worker is at the image that hangs
+    assert len(_processes(f"MOBILESAM_TEST={tmp_path}")) > 1
+    process.kill()
+    process.wait()
+    while _processes(f"MOBILESAM_TEST={tmp_path}"):
+        time.sleep(0.1)  # an orphan hangs this test
+    assert len(list(temporary.glob("mobilesam-*"))) == 1
+    data = (photos / "2-coffee.png").read_bytes().removesuffix(b"HANG")
+    (photos / "2-coffee.png").write_bytes(data)
+    result = run_command(photos, out, "--shard-size", "1", env=env)
+    assert (result["done"], result["failed"]) == (7, 0)
+    assert contents(out) == undisturbed
+    assert not list(temporary.glob("*mobilesam-*"))
