@@ -116,15 +116,16 @@ def _probe(name: str, *arguments: str, cwd: Path | None = None) -> dict[str, Any
 
 
 def _inspect_command(store: Path) -> dict[str, Any]:
-    began = time.monotonic()
+    began, before = time.monotonic(), os.times()
     done = subprocess.run(
         [sys.executable, "-m", "mobilesam", "inspect", str(store), "--json"],
         stdout=subprocess.PIPE,
         check=True,
     )
-    seconds = time.monotonic() - began
+    seconds, after = time.monotonic() - began, os.times()
     return {
         "seconds": seconds,
+        "processor_seconds": sum(after[2:4]) - sum(before[2:4]),
         "peak_bytes": None,
         "found": json.loads(done.stdout)["rows"],
         "target": TARGET_SECONDS,
@@ -132,8 +133,11 @@ def _inspect_command(store: Path) -> dict[str, Any]:
 
 
 def _line(line: dict[str, Any]) -> str:
-    peak = "" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**20:6,.0f} MiB at most"
-    return f"{line['what']:70} {line['seconds']:6.2f} s of {line['target']:.0f}  {peak}"
+    peak = "" if line["peak_bytes"] is None else f", {line['peak_bytes'] / 2**20:,.0f} MiB at most"
+    return (
+        f"{line['what']:68} {line['seconds']:6.2f} s of {line['target']:.0f} "
+        f"({line['processor_seconds']:.2f} s of the processor){peak}"
+    )
 
 
 def _drop_from_cache(path: Path) -> None:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.probe NAME ARGUMENT...
 
-Prints one JSON object: `seconds` without Python's start and imports, `peak_bytes`, resident, with them, and `found`.
+Prints one JSON object: `seconds`, and of these `processor_seconds`, without Python's start and imports; `peak_bytes`,
+resident, with them; and `found`.
 """
 
 from __future__ import annotations
@@ -98,10 +99,14 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 def main() -> None:
     """Do the one thing that is asked for."""
     name, *arguments = sys.argv[1:]
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     found = PROBES[name](*arguments)
-    seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), "found": found} | found))
+    cost = {
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time() - busy,
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps({**cost, "found": found} | found))
 
 
 if __name__ == "__main__":
