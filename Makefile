@@ -48,4 +48,4 @@ $(STAMP): setup.cfg pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +55,23 @@ class Tracer:
         if self._injection is not None:
             options += ["-e", self._injection.argument()]
         self._strace = subprocess.Popen(
-            ["strace", *options, "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["strace", *options, "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
+        while not is_traced(pid):
+            if self._strace.poll() is not None:
+                assert self._strace.stderr is not None
+                raise RuntimeError(f"strace can't attach to {pid}: {self._strace.stderr.read().decode()}")
+            time.sleep(0.002)
 
     def end(self) -> None:
         """Wait for the log's last line."""
         assert self._strace is not None
-        self._strace.wait(timeout=60)
+        self._strace.communicate(timeout=60)
+
+
+def is_traced(pid: int | str) -> bool:
+    """Whether somebody traces the process; also when there is none any more."""
+    try:
+        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -12,13 +12,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from .durability import Model
 from .events import Trace, read_trace
 from .ledger import Ledger
 from .points import Point, phase_of
 from .recovery import living
 from .scene import Scene, copy_tree
 from .strikes import Struck, ending
-from .tracing import KILL, Tracer
+from .tracing import KILL, Injection, Tracer
 from .zygote import Process
 
 _CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
@@ -123,17 +124,38 @@ def trace_trainer(training: Training) -> tuple[Trace, Path]:
 
 
 def strike_trainer(training: Training, point: Point, ledger: Ledger) -> Struck:
-    """Kill a trainer, or let a call of it fail, and run again."""
+    """Kill a trainer, or let a call of it fail, and run again; where it was killed at a checkpoint, also on what a
+    power cut at that moment would have left."""
     run = training.prepared()
+    before = [*run.parent.rglob("*")]
     tracer = Tracer(run.with_name("log"), point.injection)
     process = training.start(run, tracer)
     code = training.scene.zygote.wait(process)
     tracer.end()
-    hit = read_trace(tracer.log, run.with_name("stages")).hit(point.injection)
+    trace = read_trace(tracer.log, run.with_name("stages"))
+    hit = trace.hit(point.injection)
     complaints = [] if hit is None else ending(point, code, process.said())
     if hit is not None:
         point = replace(point, phase=phase_of(hit, run, "trainer"))
+        if point.injection.effect == KILL and hit.stage == "checkpoint":
+            complaints += _cut_power(
+                training, run, process, Model(run, before).run(trace.events), point, ledger
+            )
     return recover_training(training, run, process, point, hit is not None, complaints, ledger)
+
+
+def _cut_power(
+    training: Training, run: Path, process: Process, model: Model, point: Point, ledger: Ledger
+) -> list[str]:
+    # At its own place, since the name of the link's draft is made from that.
+    place, aside = run.parent, training.scene.place() / "aside"
+    place.rename(aside)
+    copy_tree(aside, place)
+    model.cut(place, place)
+    cut = replace(point, injection=Injection("power-cut", point.injection.ordinal))
+    struck = recover_training(training, run, process, cut, True, [], ledger, kill=False)
+    aside.rename(place)
+    return struck.complaints
 
 
 def recover_training(
@@ -144,6 +166,8 @@ def recover_training(
     fired: bool,
     complaints: list[str],
     ledger: Ledger,
+    *,
+    kill: bool = True,
 ) -> Struck:
     """Run again, compare with the undisturbed run, write it down and clear away."""
     made = _made(run.with_name("stages"))
@@ -160,7 +184,7 @@ def recover_training(
         fired=fired,
         lost=max(0, again),
         wrong=0 if same else 1,
-        kill=point.injection.effect == KILL,
+        kill=kill and point.injection.effect == KILL,
     )
     complaints = [
         *complaints,

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .tracing import is_traced
+
 GUARD_SECONDS = 300.0
 """Nothing here takes that long; a process that does hangs."""
 
@@ -233,7 +235,7 @@ def _become(request: dict[str, Any], roles: dict[str, Callable[..., int]], priva
         os.dup2(output, 2)
         os.close(output)
         os.chdir(request["cwd"])
-        while request["traced"] and not _is_traced():
+        while request["traced"] and not is_traced("self"):
             time.sleep(0.002)
         code = roles[request["role"]](**request["arguments"])
     except BaseException:  # noqa: BLE001 - told in its output, and by its exit code
@@ -242,11 +244,6 @@ def _become(request: dict[str, Any], roles: dict[str, Callable[..., int]], priva
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _is_traced() -> bool:
-    status = Path("/proc/self/status").read_text()
-    return "TracerPid:\t0\n" not in status
 
 
 if __name__ == "__main__":
