@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 
 from .errors import MAKE_ANEW, StoreDamaged, StoreError
@@ -90,8 +91,8 @@ def _remove_journal(connection: sqlite3.Connection) -> None:
 
 def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
-    if not {"meta", "images", "shards", "results"} <= tables:
+    schema = _schema(connection)
+    if not {"meta", "images", "shards", "results"} <= schema.keys():
         raise StoreDamaged(f"{path} is damaged (it has none of a manifest's tables): {MAKE_ANEW}")
     if version != SCHEMA_VERSION:
         other = "an earlier" if version < SCHEMA_VERSION else "a later"
@@ -99,6 +100,19 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
             f"{path} was made by {other} version of mobilesam (its schema is {version}, this program's "
             f"{SCHEMA_VERSION}): read it with that version, or precompute anew into another place"
         )
+    if schema != _expected_schema():
+        raise StoreDamaged(f"{path} is damaged (its tables are not as they were made): {MAKE_ANEW}")
+
+
+def _schema(connection: sqlite3.Connection) -> dict[str, str]:
+    return dict(connection.execute("SELECT name, sql FROM sqlite_schema"))
+
+
+@cache
+def _expected_schema() -> dict[str, str]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(_SCHEMA)
+        return _schema(connection)
 
 
 def _needs_rollback(error: sqlite3.OperationalError) -> bool:

@@ -403,6 +403,15 @@ def test_a_manifest_of_an_earlier_version_says_so(store: EmbeddingStore) -> None
         inspect_store(store.path)
 
 
+def test_a_flipped_bit_in_the_manifests_schema_is_damage(store: EmbeddingStore) -> None:
+    manifest = store.path / MANIFEST
+    data = manifest.read_bytes()
+    place = data.index(b"INTEGER PRIMARY KEY, reason TEXT")
+    manifest.write_bytes(data[:place] + b"iNTEGER" + data[place + 7 :])
+    with pytest.raises(StoreDamaged, match="its tables are not as they were made"):
+        EmbeddingStore.open(store.path)
+
+
 def test_text_that_is_no_utf8_in_the_manifest_is_damage(store: EmbeddingStore) -> None:
     _sql(store, "UPDATE results SET reason = CAST(x'ff' AS TEXT) WHERE row = 4")
     with EmbeddingStore.open(store.path) as reader, pytest.raises(StoreDamaged, match="damaged"):
