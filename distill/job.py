@@ -17,6 +17,7 @@ from .. import __version__
 from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
+from ..store.durable import explained
 from .config import DistillConfig, digest
 from .errors import DistillError
 from .folder import prepared_folder
@@ -60,6 +61,7 @@ def distill(
         name = f"{config.student}-{digest(description['identity'], description['data'])}"
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / name
+        stack.enter_context(explained(folder))
         run = stack.enter_context(prepared_folder(folder, description, split, head, restart=config.restart))
         point_latest(run.path)
         finished = run.result()
