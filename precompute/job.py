@@ -22,7 +22,7 @@ from .interrupts import StopRequest
 from .progress import Observer, Progress
 from .suspects import SuspectHunt
 from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
-from .watch import POLL_SECONDS, StopAsked, Watch
+from .watch import POLL_SECONDS, StopAsked, Watch, fetch
 from .worker import TASKS_PER_WORKER, TeacherPlugin, compute_shard
 
 TRIES = 3
@@ -159,7 +159,7 @@ class Job:
         if task is None:
             return  # recalled before it ended
         try:
-            result: ShardResult = future.result()
+            result: ShardResult | None = fetch(future)
         except KilledWorker as error:
             self._suspect(task, error)
         except (SamError, StoreError, PrecomputeError):
@@ -168,16 +168,23 @@ class Job:
         except Exception as error:  # noqa: BLE001 - whatever a worker raises is told, and tried again
             self._retry(task, error)
         else:
-            self._store.commit(task.shard, result.attempt, result.results)
-            self.tally.add(result)
-            self._sample.show(result.results)
-            failed = [row for row in result.results if row.reason is not None]
-            self._progress.committed(task.shard, result.attempt, len(result.results), len(failed))
-            keys = {image.row: image.key for image in task.images}
-            for row in failed:
-                what = f"{shown(keys[row.row])}: {row.reason}"
-                self.tally.first_failure = self.tally.first_failure or what
-                self._observer.message(f"failed: {what}")
+            if result is not None:
+                self._commit(task, result)
+                return
+            self._flying[future] = task
+            self._finished.put(future)
+
+    def _commit(self, task: ShardTask, result: ShardResult) -> None:
+        self._store.commit(task.shard, result.attempt, result.results)
+        self.tally.add(result)
+        self._sample.show(result.results)
+        failed = [row for row in result.results if row.reason is not None]
+        self._progress.committed(task.shard, result.attempt, len(result.results), len(failed))
+        keys = {image.row: image.key for image in task.images}
+        for row in failed:
+            what = f"{shown(keys[row.row])}: {row.reason}"
+            self.tally.first_failure = self.tally.first_failure or what
+            self._observer.message(f"failed: {what}")
 
     def _suspect(self, task: ShardTask, error: KilledWorker) -> None:
         """Look for the image that kills workers, with nothing else on them that could be killed along."""

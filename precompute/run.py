@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..sam.precision import resolve_precision
-from ..store import EmbeddingStore
+from ..store import Counts, EmbeddingStore
 from . import auditor, sizing
 from .cluster import Cluster, connect, local_devices
 from .config import PrecomputeConfig
@@ -53,12 +53,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             cluster = cluster or stack.enter_context(connect(config))
             tally, audit = _compute(plan, teacher, store, cluster, observer, stop)
         after = store.counts()
-        if stop.signum is not None:
-            raise PrecomputeInterrupted(
-                f"interrupted: {after.done + after.failed:,} of {after.rows:,} images are committed; "
-                "run the same command to go on",
-                stop.signum,
-            )
+        _refuse_interrupted(stop, after)
         _warn_of_failures(tally, observer)
         return {
             "images": after.rows,
@@ -71,6 +66,15 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "audit": audit,
             "out_of_tolerance": auditor.warn_of_audits(store, observer),
         }
+
+
+def _refuse_interrupted(stop: StopRequest, counts: Counts) -> None:
+    if stop.signum is not None:
+        raise PrecomputeInterrupted(
+            f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
+            "run the same command to go on",
+            stop.signum,
+        )
 
 
 def _warn_of_failures(tally: Tally, observer: Observer) -> None:

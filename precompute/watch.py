@@ -18,11 +18,29 @@ from .progress import Observer
 from .tasks import MESSAGE_TOPIC
 
 POLL_SECONDS = 0.5
+FETCH_SECONDS = 5.0
 LOOK_SECONDS = 5.0
 ABSENT_SECONDS = 30.0
 """Until absent workers are told of: one that is started anew takes less."""
 TELL_SECONDS = 60.0
 """Between messages of that."""
+
+
+def fetch(future: Future) -> Any:
+    """The result of a future that ended, or what it raised; None while it can't be had: it lies on its worker, which
+    may hang or die before it is asked for. dask then computes it again."""
+    if future.status not in ("pending", "lost"):
+        try:
+            return future.result(timeout=FETCH_SECONDS)
+        except TimeoutError:
+            if future.status == "error":
+                raise  # the task's own
+    time.sleep(POLL_SECONDS)
+    return None
+
+SET_BACK_SECONDS = 60.0
+"""The system clock may be set back by so much at once: for as long dask delivers nothing between processes, since its
+streams of messages go by that clock."""
 
 
 class StopAsked(Exception):
@@ -40,6 +58,7 @@ class Watch:
         self._stop = stop
         self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._clock: Callable[[], float] = time.monotonic
+        self._ahead = time.time() - time.monotonic()
         self._looked = float("-inf")
         self._empty_since: float | None = None
         self._told: float | None = None
@@ -59,9 +78,11 @@ class Watch:
     def look(self) -> None:
         """To be called while waiting, as often as one likes.
 
-        PrecomputeError when the scheduler has gone away, or a local cluster's workers have for good.
+        PrecomputeError when the scheduler has gone away, a local cluster's workers have for good, or the system clock
+        was set back.
         """
         self._pass_on()
+        self._refuse_clock_set_back()
         self._cluster.refuse_lost_connection()
         now = self._clock()
         if now - self._looked >= LOOK_SECONDS:
@@ -72,12 +93,13 @@ class Watch:
         """The future's result, or what it raised. StopAsked when a signal came first; PrecomputeError as `look`."""
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
-        while not done.wait(POLL_SECONDS):
+        while True:
+            if done.wait(POLL_SECONDS) and (result := fetch(future)) is not None:
+                return result
             if self._stop.signum is not None:
                 future.cancel()
                 raise StopAsked
             self.look()
-        return future.result()
 
     def _hear(self, event: tuple[float, dict]) -> None:
         # Called by dask on a thread of its own.
@@ -87,6 +109,15 @@ class Watch:
     def _pass_on(self) -> None:
         while not self._heard.empty():
             self._observer.message(self._heard.get())
+
+    def _refuse_clock_set_back(self) -> None:
+        ahead = time.time() - time.monotonic()
+        back, self._ahead = self._ahead - ahead, ahead
+        if back > SET_BACK_SECONDS:
+            raise PrecomputeError(
+                f"the system clock was set back by {back:,.0f} s, and dask would deliver nothing until it has caught "
+                "up; what is committed stays, run the same command to go on"
+            )
 
     def _count(self, now: float) -> None:
         if workers := self._cluster.count_workers():

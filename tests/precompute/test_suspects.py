@@ -34,7 +34,9 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
         once.touch()
         raise _killed()
     if _deadly(task):
-        time.sleep(0.1)
+        while not once.exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
         raise _killed()
     return worker.compute_shard(task, plugin_name)
 
@@ -50,6 +52,7 @@ def test_a_shard_that_ran_beside_the_deadly_one_is_not_blamed(
 ) -> None:
     monkeypatch.setattr(job, "compute_shard", _compute)
     monkeypatch.setattr(suspects, "probe", _probe)
+    monkeypatch.setattr(job, "POLL_SECONDS", 3.0)  # within which both are heard of, however slow the machine
     result = run(observer=listener)
     assert (result["done"], result["failed"]) == (6, 1)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
