@@ -24,6 +24,9 @@ ABSENT_SECONDS = 30.0
 """Until absent workers are told of: one that is started anew takes less."""
 TELL_SECONDS = 60.0
 """Between messages of that."""
+SET_BACK_SECONDS = 60.0
+"""The system clock may be set back by so much at once: for as long dask delivers nothing between processes, since its
+streams of messages go by that clock."""
 
 
 def fetch(future: Future) -> Any:
@@ -37,10 +40,6 @@ def fetch(future: Future) -> Any:
                 raise  # the task's own
     time.sleep(POLL_SECONDS)
     return None
-
-SET_BACK_SECONDS = 60.0
-"""The system clock may be set back by so much at once: for as long dask delivers nothing between processes, since its
-streams of messages go by that clock."""
 
 
 class StopAsked(Exception):
