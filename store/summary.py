@@ -26,6 +26,8 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["checkpoint"] is not None:
         yield f"checkpoint    {_shown(result['checkpoint'])}, SHA-256 {result['checkpoint_sha256']}"
     yield f"embeddings    {result['dtype']}, computed in {result['precision']} at {result['image_size']} pixels"
+    for step in _steps(result["preprocessing"]):
+        yield f"preprocessing {_shown(step)}"
     chosen = f"fraction {subset['fraction']:g}, seed {subset['seed']}"
     limit = "" if subset["limit"] is None else f", at most {subset['limit']:,}"
     yield f"subset        {chosen}{limit}"
@@ -34,6 +36,15 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"audit         {_audit(result['audit'])}"
     if result["writer"]:
         yield f"writer        process {result['writer']['pid']} on {result['writer']['host']}, at work now"
+
+
+def _steps(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The recipe between a file and the teacher, one line a step."""
+    for step, how in recipe.items():
+        details = (
+            [f"{name} {value}" for name, value in how.items()] if isinstance(how, Mapping) else [str(how)]
+        )
+        yield f"{step}: {', '.join(details)}"
 
 
 def _audit(audit: Mapping[str, Any] | None) -> str:
