@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from precompute_command import command_of, committed, contents, preload, run_command
+from precompute_command import command_of, contents, preload, run_command
 
 from mobilesam.store import EmbeddingStore
 
@@ -102,6 +102,7 @@ IMPATIENT = """
 import sys
 from mobilesam.precompute import sizing
 sizing.FIRST_BATCH_SECONDS = sizing.IMAGE_SECONDS = sizing.LEAST_BATCH_SECONDS = 10.0
+sizing.SLOWER_THAN_SLOWEST = 2.0
 if __name__ == "__main__":
     from mobilesam.cli import main
     main(sys.argv[1:])
@@ -130,34 +131,58 @@ def test_an_image_that_hangs_in_the_teacher_is_found_and_the_job_goes_on(
     _others_are_whole(out, undisturbed, "2-coffee.png", reason)
 
 
-@pytest.mark.parametrize(
-    "how", ["time.sleep(3600)", pytest.param("ctypes.PyDLL(None).pause()", marks=pytest.mark.long)]
-)
+def _started(photos: Path, out: Path, folder: Path, how: str) -> subprocess.Popen[bytes]:
+    """A run, in a shard an image, at the moment at which a worker is at an image that hangs."""
+    _hang(photos / "2-coffee.png")
+    mark, temporary = folder / "hanging", folder / "tmp"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        command_of(photos, out, "--shard-size", "1"),
+        stdout=subprocess.DEVNULL,
+        stderr=(folder / "errors").open("wb"),
+        env=os.environ
+        | preload(folder, HANGING.format(how=f"open({str(mark)!r}, 'w').close(); {how}"))
+        | {"MOBILESAM_TEST": str(folder), "TMPDIR": str(temporary)},
+    )
+    while not mark.exists():
+        assert process.poll() is None, (folder / "errors").read_text()
+        time.sleep(0.1)
+    assert len(_processes(f"MOBILESAM_TEST={folder}")) > 1
+    return process
+
+
+def _wait_until_gone(folder: Path) -> None:
+    while _processes(f"MOBILESAM_TEST={folder}"):
+        time.sleep(0.1)  # an orphan hangs this test
+
+
+HOLDING = pytest.param("ctypes.PyDLL(None).pause()", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("how", ["time.sleep(3600)", HOLDING])
 def test_workers_end_with_a_coordinator_that_is_killed_and_its_scratch_goes_with_the_next(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str
 ) -> None:
-    _hang(photos / "2-coffee.png")
     out, temporary = tmp_path / "store.zarr", tmp_path / "tmp"
-    temporary.mkdir()
-    env = {"MOBILESAM_TEST": str(tmp_path), "TMPDIR": str(temporary)}
-    process = subprocess.Popen(
-        command_of(photos, out, "--shard-size", "1"),
-        stderr=subprocess.DEVNULL,
-        env=os.environ | preload(tmp_path, HANGING.format(how=how)) | env,
-    )
-    while committed(out) < 1:
-        assert process.poll() is None
-        time.sleep(0.1)
-    time.sleep(1)  # by now a worker is at the image that hangs
-    assert len(_processes(f"MOBILESAM_TEST={tmp_path}")) > 1
+    process = _started(photos, out, tmp_path, how)
     process.kill()
     process.wait()
-    while _processes(f"MOBILESAM_TEST={tmp_path}"):
-        time.sleep(0.1)  # an orphan hangs this test
+    _wait_until_gone(tmp_path)
     assert len(list(temporary.glob("mobilesam-*"))) == 1
     data = (photos / "2-coffee.png").read_bytes().removesuffix(b"HANG")
     (photos / "2-coffee.png").write_bytes(data)
-    result = run_command(photos, out, "--shard-size", "1", env=env)
+    result = run_command(photos, out, "--shard-size", "1", env={"TMPDIR": str(temporary)})
     assert (result["done"], result["failed"]) == (7, 0)
     assert contents(out) == undisturbed
     assert not list(temporary.glob("*mobilesam-*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["time.sleep(3600)", HOLDING])
+def test_a_signal_is_heard_while_a_worker_hangs(photos: Path, tmp_path: Path, how: str) -> None:
+    process = _started(photos, tmp_path / "store.zarr", tmp_path, how)
+    process.terminate()
+    assert process.wait() == 143
+    assert "run the same command to go on" in (tmp_path / "errors").read_text()
+    _wait_until_gone(tmp_path)
+    assert not list((tmp_path / "tmp").glob("*mobilesam-*"))
