@@ -90,13 +90,19 @@ POISONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
-@pytest.mark.parametrize("poison", POISONS)
+# What is past float16 is no nonsense in the others.
+CASES = [
+    (poison, dtype)
+    for poison in POISONS
+    for dtype in ("float16", "float32", "int8")
+    if dtype == "float16" or not poison.endswith("past float16")
+]
+
+
+@pytest.mark.parametrize(("poison", "dtype"), CASES)
 def test_a_teacher_that_gives_nonsense_for_one_image(
-    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, poison: str
+    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str, dtype: str
 ) -> None:
-    if poison.endswith("past float16") and dtype != "float16":
-        pytest.skip("no nonsense in this dtype")
     run("undisturbed.zarr", dtype=dtype, batch_size=2)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     embed, hits = Teacher.embed, []
