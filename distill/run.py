@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..store.durable import make_folder
 from .checkpoint import Checkpoints
 from .config import digest
 from .errors import DistillError
@@ -203,7 +204,7 @@ def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Holds the folder for one trainer; DistillError when another one has it. A dead one's lock is gone."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .durable import explained, fsync_directory
+from .durable import explained, fsync_directory, make_folder
 from .errors import StoreError, StoreLocked
 from .lock import WriterLock
 from .places import MANIFEST, PRIVATE
@@ -42,7 +42,7 @@ def draft_of(path: Path) -> Iterator[Path]:
     # A link stays a link: the store is made on the disk that it leads to.
     place = Path(os.path.realpath(path))
     with explained(path):
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         _remove_abandoned(place)
         draft = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.partial")
         (draft / PRIVATE).mkdir(parents=True)

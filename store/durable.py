@@ -21,6 +21,14 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, with their names durable; nothing where there is one."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync_directory(folder.parent)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file's content as a whole: temporary file, fsync, rename, fsync of the folder."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
