@@ -13,7 +13,7 @@ from faults.tracing import CALLS
 pytestmark = pytest.mark.fault
 
 
-@pytest.mark.parametrize(("name", "few", "many"), [("new", 2, 30), ("new-int8", 2, 40)])
+@pytest.mark.parametrize(("name", "few", "many"), [("new", 2, 20), ("new-int8", 2, 30), ("resume", 1, 20)])
 def test_a_job_whose_worker_is_killed_goes_on_with_another(
     scene: Scene, ledger: Ledger, full: bool, name: str, few: int, many: int
 ) -> None:
