@@ -7,7 +7,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .durable import explained, fsync_directory, make_folder
@@ -66,6 +66,7 @@ def _remove_abandoned(place: Path) -> None:
         if not draft.name.startswith(place.name) or not _DRAFT_NAME.fullmatch(draft.name[len(place.name) :]):
             continue
         if not (draft / PRIVATE).is_dir():
+            _remove_empty(draft)
             continue
         lock = WriterLock(draft / PRIVATE)
         try:
@@ -76,6 +77,16 @@ def _remove_abandoned(place: Path) -> None:
             pass
         shutil.rmtree(draft, ignore_errors=True)
         lock.release()
+
+
+def _remove_empty(draft: Path) -> None:
+    """A draft whose process was killed before it had made all its folders. One that holds anything is somebody's."""
+    with suppress(OSError):
+        for folder in (draft / PRIVATE).parents:
+            if folder == draft.parent:
+                break
+            if folder.exists():
+                folder.rmdir()
 
 
 def _move_into_place(draft: Path, place: Path, path: Path) -> None:

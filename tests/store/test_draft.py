@@ -66,3 +66,10 @@ def test_of_two_that_make_the_same_store_the_later_is_told_that_it_is_there(tmp_
     with EmbeddingStore.open(place) as store:
         assert store.counts().pending == 8
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+
+
+@pytest.mark.parametrize("made", ["", "embeddings"])
+def test_a_draft_killed_before_all_its_folders_were_made_is_removed(tmp_path: Path, made: str) -> None:
+    (tmp_path / "store.zarr.deadbeef.partial" / made).mkdir(parents=True)
+    _create(tmp_path / "store.zarr").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
