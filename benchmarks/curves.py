@@ -13,7 +13,8 @@ TIME_FLOOR = 0.05
 """Shares of the beginning: less than this above it is flat, however little noise there is."""
 
 DESCRIPTORS_FLOOR = 8
-"""Connections that dask opens when it is first slow to answer, and keeps."""
+"""Descriptors that may come to be open; a leak of one in a hundred images would open 200."""
+
 STEEPEST = 100
 """Bytes an image by which memory may still grow in the second half: 1.1 GB over 11 million images."""
 

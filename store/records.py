@@ -22,7 +22,7 @@ ProblemKind = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NewImage:
     """An image to be given a row. `key` is relative to the image root, '/'-separated, with surrogateescape for
     bytes that are not UTF-8; a tar acts as a folder. `offset` is where a tar member's data begins, in bytes;
@@ -33,7 +33,7 @@ class NewImage:
     offset: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowResult:
     """What a worker learned of one image, committed with its shard.
 
@@ -51,7 +51,7 @@ class RowResult:
     scales_crc32c: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRecord:
     """One row of the manifest. Status follows from commits: pending until the row's shard is committed."""
 

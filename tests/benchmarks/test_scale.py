@@ -36,6 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(done.stdout), "text": done.stderr}
 
 
+@pytest.mark.long
 def test_every_soak_gives_a_curve_of_all_its_images(measured: dict[str, Any]) -> None:
     assert measured["precompute"]["result"]["done"] == 96
     assert measured["precompute"]["points"][-1]["images"] == 96
@@ -48,6 +49,7 @@ def test_every_soak_gives_a_curve_of_all_its_images(measured: dict[str, Any]) ->
             assert point["wall"] > 0
 
 
+@pytest.mark.long
 def test_the_large_store_is_counted_inspected_and_resumed(measured: dict[str, Any]) -> None:
     lines = measured["manifest"]["lines"]
     assert lines[0]["found"] == {"done": 1408, "failed": 0, "pending": 592}
@@ -56,6 +58,7 @@ def test_the_large_store_is_counted_inspected_and_resumed(measured: dict[str, An
     assert lines[6]["found"] == lines[2]["found"]["rows"]
 
 
+@pytest.mark.long
 def test_starting_is_measured_for_a_new_store_a_resumed_one_and_a_student(measured: dict[str, Any]) -> None:
     assert [line["what"] for line in measured["start"]["lines"]] == [
         "precompute, new",
@@ -64,6 +67,7 @@ def test_starting_is_measured_for_a_new_store_a_resumed_one_and_a_student(measur
     ]
 
 
+@pytest.mark.long
 def test_the_figures_are_printed_with_what_they_were_measured_on(measured: dict[str, Any]) -> None:
     for word in ("processor:", "torch:", "distributed:", "manifest of 2,000 rows", "s of 3"):
         assert word in measured["text"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def _commit_value(store: EmbeddingStore, bad: float) -> None:
     data[start : start + 4] = checksum.to_bytes(4, "little")
     path.write_bytes(data)
     changed = {"scales_crc32c" if layout.name == "scales" else "crc32c": checksum}
-    results[1] = RowResult(**(vars(results[1]) | changed))
+    results[1] = replace(results[1], **changed)
     store.commit(0, "a", results)
 
 
