@@ -136,6 +136,12 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
             counts.pending,
             counts.failed,
         )
+    if outside := store.audits_out_of_tolerance():
+        logger.warning(
+            "%s: %d of its audited rows are not what the teacher computes; mobilesam inspect tells the numbers",
+            store.path,
+            len(outside),
+        )
     if store.spec.untrained:
         logger.warning("untrained teacher %s: good for trials, not for masks", store.spec.teacher)
     return records

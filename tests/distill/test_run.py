@@ -22,7 +22,7 @@ from mobilesam.distill import (
     mean_embedding,
 )
 from mobilesam.distill.run import run_lock
-from mobilesam.store import EmbeddingStore
+from mobilesam.store import Audit, EmbeddingStore
 
 Options = Callable[..., DistillConfig]
 
@@ -201,6 +201,17 @@ def test_failed_rows_are_left_out_and_said(
     run = Run.open()
     assert run.config["counts"] == {"done": 4, "failed": 2, "pending": 0}
     assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]
+
+
+def test_a_store_out_of_its_audits_tolerance_is_told_before_training(
+    images: Path, make_store: Callable[..., Path], options: Options, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_store(images)
+    with EmbeddingStore.open(path, writable=True) as store:
+        store.record_audits([Audit(row=0, cosine=0.3, relative_mse=2.0)])
+    with caplog.at_level(logging.WARNING):
+        distill(options(path, epochs=1))
+    assert "1 of its audited rows are not what the teacher computes" in caplog.text
 
 
 def test_moved_images_are_named_and_found_again(
