@@ -263,8 +263,15 @@ def precompute(
     with Reporter("precompute") as reporter:
         result = plan_only(config, reporter) if dry_run else run(config, reporter)
     _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
-    if result.get("out_of_tolerance"):
-        click.get_current_context().exit(FAILED_CHECK)
+    if not dry_run:
+        click.get_current_context().exit(_precompute_code(result))
+
+
+def _precompute_code(result: dict[str, Any]) -> int:
+    """A store in which nothing could be embedded is of no use to the next command; one out of tolerance neither."""
+    if result["failed"] == result["images"]:
+        return INPUT
+    return FAILED_CHECK if result["out_of_tolerance"] else 0
 
 
 def _auto_or_number(option: str, value: str) -> int | None:

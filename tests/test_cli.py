@@ -288,6 +288,16 @@ def test_damage_exits_1_and_the_command_that_repair_prints_makes_it_whole(
     assert _run("inspect", "--check").exit_code == 0
 
 
+def test_a_run_whose_images_all_fail_exits_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes()[:100])
+    result = _run("precompute", "--images", "photos", "--teacher", "vit_nano", "--image-size", "64", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["failed"] == 1
+    assert "none of this run's 1 images could be embedded" in result.stderr
+
+
 def test_a_missed_threshold_exits_1_and_names_both_numbers(finished: dict[str, Any]) -> None:
     result = finished["results"]["gates"]
     assert result.exit_code == 1
