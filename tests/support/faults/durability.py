@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from .events import Event, kind_of
-from .tracing import RENAMES, SYNCS, UNLINKS, WRITES
+from faults.events import Event, kind_of
+from faults.tracing import RENAMES, SYNCS, UNLINKS, WRITES
 
 _OFFSETS = {
     "pwrite64": re.compile(r", (\d+)\) += \d+"),

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .tracing import KILL, Injection
+from faults.tracing import KILL, Injection
 
 _LINE = re.compile(r"^(\d+) +([\d.]+) (\w+)\((.*)$")
 _RESUMED = re.compile(r"^(\d+) +[\d.]+ <\.\.\. \w+ resumed>(.*)$")

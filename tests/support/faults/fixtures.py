@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from distributed import LocalCluster
+from faults.damage import LONG_RUN
 from PIL import Image
 
 from mobilesam.precompute import PrecomputeConfig, precompute
-
-from .damage import LONG_RUN
 
 HANGING = 1800
 """Seconds after which a command is taken to hang; on an idle machine none takes a fiftieth of it."""

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .ledger import Ledger
-from .points import Point
-from .recovery import recovered, wrong_reads
-from .scenarios import Scenario
-from .strikes import Struck, promised_keys
-from .tracing import Injection
-from .training import Training, recover_training
-from .zygote import GUARD_SECONDS, Process, Zygote
+from faults.ledger import Ledger
+from faults.points import Point
+from faults.recovery import recovered, wrong_reads
+from faults.scenarios import Scenario
+from faults.strikes import Struck, promised_keys
+from faults.tracing import Injection
+from faults.training import Training, recover_training
+from faults.zygote import GUARD_SECONDS, Process, Zygote
 
 
 def moment(draw: int, role: str) -> Point:

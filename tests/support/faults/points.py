@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .events import Event, Trace, kind_of
-from .tracing import KILL, Injection
+from faults.events import Event, Trace, kind_of
+from faults.tracing import KILL, Injection
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import stages
-from .mutants import MUTANTS
+from faults import stages
+from faults.mutants import MUTANTS
 
 
 def prepare() -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilesam.store import EmbeddingStore
+from faults.events import Trace, read_trace
+from faults.recovery import Snapshot
+from faults.scene import Scene, copy_tree, draw_pictures
+from faults.tracing import RENAMES, Injection, Tracer
+from faults.zygote import Process
 
-from .events import Trace, read_trace
-from .recovery import Snapshot
-from .scene import Scene, copy_tree, draw_pictures
-from .tracing import RENAMES, Injection, Tracer
-from .zygote import Process
+from mobilesam.store import EmbeddingStore
 
 
 @dataclass(frozen=True, kw_only=True)

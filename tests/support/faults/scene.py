@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faults.zygote import GUARD_SECONDS, Process, Zygote
 from PIL import Image
-
-from .zygote import GUARD_SECONDS, Process, Zygote
 
 PICTURES = 8
 SHARD_SIZE = 2

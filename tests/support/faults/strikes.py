@@ -8,16 +8,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilesam.store import EmbeddingStore
+from faults.durability import Model
+from faults.events import Event, Trace, kind_of, read_trace
+from faults.ledger import Ledger
+from faults.points import Point, phase_of
+from faults.recovery import missing_rows, recovered, wrong_reads
+from faults.scenarios import Scenario
+from faults.tracing import KILL, Tracer
+from faults.zygote import Process
 
-from .durability import Model
-from .events import Event, Trace, kind_of, read_trace
-from .ledger import Ledger
-from .points import Point, phase_of
-from .recovery import missing_rows, recovered, wrong_reads
-from .scenarios import Scenario
-from .tracing import KILL, Tracer
-from .zygote import Process
+from mobilesam.store import EmbeddingStore
 
 INPUT = 3
 """The exit code for what is wrong with the surroundings."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ledger import Fault, place, read
+from faults.ledger import Fault, place, read
 
 PAIRS = 100
 KILLS = 300

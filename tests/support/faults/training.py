@@ -10,17 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from faults.durability import Model
+from faults.events import Trace, read_trace
+from faults.ledger import Ledger
+from faults.points import Point, phase_of
+from faults.recovery import living
+from faults.scene import Scene, copy_tree
+from faults.strikes import Struck, ending
+from faults.tracing import KILL, Injection, Tracer
+from faults.zygote import Process
 from safetensors.torch import load_file
-
-from .durability import Model
-from .events import Trace, read_trace
-from .ledger import Ledger
-from .points import Point, phase_of
-from .recovery import living
-from .scene import Scene, copy_tree
-from .strikes import Struck, ending
-from .tracing import KILL, Injection, Tracer
-from .zygote import Process
 
 _CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
 """What a line says about time, with the checksum over it."""

@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from faults.fixtures import contents
+from faults.ledger import Ledger
+from faults.recovery import Snapshot, missing_rows, stray_files, wrong_reads
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreError
 from mobilesam.store.inspection import inspect_store
-
-from .fixtures import contents
-from .ledger import Ledger
-from .recovery import Snapshot, missing_rows, stray_files, wrong_reads
 
 Damage = Callable[[Path], None]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mobilesam.store import EmbeddingStore, StoreError
+from faults.fixtures import environment
 
-from .fixtures import environment
+from mobilesam.store import EmbeddingStore, StoreError
 
 # After two images the worker waits for a file. dask runs a preload more than once in a process: what it wraps is the
 # original every time.

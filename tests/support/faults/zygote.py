@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .tracing import is_traced
+from faults.tracing import is_traced
 
 GUARD_SECONDS = 300.0
 """Nothing here takes that long; a process that does hangs."""
@@ -171,7 +171,7 @@ def serve() -> None:
 
     One thread, so that forking is safe.
     """
-    from .roles import ROLES, prepare
+    from faults.roles import ROLES, prepare
 
     prepare()
     news = os.dup(1)

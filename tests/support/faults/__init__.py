@@ -1,1 +1,0 @@
-"""The fault suite's harness: what tests in tests/faults share."""
