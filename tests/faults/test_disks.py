@@ -109,7 +109,7 @@ def test_a_full_disk_while_a_store_is_made_and_filled(
         assert disk.call(stray_files, run_store, undisturbed).value == []
         phases.add(phase)
         disk.call(clear, disk.path)
-    assert len(phases - {None}) >= many(4, 2), phases
+    assert len(phases - {None}) >= 2, phases
 
 
 def test_a_full_disk_while_a_store_is_extended(
