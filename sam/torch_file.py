@@ -7,7 +7,6 @@ import mmap
 import os
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ def read_torch_file(path: Path) -> object:
         return _read_old(file)
 
 
-def _read_zip(file: BinaryIO) -> object:
+def _read_zip(file: io.BufferedReader) -> object:
     records = read_records(file)
     order = _content(file, records, "byteorder", default=b"little")
     if order.decode("ascii", "replace") != sys.byteorder:
@@ -59,7 +58,9 @@ def _read_zip(file: BinaryIO) -> object:
     return read_pickle(io.BytesIO(description), storage)
 
 
-def _content(file: BinaryIO, records: dict[str, Record], name: str, default: bytes | None = None) -> bytes:
+def _content(
+    file: io.BufferedReader, records: dict[str, Record], name: str, default: bytes | None = None
+) -> bytes:
     record = records.get(name)
     if record is None:
         if default is None:
@@ -79,7 +80,7 @@ def _mapped(mapped: mmap.mmap, record: Record | None, dtype: torch.dtype, elemen
     return torch.frombuffer(mapped, dtype=dtype, count=elements, offset=record.start)
 
 
-def _read_old(file: BinaryIO) -> object:
+def _read_old(file: io.BufferedReader) -> object:
     """Pickles of: a magic number, a version, the writer's type sizes, the object, the storages' keys; then the
     storages, each with its number of elements before it."""
     flat: dict[str, Tensor] = {}
@@ -107,8 +108,8 @@ def _read_old(file: BinaryIO) -> object:
     return content
 
 
-def _fill(file: BinaryIO, flat: Tensor) -> None:
+def _fill(file: io.BufferedReader, flat: Tensor) -> None:
     elements = int.from_bytes(file.read(8), sys.byteorder)
     data: np.ndarray = flat.view(torch.uint8).numpy()
-    if elements != flat.numel() or file.readinto(data.data) != len(data):  # type: ignore[attr-defined]
+    if elements != flat.numel() or file.readinto(data.data) != len(data):
         raise ArchiveError("the file ends before its tensors do")

@@ -94,12 +94,6 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file: _Limited, storage: Storage) -> None:
         super().__init__(file)
         self._storage, self._tensors = storage, 0
-        self._globals = {
-            ("collections", "OrderedDict"): dict,
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            ("torch._utils", "_rebuild_parameter"): self._parameter,
-            **{("torch", name): dtype for name, dtype in _DTYPES.items()},
-        }
 
     def load(self) -> object:
         try:
@@ -109,7 +103,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._globals[module, name]
+            return _GLOBALS[module, name]
         except KeyError:
             raise ForeignObjects(f"{module}.{name}"[:100]) from None
 
@@ -143,8 +137,8 @@ class _Unpickler(pickle._Unpickler):
         function = self.stack[-1]
         if function is dict and arguments == ():
             self.stack[-1] = {}
-        elif function in (self._tensor, self._parameter):
-            self.stack[-1] = function(*arguments)
+        elif function is _Unpickler._tensor or function is _Unpickler._parameter:
+            self.stack[-1] = function(self, *arguments)
         else:
             raise ForeignObjects("a call that makes no tensor")
 
@@ -180,6 +174,15 @@ class _Unpickler(pickle._Unpickler):
         if type(target) is not list:
             raise ForeignObjects("a list of another kind")
         target.extend(items)
+
+
+# Plain functions: bound methods would hold the machine, and with it a mapped file, until garbage is collected.
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): dict,
+    ("torch._utils", "_rebuild_tensor_v2"): _Unpickler._tensor,
+    ("torch._utils", "_rebuild_parameter"): _Unpickler._parameter,
+    **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+}
 
 
 class _UnknownOperation(Exception):

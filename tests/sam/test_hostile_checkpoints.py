@@ -3,6 +3,7 @@ that may take little more memory than it has."""
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import struct
@@ -277,3 +278,21 @@ def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path: Path) -> None:
             assert found[key].dtype == value.dtype
             assert found[key].stride() == value.stride()
             assert torch.equal(found[key], value)
+
+
+def test_a_file_is_let_go_of_with_its_last_tensor_and_not_when_garbage_is_collected(tmp_path: Path) -> None:
+    file = tmp_path / "mapped.pt"
+    torch.save({"weight": torch.ones(3), "parameter": torch.nn.Parameter(torch.ones(2))}, file)
+
+    def mapped() -> bool:
+        return file.name in Path("/proc/self/maps").read_text()
+
+    gc.collect()
+    gc.disable()
+    try:
+        state = read_state(file)
+        assert mapped()
+        del state
+        assert not mapped()
+    finally:
+        gc.enable()
