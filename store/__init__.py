@@ -12,7 +12,7 @@ from .metadata import exists
 from .reader import StoredBatch
 from .records import Audit, Counts, ImageRecord, NewImage, Problem, RowResult, Selection
 from .spec import DTYPES, PRECISIONS, StoreSpec
-from .tolerance import TOLERANCES, Tolerance, tolerance
+from .tolerance import TOLERANCES, Tolerance, audit_summary, tolerance
 from .writer import ShardWriter, StoredRow
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "StoredRow",
     "Tolerance",
     "array_layouts",
+    "audit_summary",
     "encode_head",
     "exists",
     "refuse_taken",

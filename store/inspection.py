@@ -6,7 +6,6 @@ second, however many rows there are.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from .records import Problem
 from .repair import Repair
 from .repair import repair as mend
 from .spec import StoreSpec
-from .tolerance import tolerance
+from .tolerance import audit_summary, tolerance
 
 
 def inspect_store(
@@ -120,24 +119,8 @@ def _description(store: OpenStore) -> dict[str, Any]:
         "subset": {"fraction": selection.fraction, "seed": selection.seed, "limit": selection.limit},
         "image_root": spec.image_root,
         "versions": dict(spec.versions),
-        "audit": _audit_json(store),
+        "audit": audit_summary(manifest.audits(), tolerance(spec.dtype, spec.precision)),
         "writer": store.writer(),
-    }
-
-
-def _audit_json(store: OpenStore) -> dict[str, Any] | None:
-    audits = store.manifest.audits()
-    if not audits:
-        return None
-    limits = tolerance(store.spec.dtype, store.spec.precision)
-    cosines = [audit.cosine for audit in audits]
-    errors = [audit.relative_mse for audit in audits]
-    return {
-        "rows": len(audits),
-        # JSON has no NaN: None where an audit gave none.
-        "cosine_min": min(cosines) if all(map(math.isfinite, cosines)) else None,
-        "relative_mse_max": max(errors) if all(map(math.isfinite, errors)) else None,
-        "tolerance": {"cosine": limits.cosine, "relative_mse": limits.relative_mse},
     }
 
 

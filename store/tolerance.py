@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
+from typing import Any
 
 from .records import Audit
 
@@ -55,3 +57,18 @@ and float16 from float32.
 def tolerance(dtype: str, precision: str) -> Tolerance:
     """The limits for a store of this dtype, computed in this precision (as resolved)."""
     return TOLERANCES[dtype, precision]
+
+
+def audit_summary(audits: Sequence[Audit], limits: Tolerance) -> dict[str, Any] | None:
+    """Audits as plain JSON values: `rows, cosine_min, relative_mse_max, tolerance`; None without any. A minimum or
+    maximum is None where an audit gave no number: JSON has no NaN."""
+    if not audits:
+        return None
+    cosines = [audit.cosine for audit in audits]
+    errors = [audit.relative_mse for audit in audits]
+    return {
+        "rows": len(audits),
+        "cosine_min": min(cosines) if all(map(math.isfinite, cosines)) else None,
+        "relative_mse_max": max(errors) if all(map(math.isfinite, errors)) else None,
+        "tolerance": asdict(limits),
+    }

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..distill import ImageMetrics, evaluate
-from .audit import audit_checks, audit_summary
+from .audit import audit_checks, store_audit
 from .config import VerifyConfig
 from .curves import read_curves
 from .gallery import build_gallery
@@ -52,7 +52,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 
 
 def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    audit = audit_summary(subject.store)
+    audit = store_audit(subject.store)
     failed = failed_checks([*run_checks(numbers, config.thresholds), *audit_checks(audit)])
     return {
         "images": len(subject.rows),

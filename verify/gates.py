@@ -58,7 +58,9 @@ def describe(check: Mapping[str, Any]) -> str:
 
 
 def _describe_audit(check: Mapping[str, Any]) -> str:
-    value, threshold = distinguishable(check["value"], check["threshold"])
+    value, threshold = "undefined", f"{check['threshold']:g}"
+    if check["value"] is not None:
+        value, threshold = distinguishable(check["value"], check["threshold"])
     what, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
         check["metric"]
     ]

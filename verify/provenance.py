@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .. import __version__
-from .audit import audit_summary
+from .audit import store_audit
 from .subject import Subject
+from .table import number
 
 Pairs = list[tuple[str, str]]
 
@@ -65,7 +66,7 @@ def _store(subject: Subject) -> Pairs:
         ("id", spec.store_id),
         ("embeddings", f"256 x {spec.grid} x {spec.grid} {spec.dtype}, images of {spec.image_size} pixels"),
         ("rows", f"{counts.done:,} done, {counts.failed:,} failed, {counts.pending:,} pending"),
-        ("audit", _audit(audit_summary(subject.store))),
+        ("audit", _audit(store_audit(subject.store))),
         ("subset", f"fraction {spec.subset['fraction']:g}, seed {spec.subset['seed']}"),
         ("images", str(subject.image_root)),
         ("written by", _versions(spec.versions)),
@@ -76,8 +77,8 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return "no row was embedded again"
     return (
-        f"{audit['rows']:,} row(s) embedded again in float32: cosine at least {audit['cosine_min']:.6f}, "
-        f"relative mse at most {audit['relative_mse_max']:.2g}"
+        f"{audit['rows']:,} row(s) embedded again in float32: cosine at least {number(audit['cosine_min'], '.6f')}, "
+        f"relative mse at most {number(audit['relative_mse_max'], '.2g')}"
     )
 
 

@@ -256,3 +256,15 @@ def test_a_store_that_fails_its_audit_fails_the_verification_and_the_report_says
     assert "The store does not hold what its teacher computes." in page
     assert "threshold" not in page.partition("Failed.")[2].partition("</ul>")[0]
     assert "1 row(s) embedded again" in page
+
+
+def test_an_audit_that_gave_no_number_fails_too_and_stays_plain_json(world):
+    with EmbeddingStore.open(world.store, writable=True) as store:
+        store.record_audits(
+            [Audit(row=row, cosine=value, relative_mse=0.0) for row, value in ((0, 1.0), (1, np.nan))]
+        )
+    result = verify(VerifyConfig(split="all", report=world.path / "report.html"))
+    assert [(check["metric"], check["value"]) for check in result["failed_checks"]] == [("cosine_min", None)]
+    assert any("cosine undefined" in line for line in table_lines(result))
+    assert "cosine at least undefined" in (world.path / "report.html").read_text()
+    json.dumps(result, allow_nan=False)
