@@ -154,15 +154,16 @@ class Checkpoints:
             if error.errno != errno.EIO:
                 raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
             raise _Unusable("can't be read from the disk") from None
+        if not isinstance(saved, dict):
+            raise _Unusable("is no checkpoint of this run")
         try:
-            if saved["format"] != FORMAT:  # type: ignore[index]
+            if saved["format"] != FORMAT:
                 raise _Unusable(f"has a format that this version doesn't read, which is {FORMAT}")
-            if saved["run_id"] != self.run_id:  # type: ignore[index]
+            if saved["run_id"] != self.run_id:
                 raise _Unusable("is another run's")
             _check(saved, student, optimizer, state)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
             raise _Unusable("is no checkpoint of this run") from None
-        assert isinstance(saved, dict)
         return {**saved, "state": TrainState(**saved["state"])}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +83,6 @@ class DistillConfig:
     def identity(self) -> dict[str, Any]:
         """The options that decide what the student learns; a run goes on only with the same ones."""
         return {name: v for name, v in self.to_json().items() if name not in _NOT_IDENTITY}
-
-
-def digest(*parts: object) -> str:
-    """Eight hexadecimal digits of the SHA-256 of some JSON values: short enough for a folder's name."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def _require(good: bool, name: str, value: object, wanted: str) -> None:

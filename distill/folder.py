@@ -10,6 +10,7 @@ from typing import Any
 
 from ..store.durable import write_atomic
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE
+from .digests import json_sha256
 from .errors import DistillError
 from .run import (
     CONFIG_FILE,
@@ -23,7 +24,7 @@ from .run import (
     read_split,
     run_lock,
 )
-from .sealed import json_sha256, write_sealed
+from .sealed import write_sealed
 from .split import Split
 from .students import STUDENT_FILE
 

@@ -18,7 +18,8 @@ from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from ..store.durable import explained
-from .config import DistillConfig, digest
+from .config import DistillConfig
+from .digests import digest
 from .errors import DistillError
 from .folder import prepared_folder
 from .loader import Loader

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..store.durable import make_folder
 from .checkpoint import Checkpoints
-from .config import digest
+from .digests import digest, json_sha256
 from .errors import DistillError
-from .sealed import decode_line, json_sha256, read_sealed
+from .sealed import decode_line, read_sealed
 from .split import Split
 from .students import MEND, STUDENT_FILE, load_student
 from .tensor_file import check_tensors, load_tensors, save_tensors

@@ -5,7 +5,6 @@ Both stay plain JSON to everybody else: the checksum is one more key, the last o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -13,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..store.durable import write_atomic
+from .digests import json_sha256
 from .errors import DistillError
 
 _FILE_KEY = "sha256"
 _LINE_KEY = "crc32"
-
-
-def json_sha256(value: object) -> str:
-    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:

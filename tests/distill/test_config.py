@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mobilesam.distill import DistillConfig, DistillError
-from mobilesam.distill.config import digest
+from mobilesam.distill.digests import digest
 
 
 @pytest.mark.parametrize(
