@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from distributed import LocalCluster
 from listener import Listener
+from one_process import one_process_cluster, precompute_small
 from PIL import Image
 from precompute_command import contents, run_command
-
-from mobilesam.precompute import PrecomputeConfig, precompute
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
@@ -19,11 +18,15 @@ PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
     """The address of a cluster whose one worker lives in this process: no start-up to wait for."""
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+    with one_process_cluster() as cluster:
         yield cluster.scheduler_address
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[LocalCluster]:
+    """A cluster that the test may take down."""
+    with one_process_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -71,17 +74,8 @@ def run(
     """run(name, ...options) precomputes the photos at 64 pixels into a store of that name under tmp_path."""
 
     def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "images": (photos,),
-            "out": tmp_path / name,
-            "teacher": "vit_nano",
-            "image_size": 64,
-            "shard_size": 3,
-            "scheduler": scheduler,
-            "audit": 0,
-        }
-        observer = options.pop("observer", None)
-        return precompute(PrecomputeConfig(**(settings | options)), observer)
+        given = {"images": (photos,), "out": tmp_path / name, "scheduler": scheduler}
+        return precompute_small(**(given | options))
 
     yield run_precompute
     # What goes wrong in an event handler, dask only logs.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -51,15 +51,6 @@ class _Closing(Silent):
     def progress(self, snapshot: Snapshot) -> None:
         if snapshot.computed:
             self._cluster.close()
-
-
-@pytest.fixture
-def own_cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
-        yield cluster
 
 
 def test_a_scheduler_that_goes_away_ends_the_run_and_what_is_committed_stays(

@@ -84,15 +84,6 @@ def test_a_local_cluster_whose_workers_are_not_replaced_ends_the_run() -> None:
         after(10)
 
 
-@pytest.fixture
-def own_cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
-        yield cluster
-
-
 class Leaving(Listener):
     """Sends a cluster's workers away once something is committed, and has one come when that is told."""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from distributed import LocalCluster
+from one_process import one_process_cluster, precompute_small
 from safetensors.torch import load_file
 
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.precompute import PrecomputeConfig, precompute
 
-_clusters: list[LocalCluster] = []
+_cluster = ExitStack()
+_addresses: list[str] = []
 
 
 def clear(path: Path) -> None:
@@ -22,17 +23,9 @@ def clear(path: Path) -> None:
 
 def embed(**options: Any) -> dict[str, Any]:
     """Precompute, on a worker in the process that has the disk."""
-    if not _clusters:
-        _clusters.append(
-            LocalCluster(
-                n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-            )
-        )  # fmt: skip
-    settings = {"teacher": "vit_nano", "image_size": 64, "shard_size": 3, "audit": 0}
-    return precompute(
-        PrecomputeConfig(**settings, scheduler=_clusters[0].scheduler_address, **options)  # type: ignore[arg-type]
-    )
+    if not _addresses:
+        _addresses.append(_cluster.enter_context(one_process_cluster()).scheduler_address)
+    return precompute_small(scheduler=_addresses[0], **options)
 
 
 def train(**options: Any) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from distributed import LocalCluster
 from faults.damage import LONG_RUN
+from one_process import one_process_cluster, precompute_small
 from PIL import Image
-
-from mobilesam.precompute import PrecomputeConfig, precompute
 
 HANGING = 1800
 """Seconds after which a command is taken to hang; on an idle machine none takes a fiftieth of it."""
@@ -97,10 +95,7 @@ def contents(path: Path) -> dict[str, bytes | None]:
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
     """The address of a cluster whose one worker lives in this process: no start-up to wait for."""
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+    with one_process_cluster() as cluster:
         yield cluster.scheduler_address
 
 
@@ -116,17 +111,8 @@ def run(scheduler: str, tmp_path: Path, pictures: Path) -> Callable[..., dict[st
     shards of 3, on a worker in this process."""
 
     def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "images": (pictures,),
-            "out": tmp_path / name,
-            "teacher": "vit_nano",
-            "image_size": 64,
-            "shard_size": 3,
-            "scheduler": scheduler,
-            "audit": 0,
-        }
-        observer = options.pop("observer", None)
-        return precompute(PrecomputeConfig(**(settings | options)), observer)
+        given = {"images": (pictures,), "out": tmp_path / name, "scheduler": scheduler}
+        return precompute_small(**(given | options))
 
     return run_precompute
 

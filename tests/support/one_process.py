@@ -1,0 +1,29 @@
+"""A dask cluster whose one worker lives in the test's own process: no start-up to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from distributed import LocalCluster
+
+from mobilesam.precompute import PrecomputeConfig, precompute
+
+
+@contextmanager
+def one_process_cluster() -> Iterator[LocalCluster]:
+    """The cluster, for as long as the context lasts."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as cluster:  # fmt: skip
+        yield cluster
+
+
+def precompute_small(**options: Any) -> dict[str, Any]:
+    """Precompute by vit_nano at 64 pixels, three images a shard, without an audit, unless options say otherwise;
+    `observer` may be among them. It takes about a second."""
+    settings: dict[str, Any] = {"teacher": "vit_nano", "image_size": 64, "shard_size": 3, "audit": 0}
+    observer = options.pop("observer", None)
+    return precompute(PrecomputeConfig(**(settings | options)), observer)
