@@ -58,9 +58,9 @@ def describe(check: Mapping[str, Any]) -> str:
 
 
 def _describe_audit(check: Mapping[str, Any]) -> str:
-    value, threshold = "undefined", f"{check['threshold']:g}"
-    if check["value"] is not None:
-        value, threshold = distinguishable(check["value"], check["threshold"])
+    # Not rounded as far as the value may be: a limit of 0.99999 is not 1.
+    threshold = f"{check['threshold']:g}"
+    value = "undefined" if check["value"] is None else distinguishable(check["value"], check["threshold"])[0]
     what, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
         check["metric"]
     ]

@@ -83,3 +83,9 @@ def test_an_audit_out_of_tolerance_is_a_failed_check_with_both_numbers(cosine, r
     assert (failed["check"], failed["metric"]) == ("audit", metric)
     assert told in describe(failed)
     assert "precompute" in describe(failed)
+
+
+def test_an_audits_limit_is_told_as_it_is():
+    audited = audit(0.41, 1e-6) | {"tolerance": {"cosine": 0.99999, "relative_mse": 3e-5}}
+    (failed,) = failed_checks(audit_checks(audited))
+    assert "cosine 0.41 with the teacher run anew is below 0.99999" in describe(failed)
