@@ -11,6 +11,10 @@ from .images import preprocessing_recipe as preprocessing_recipe
 from .images import resize_longest_side as resize_longest_side
 from .images import resized_size as resized_size
 from .images import valid_cells as valid_cells
+from .kept import KEPT_KIND as KEPT_KIND
+from .kept import encode_kept as encode_kept
+from .kept import refuse_keeping as refuse_keeping
+from .normalize import image_pixels as image_pixels
 from .normalize import normalize_and_pad as normalize_and_pad
 from .read import read_checked as read_checked
 from .read import read_image as read_image

@@ -58,5 +58,5 @@ def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
         head.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2]
-        raise CheckpointError(f"not a SAM head: {''.join(first).strip()}") from None
+        raise CheckpointError(f"not a SAM head: {''.join(first).strip()[:150]}") from None
     return head.requires_grad_(False).eval()

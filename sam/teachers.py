@@ -15,6 +15,7 @@ from .head import HEAD_PREFIXES, SamHead, build_head, head_shapes
 from .precision import resolve_device, resolve_precision
 from .tiny_vit import TinyViT
 from .vit import VITS, build_vit, fit_positions
+from .vit_encoder import ViTEncoder
 from .vit_nano import STORED_IMAGE_SIZE, untrained_sha256, untrained_state
 from .weights import ENCODER_PREFIX, check_state, read_state
 
@@ -36,7 +37,8 @@ class Teacher:
         untrained: its weights were never trained (vit_nano).
         checkpoint_sha256: of the whole file; for the embedded teacher, of its weights.
         positions_interpolated: its position tables were resampled for ``image_size``.
-        image_encoder: the network, in evaluation mode, parameters frozen, float32.
+        image_encoder: the network, in evaluation mode, parameters frozen. A ViT that computes in bfloat16 holds the
+            weights of its products in it; all other weights are float32.
     """
 
     name: str
@@ -71,8 +73,9 @@ class Teacher:
                 f"pixels have shape {tuple(pixels_BCHW.shape)}; {self.name} was built for {wanted}"
             )
         pixels_BCHW = pixels_BCHW.to(self.device, torch.float32, non_blocking=True)
-        low = self.precision == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+        # A ViT is bfloat16 by its own weights: casting them in each call would cost as much again as reading them.
+        cast = self.precision == "bfloat16" and not isinstance(self.image_encoder, ViTEncoder)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
             emb_BCHW = self.image_encoder(pixels_BCHW)
         return emb_BCHW.float().contiguous()
 
@@ -110,6 +113,8 @@ def load_teacher(
     resolved = resolve_precision(precision, where)
     state = _encoder_state(info, checkpoint)
     encoder, interpolated = _build_encoder(name, state, image_size)
+    if isinstance(encoder, ViTEncoder) and resolved == "bfloat16":
+        encoder.hold_in_bfloat16()
     if checkpoint_sha256 is None:
         checkpoint_sha256 = untrained_sha256() if checkpoint is None else file_sha256(checkpoint)
     return Teacher(

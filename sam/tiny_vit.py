@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PATCH = 16
-EMBEDDING_CHANNELS = 256
+from .images import PATCH
+from .neck import neck_projection, neck_rest
+
 MLP_RATIO = 4
 EXPANSION = 4
 CLASSIFIER_PREFIXES = ("head.", "norm_head.")
@@ -55,20 +56,6 @@ class ConvNorm(nn.Sequential):
         super().__init__()
         self.c = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(outputs)
-
-
-class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of an NCHW map (epsilon 1e-6, as SAM's neck has it)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-        x_BHWC = F.layer_norm(x_BHWC, self.weight.shape, self.weight, self.bias, eps=1e-6)
-        return x_BHWC.permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -231,12 +218,7 @@ class TinyViT(nn.Module):
         self.patch_embed = PatchEmbed(config.widths[0])
         self.layers = nn.ModuleList(_stage(config, index) for index in range(4))
         self.apply(_init_weights)
-        self.neck = nn.Sequential(
-            nn.Conv2d(config.widths[-1], EMBEDDING_CHANNELS, 1, bias=False),
-            LayerNorm2d(EMBEDDING_CHANNELS),
-            nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS, 3, padding=1, bias=False),
-            LayerNorm2d(EMBEDDING_CHANNELS),
-        )
+        self.neck = nn.Sequential(neck_projection(config.widths[-1]), *neck_rest())
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         if pixels_BCHW.shape[1:] != (3, self.image_size, self.image_size):

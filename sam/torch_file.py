@@ -21,6 +21,15 @@ PICKLE_MAGIC = b"\x80"
 _OLD_FORMAT = (0x1950A86A20F9469CFC6C, 1001)
 
 
+def in_torch_format(start: bytes) -> bool:
+    """Whether a file that begins with these bytes, nine or more where it has them, is one of ``torch.save``.
+
+    A safetensors file begins with a length, eight bytes of which the first may be the one that a pickle begins with;
+    then there is an object of JSON.
+    """
+    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
+
+
 def read_torch_file(path: Path) -> object:
     """What was saved: tensors on the CPU in plain containers.
 

@@ -1,19 +1,16 @@
-"""SAM's ViT image encoders, built from ``segment_anything``'s own class at any image size."""
+"""Which ViT image encoders SAM has, and their positions at any image size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 
 import torch.nn.functional as F
-from segment_anything.modeling import ImageEncoderViT
-from torch import Tensor, nn
+from torch import Tensor
 
-PATCH = 16
-WINDOW = 14
-EMBEDDING_CHANNELS = 256
+from .images import PATCH
+from .vit_encoder import ViTEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +36,13 @@ VITS: Mapping[str, ViTConfig] = MappingProxyType(
 )
 
 
-def build_vit(name: str, image_size: int) -> nn.Module:
+def build_vit(name: str, image_size: int) -> ViTEncoder:
     """SAM's image encoder ``name``: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16).
 
     Built under ``torch.device("meta")`` it costs neither memory nor initialisation.
     """
     config = VITS[name]
-    return ImageEncoderViT(
-        img_size=image_size,
-        patch_size=PATCH,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        mlp_ratio=4,
-        out_chans=EMBEDDING_CHANNELS,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=WINDOW,
-        global_attn_indexes=config.global_blocks,
-    )
+    return ViTEncoder(image_size, config.width, config.depth, config.heads, config.global_blocks)
 
 
 def fit_positions(

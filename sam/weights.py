@@ -22,8 +22,11 @@ ENCODER_PREFIX = "image_encoder."
 PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The flat state dict in a ``torch.save`` file, on the CPU.
+
+    Training scripts save it as one entry of a larger dictionary, beside other things: under the first of the names
+    in ``wrappers`` that the file has. Without names only a flat one is read.
 
     Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is
     verified first (2.4 GB take about a second once they are read); then they are mapped, so that memory holds
@@ -46,6 +49,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if error.errno == errno.EIO:
             raise CheckpointError(_damage(path, "the disk can't read it")) from None
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in wrappers if isinstance(loaded.get(key), Mapping)), loaded)
     return _tensors_only(path, loaded)
 
 

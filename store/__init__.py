@@ -10,7 +10,7 @@ from .head import encode_head
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
 from .metadata import exists
 from .reader import StoredBatch
-from .records import Audit, Counts, ImageRecord, NewImage, Problem, RowResult, Selection
+from .records import Audit, Counts, ImageRecord, KeptImage, NewImage, Problem, RowResult, Selection
 from .spec import DTYPES, PRECISIONS, StoreSpec
 from .tolerance import TOLERANCES, Tolerance, audit_summary, tolerance
 from .writer import ShardWriter, StoredRow
@@ -25,6 +25,7 @@ __all__ = [
     "Counts",
     "EmbeddingStore",
     "ImageRecord",
+    "KeptImage",
     "NewImage",
     "Problem",
     "RowResult",

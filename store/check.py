@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .durable import explained
 from .errors import StoreDamaged
+from .file_check import Finding
 from .head import read_head
 from .layout import rows_of
 from .leftovers import partial_files, unlisted_shards
@@ -22,7 +23,7 @@ from .manifest import Manifest
 from .metadata import changed_documents
 from .places import HEAD, PRIVATE
 from .records import Problem
-from .shard_check import Finding, check_shard
+from .shard_check import check_shard
 from .spec import StoreSpec
 from .tolerance import tolerance
 
@@ -93,7 +94,7 @@ def _shard_findings(store: OpenStore, progress: Tell | None) -> Iterator[Finding
 def _check_committed(store: OpenStore, shard: int) -> list[Finding]:
     """What is wrong with a shard while one and the same commit of it was listed."""
     while listing := shard_listing(store.manifest, shard, store.spec.shard_size):
-        found = check_shard(store.path, store.spec.layouts, listing)
+        found = check_shard(store.path, store.spec, listing)
         if not found:
             return []
         again = shard_listing(store.manifest, shard, store.spec.shard_size)

@@ -13,7 +13,7 @@ from .errors import MAKE_ANEW, StoreDamaged, StoreError
 BUSY_SECONDS = 300.0
 """How long a statement waits for another process's transaction; `inspect --check` reads the whole manifest in one."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Kept as SQLite's user_version; raised whenever a table changes."""
 
 _SCHEMA = f"""
@@ -31,7 +31,8 @@ CREATE TABLE shards (
     attempt TEXT NOT NULL, digest INTEGER NOT NULL);
 CREATE TABLE results (
     row INTEGER PRIMARY KEY, reason TEXT, sha256 BLOB, bytes INTEGER, height INTEGER, width INTEGER,
-    resized_height INTEGER, resized_width INTEGER, crc32c INTEGER, scales_crc32c INTEGER, digest INTEGER NOT NULL);
+    resized_height INTEGER, resized_width INTEGER, crc32c INTEGER, scales_crc32c INTEGER,
+    kept_offset INTEGER, kept_bytes INTEGER, kept_crc32c INTEGER, digest INTEGER NOT NULL);
 CREATE INDEX failed_results ON results (row) WHERE reason IS NOT NULL;
 CREATE TABLE audits (row INTEGER PRIMARY KEY, cosine REAL, relative_mse REAL);
 PRAGMA user_version = {SCHEMA_VERSION};

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import TracebackType
 
 from .draft import draft_of
-from .durable import explained, fsync_directory, write_atomic
-from .errors import StoreError
+from .durable import explained, fsync_directory, make_folder, write_atomic
+from .errors import TAKE_OUT, StoreDamaged, StoreError
 from .head import read_head, write_head
-from .layout import rows_of, shard_count
+from .kept_images import FOLDER, partial_tar_path, read_kept, tar_bytes, tar_path
+from .layout import rows_of, shard_count, shard_of
 from .leftovers import partial_files
 from .lock import WriterLock
 from .manifest import Manifest
@@ -35,18 +36,30 @@ class EmbeddingStore:
     A shard is either committed, verified and listed, or it is recomputed. Use as a context manager, or `close`.
     """
 
-    def __init__(self, path: Path, spec: StoreSpec, manifest: Manifest, lock: WriterLock | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: StoreSpec,
+        manifest: Manifest,
+        lock: WriterLock | None,
+        direct_io: bool | None = None,
+    ) -> None:
         self.path = path
         self.spec = spec
         self._manifest = manifest
         self._lock = lock
-        self._reader = DirectReader(path, spec, manifest)
+        self._reader = DirectReader(path, spec, manifest, direct=direct_io)
 
     # ---- opening
 
     @classmethod
-    def open(cls, path: Path | str, *, writable: bool = False) -> EmbeddingStore:
+    def open(
+        cls, path: Path | str, *, writable: bool = False, direct_io: bool | None = None
+    ) -> EmbeddingStore:
         """Open the store at `path`; with `writable`, as its only writer.
+
+        `direct_io`: read rows past the system's cache (O_DIRECT), where the file system can; by default in stores
+        of more than half of the machine's memory, which the cache would not keep.
 
         Raises StoreNotFound, StoreDamaged (the manifest is missing, damaged or another store's), StoreLocked.
         """
@@ -59,7 +72,7 @@ class EmbeddingStore:
         try:
             manifest = Manifest(path / MANIFEST, writable=writable)
             manifest.refuse_foreign(spec)
-            store = cls(path, spec, manifest, lock)
+            store = cls(path, spec, manifest, lock, direct_io)
             if writable:
                 store._tidy()
         except BaseException:
@@ -94,6 +107,7 @@ class EmbeddingStore:
 
     def close(self) -> None:
         """Let go of the manifest and, for a writer, of the lock; attempts that came to nothing are removed."""
+        self._reader.close()
         self._manifest.close()
         if self._lock:
             try:
@@ -140,10 +154,40 @@ class EmbeddingStore:
         """How the first set of images and each extension were chosen."""
         return self._manifest.selections()
 
-    def read(self, rows: Sequence[int]) -> StoredBatch:
+    def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
         """Embeddings of done rows, in the order given, each verified by its bytes' checksum, the one stored with
-        it, and the manifest's. Raises StoreDamaged or StoreError; safe to call from several threads."""
-        return self._reader.read(rows)
+        it, and the manifest's; into `out`, where that is given (`empty_batch` makes one to be used again).
+
+        Raises StoreDamaged or StoreError; ValueError when `out` has other shapes or dtypes. Safe to call from several
+        threads."""
+        return self._reader.read(rows, out)
+
+    def empty_batch(self, rows: int) -> StoredBatch:
+        """An uninitialised batch of so many rows, page-aligned, for `read` to fill."""
+        return self._reader.empty(rows)
+
+    def read_image(self, row: int) -> bytes:
+        """The image file that is kept of a done row, its bytes verified against the manifest.
+
+        Raises StoreDamaged or StoreError; ValueError in a store that keeps no images. Safe to call from several
+        threads."""
+        try:
+            return self._read_image(row)
+        except StoreError:
+            # A writer may have committed the shard anew between the listing and the file.
+            return self._read_image(row)
+
+    def _read_image(self, row: int) -> bytes:
+        if self.spec.kept_images is None:
+            raise ValueError(f"{self.path} keeps no images")
+        path = tar_path(self.path, shard_of(row, self.spec.shard_size))
+        record = self._manifest.records(rows=range(row, row + 1))[0]
+        if record.status != "done":
+            raise StoreError(f"row {row} of {self.path} is not done (its image is pending or failed)")
+        if record.kept is None:
+            raise StoreDamaged(f"{path}, row {row} ({record.key!r}): the manifest lists no image; {TAKE_OUT}")
+        with explained(path):
+            return read_kept(path, record.key, row, record.kept)
 
     def committed_shards(self) -> dict[int, int]:
         """Every committed shard, with the number of rows that it was committed with."""
@@ -187,23 +231,35 @@ class EmbeddingStore:
         assert [result.row for result in results] == list(rows), (
             "results must cover the shard's rows in order"
         )
-        moves = []
-        for layout in self.spec.layouts:
-            attempted = partial_path(self.path, layout, shard, attempt)
+        moves = self._moves(shard, attempt, results)
+        for attempted, _, expected in moves:
             with explained(attempted):
                 size = attempted.stat().st_size
-            if size != layout.file_bytes(len(rows)):
-                raise StoreError(
-                    f"{attempted} has {size} bytes instead of {layout.file_bytes(len(rows))}: run again"
-                )
-            moves.append((attempted, self.path / layout.name / layout.file_name(shard)))
+            if size != expected:
+                raise StoreError(f"{attempted} has {size} bytes instead of {expected}: run again")
         with explained(self.path):
-            # Scales first: a row exists for other Zarr readers only when both files are there.
-            for attempted, place in reversed(moves):
+            # Embeddings last: a row exists for other Zarr readers only when all its files are there.
+            for attempted, place, _ in reversed(moves):
                 os.rename(attempted, place)
                 fsync_directory(place.parent)
         self._manifest.commit_shard(shard, attempt, results)
         self._reader.forget(shard)
+
+    def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:
+        """The files of an attempt: where each is, where it belongs, and the length that it has when it is whole."""
+        moves = [
+            (
+                partial_path(self.path, layout, shard, attempt),
+                self.path / layout.name / layout.file_name(shard),
+                layout.file_bytes(len(results)),
+            )
+            for layout in self.spec.layouts
+        ]
+        if self.spec.kept_images is not None:
+            kept = [result.kept for result in results if result.kept is not None]
+            attempted = partial_tar_path(self.path, shard, attempt)
+            moves.append((attempted, tar_path(self.path, shard), tar_bytes(kept)))
+        return moves
 
     def withdraw(self, shards: Iterable[int]) -> None:
         """Unlist shards before they are computed anew; their rows are pending from then on."""
@@ -253,6 +309,8 @@ class EmbeddingStore:
         with explained(self.path):
             self._remove_partials()
             write_documents(self.path, self._manifest.documents())
+            if self.spec.kept_images is not None:
+                make_folder(self.path / FOLDER)
 
     def _remove_partials(self) -> None:
         for leftover in partial_files(self.path, self.spec.layouts):

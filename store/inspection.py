@@ -16,6 +16,7 @@ from .check import OpenStore, full_problems, quick_problems
 from .command import precompute_command
 from .durable import explained
 from .errors import StoreDamaged, StoreError, StoreNotFound
+from .kept_images import FOLDER
 from .layout import shard_count
 from .lock import WriterLock
 from .manifest import Manifest
@@ -118,6 +119,7 @@ def _description(store: OpenStore) -> dict[str, Any]:
         "shards": {"committed": len(committed), "all": shard_count(counts.rows, spec.shard_size)},
         "subset": {"fraction": selection.fraction, "seed": selection.seed, "limit": selection.limit},
         "image_root": spec.image_root,
+        "kept_images": spec.kept_images,
         "versions": dict(spec.versions),
         "audit": audit_summary(manifest.audits(), tolerance(spec.dtype, spec.precision)),
         "writer": store.writer(),
@@ -127,6 +129,8 @@ def _description(store: OpenStore) -> dict[str, Any]:
 def _bytes_on_disk(store: OpenStore) -> int:
     """The lengths of all the store's files together."""
     folders = [store.path, store.path / PRIVATE, *(store.path / layout.name for layout in store.spec.layouts)]
+    if store.spec.kept_images is not None:
+        folders.append(store.path / FOLDER)
     return sum(_file_bytes(folder) for folder in folders)
 
 

@@ -7,10 +7,13 @@ import re
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
+from .kept_images import FOLDER
 from .layout import ArrayLayout
 from .places import PRIVATE
 
 _DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
+_TAR = re.compile(r"(0|[1-9]\d*)\.tar")
+_PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
 _PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
 
 
@@ -18,6 +21,7 @@ def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]
     """What writing leaves behind when it is cut short. With a live writer it may be at work on them."""
     yield from _matching(store, _DOCUMENT)
     yield from _matching(store / PRIVATE, _PRIVATE)
+    yield from _matching(store / FOLDER, _PARTIAL_TAR)
     for layout in layouts:
         zeros = r"\.0" * len(layout.item_shape)
         attempt = re.compile(rf"c\.\d+{zeros}\.[^.]+\.partial|{_DOCUMENT.pattern}")
@@ -35,6 +39,9 @@ def unlisted_shards(
             shard = int(path.name.split(".")[1])
             if shard not in listed:
                 yield shard, path
+    for path in _matching(store / FOLDER, _TAR):
+        if int(path.stem) not in listed:
+            yield int(path.stem), path
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:

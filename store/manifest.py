@@ -301,7 +301,9 @@ class Manifest:
                 "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?)",
                 (*shard_fields, shard_digest(shard_fields, (fields[-1] for fields in listed))),
             )
-            connection.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", listed)
+            connection.executemany(
+                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", listed
+            )
 
     def withdraw_shard(self, shard: int, rows: range) -> None:
         """Unlist a shard: its rows are pending again, their audits forgotten."""

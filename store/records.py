@@ -34,11 +34,20 @@ class NewImage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptImage:
+    """Where in its shard's tar an image file lies, in bytes, and the crc32c of it."""
+
+    offset: int
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowResult:
     """What a worker learned of one image, committed with its shard.
 
     A failed image has a `reason` and no checksum; its hash and sizes are there as far as they could be learned.
-    Sizes are (height, width) in pixels; `bytes` is the file's length.
+    Sizes are (height, width) in pixels; `bytes` is the file's length; `kept` is there in stores that keep images.
     """
 
     row: int
@@ -49,6 +58,7 @@ class RowResult:
     resized_size: tuple[int, int] | None = None
     crc32c: int | None = None
     scales_crc32c: int | None = None
+    kept: KeptImage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +75,7 @@ class ImageRecord:
     resized_size: tuple[int, int] | None
     crc32c: int | None
     scales_crc32c: int | None
+    kept: KeptImage | None
     offset: int | None
     size: int
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from .check import OpenStore, Tell, full_problems, is_past_trust, quick_problems
 from .durable import explained
 from .errors import StoreDamaged
+from .kept_images import tar_path
 from .listing import integrity_errors
 from .metadata import changed_documents, documents_of, write_documents
 from .records import Problem
@@ -85,6 +86,7 @@ def _remove_files(store: OpenStore, shards: Sequence[int], problems: Sequence[Pr
         for shard in shards
         for layout in store.spec.layouts
     ]
+    places += [tar_path(store.path, shard) for shard in shards if store.spec.kept_images is not None]
     places += [Path(problem.file) for problem in problems if problem.kind == "orphan" and problem.file]
     removed = []
     for path in places:

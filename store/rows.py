@@ -6,11 +6,11 @@ import os
 
 from .digests import row_digest
 from .errors import StoreDamaged
-from .records import ImageRecord, RowResult
+from .records import ImageRecord, KeptImage, RowResult
 
 _SELECT = """
 SELECT row, key, size, "offset", reason, sha256, bytes, height, width, resized_height, resized_width, crc32c,
-       scales_crc32c, results.row IS NOT NULL, results.digest
+       scales_crc32c, kept_offset, kept_bytes, kept_crc32c, results.row IS NOT NULL, results.digest
 """
 
 SELECT_RECORDS = f"{_SELECT} FROM images LEFT JOIN results USING (row)"
@@ -23,7 +23,7 @@ def record_of(fields: tuple) -> ImageRecord:
     """The record in a row of one of these; StoreDamaged when it isn't what was committed."""
     *content, listed, digest = fields
     (row, key, size, offset, reason, sha256, length, height, width, resized_height, resized_width,
-     crc, scales_crc) = content  # fmt: skip
+     crc, scales_crc, *kept) = content  # fmt: skip
     if not isinstance(key, bytes) or (listed and row_digest(tuple(content)) != digest):
         raise StoreDamaged(
             f"the manifest's row {row} is damaged (its checksum is not that of its fields): take its shard out with "
@@ -40,6 +40,7 @@ def record_of(fields: tuple) -> ImageRecord:
         resized_size=None if resized_height is None else (resized_height, resized_width),
         crc32c=crc,
         scales_crc32c=scales_crc,
+        kept=None if kept[0] is None else KeptImage(offset=kept[0], bytes=kept[1], crc32c=kept[2]),
         offset=offset,
         size=size,
     )
@@ -47,6 +48,7 @@ def record_of(fields: tuple) -> ImageRecord:
 
 def result_fields(result: RowResult) -> tuple:
     """A result as the table `results` holds it, less the digest."""
+    kept = result.kept
     return (
         result.row,
         result.reason,
@@ -56,4 +58,5 @@ def result_fields(result: RowResult) -> tuple:
         *(result.resized_size or (None, None)),
         result.crc32c,
         result.scales_crc32c,
+        *((kept.offset, kept.bytes, kept.crc32c) if kept else (None, None, None)),
     )

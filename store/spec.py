@@ -24,6 +24,7 @@ _COMPARED = (
     "dtype",
     "precision",
     "shard_size",
+    "kept_images",
 )
 
 
@@ -37,9 +38,9 @@ class StoreSpec:
     """The immutable description of a store, kept in the Zarr group's attributes under `mobilesam`.
 
     `image_size` is the side in pixels of the teacher's square input, `positions_interpolated` whether its position
-    tables had to be resampled for it; `precision` the arithmetic as resolved,
-    never `auto`; `subset` the fraction and seed that chose the first set of images; `image_root` the absolute
-    folder that keys are relative to.
+    tables had to be resampled for it; `precision` the arithmetic as resolved, never `auto`; `kept_images` the kind of
+    file (as "webp") that resized images are kept as beside their embeddings, None where they aren't; `subset` the
+    fraction and seed that chose the first set of images; `image_root` the absolute folder that keys are relative to.
     """
 
     store_id: str
@@ -54,6 +55,7 @@ class StoreSpec:
     dtype: str
     precision: str
     shard_size: int
+    kept_images: str | None = None
     subset: Mapping[str, Any]
     image_root: str
     versions: Mapping[str, str]
@@ -95,6 +97,8 @@ class StoreSpec:
                 f"the store has format {version!r}, this program reads format {FORMAT_VERSION}: "
                 "use the version that wrote it"
             )
+        # Stores of versions before images could be kept say nothing of them; their manifests say the rest.
+        value = {"kept_images": None, **value}
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
         if missing:

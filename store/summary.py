@@ -32,6 +32,8 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     limit = "" if subset["limit"] is None else f", at most {subset['limit']:,}"
     yield f"subset        {chosen}{limit}"
     yield f"image root    {_shown(result['image_root'])}"
+    if result["kept_images"] is not None:
+        yield f"kept images   {result['kept_images']}, resized: training and verifying need no other"
     yield f"written with  {', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
     yield f"audit         {_audit(result['audit'])}"
     if result["writer"]:

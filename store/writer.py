@@ -11,30 +11,46 @@ from types import TracebackType
 import numpy as np
 
 from .durable import explained
+from .kept_images import BLOCK, END, header, padding, partial_tar_path
 from .layout import CHECKSUM_BYTES, ArrayLayout, crc32c
 from .quantize import quantize
+from .records import KeptImage
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRow:
-    """Checksums of a row as written: of the embedding's payload, and of its scales where there are any."""
+    """Checksums of a row as written: of the embedding's payload, and of its scales where there are any; `kept` tells
+    of its image, in stores that keep images."""
 
     crc32c: int
     scales_crc32c: int | None
+    kept: KeptImage | None
 
 
 class ShardWriter:
-    """Streams rows into `SHARD.ATTEMPT.partial`, one file per array of the store.
+    """Streams rows into `SHARD.ATTEMPT.partial`, one file per array of the store, and their images into a tar where
+    the store keeps them (as files of the kind `kept_images`).
 
     Use as a context manager: leaving it by an exception, or without `finish`, removes the partial files.
     """
 
     def __init__(
-        self, store: Path, layouts: Sequence[ArrayLayout], shard: int, attempt: str, slots: int
+        self,
+        store: Path,
+        layouts: Sequence[ArrayLayout],
+        shard: int,
+        attempt: str,
+        slots: int,
+        kept_images: str | None = None,
     ) -> None:
         self._layouts = layouts
         self._slots = slots
+        self._first_row = shard * layouts[0].shard_size
+        self._kept_images = kept_images
+        self._kept_end = 0
         self._paths = [partial_path(store, layout, shard, attempt) for layout in layouts]
+        if kept_images is not None:
+            self._paths.append(partial_tar_path(store, shard, attempt))
         self._present: list[int] = []
         self._finished = False
         self._descriptors: list[int] = []
@@ -49,27 +65,45 @@ class ShardWriter:
             raise
         return self
 
-    def add(self, slot: int, emb_CHW: np.ndarray) -> StoredRow:
-        """Write one embedding, float32 (256, grid, grid), in the store's dtype.
+    def add(self, slot: int, emb_CHW: np.ndarray, image: bytes | None = None) -> StoredRow:
+        """Write one embedding, float32 (256, grid, grid), in the store's dtype; with `image`, the file that it is of,
+        as a store that keeps images wants. One thread at a time.
 
         Raises ValueError when a value is NaN or infinite, before or after the conversion.
         """
         if emb_CHW.shape != self._layouts[0].item_shape:
             raise ValueError(f"the embedding has shape {emb_CHW.shape}, not {self._layouts[0].item_shape}")
         items = _encode(emb_CHW, self._layouts[0].dtype)
+        descriptors = self._descriptors[: len(items)]
         with explained(self._paths[0]):
             checksums = [
                 _write_chunk(descriptor, slot * layout.stride, item)
-                for descriptor, layout, item in zip(self._descriptors, self._layouts, items, strict=True)
+                for descriptor, layout, item in zip(descriptors, self._layouts, items, strict=True)
             ]
+        kept = self._keep(slot, image)
         self._present.append(slot)
-        return StoredRow(crc32c=checksums[0], scales_crc32c=checksums[1] if len(checksums) > 1 else None)
+        scales = checksums[1] if len(checksums) > 1 else None
+        return StoredRow(crc32c=checksums[0], scales_crc32c=scales, kept=kept)
+
+    def _keep(self, slot: int, image: bytes | None) -> KeptImage | None:
+        assert (image is None) == (self._kept_images is None), "images are kept of all rows, or of none"
+        if self._kept_images is None or image is None:
+            return None
+        head = header(self._first_row + slot, self._kept_images, len(image))
+        with explained(self._paths[-1]):
+            _write_all(self._descriptors[-1], [head, image, bytes(padding(len(image)))], self._kept_end)
+        kept = KeptImage(offset=self._kept_end + BLOCK, bytes=len(image), crc32c=crc32c(image))
+        self._kept_end += BLOCK + len(image) + padding(len(image))
+        return kept
 
     def finish(self) -> None:
         """Write the indexes and make the files durable; the coordinator may then put them in their place."""
-        for descriptor, layout in zip(self._descriptors, self._layouts, strict=True):
-            with explained(self._paths[0]):
-                _write_all(descriptor, [layout.encode_index(self._present)], self._slots * layout.stride)
+        ends = [(layout.encode_index(self._present), self._slots * layout.stride) for layout in self._layouts]
+        if self._kept_images is not None:
+            ends.append((END, self._kept_end))
+        for path, descriptor, (end, offset) in zip(self._paths, self._descriptors, ends, strict=True):
+            with explained(path):
+                _write_all(descriptor, [end], offset)
                 os.fsync(descriptor)
         self._finished = True
 

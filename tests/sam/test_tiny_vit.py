@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+import textwrap
+import types
 import warnings
 
 import pytest
@@ -52,14 +55,15 @@ def pixels(image_size: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(5))
 
 
-def upstream_forward(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Upstream's forward without its fixed 64 x 64 view: the same modules, called in the same order."""
-    x = network.patch_embed(x)
-    for layer in network.layers:
-        x = layer(x)
-    batch, tokens, channels = x.shape
-    side = int(tokens**0.5)
-    return network.neck(x.view(batch, side, side, channels).permute(0, 3, 1, 2))
+def any_size(network: torch.nn.Module) -> torch.nn.Module:
+    """Upstream's network, its own forward changed in the one place where it takes the grid to be 64 x 64."""
+    source = textwrap.dedent(inspect.getsource(upstream.TinyViT.forward_features))
+    fixed, free = "x.view(B, 64, 64, C)", "x.view(B, round(_ ** 0.5), round(_ ** 0.5), C)"
+    assert source.count(fixed) == 1
+    changed: dict[str, types.FunctionType] = {}
+    exec(source.replace(fixed, free), vars(upstream), changed)
+    network.forward_features = types.MethodType(changed["forward_features"], network)  # type: ignore[assignment]
+    return network
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -67,7 +71,7 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def pair(image_size: int, variant: str = "5m") -> tuple[torch.nn.Module, TinyViT]:
-    theirs = upstream_tiny_vit(variant, image_size)
+    theirs = any_size(upstream_tiny_vit(variant, image_size))
     state = lively_state(theirs)
     theirs.load_state_dict(state)
     ours = TinyViT(image_size, variant)
@@ -90,6 +94,7 @@ def test_keys_and_shapes_are_upstreams_without_the_classifier(variant: str) -> N
 
 def test_one_forward_at_1024_equals_upstreams_own() -> None:
     theirs, ours = pair(1024)
+    theirs.forward_features = types.MethodType(upstream.TinyViT.forward_features, theirs)  # type: ignore[assignment]
     x = pixels(1024)
     with torch.no_grad():
         wanted, found = theirs(x), ours(x)
@@ -97,22 +102,67 @@ def test_one_forward_at_1024_equals_upstreams_own() -> None:
     assert relative_error(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize(("image_size", "variant"), [(256, "5m"), (320, "5m"), (112, "5m"), (128, "21m")])
-def test_other_sizes_equal_upstreams_modules_in_evaluation(image_size: int, variant: str) -> None:
+SIZES = [(64, "5m"), (112, "5m"), (256, "5m"), (320, "5m"), (128, "11m"), (128, "21m")]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("image_size", "variant"), SIZES)
+def test_other_sizes_and_variants_equal_upstreams_own_forward(
+    image_size: int, variant: str, training: bool
+) -> None:
     theirs, ours = pair(image_size, variant)
+    theirs.train(training)
+    ours.train(training)
     x = pixels(image_size, batch=2)
     with torch.no_grad():
-        assert relative_error(ours(x), upstream_forward(theirs, x)) < 1e-5
+        wanted, found = theirs(x), ours(x)
+    assert found.shape == (2, 256, image_size // 16, image_size // 16)
+    assert relative_error(found, wanted) < 1e-5
+    statistics = dict(theirs.named_buffers())
+    for key, buffer in ours.named_buffers():
+        if "running" in key:
+            torch.testing.assert_close(buffer, statistics[key], rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_and_batch_statistics_equal_upstreams_in_training() -> None:
-    theirs, ours = pair(128)
-    theirs.train()
-    ours.train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_upstream_computes_the_same_from_our_weights(variant: str) -> None:
+    ours = TinyViT(128, variant)
+    ours.load_state_dict(lively_state(ours))
+    theirs = any_size(upstream_tiny_vit(variant, 128))
+    classifier = {key: v for key, v in theirs.state_dict().items() if key.startswith(CLASSIFIER_PREFIXES)}
+    theirs.load_state_dict({**ours.state_dict(), **classifier}, strict=True)
+    x = pixels(128)
+    with torch.no_grad():
+        assert relative_error(ours.eval()(x), theirs.eval()(x)) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_in_float64_are_upstreams(variant: str, training: bool) -> None:
+    theirs, ours = (network.double().train(training) for network in pair(64, variant))
+    x = pixels(64, batch=2).double()
+    target = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    # Where it evaluates, upstream uses biases gathered before, which have no gradient.
+    gathered = set() if training else {key for key, _ in ours.named_parameters() if "attention_biases" in key}
+    for network in (theirs, ours):
+        (network(x) - target).square().mean().backward()
+    wanted = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    largest = max(float(g.norm()) for g in wanted.values() if g is not None)
+    for key, parameter in ours.named_parameters():
+        if key in gathered:
+            continue
+        assert parameter.grad is not None, key
+        error = float((parameter.grad - wanted[key]).norm())
+        # The floor is for biases before a batch norm, whose true gradient is zero.
+        assert error < 1e-9 * float(wanted[key].norm()) + 1e-12 * largest, key
+
+
+def test_gradients_in_float32_are_upstreams_but_for_rounding() -> None:
+    theirs, ours = (network.train() for network in pair(128))
     x = pixels(128, batch=2)
     target = torch.randn(2, 256, 8, 8, generator=torch.Generator().manual_seed(9))
-    (upstream_forward(theirs, x) - target).square().mean().backward()
-    (ours(x) - target).square().mean().backward()
+    for network in (theirs, ours):
+        (network(x) - target).square().mean().backward()
     wanted = {key: value.grad for key, value in theirs.named_parameters() if value.grad is not None}
     largest = max(float(gradient.norm()) for gradient in wanted.values())
     for key, parameter in ours.named_parameters():
@@ -120,10 +170,6 @@ def test_gradients_and_batch_statistics_equal_upstreams_in_training() -> None:
         # The floor is for biases before a batch norm: their true gradient is zero, what is seen is rounding.
         allowed = 1e-3 * float(wanted[key].norm()) + 1e-6 * largest
         assert float((parameter.grad - wanted[key]).norm()) < allowed, key
-    buffers = dict(theirs.named_buffers())
-    for key, buffer in ours.named_buffers():
-        if "running" in key:
-            torch.testing.assert_close(buffer, buffers[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("image_size", [16, 48, 240, 512])
@@ -146,7 +192,7 @@ def test_weights_loaded_in_evaluation_mode_take_effect() -> None:
     x = pixels(112)
     with torch.no_grad():
         assert torch.equal(ours(x), fresh.eval()(x))
-        assert relative_error(ours(x), upstream_forward(theirs, x)) > 1e-3
+        assert relative_error(ours(x), theirs(x)) > 1e-3
 
 
 def test_evaluation_of_an_image_does_not_depend_on_its_batch() -> None:

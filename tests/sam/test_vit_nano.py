@@ -47,7 +47,10 @@ def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
 def test_its_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
     encoder = build_vit("vit_nano", 512)
     assert 1_500_000 < sum(parameter.numel() for parameter in encoder.parameters()) < 2_000_000
-    assert [block.window_size for block in encoder.blocks] == [14, 0, 14, 0]
+    assert [(block.attn.windowed, block.attn.side) for block in encoder.blocks] == [
+        (True, 14),
+        (False, 32),
+    ] * 2
     assert set(shapes()) == {f"image_encoder.{key}" for key in encoder.state_dict()} | set(head_shapes())
 
 

@@ -552,7 +552,7 @@ def test_a_shard_is_checked_in_the_memory_of_one_row(tmp_path: Path) -> None:
         listing = shard_listing(store._manifest, 0, rows)
     assert listing is not None
     tracemalloc.start()
-    assert check_shard(path, spec.layouts, listing) == []
+    assert check_shard(path, spec, listing) == []
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2.5 * emb_CHW.nbytes

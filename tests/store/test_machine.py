@@ -6,9 +6,11 @@ after a repair and a resume everything is as if nothing had happened.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sqlite3
+import tarfile
 import tempfile
 import zlib
 from contextlib import closing, suppress
@@ -27,7 +29,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from small_store import EVERYTHING, HEAD, SHARD_SIZE, compute, images, make_spec
+from small_store import EVERYTHING, HEAD, SHARD_SIZE, compute, images, make_spec, picture
 
 from mobilesam.store import EmbeddingStore, ShardWriter, StoreError
 from mobilesam.store.inspection import inspect_store
@@ -52,7 +54,7 @@ def _embedding(row: int) -> np.ndarray:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """An int8 store (two arrays) in shards of three."""
+    """An int8 store (two arrays) that keeps images, in shards of three."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +85,8 @@ class StoreMachine(RuleBasedStateMachine):
         return [shard for shard in self._shards() if shard not in self.committed]
 
     def _file(self, shard: int, array: int) -> Path:
+        if array == len(self.spec.layouts):
+            return self.path / "embeddings" / "mobilesam" / "images" / f"{shard}.tar"
         layout = self.spec.layouts[array]
         return self.path / layout.name / layout.file_name(shard)
 
@@ -104,27 +108,40 @@ class StoreMachine(RuleBasedStateMachine):
                 start = slot * layout.stride
                 if data[start : start + len(whole)] != whole:
                     return True
-        return False
+        path, tar = self._file(shard, len(self.spec.layouts)), self._tar(shard)
+        return not path.exists() or path.read_bytes() != tar
+
+    def _tar(self, shard: int) -> bytes:
+        """The shard's images, as Python itself writes a tar of them."""
+        file, size = io.BytesIO(), 0
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row in self._rows(shard):
+                if row not in FAILING:
+                    member = tarfile.TarInfo(f"{row:012d}.webp")
+                    member.size = len(picture(row))
+                    tar.addfile(member, io.BytesIO(picture(row)))
+            size = tar.offset
+        # It fills up what it writes to a tape's blocks.
+        return file.getvalue()[: size + 2 * tarfile.BLOCKSIZE]
 
     def _damaged(self) -> set[int]:
         return {shard for shard in self.committed if self._is_damaged(shard)}
 
     def _orphans(self) -> set[str]:
-        unlisted = {
-            str(path)
-            for path in self.path.glob("*/c.*.0")
-            if int(path.name.split(".")[1]) not in self.committed
-        }
+        unlisted = {str(path) for path in self._files() if self._shard(path) not in self.committed}
         return unlisted | {str(path) for path in self.path.rglob("*.partial")}
 
     def _files(self) -> list[Path]:
-        return sorted(self.path.glob("*/c.*.0"))
+        return sorted([*self.path.glob("*/c.*.0"), *self.path.rglob("*.tar")])
+
+    def _shard(self, path: Path) -> int:
+        return int(path.stem if path.suffix == ".tar" else path.name.split(".")[1])
 
     # ---- what happens to a store
 
     @initialize(rows=st.integers(1, 8), done=st.booleans())
     def create(self, rows: int, done: bool) -> None:
-        self.spec = make_spec(dtype="int8")
+        self.spec = make_spec(dtype="int8", kept_images="webp")
         EmbeddingStore.create(self.path, self.spec, images(rows), EVERYTHING, HEAD).close()
         self._grow(rows)
         if done:
@@ -152,7 +169,9 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self._pending())
     @rule(
         which=numbers,
-        step=st.sampled_from(["writing", "finished", "first rename", "second rename", "listing", "listed"]),
+        step=st.sampled_from(
+            ["writing", "finished", "1 rename", "2 renames", "3 renames", "listing", "listed"]
+        ),
     )
     def kill_in_a_commit(self, which: int, step: str) -> None:
         shard = self._pending()[which % len(self._pending())]
@@ -170,15 +189,17 @@ class StoreMachine(RuleBasedStateMachine):
         if step == "writing":
             self.attempts += 1
             rows = self._rows(shard)
-            writer = ShardWriter(self.path, self.spec.layouts, shard, f"k{self.attempts}", len(rows))
+            writer = ShardWriter(
+                self.path, self.spec.layouts, shard, f"k{self.attempts}", len(rows), self.spec.kept_images
+            )
             writer.__enter__()
-            writer.add(0, _embedding(rows[0]))
+            writer.add(0, _embedding(rows[0]), picture(rows[0]))
             writer._close()
         elif step == "finished":
             with mock.patch.object(store, "commit", side_effect=_Killed):
                 self._compute(store, [shard])
-        elif step in ("first rename", "second rename"):
-            renames = [_Killed] if step == "first rename" else [mock.DEFAULT, _Killed]
+        elif "rename" in step:
+            renames = [*[mock.DEFAULT] * (int(step[0]) - 1), _Killed]
             with mock.patch("os.rename", wraps=os.rename, side_effect=renames):
                 self._compute(store, [shard])
         elif step == "listing":
@@ -219,7 +240,7 @@ class StoreMachine(RuleBasedStateMachine):
             path.unlink()
 
     @precondition(lambda self: len(self._shards()) > 1)
-    @rule(which=numbers, further=numbers, array=st.integers(0, 1), copy=st.booleans())
+    @rule(which=numbers, further=numbers, array=st.integers(0, 2), copy=st.booleans())
     def swap(self, which: int, further: int, array: int, copy: bool) -> None:
         shards = self._shards()
         place = which % len(shards)
@@ -294,6 +315,21 @@ class StoreMachine(RuleBasedStateMachine):
                 assert batch.scales.tobytes() == scales
 
     @invariant()
+    def an_image_is_read_as_it_must_be_or_not_at_all(self) -> None:
+        damaged = self._damaged()
+        with EmbeddingStore.open(self.path) as store:
+            for row in self.content:
+                shard = row // SHARD_SIZE
+                try:
+                    data = store.read_image(row)
+                except StoreError:
+                    assert shard in damaged or shard not in self.committed or row in FAILING, row
+                    continue
+                assert shard in self.committed
+                assert row not in FAILING
+                assert data == picture(row)
+
+    @invariant()
     def a_check_finds_the_damage_that_there_is(self) -> None:
         problems = inspect_store(self.path, check=True)["problems"]
         assert {p["shard"] for p in problems if p["kind"] != "orphan"} == self._damaged()
@@ -305,7 +341,7 @@ class StoreMachine(RuleBasedStateMachine):
         good = {
             path: (path.stat().st_ino, path.stat().st_mtime_ns, zlib.crc32(path.read_bytes()))
             for path in self._files()
-            if int(path.name.split(".")[1]) in self.committed - damaged
+            if self._shard(path) in self.committed - damaged
         }
         result = inspect_store(self.path, repair=True)
         assert result["problems"] == []

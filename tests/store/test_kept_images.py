@@ -1,0 +1,149 @@
+"""Images kept in a store: written with their embeddings, read back, and every damage to them told."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zarr
+from small_store import compute, embeddings, images, picture
+
+from mobilesam.store import EmbeddingStore, Selection, StoreDamaged, StoreError, StoreMismatch
+from mobilesam.store.inspection import inspect_store
+from mobilesam.store.kept_images import FOLDER
+from mobilesam.store.summary import inspection_lines
+
+NewStore = Callable[..., EmbeddingStore]
+FAILED = 4
+
+
+@pytest.fixture
+def store(new_store: NewStore) -> EmbeddingStore:
+    """A store that keeps images, row 4 failed, open for writing."""
+    store = new_store(kept_images="webp")
+    compute(store, embeddings(), failed=[FAILED])
+    return store
+
+
+def _tar(store: EmbeddingStore, shard: int) -> Path:
+    return store.path / FOLDER / f"{shard}.tar"
+
+
+def _found(store: EmbeddingStore) -> list[tuple[str, int | None, int | None]]:
+    return [(p["kind"], p["shard"], p["row"]) for p in inspect_store(store.path, check=True)["problems"]]
+
+
+def test_every_image_comes_back_as_it_was_kept(store: EmbeddingStore) -> None:
+    for row in set(range(8)) - {FAILED}:
+        assert store.read_image(row) == picture(row)
+    with pytest.raises(StoreError, match=r"row 4 of .* is not done"):
+        store.read_image(FAILED)
+
+
+def test_any_tar_program_finds_them_by_row(store: EmbeddingStore) -> None:
+    found = {}
+    for shard in range(3):
+        with tarfile.open(_tar(store, shard)) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    assert found == {f"{row:012d}.webp": picture(row) for row in range(8) if row != FAILED}
+
+
+def test_zarr_readers_see_nothing_of_them(store: EmbeddingStore, recwarn: pytest.WarningsRecorder) -> None:
+    group = zarr.open_group(store.path, mode="r")
+    assert [name for name, _ in group.members()] == ["embeddings"]
+    assert not list(recwarn)
+
+
+def test_a_store_that_keeps_none_has_none(full_store: EmbeddingStore) -> None:
+    assert not (full_store.path / FOLDER).exists()
+    assert all(record.kept is None for record in full_store.records())
+    with pytest.raises(ValueError, match="keeps no images"):
+        full_store.read_image(0)
+
+
+def test_inspect_tells_of_them_and_counts_their_bytes(store: EmbeddingStore) -> None:
+    store.close()
+    result = inspect_store(store.path, check=True)
+    assert result["kept_images"] == "webp"
+    assert result["bytes"] == sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    assert result["problems"] == []
+    assert any("kept images   webp" in line for line in inspection_lines(result))
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "row"),
+    [(5, "checksum", 3), (512 + 7, "checksum", 3), (-1, "checksum", None), (-1025, "checksum", 5)],
+    ids=["a member's name", "a member's bytes", "the end", "what fills up the last member"],
+)
+def test_every_flipped_bit_is_found(store: EmbeddingStore, place: int, kind: str, row: int | None) -> None:
+    path = _tar(store, 1)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+    store.close()
+    assert _found(store) == [(kind, 1, row)]
+
+
+def test_a_flipped_bit_of_an_image_is_never_read_as_data(store: EmbeddingStore) -> None:
+    path = _tar(store, 1)
+    data = bytearray(path.read_bytes())
+    data[512 + 7] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(StoreDamaged, match=r"1\.tar, row 3 .* not the one that was committed.*--repair"):
+        store.read_image(3)
+    assert store.read_image(5) == picture(5)
+
+
+def test_missing_cut_and_swapped_tars_are_found_and_mended(store: EmbeddingStore) -> None:
+    _tar(store, 0).unlink()
+    _tar(store, 1).write_bytes(_tar(store, 1).read_bytes()[:-600])
+    with pytest.raises(StoreError, match=r"0\.tar"):
+        store.read_image(0)
+    store.close()
+    assert _found(store) == [("missing", 0, None), ("short", 1, None)]
+    whole = _tar(store, 2)
+    before = whole.stat().st_ino, whole.read_bytes()
+    assert inspect_store(store.path, repair=True)["repaired"]["withdrawn"] == [0, 1]
+    with EmbeddingStore.open(store.path, writable=True) as again:
+        compute(again, embeddings(), failed=[FAILED])
+    assert _found(store) == []
+    assert (whole.stat().st_ino, whole.read_bytes()) == before
+
+
+def test_a_tar_of_another_shard_is_told(store: EmbeddingStore) -> None:
+    first, second = _tar(store, 0).read_bytes(), _tar(store, 2).read_bytes()
+    _tar(store, 0).write_bytes(second)
+    with pytest.raises(StoreDamaged, match="row 1"):
+        store.read_image(1)
+    _tar(store, 0).write_bytes(first)
+    assert store.read_image(1) == picture(1)
+
+
+def test_an_extension_keeps_its_images_too(store: EmbeddingStore) -> None:
+    store.extend(images(10)[8:], Selection(fraction=1.0, seed=0, limit=None))
+    compute(store, embeddings(10), failed=[FAILED])
+    assert [store.read_image(row) for row in (7, 8, 9)] == [picture(row) for row in (7, 8, 9)]
+
+
+def test_what_a_killed_attempt_left_is_removed(store: EmbeddingStore) -> None:
+    leftover = store.path / FOLDER / "1.tar.abc.partial"
+    unlisted = store.path / FOLDER / "9.tar"
+    other = store.path / FOLDER / "notes.txt"
+    for path in (leftover, unlisted, other):
+        path.write_bytes(b"x")
+    store.close()
+    assert not leftover.exists(), "the writer takes its own away when it closes"
+    assert _found(store) == [("orphan", 9, None)]
+    inspect_store(store.path, repair=True)
+    assert (unlisted.exists(), other.exists()) == (False, True)
+
+
+def test_keeping_images_is_part_of_what_a_store_is(full_store: EmbeddingStore) -> None:
+    full_store.spec.refuse_differences(full_store.path, {"kept_images": None})
+    with pytest.raises(StoreMismatch, match="kept_images: store None, asked 'webp'"):
+        full_store.spec.refuse_differences(full_store.path, {"kept_images": "webp"})
