@@ -83,14 +83,9 @@ def _why_not(record: ImageRecord, loaded: LoadedImage) -> str | None:
 
 
 def _embed(teacher: Teacher, loaded: LoadedImage) -> np.ndarray:
-    import torch
-
-    from ..sam import normalize_and_pad, place_on_canvas
+    from ..sam import image_pixels
 
     assert loaded.decoded is not None
-    canvas_HWC = np.zeros((teacher.image_size, teacher.image_size, 3), dtype=np.uint8)
-    place_on_canvas(loaded.decoded, canvas_HWC)
-    sizes_12 = torch.tensor([loaded.decoded.resized_size]).to(teacher.device)
-    pixels_1CHW = normalize_and_pad(torch.from_numpy(canvas_HWC)[None].to(teacher.device), sizes_12)
+    pixels_1CHW = image_pixels(loaded.decoded, teacher.image_size, teacher.device)
     emb_CHW: np.ndarray = teacher.embed(pixels_1CHW)[0].cpu().numpy()
     return emb_CHW

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import dask
 from distributed import Client, LocalCluster
@@ -36,7 +37,11 @@ LOGGED = 20
 """Messages, events and state changes that each part of a local cluster remembers, for dask's developers. With dask's
 own 1,000, memory grew by 1 KB an image for 64,000 images: a shard's messages hold a line for each of its images."""
 
+_SILENT = logging.CRITICAL + 1
+"""For a local cluster's log: what is wrong with it is raised here, and dask logs it in tracebacks, as critical."""
+
 _LOOPBACK = "127.0.0.1"
+logger = logging.getLogger(__name__)
 _DASK_CLIENT_LOG = logging.getLogger("distributed.client")
 
 
@@ -85,7 +90,14 @@ class Cluster:
         finally:
             if not self.local and self.client.status == "running":
                 # A cluster of somebody else's is left without our teacher in its memory.
-                self.client.unregister_worker_plugin(plugin.name)
+                self._take_back(plugin)
+
+    def _take_back(self, plugin: TeacherPlugin) -> None:
+        try:
+            self.client.unregister_worker_plugin(plugin.name)
+        except OSError as error:
+            # The work is done, and a worker that dies now takes its teacher along.
+            logger.warning("a worker couldn't be told to let go of the teacher (%s)", error)
 
     def refuse_lost_connection(self) -> None:
         """PrecomputeError when the scheduler has gone away: dask would wait for its answers for ever."""
@@ -122,8 +134,9 @@ def connect(config: PrecomputeConfig) -> Iterator[Cluster]:
 
 @contextmanager
 def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
-    devices = local_devices(config)
-    workers = config.workers or len(devices)
+    found = local_devices(config)
+    workers = config.workers or len(found)
+    make_cluster, devices = _kind(found, workers)
     cores = len(os.sched_getaffinity(0))
     settings = {
         "distributed.scheduler.allowed-failures": WORKER_DEATHS_ALLOWED,
@@ -138,7 +151,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         scratch = stack.enter_context(scratch_folder())
         stack.enter_context(dask.config.set(settings))
         with starting_processes():
-            cluster = stack.enter_context(_start(workers, scratch))
+            cluster = stack.enter_context(_start(make_cluster, workers, scratch))
         yield Cluster(
             client=stack.enter_context(Client(cluster, set_as_default=False)),
             address=cluster.scheduler_address,
@@ -149,9 +162,25 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         )
 
 
-def _start(workers: int, scratch: str) -> LocalCluster:
+def _kind(devices: tuple[str, ...], workers: int) -> tuple[Callable[..., LocalCluster], tuple[str, ...]]:
+    """What starts the workers, and the devices that they take by turns.
+
+    Where dask-cuda is installed, its cluster for one worker each on several GPUs: it keeps a worker to the cores that
+    are next to its GPU, and shows it that GPU first.
+    """
+    if len(devices) > 1 and workers <= len(devices):
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError:
+            return LocalCluster, devices
+        # Tasks give back numbers, nothing that would have to move out of a GPU's memory.
+        return partial(LocalCUDACluster, device_memory_limit=None), ("cuda:0",)
+    return LocalCluster, devices
+
+
+def _start(make_cluster: Callable[..., LocalCluster], workers: int, scratch: str) -> LocalCluster:
     try:
-        return LocalCluster(
+        return make_cluster(
             n_workers=workers,
             threads_per_worker=TASKS_PER_WORKER,
             processes=True,
@@ -160,7 +189,7 @@ def _start(workers: int, scratch: str) -> LocalCluster:
             # The teacher is most of a worker's memory, and is no reason to kill it.
             memory_limit=None,
             local_directory=scratch,
-            silence_logs=logging.CRITICAL,
+            silence_logs=_SILENT,
         )
     except (RuntimeError, OSError, TimeoutError) as error:
         raise PrecomputeError(

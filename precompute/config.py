@@ -23,9 +23,11 @@ class PrecomputeConfig:
     else the default: vit_h, 1024 pixels, float16, a shard size and precision chosen for the hardware.
 
     `fraction` in (0, 1] and `seed` choose images by the hash of their key; `limit` then caps their number.
-    `workers` are processes of a local cluster, ignored when `scheduler` (a dask address) is given. An image that
+    `workers` are processes of a local cluster, ignored when `scheduler` (a dask address) is given. `compile`: workers
+    have torch.compile translate the teacher for batches; the audit's is left as it is. An image that
     takes longer than `image_timeout` seconds to read and decode fails. At the end `audit` random images of the run
-    are embedded again in float32 and compared with what is stored.
+    are embedded again in float32 and compared with what is stored. `keep_images` has a new store keep the resized
+    images too, losslessly, so that training needs no other; a store that is there goes on as it was made.
     """
 
     images: tuple[Path, ...]
@@ -44,9 +46,11 @@ class PrecomputeConfig:
     scheduler: str | None = None
     shard_size: int | None = None
     batch_size: int | None = None
+    compile: bool = False
     image_size: int | None = None
     image_timeout: float = DEFAULT_IMAGE_TIMEOUT
     audit: int = 2
+    keep_images: bool = False
     performance_report: Path | None = None
 
     def __post_init__(self) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_image
+from ..sam import DecodedImage, ImageError, encode_kept, load_image, place_on_canvas, read_image
 from .decoders import Decoders, Job
-from .tasks import Span, TaskImage
+from .tasks import Span, Stopwatch, TaskImage
 
 BATCHES_AHEAD = 2
 """Decoded batches that wait for the teacher at most: enough to cover its work, few enough for memory."""
@@ -21,10 +21,14 @@ BATCHES_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
-    """What became of a file: its pixels, or the `reason` why there are none. `cpu_seconds` were spent in `span`."""
+    """What became of a file: its pixels, or the `reason` why there are none. `cpu_seconds` were spent in `span`.
+
+    `kept` is the file that the store keeps of the pixels, if it keeps any.
+    """
 
     image: TaskImage
     decoded: DecodedImage | None
+    kept: bytes | None
     reason: str | None
     sha256: str | None
     bytes: int | None
@@ -52,12 +56,14 @@ def decoded_batches(
     batch_size: int,
     threads: int,
     timeout: float,
+    *,
+    keep: bool = False,
 ) -> Generator[Batch]:
     """Yield the images in order, batch by batch, decoding ahead in `threads` threads; an image that takes one of them
-    longer than `timeout` seconds fails."""
+    longer than `timeout` seconds fails. With `keep` they come with the files that a store keeps of them."""
     groups = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     waiting: deque[list[Job[LoadedImage]]] = deque()
-    decoders = Decoders(threads, timeout, lambda image: load(image, root, image_size))
+    decoders = Decoders(threads, timeout, lambda image: load(image, root, image_size, keep=keep))
 
     def take() -> Batch:
         loaded = [decoders.result(job) or _timed_out(job, timeout) for job in waiting.popleft()]
@@ -74,25 +80,27 @@ def decoded_batches(
         decoders.close()
 
 
-def load(image: TaskImage, root: Path, image_size: int) -> LoadedImage:
+def load(image: TaskImage, root: Path, image_size: int, *, keep: bool = False) -> LoadedImage:
     """Read, hash, decode and resize one image; whatever is wrong with the file becomes the reason."""
-    start, cpu_start = time.time(), time.thread_time()
-    decoded = sha256 = length = None
+    watch, cpu_start = Stopwatch(), time.thread_time()
+    decoded = kept = sha256 = length = None
     reason = image.excluded
     if reason is None:
         try:
             data = read_image(root, image.key, offset=image.offset, size=_listed_size(image))
             sha256, length = hashlib.sha256(data).hexdigest(), len(data)
             decoded = load_image(data, image_size)
+            kept = encode_kept(decoded.pixels_HWC) if keep else None
         except ImageError as error:
-            reason = str(error)
+            decoded, reason = None, str(error)
     return LoadedImage(
         image=image,
         decoded=decoded,
+        kept=kept,
         reason=reason,
         sha256=sha256,
         bytes=length,
-        span=Span(phase="decode", start=start, stop=time.time()),
+        span=watch.span("decode"),
         cpu_seconds=time.thread_time() - cpu_start,
     )
 
@@ -102,6 +110,7 @@ def _timed_out(job: Job[LoadedImage], timeout: float) -> LoadedImage:
     return LoadedImage(
         image=job.image,
         decoded=None,
+        kept=None,
         reason=f"reading and decoding it took longer than {timeout:g} s (--image-timeout)",
         sha256=None,
         bytes=None,

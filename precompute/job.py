@@ -20,10 +20,11 @@ from .cluster import Cluster
 from .errors import PrecomputeError
 from .interrupts import StopRequest
 from .progress import Observer, Progress
+from .shard import compute_shard
 from .suspects import SuspectHunt
 from .tasks import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
 from .watch import POLL_SECONDS, StopAsked, Watch, fetch
-from .worker import TASKS_PER_WORKER, TeacherPlugin, compute_shard
+from .worker import TASKS_PER_WORKER, TeacherPlugin
 
 TRIES = 3
 """Times that a shard is tried when it fails for a reason that may pass."""
@@ -128,6 +129,7 @@ class Job:
             batch_size=self._batch_size,
             image_timeout=self._image_timeout,
             batch_timeout=sizing.batch_timeout(self._batch_size, self.tally.slowest_batch),
+            kept_images=self._store.spec.kept_images,
         )
 
     def _submit(self, task: ShardTask) -> None:

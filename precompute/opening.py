@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..sam import ImageFile, preprocessing_recipe
+from ..sam import KEPT_KIND, ImageFile, preprocessing_recipe
 from ..sam.catalog import TEACHERS
 from ..sam.checkpoints import file_sha256, find_checkpoint
 from ..sam.teachers import load_head, positions_interpolated
@@ -130,6 +130,7 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         dtype=plan.dtype,
         precision=plan.hardware.precision,
         shard_size=plan.shard_size,
+        kept_images=KEPT_KIND if plan.keeps_images else None,
         subset={"fraction": plan.selection.fraction, "seed": plan.selection.seed},
         image_root=str(plan.listing.root),
         versions=versions(),

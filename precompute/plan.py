@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..sam import ImageFile, ImageSet, list_images, shown
+from ..sam import KEPT_KIND, ImageFile, ImageSet, list_images, refuse_keeping, shown
 from ..store import EmbeddingStore, Selection, StoreSpec, exists, refuse_taken, rows_of, shard_count
 from . import sizing
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
@@ -69,6 +69,11 @@ class Plan:
     shard_size: int
 
     @property
+    def keeps_images(self) -> bool:
+        """Whether the store keeps resized images."""
+        return self.config.keep_images if self.stored is None else self.stored.spec.kept_images is not None
+
+    @property
     def rows(self) -> int:
         """Rows that the store will have."""
         return len(self.new) + (self.stored.rows if self.stored else 0)
@@ -102,6 +107,7 @@ def refuse_contradictions(config: PrecomputeConfig, spec: StoreSpec) -> None:
             "dtype": config.dtype,
             "precision": None if config.precision == "auto" else config.precision,
             "shard_size": config.shard_size,
+            "kept_images": KEPT_KIND if config.keep_images else None,
         },
     )
 
@@ -130,6 +136,8 @@ def make_plan(
         new = select(listing.files, selection)
         teacher = config.teacher or DEFAULT_TEACHER
         image_size = config.image_size or DEFAULT_IMAGE_SIZE
+        if config.keep_images:
+            refuse_keeping(image_size)
         dtype = config.dtype or DEFAULT_DTYPE
         shard_size = config.shard_size or _shard_size(teacher, image_size, hardware, len(new))
     return Plan(

@@ -23,29 +23,51 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     """Plan, and change nothing.
 
     Returns `images, pending, shards, shard_size, bytes_needed, bytes_free, seconds_per_image, seconds`: rows in
-    all and to compute; shards in all; bytes on disk for what is to be computed, and free there; the time of one
-    image on this machine, timed, and of all pending ones by all workers. The times are None when nothing is to
-    be computed, or the checkpoint is not at hand: nothing is downloaded.
+    all and to compute; shards in all; bytes on disk for what is to be computed (images that are kept taken to be
+    as large as the first), and free there; the time of one image on this machine, timed, and of all pending ones
+    by all workers, all without `compile`. The times are None when nothing is to be computed, or the checkpoint is
+    not at hand: nothing is downloaded.
     """
     observer = observer or Silent()
     with ExitStack() as stack:
         plan, _ = planned(config, stack, observer)
     pending = sum(plan.pending.values())
-    layouts = array_layouts(plan.dtype, plan.image_size, plan.shard_size)
-    seconds = _seconds_per_image(plan, observer) if pending else None
+    first = _first_decoded(plan) if pending else None
+    seconds = None if first is None else _seconds_per_image(plan, first, observer)
     return {
         "images": plan.rows,
         "pending": pending,
         "shards": plan.shards,
         "shard_size": plan.shard_size,
-        "bytes_needed": sum(layout.file_bytes(rows) for layout in layouts for rows in plan.pending.values()),
+        "bytes_needed": _bytes_needed(plan, first),
         "bytes_free": shutil.disk_usage(_existing(config.out.absolute())).free,
         "seconds_per_image": seconds,
         "seconds": None if seconds is None else seconds * pending / plan.hardware.workers,
     }
 
 
-def _seconds_per_image(plan: Plan, observer: Observer) -> float | None:
+def _first_decoded(plan: Plan) -> Batch | None:
+    """The first image that can be decoded, as a batch of its own; the others a run would record as failed."""
+    images = [
+        TaskImage(row=row, key=file.key, size=file.size, offset=file.offset)
+        for row, file in enumerate(plan.listing.files)
+    ]
+    batches = decoded_batches(
+        images, plan.listing.root, plan.image_size, 1, 1, plan.config.image_timeout, keep=plan.keeps_images
+    )
+    with closing(batches):
+        return next((batch for batch in batches if batch.images[0].decoded is not None), None)
+
+
+def _bytes_needed(plan: Plan, first: Batch | None) -> int:
+    layouts = array_layouts(plan.dtype, plan.image_size, plan.shard_size)
+    kept = 0 if first is None else len(first.images[0].kept or b"")
+    return sum(
+        kept * rows + sum(layout.file_bytes(rows) for layout in layouts) for rows in plan.pending.values()
+    )
+
+
+def _seconds_per_image(plan: Plan, first: Batch, observer: Observer) -> float | None:
     try:
         teacher = find_teacher(plan, observer, download=False)
     except CheckpointError as error:
@@ -53,17 +75,7 @@ def _seconds_per_image(plan: Plan, observer: Observer) -> float | None:
             raise
         observer.message(f"time not measured: {str(error).splitlines()[0]}")
         return None
-    images = [
-        TaskImage(row=row, key=file.key, size=file.size, offset=file.offset)
-        for row, file in enumerate(plan.listing.files)
-    ]
-    batches = decoded_batches(images, plan.listing.root, plan.image_size, 1, 1, plan.config.image_timeout)
-    with closing(batches):
-        for batch in batches:
-            # One that can't be decoded a run would record as failed; the next one will do for timing.
-            if batch.images[0].decoded is not None:
-                return round(_timed(plan, teacher, batch), 4)
-    return None
+    return round(_timed(plan, teacher, first), 4)
 
 
 def _timed(plan: Plan, file: TeacherFile, batch: Batch) -> float:

@@ -153,12 +153,15 @@ def _compute(
     """Compute and audit what is pending: what the job measured, and what the audit found."""
     observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
     config, root = plan.config, plan.listing.root
-    plugin = TeacherPlugin(uuid.uuid4().hex[:8], _setup(plan, teacher, store, cluster))
+    batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
+    if config.compile:
+        observer.message("each worker first translates the teacher by torch.compile, which may take minutes")
+    setup = _setup(plan, teacher, store, cluster, batch_size if config.compile else None)
+    plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     watch = Watch(cluster, plugin.run, observer, stop)
     sample = auditor.Sample(config.audit)
     before = store.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
-    batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
     job = Job(
         store, cluster, plugin, batch_size, config.image_timeout, sample, progress, watch, observer, stop
     )
@@ -171,13 +174,16 @@ def _compute(
         )
 
 
-def _setup(plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster) -> TeacherSetup:
+def _setup(
+    plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster, compiled_batch: int | None
+) -> TeacherSetup:
     return TeacherSetup(
         name=teacher.name,
         checkpoint=teacher.path,
         checkpoint_sha256=teacher.sha256,
         image_size=plan.image_size,
         precision=store.spec.precision,
+        compiled_batch=compiled_batch,
         devices=cluster.devices,
         threads=cluster.threads,
         local=cluster.local,

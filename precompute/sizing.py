@@ -17,6 +17,8 @@ FIRST_BATCH_SECONDS = 1800.0
 IMAGE_SECONDS = 600.0
 """In the teacher, before any batch is through: ViT-H in float32 takes 64 s an image on two cores, and slower ones
 exist."""
+COMPILE_SECONDS = 3600.0
+"""For torch.compile to translate a teacher: generous, since the machine may be busy with anything."""
 LEAST_BATCH_SECONDS = 300.0
 SLOWER_THAN_SLOWEST = 20.0
 
@@ -53,6 +55,11 @@ def batch_timeout(batch_size: int, slowest: float | None) -> float:
     if slowest is None:
         return max(FIRST_BATCH_SECONDS, IMAGE_SECONDS * batch_size)
     return max(LEAST_BATCH_SECONDS, SLOWER_THAN_SLOWEST * slowest)
+
+
+def compile_timeout(batch_size: int) -> float:
+    """Seconds after which torch.compile, with the batch by which it is set to work, is taken for one that hangs."""
+    return COMPILE_SECONDS + batch_timeout(batch_size, None)
 
 
 def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> float:

@@ -9,9 +9,9 @@ from distributed import Client, KilledWorker
 
 from ..sam import shown
 from .progress import Observer
+from .shard import probe
 from .tasks import ShardTask, TaskImage
 from .watch import Watch
-from .worker import probe
 
 REASON = "a worker process died each time it processed this image"
 

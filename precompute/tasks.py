@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,15 @@ MESSAGE_TOPIC = "mobilesam-message"
 @dataclass(frozen=True, kw_only=True)
 class TeacherSetup:
     """How a worker makes its teacher: on one of the `devices`, with `threads` for torch on a CPU and for decoding
-    (None: as many as the worker has). `local` workers are children of the coordinator, and die with it."""
+    (None: as many as the worker has). With `compiled_batch`, torch.compile translates it for batches of so many
+    images. `local` workers are children of the coordinator, and die with it."""
 
     name: str
     checkpoint: Path | None
     checkpoint_sha256: str
     image_size: int
     precision: str
+    compiled_batch: int | None
     devices: tuple[str, ...]
     threads: int | None
     local: bool
@@ -43,7 +46,8 @@ class TaskImage:
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
     """One shard to compute: `images` are its rows in order, `batch_size` the teacher's fixed batch. Seconds:
-    `image_timeout` for reading and decoding one image, `batch_timeout` for a batch in the teacher."""
+    `image_timeout` for reading and decoding one image, `batch_timeout` for a batch in the teacher. `kept_images` is
+    the store's."""
 
     shard: int
     store: Path
@@ -53,6 +57,7 @@ class ShardTask:
     batch_size: int
     image_timeout: float
     batch_timeout: float
+    kept_images: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,17 @@ class Span:
     phase: str
     start: float
     stop: float
+
+
+class Stopwatch:
+    """The beginning of a span, whose length the monotonic clock tells: the system's may be set meanwhile."""
+
+    def __init__(self) -> None:
+        self._start, self._began = time.time(), time.perf_counter()
+
+    def span(self, phase: str) -> Span:
+        """From the beginning until now."""
+        return Span(phase=phase, start=self._start, stop=self._start + time.perf_counter() - self._began)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,13 @@ from mobilesam.precompute import (
     PrecomputeError,
     PrecomputeInterrupted,
     Snapshot,
-    worker,
+    shard,
 )
 from mobilesam.precompute import audit as audit_module
 from mobilesam.precompute.audit import compare
 from mobilesam.precompute.auditor import Sample
 from mobilesam.precompute.decoding import Batch
+from mobilesam.precompute.embedding import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.teachers import Teacher
 from mobilesam.store import EmbeddingStore, RowResult, tolerance
@@ -60,6 +61,10 @@ def test_an_audit_of_more_rows_than_there_are_takes_all_that_were_done(run: Run,
     assert run("none.zarr", audit=0)["audit"] is None
 
 
+def _embed(teacher: Teacher, batch: Batch) -> np.ndarray:
+    return embed(teacher, batch).numpy()
+
+
 def _other_mean(teacher: Teacher, batch: Batch) -> np.ndarray:
     pixels = normalize_and_pad(torch.from_numpy(batch.canvas_BHWC), torch.from_numpy(batch.sizes_B2))
     return teacher.embed(pixels + 0.1).numpy()
@@ -71,28 +76,25 @@ def _padding_before_normalising(teacher: Teacher, batch: Batch) -> np.ndarray:
 
 
 def _blue_for_red(teacher: Teacher, batch: Batch) -> np.ndarray:
-    return EMBED(teacher, replace(batch, canvas_BHWC=batch.canvas_BHWC[..., ::-1].copy()))
+    return _embed(teacher, replace(batch, canvas_BHWC=batch.canvas_BHWC[..., ::-1].copy()))
 
 
 def _another_checkpoint(teacher: Teacher, batch: Batch) -> np.ndarray:
     with torch.no_grad():
         for parameter in teacher.image_encoder.parameters():
             parameter.mul_(1.02)
-    return EMBED(teacher, batch)
+    return _embed(teacher, batch)
 
 
 def _swapped_channels(teacher: Teacher, batch: Batch) -> np.ndarray:
-    emb_BCHW = EMBED(teacher, batch)
+    emb_BCHW = _embed(teacher, batch)
     return emb_BCHW[:, [1, 0, *range(2, 256)]]
 
 
 def _noise_of_one_percent(teacher: Teacher, batch: Batch) -> np.ndarray:
-    emb_BCHW = EMBED(teacher, batch)
+    emb_BCHW = _embed(teacher, batch)
     noise = np.random.default_rng(0).normal(0, 0.01 * emb_BCHW.std(), emb_BCHW.shape)
     return emb_BCHW + noise.astype(np.float32)
-
-
-EMBED = worker._embed
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,9 @@ def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
     wrong: Callable[[Teacher, Batch], np.ndarray],
     listener: Listener,
 ) -> None:
-    monkeypatch.setattr(worker, "_embed", wrong)
+    monkeypatch.setattr(
+        shard, "embed", lambda teacher, batch: Embeddings(torch.from_numpy(wrong(teacher, batch)))
+    )
     result = run(limit=3, precision="float32", observer=listener)
     assert result["out_of_tolerance"] is False, "nobody looked"
     result = run(limit=6, extend=True, audit=1, observer=listener)
@@ -157,25 +161,35 @@ def test_an_audit_that_fails_says_so_and_what_is_committed_stays(
     assert run(audit=1)["done_before"] == 7
 
 
-class Interrupting(Listener):
-    """Presses Ctrl-C once everything is committed, or at a message."""
+class InterruptingAtMessage(Listener):
+    """Presses Ctrl-C at a message."""
 
-    def __init__(self, at: str | None = None) -> None:
+    def __init__(self, start: str) -> None:
         super().__init__()
-        self._at = at
+        self._start = start
 
     def message(self, text: str) -> None:
         super().message(text)
-        if self._at is not None and text.startswith(self._at):
+        if text.startswith(self._start):
             os.kill(os.getpid(), signal.SIGINT)
 
+
+class InterruptingWhenCommitted(Listener):
+    """Presses Ctrl-C once every row is committed: a snapshot counts rows as soon as they are computed."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__()
+        self._store = store
+
     def progress(self, snapshot: Snapshot) -> None:
-        if self._at is None and snapshot.computed == snapshot.images:
+        with EmbeddingStore.open(self._store) as store:
+            committed = store.counts().done
+        if committed == snapshot.images:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_run_that_is_interrupted_is_not_audited(run: Run, tmp_path: Path) -> None:
-    listener = Interrupting()
+    listener = InterruptingWhenCommitted(tmp_path / "store.zarr")
     with pytest.raises(PrecomputeInterrupted, match="7 of 7 images are committed"):
         run(audit=2, observer=listener)
     assert not any(message.startswith("audit") for message in listener.messages)
@@ -191,7 +205,7 @@ def test_a_signal_ends_an_audit_that_lasts(run: Run, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(audit_module, "_embed", lasting)
     with pytest.raises(PrecomputeInterrupted, match="7 of 7 images are committed"):
-        run(audit=2, observer=Interrupting(at="audit: embedding 2"))
+        run(audit=2, observer=InterruptingAtMessage("audit: embedding 2"))
     release.set()
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
         assert store.audits() == []

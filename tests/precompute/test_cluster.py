@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from distributed import LocalCluster
+from distributed.comm import CommClosedError
 
 from mobilesam.precompute import PrecomputeError, Snapshot, dry_run
 from mobilesam.precompute.config import PrecomputeConfig
@@ -99,3 +100,14 @@ def test_workers_that_dont_start_are_told(run: Run, monkeypatch: pytest.MonkeyPa
         PrecomputeError, match=r"the 2 worker process.*did not start .*is there memory for them"
     ):
         run(scheduler=None, workers=2)
+
+
+def test_a_worker_that_dies_while_its_teacher_is_taken_from_it_costs_nothing(
+    run: Run, scheduler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed(*_: object) -> None:
+        raise CommClosedError("Stream is closed")
+
+    monkeypatch.setattr("distributed.Client.unregister_worker_plugin", closed)
+    assert run(scheduler=scheduler)["done"] == 7
+    assert "couldn't be told to let go of the teacher" in caplog.text

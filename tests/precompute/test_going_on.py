@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from listener import Listener
 from PIL import Image
 
-from mobilesam.precompute import worker
+from mobilesam.precompute import shard
 from mobilesam.precompute.decoding import Batch
+from mobilesam.precompute.embedding import Embeddings, embed
 from mobilesam.sam import ImageError, read_checked
 from mobilesam.sam.teachers import Teacher
 from mobilesam.store import EmbeddingStore, ImageRecord
@@ -115,16 +117,15 @@ def test_an_image_that_the_teacher_gives_no_storable_values_for_fails_by_name_al
     reason: str,
 ) -> None:
     run("whole.zarr", batch_size=3)
-    embed = worker._embed
 
-    def broken(teacher: Teacher, batch: Batch) -> np.ndarray:
-        emb_BCHW = embed(teacher, batch).copy()
+    def broken(teacher: Teacher, batch: Batch) -> Embeddings:
+        emb_BCHW = embed(teacher, batch).numpy().copy()
         for slot, loaded in enumerate(batch.images):
             if loaded.image.key == "4-retina.png":
                 emb_BCHW[slot, 200, 3, 1] = value
-        return emb_BCHW
+        return Embeddings(torch.from_numpy(emb_BCHW))
 
-    monkeypatch.setattr(worker, "_embed", broken)
+    monkeypatch.setattr(shard, "embed", broken)
     result = run(batch_size=3, observer=listener, audit=7)
     assert (result["done"], result["failed"], result["audit"]["rows"]) == (6, 1, 6)
     assert f"failed: 4-retina.png: {reason}" in listener.messages

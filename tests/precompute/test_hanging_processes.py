@@ -88,15 +88,15 @@ def test_an_image_that_hangs_with_pythons_lock_held_is_found_and_the_job_goes_on
 
 HANGING_TEACHER = """
 import time
-import mobilesam.precompute.worker as worker
-if not hasattr(worker, "embed_as_it_was"):
-    worker.embed_as_it_was = worker._embed
+import mobilesam.precompute.shard as shard
+if not hasattr(shard, "embed_as_it_was"):
+    shard.embed_as_it_was = shard.embed
 def hanging(teacher, batch):
     (loaded,) = batch.images
     while loaded.image.key == "2-coffee.png" and loaded.decoded is not None:
         time.sleep(3600)
-    return worker.embed_as_it_was(teacher, batch)
-worker._embed = hanging
+    return shard.embed_as_it_was(teacher, batch)
+shard.embed = hanging
 """
 
 IMPATIENT = """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from distributed import Client
 
-from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, TaskImage, TeacherSetup
-from mobilesam.precompute.worker import TeacherPlugin, compute_shard
+from mobilesam.precompute.shard import compute_shard
+from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
+from mobilesam.precompute.worker import TeacherPlugin
 from mobilesam.sam import list_images
 from mobilesam.sam.vit_nano import untrained_sha256
 from mobilesam.store import array_layouts
@@ -25,7 +28,7 @@ def results(
     """Five shards computed by one worker, and what dask's task stream says of them."""
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=untrained_sha256(), image_size=SIDE,
-        precision="float32", devices=("cpu",), threads=1, local=False,
+        precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,
     )  # fmt: skip
     layouts = array_layouts("float16", SIDE, SIZE)
     (tmp_path / "embeddings").mkdir()
@@ -81,3 +84,15 @@ def test_decoding_and_writing_happen_under_the_teacher_of_another_shard(
     actions = [{part["action"] for part in entry["startstops"]} for entry in stream]
     assert len(actions) == SHARDS
     assert all({"compute", "disk-read", "disk-write"} <= found for found in actions)
+
+
+@pytest.mark.parametrize("years", [-20, 20])
+def test_a_clock_that_is_set_in_the_middle_of_a_span_does_not_change_its_length(
+    years: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, now = Stopwatch(), time.time()
+    moved = SimpleNamespace(time=lambda: now + years * 365 * 86400, perf_counter=time.perf_counter)
+    monkeypatch.setattr("mobilesam.precompute.tasks.time", moved)
+    span = watch.span("teacher")
+    assert abs(span.start - now) < 10
+    assert 0 <= span.stop - span.start < 10

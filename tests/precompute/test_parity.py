@@ -13,6 +13,7 @@ from official_checkpoints import write_checkpoint
 from PIL import Image
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
+from upstream_vit import upstream_vit
 
 from mobilesam.sam.head import SamHead
 from mobilesam.sam.precision import cpu_accelerates_bfloat16
@@ -47,7 +48,8 @@ def _assert_near(stored: np.ndarray, predicted: np.ndarray, precision: str, tole
 
 def _nano(image_size: int) -> Sam:
     """segment_anything's own Sam around its own encoder class, with vit_nano's weights."""
-    encoder = load_teacher("vit_nano", None, image_size=image_size).image_encoder
+    encoder = upstream_vit("vit_nano", image_size)
+    encoder.load_state_dict(load_teacher("vit_nano", None, image_size=image_size).image_encoder.state_dict())
     head = SamHead(image_size)
     return Sam(encoder, head.prompt_encoder, head.mask_decoder)
 

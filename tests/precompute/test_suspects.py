@@ -12,7 +12,7 @@ import pytest
 from distributed import KilledWorker
 from listener import Listener
 
-from mobilesam.precompute import job, suspects, worker
+from mobilesam.precompute import job, shard, suspects
 from mobilesam.precompute.tasks import ShardResult, ShardTask
 from mobilesam.store import EmbeddingStore
 
@@ -38,7 +38,7 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
             time.sleep(0.01)
         time.sleep(0.3)
         raise _killed()
-    return worker.compute_shard(task, plugin_name)
+    return shard.compute_shard(task, plugin_name)
 
 
 def _probe(task: ShardTask, plugin_name: str) -> bool:

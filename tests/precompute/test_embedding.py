@@ -1,0 +1,49 @@
+"""A batch through the teacher, and back in the host's memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mobilesam.precompute.decoding import Batch
+from mobilesam.precompute.embedding import Embeddings, embed
+from mobilesam.sam import normalize_and_pad
+from mobilesam.sam.teachers import Teacher, load_teacher
+
+SIDE = 64
+
+
+def _batch(seed: int) -> Batch:
+    canvas_BHWC = np.random.default_rng(seed).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    return Batch(images=(), canvas_BHWC=canvas_BHWC, sizes_B2=np.array([[SIDE, 40], [20, SIDE]]))
+
+
+def _expected(teacher: Teacher, batch: Batch) -> np.ndarray:
+    pixels = normalize_and_pad(torch.from_numpy(batch.canvas_BHWC), torch.from_numpy(batch.sizes_B2))
+    return teacher.embed(pixels).cpu().numpy()
+
+
+def _teacher(device: str) -> Teacher:
+    return load_teacher("vit_nano", None, image_size=SIDE, device=device)
+
+
+def test_embeddings_are_the_teachers() -> None:
+    teacher, batch = _teacher("cpu"), _batch(0)
+    assert np.array_equal(embed(teacher, batch).numpy(), _expected(teacher, batch))
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    emb_BCHW = torch.arange(12.0).reshape(1, 3, 2, 2)
+    assert Embeddings(emb_BCHW).numpy().ctypes.data == emb_BCHW.data_ptr()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_batches_come_back_in_pinned_memory_each_as_its_own() -> None:
+    teacher = _teacher("cuda")
+    batches = [_batch(seed) for seed in range(8)]
+    expected = [_expected(teacher, batch) for batch in batches]
+    launched = [embed(teacher, batch) for batch in batches]
+    for coming, right in zip(launched, expected, strict=True):
+        assert coming._emb_BCHW.is_pinned()
+        assert np.abs(coming.numpy() - right).max() <= 1e-5 * np.ptp(right)
