@@ -1,4 +1,6 @@
 from .config import DistillConfig as DistillConfig
+from .cost import students_lines as students_lines
+from .cost import students_table as students_table
 from .errors import DistillError as DistillError
 from .errors import DistillInterrupted as DistillInterrupted
 from .evaluation import embed as embed
@@ -12,7 +14,9 @@ from .metrics import Metrics as Metrics
 from .progress import Progress as Progress
 from .run import Run as Run
 from .stop import StopFlag as StopFlag
+from .student_file import load_own_head as load_own_head
+from .student_file import load_student as load_student
+from .student_file import save_student as save_student
 from .students import STUDENTS as STUDENTS
 from .students import build_student as build_student
-from .students import load_student as load_student
-from .students import save_student as save_student
+from .students import student_info as student_info

@@ -13,18 +13,22 @@ LOSS_REGIONS = ("all", "valid")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 # What doesn't change what the student learns: where things lie, and how fast the machine gets there.
-_NOT_IDENTITY = frozenset({"store", "images", "out", "restart", "device", "workers", "checkpoint_seconds"})
+# The file of initial weights counts by its SHA-256, which the run's description adds.
+_NOT_IDENTITY = frozenset(
+    {"store", "images", "init", "out", "restart", "device", "workers", "compile", "checkpoint_seconds"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """All options of one distillation, checked where they are made.
 
-    `batch_size` is the effective batch of one optimizer step; `micro_batch` (None: by device and free memory)
-    only bounds memory. `warmup` is the share of all steps over which the rate rises linearly to `lr`, before it
-    falls along a half cosine. `clip` bounds the norm of the gradient. `freeze_norm` is the share of all steps
-    after which batch norms keep the statistics they have (1: never). `val_fraction` is a share of image
-    contents, not of rows. `workers` counts decoding threads (None: by device and processors).
+    `init` is a file of weights to start from (None: all are drawn from `seed`). `batch_size` is the effective
+    batch of one optimizer step; `micro_batch` (None: by device and free memory) only bounds memory. `warmup` is
+    the share of all steps over which the rate rises linearly to `lr`, before it falls along a half cosine.
+    `clip` bounds the norm of the gradient. `freeze_norm` is the share of all steps after which batch norms keep
+    the statistics they have (1: never). `val_fraction` is a share of image contents, not of rows. `workers`
+    counts decoding threads (None: by device and processors). `compile` hands the student to torch.compile.
 
     Raises DistillError when a value is outside its range.
     """
@@ -32,6 +36,7 @@ class DistillConfig:
     store: Path = Path("store.zarr")
     images: Path | None = None
     student: str = "tiny_vit"
+    init: Path | None = None
     epochs: int = 8
     batch_size: int = 8
     micro_batch: int | None = None
@@ -46,12 +51,13 @@ class DistillConfig:
     precision: str = "auto"
     device: str = "auto"
     workers: int | None = None
+    compile: bool = False
     checkpoint_seconds: float = 300.0
     restart: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("store", "images", "out"):
+        for name in ("store", "images", "init", "out"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, Path(value))

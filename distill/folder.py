@@ -26,7 +26,7 @@ from .run import (
 )
 from .sealed import write_sealed
 from .split import Split
-from .students import STUDENT_FILE
+from .student_file import STUDENT_FILE
 
 logger = logging.getLogger(__name__)
 

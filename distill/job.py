@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..sam import preprocessing_recipe
+from ..sam.allocator import keep_freed_memory
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from ..store.durable import explained
@@ -22,8 +24,11 @@ from .config import DistillConfig
 from .digests import digest
 from .errors import DistillError
 from .folder import prepared_folder
+from .initial import InitialWeights, read_initial
 from .loader import Loader
+from .memory import measure_training_bytes
 from .progress import Progress
+from .replicas import Replicas, joined_replicas
 from .run import FORMAT, RUNS, Run, point_latest
 from .split import split_rows
 from .stop import StopFlag, stopped_by_signals
@@ -50,27 +55,51 @@ def distill(
     trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
     rows after the last epoch), `untrained_teacher`.
 
+    Started by torchrun, every process calls this with the same configuration, and gets the same result; the first one
+    alone writes.
+
     In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
     DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
     """
     stop = stop or StopFlag()
     with stopped_by_signals(stop), ExitStack() as stack:
+        replicas = stack.enter_context(joined_replicas())
         store = stack.enter_context(EmbeddingStore.open(config.store))
         records = _committed(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
-        description = _describe(config, store, records)
-        name = f"{config.student}-{digest(description['identity'], description['data'])}"
+        initial = None
+        if config.init is not None:
+            initial = read_initial(config.init, config.student, store.spec.image_size)
+        description = _describe(config, store, records, initial, replicas)
+        # No colon in a folder's name: rsync and scp take what is before it for a host.
+        label = config.student.replace(":", "-")
+        name = f"{label}-{digest(description['identity'], description['data'])}"
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / name
-        stack.enter_context(explained(folder))
-        run = stack.enter_context(prepared_folder(folder, description, split, head, restart=config.restart))
-        point_latest(run.path)
-        finished = run.result()
-        if finished is not None and _whole(run):
-            run.checkpoints.drop_previous()
-            logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
-            return {**finished, "run": str(run.path), **_note(run)}
-        return {**_train(config, run, store, records, stop, progress), **_note(run)}
+        begun: tuple[Path, dict[str, Any] | None] | None = None
+        if replicas.first:
+            stack.enter_context(explained(folder))
+            run = stack.enter_context(
+                prepared_folder(folder, description, split, head, restart=config.restart)
+            )
+            point_latest(run.path)
+            begun = run.path, _finished(run)
+        path, finished = replicas.shared(begun)
+        if not replicas.first:
+            run = Run.open(path)
+        if finished is not None:
+            return {**finished, "run": str(path), **_note(run)}
+        return {**_train(config, run, store, records, initial, replicas, stop, progress), **_note(run)}
+
+
+def _finished(run: Run) -> dict[str, Any] | None:
+    """The result of a run that is finished and whole."""
+    finished = run.result()
+    if finished is None or not _whole(run):
+        return None
+    run.checkpoints.drop_previous()
+    logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
+    return finished
 
 
 def _whole(run: Run) -> bool:
@@ -93,15 +122,25 @@ def _train(
     run: Run,
     store: EmbeddingStore,
     records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    replicas: Replicas,
     stop: StopFlag,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
-    device = resolve_device(config.device)
+    device = resolve_device(replicas.device(config.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     resolved = run.config["resolved"]
     workers = config.workers or default_workers(device)
     pin_memory = device.type == "cuda"
-    student = build_student(config.student, store.spec.image_size, config.seed).to(device)
-    with Loader(store, records, run.image_root, workers=workers, pin_memory=pin_memory) as loader:
+    student = build_student(config.student, store.spec.image_size, config.seed)
+    if initial is not None and not run.checkpoints.exist():
+        initial.apply(student)
+    student = student.to(device)
+    with (
+        _compiled(student, config),
+        Loader(store, records, run.image_root, workers=workers, pin_memory=pin_memory) as loader,
+    ):
         trainer = Trainer(
             config,
             run,
@@ -111,10 +150,30 @@ def _train(
             precision=resolved["precision"],
             micro_batch=resolved["micro_batch"],
             student_info=_student_metadata(run),
+            replicas=replicas,
             stop=stop,
             progress=progress,
         )
         return trainer.fit()
+
+
+@contextmanager
+def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
+    """Has torch.compile translate the student as it is used, if that was asked for. Its weights keep their names."""
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    student.compile()
+    try:
+        yield
+    except TorchDynamoException as error:
+        fact = str(error).strip().splitlines()[0]
+        raise DistillError(
+            f"torch.compile can't translate {config.student} here ({fact}); leave out --compile, which only makes "
+            "training faster"
+        ) from error
 
 
 def _committed(store: EmbeddingStore) -> list[ImageRecord]:
@@ -148,13 +207,19 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
     return records
 
 
-def _describe(config: DistillConfig, store: EmbeddingStore, records: Sequence[ImageRecord]) -> dict[str, Any]:
+def _describe(
+    config: DistillConfig,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    replicas: Replicas,
+) -> dict[str, Any]:
     """The content of config.json for a run begun now."""
     info = student_info(config.student)
-    device = resolve_device(config.device)
+    device = resolve_device(replicas.device(config.device))
     precision = resolve_precision(config.precision, device)
     micro_batch = config.micro_batch or default_micro_batch(
-        info, config.batch_size, store.spec.image_size, precision, device
+        info, -(-config.batch_size // replicas.count), store.spec.image_size, precision, device
     )
     counts = store.counts()
     rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
@@ -163,11 +228,17 @@ def _describe(config: DistillConfig, store: EmbeddingStore, records: Sequence[Im
         "student": config.student,
         "image_size": store.spec.image_size,
         "config": config.to_json(),
-        "identity": config.identity(),
+        "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
+        **({"init": initial.report()} if initial else {}),
         "data": {"store_id": store.spec.store_id, "rows": len(records), "rows_digest": digest(rows)},
-        "resolved": {"device": str(device), "precision": precision, "micro_batch": micro_batch},
+        "resolved": {
+            "device": str(device),
+            "precision": precision,
+            "micro_batch": micro_batch,
+            "processes": replicas.count,
+        },
         "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
-        "image_root": str(_image_root(config, store)),
+        "image_root": _image_root(config, store),
         "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
         "untrained_teacher": store.spec.untrained,
         "versions": {
@@ -178,13 +249,16 @@ def _describe(config: DistillConfig, store: EmbeddingStore, records: Sequence[Im
     }
 
 
-def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path:
+def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
+    """The folder of the images that are learned from; None for those that the store keeps."""
+    if config.images is None and store.spec.kept_images is not None:
+        return None
     root = config.images or Path(store.spec.image_root)
     if not root.is_dir():
         raise DistillError(
             f"the images of {store.path} are not at {root}; say where they are with --images DIR"
         )
-    return root.resolve()
+    return str(root.resolve())
 
 
 def _student_metadata(run: Run) -> dict[str, Any]:
@@ -193,6 +267,7 @@ def _student_metadata(run: Run) -> dict[str, Any]:
     return {
         **{name: spec[name] for name in kept},
         "untrained_teacher": run.config["untrained_teacher"],
+        **({"init": run.config["init"]} if "init" in run.config else {}),
         "run": run.path.name,
         "run_id": run.id,
         "versions": run.config["versions"],
@@ -202,11 +277,13 @@ def _student_metadata(run: Run) -> dict[str, Any]:
 def default_micro_batch(
     info: StudentInfo, batch_size: int, image_size: int, precision: str, device: torch.device
 ) -> int:
-    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds, up to the batch."""
+    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds; at most `batch_size`."""
     if device.type != "cuda":
         return min(2, batch_size)
     free, _ = torch.cuda.mem_get_info(device)
-    an_image = info.training_bytes[precision] * (image_size / 1024) ** 2
+    known = info.training_bytes
+    at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
+    an_image = at_1024 * (image_size / 1024) ** 2
     return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
 
 

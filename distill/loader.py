@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_checked, valid_cells
-from ..store import EmbeddingStore, ImageRecord
+from ..store import EmbeddingStore, ImageRecord, StoredBatch
 from .errors import DistillError
 
 
@@ -42,14 +42,14 @@ class Loader:
     Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most
     `read_ahead` images, or one batch, are prepared beyond the one in use. `waited` is the time in seconds that
     the consumer spent waiting for data, over all batches so far. The first use of an image checks its SHA-256,
-    every use its length.
+    every use its length. With None for `image_root` images come from the store, which has to keep them.
     """
 
     def __init__(
         self,
         store: EmbeddingStore,
         records: Iterable[ImageRecord],
-        image_root: Path,
+        image_root: Path | None,
         *,
         workers: int,
         pin_memory: bool = False,
@@ -94,6 +94,8 @@ class Loader:
             self._top_up(begun, coming)
             while begun:
                 batch, futures = begun.popleft()
+                # Before waiting: else threads would be idle while the last of them fills this batch.
+                self._top_up(begun, coming)
                 start = time.perf_counter()
                 try:
                     for future in futures:
@@ -102,7 +104,6 @@ class Loader:
                     begun.append((batch, futures))  # so that the rest of this batch is cancelled too
                     raise
                 self.waited += time.perf_counter() - start
-                self._top_up(begun, coming)
                 yield batch
         finally:
             for _, futures in begun:
@@ -121,17 +122,27 @@ class Loader:
             begun.append((batch, futures))
 
     def _empty(self, rows: list[int]) -> Batch:
-        size, grid, pin = self._image_size, self._grid, self._pin_memory
-        dtype = getattr(torch, self._store.spec.dtype)
-        scaled = self._store.spec.dtype == "int8"
+        size, pin = self._image_size, self._pin_memory
+        values_BCHW, scales_BC = self._empty_embeddings(len(rows))
         return Batch(
             rows=rows,
             canvas_BHWC=torch.zeros(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pin),
             sizes_B2=torch.tensor([self._resized_size(row) for row in rows], pin_memory=pin),
             valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
-            values_BCHW=torch.empty(len(rows), 256, grid, grid, dtype=dtype, pin_memory=pin),
-            scales_BC=torch.empty(len(rows), 256, pin_memory=pin) if scaled else None,
+            values_BCHW=values_BCHW,
+            scales_BC=scales_BC,
         )
+
+    def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Values and scales to be read into: both pinned and other memory starts at a page here."""
+        if not self._pin_memory:
+            stored = self._store.empty_batch(rows)
+            scales_BC = None if stored.scales is None else torch.from_numpy(stored.scales)
+            return torch.from_numpy(stored.values), scales_BC
+        dtype = self._store.spec.dtype
+        shape = (rows, 256, self._grid, self._grid)
+        values_BCHW = torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+        return values_BCHW, torch.empty(rows, 256, pin_memory=True) if dtype == "int8" else None
 
     def _resized_size(self, row: int) -> tuple[int, int]:
         resized_size = self._records[row].resized_size
@@ -142,17 +153,12 @@ class Loader:
         """Decodes one image and reads one embedding into their place in the batch (runs in a thread)."""
         row = batch.rows[place]
         place_on_canvas(self._decode(self._records[row]), batch.canvas_BHWC[place].numpy())
-        stored = self._store.read([row])
-        batch.values_BCHW[place] = torch.from_numpy(stored.values[0])
-        if batch.scales_BC is not None:
-            assert stored.scales is not None
-            batch.scales_BC[place] = torch.from_numpy(stored.scales[0])
+        here = slice(place, place + 1)
+        scales = None if batch.scales_BC is None else batch.scales_BC[here].numpy()
+        self._store.read([row], StoredBatch(batch.values_BCHW[here].numpy(), scales))
 
     def _decode(self, record: ImageRecord) -> DecodedImage:
-        assert record.bytes is not None, "only committed rows are loaded"
-        sha256 = None if record.row in self._checked else record.sha256
-        data = read_checked(self._image_root, record.key, record.offset, record.bytes, sha256)
-        self._checked.add(record.row)
+        data = self._read(record)
         try:
             image = load_image(data, self._image_size)
         except ImageError as error:
@@ -165,3 +171,13 @@ class Loader:
                 "precomputed: another version of the image libraries? Precompute again"
             )
         return image
+
+    def _read(self, record: ImageRecord) -> bytes:
+        """The image's file: the one that was precomputed, or the one that the store kept of it."""
+        if self._image_root is None:
+            return self._store.read_image(record.row)
+        assert record.bytes is not None, "only committed rows are loaded"
+        sha256 = None if record.row in self._checked else record.sha256
+        data = read_checked(self._image_root, record.key, record.offset, record.bytes, sha256)
+        self._checked.add(record.row)
+        return data

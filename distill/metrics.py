@@ -10,6 +10,7 @@ Every number exists twice: over all cells of the grid, and as `_valid` over the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +52,23 @@ class _Region:
         if constant_CN is not None:
             self.constant_squared += float((constant_CN - teacher_CN).square().sum())
         self.cosines.append(float(cosine_N.mean()))
+        mean_C = teacher_CN.mean(dim=1)
+        self._add_spread(mean_C, float((teacher_CN - mean_C[:, None]).square().sum()), cells)
+        self.elements += channels * cells
+
+    def add_region(self, other: _Region) -> None:
+        """Adds what another process has added up."""
+        self.squared += other.squared
+        self.constant_squared += other.constant_squared
+        self.cosines += other.cosines
+        if other.mean_C is not None:
+            self._add_spread(other.mean_C, other.spread, other.cells)
+        self.elements += other.elements
+
+    def _add_spread(self, mean_C: Tensor, spread: float, cells: int) -> None:
         # Means and squared deviations of two sets merge exactly (Chan, Golub and LeVeque 1979); the textbook
         # sum of squares minus square of sums would cancel.
-        mean_C = teacher_CN.mean(dim=1)
-        self.spread += float((teacher_CN - mean_C[:, None]).square().sum())
+        self.spread += spread
         if self.mean_C is None:
             self.mean_C = mean_C
         else:
@@ -63,7 +77,6 @@ class _Region:
             self.spread += float(shift_C.square().sum()) * self.cells * cells / total
             self.mean_C = self.mean_C + shift_C * (cells / total)
         self.cells += cells
-        self.elements += channels * cells
 
     def result(self, with_skill: bool) -> dict[str, Any]:
         cosine: dict[str, float | None] = {"mean": None, "p5": None, "min": None}
@@ -124,6 +137,20 @@ class Metrics:
             )
         )
 
+    def add(self, other: Metrics) -> None:
+        """Adds images that another process has measured against the same mean embedding."""
+        self._all.add_region(other._all)
+        self._valid.add_region(other._valid)
+        self.per_image += other.per_image
+
+    def on_cpu(self) -> Metrics:
+        """Itself, with everything that lay on a GPU brought to the CPU, ready to be sent."""
+        for region in (self._all, self._valid):
+            region.mean_C = None if region.mean_C is None else region.mean_C.cpu()
+        if self._mean_CHW is not None:
+            self._mean_CHW = self._mean_CHW.cpu()
+        return self
+
     def result(self) -> dict[str, Any]:
         """mse, relative_mse, cosine {mean, p5, min} and skill, each also as `_valid`: plain floats.
 
@@ -137,6 +164,14 @@ class Metrics:
             merged[name] = value
             merged[f"{name}_valid"] = valid[name]
         return merged
+
+
+def merge(measured: Sequence[Metrics]) -> Metrics:
+    """One of all of them, the first one's images first; an empty one of none."""
+    merged = Metrics(measured[0]._mean_CHW if measured else None)
+    for one in measured:
+        merged.add(one)
+    return merged
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

@@ -20,7 +20,7 @@ from .digests import digest, json_sha256
 from .errors import DistillError
 from .sealed import decode_line, read_sealed
 from .split import Split
-from .students import MEND, STUDENT_FILE, load_student
+from .student_file import MEND, STUDENT_FILE, load_student
 from .tensor_file import check_tensors, load_tensors, save_tensors
 
 FORMAT = 2
@@ -76,9 +76,10 @@ class Run:
         return Path(self.config["store"]["path"])
 
     @property
-    def image_root(self) -> Path:
-        """Where the images lay when the run was last started."""
-        return Path(self.config["image_root"])
+    def image_root(self) -> Path | None:
+        """Where the images lay when the run was last started; None when they were those that the store keeps."""
+        root = self.config["image_root"]
+        return None if root is None else Path(root)
 
     @property
     def student_path(self) -> Path:

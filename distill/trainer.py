@@ -5,41 +5,45 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import nn
 
+from .batch_norms import BatchNorms
 from .checkpoint import CHECKPOINT_FILE, TrainState
 from .config import DistillConfig
 from .errors import DistillError, DistillInterrupted
 from .evaluation import embed, evaluate_batches
 from .loader import Batch, Loader
 from .meter import Meter
+from .metrics import merge
 from .objective import decoupled_loss, loss_elements
+from .parameter_groups import parameter_groups
 from .progress import Progress
 from .recorder import Recorder
+from .replicas import Replicas
 from .run import Run
 from .sampler import epoch_order, split_batches
 from .schedule import learning_rate
 from .stop import StopFlag
-from .students import save_student
+from .student_file import save_student
 
 logger = logging.getLogger(__name__)
 
 LINES_PER_EPOCH = 50
 TRAIN_EVAL_ROWS = 1024
-BATCH_NORM_MOMENTUM = 0.1
 
 
 class Trainer:
     """Fits a student to a store's embeddings; `fit` is the whole story.
 
     `student` is on `device`. `micro_batch` and `precision` are resolved values. The loop never waits for a GPU
-    except where it logs, saves or validates.
+    except where it logs, saves or validates. With `replicas`, each process has its trainer, and all of them call the
+    same methods; the first one's alone writes.
     """
 
     def __init__(
@@ -54,14 +58,16 @@ class Trainer:
         micro_batch: int,
         student_info: dict[str, Any],
         stop: StopFlag,
+        replicas: Replicas | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config, self.run, self.loader = config, run, loader
         self.device, self.precision, self.micro_batch = device, precision, micro_batch
         self.student_info, self.stop, self.progress = student_info, stop, progress
+        self.replicas = replicas or Replicas()
         # Channels last: 2.2 times faster in bfloat16, 1.1 to 1.2 times in float32 at two images (measured on CPUs).
         self.student = student.to(memory_format=torch.channels_last)
-        self.batch_norms = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.batch_norms = BatchNorms(student)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(student, config.weight_decay), lr=config.lr, fused=device.type == "cuda"
         )
@@ -80,9 +86,12 @@ class Trainer:
         self.go_on()
         state = self.state
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
-        with Recorder(
-            self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1
-        ) as self.recorder:
+        with ExitStack() as stack:
+            self.recorder: Recorder | None = None
+            if self.replicas.first:
+                self.recorder = stack.enter_context(
+                    Recorder(self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1)
+                )
             self.stop.saves = True
             while state.epoch < self.config.epochs:
                 self.train_epoch()
@@ -93,7 +102,14 @@ class Trainer:
             return self.finish()
 
     def go_on(self) -> None:
-        """Takes up the last checkpoint, if the run has come to one, and writes anew what was lost beside it."""
+        """Takes up the last checkpoint, if the run has come to one: the first process reads it for all."""
+        if self.replicas.first:
+            self.load()
+        if self.replicas.count > 1:
+            self.state = self.replicas.adopt(self.student, self.optimizer, self.state)
+
+    def load(self) -> None:
+        """Reads the last checkpoint, if there is one, and writes anew what was lost beside it."""
         checkpoints = self.run.checkpoints
         if not checkpoints.exist():
             if self.run.student_path.exists():
@@ -105,7 +121,7 @@ class Trainer:
         self.state = state = checkpoints.load(self.student, self.optimizer, self.state, self.device)
         logger.info("going on after epoch %d, step %d of %d", state.epoch, state.step, self.steps)
         if state.epoch:
-            self.save_mean()
+            self.write_mean()
         if state.epoch and not state.batch:
             self.save_student()
 
@@ -113,12 +129,12 @@ class Trainer:
         """The batches of one epoch that are still to do."""
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
         batches = split_batches(order, self.config.batch_size)[self.state.batch :]
-        micro_batches = chain.from_iterable(split_batches(rows, self.micro_batch) for rows in batches)
+        micro_batches = [self.replicas.share_of(split_batches(rows, self.micro_batch)) for rows in batches]
         self.student.train()
         self.meter.start()
-        with closing(self.loader.batches(micro_batches)) as coming:
-            for rows in batches:
-                self.step(rows, islice(coming, math.ceil(len(rows) / self.micro_batch)))
+        with closing(self.loader.batches(chain.from_iterable(micro_batches))) as coming:
+            for rows, mine in zip(batches, micro_batches, strict=True):
+                self.step(rows, islice(coming, len(mine)))
                 self.after_step(last=self.state.step % self.steps_per_epoch == 0)
         if self.state.epoch == 0:
             self.save_mean()
@@ -130,10 +146,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         elements = loss_elements(self.loader.valid(rows), 256, config.loss_region)
+        self.replicas.copy_buffers(self.student)
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
             state.micro_steps += 1
-            self.set_batch_norms()
+            self.batch_norms.prepare(state.micro_steps, frozen=state.step >= config.freeze_norm * self.steps)
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.device, self.precision)
             valid_BHW = batch.valid_BHW.to(self.device, non_blocking=True)
             part = decoupled_loss(student_BCHW, teacher_BCHW, valid_BHW, elements, config.loss_region)
@@ -142,23 +159,12 @@ class Trainer:
             if state.epoch == 0:
                 state.mean_sum_CHW += teacher_BCHW.double().sum(dim=0)
                 state.mean_rows += len(batch.rows)
+        self.replicas.sum_gradients(self.student, loss)
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(loss, norm)
         state.step, state.batch, state.images = state.step + 1, state.batch + 1, state.images + len(rows)
-
-    def set_batch_norms(self) -> None:
-        """Statistics of the micro-batch at first, fixed ones later.
-
-        A micro-batch of two images normalises each by the other: noise that a student, which is judged with
-        fixed statistics, needn't learn to bear. Wu and Johnson find fixed ones best for the end of training with
-        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
-        """
-        frozen = self.state.step >= self.config.freeze_norm * self.steps
-        for batch_norm in self.batch_norms:
-            batch_norm.train(not frozen)
-            batch_norm.momentum = batch_norm_momentum(self.state.micro_steps)
 
     def after_step(self, *, last: bool) -> None:
         """Logs, shows, saves, stops: whatever is due."""
@@ -168,44 +174,44 @@ class Trainer:
                 "step": self.state.step,
                 "lr": self.optimizer.param_groups[0]["lr"],
             }
-            self.recorder.line("train", {**line, **self.meter.take_window()})
+            self.log("train", {**line, **self.meter.take_window()})
         self.show("train")
-        if self.stop.signum is not None or (
-            time.monotonic() - self.saved_at > self.config.checkpoint_seconds and not last
-        ):
-            self.save()
-        self.stop_if_asked()
+        due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds and not last
+        self.save_and_stop_if_asked(due)
 
     def validate(self) -> None:
         """Measures the validation rows and logs them."""
         metrics = self.evaluate(self.run.split.val, "validate")
         epoch = self.state.epoch + 1
-        self.recorder.line(
-            "val", {"epoch": epoch, "step": self.state.step, "rows": len(self.run.split.val), **metrics}
-        )
+        self.log("val", {"epoch": epoch, "step": self.state.step, "rows": len(self.run.split.val), **metrics})
         if metrics["mse_valid"] < self.state.best_mse_valid:
             self.state.best_epoch, self.state.best_mse_valid = epoch, metrics["mse_valid"]
 
     def evaluate(self, rows: Iterable[int], phase: str) -> dict[str, Any]:
-        """The metrics of the student as it is; saves and stops between batches when asked to."""
+        """The metrics of the student as it is, each process measuring its share; saves and stops when asked to."""
+        self.replicas.copy_buffers(self.student)
         batches = split_batches(list(rows), self.micro_batch)
-        with closing(self.loader.batches(batches)) as coming:
-            return evaluate_batches(
+        rounds = math.ceil(len(batches) / self.replicas.count)
+        with closing(self.loader.batches(self.replicas.share_of(batches))) as coming:
+            measured = evaluate_batches(
                 self.student,
-                self.until_stopped(coming, phase),
+                self.until_stopped(coming, rounds, phase),
                 mean_embedding=self.run.mean_embedding(),
                 device=self.device,
                 precision=self.precision,
-            ).result()
+            )
+        merged = merge(self.replicas.gathered(measured.on_cpu()))
+        return self.replicas.shared(merged.result() if self.replicas.first else None)
 
-    def until_stopped(self, batches: Iterable[Batch], phase: str) -> Generator[Batch]:
-        """The batches, until a stop is asked for: nothing of an evaluation is kept, so the state is whole."""
-        for batch in batches:
+    def until_stopped(self, batches: Iterator[Batch], rounds: int, phase: str) -> Generator[Batch]:
+        """The batches, until a stop is asked for: nothing of an evaluation is kept, so the state is whole.
+
+        Every process is asked `rounds` times, whether it has a batch or not.
+        """
+        for _ in range(rounds):
             self.show(phase)
-            if self.stop.signum is not None:
-                self.save()
-            self.stop_if_asked()
-            yield batch
+            self.save_and_stop_if_asked(due=False)
+            yield from islice(batches, 1)
 
     def finish(self) -> dict[str, Any]:
         """Measures the student on what it learned from, and closes the run with its result."""
@@ -213,9 +219,13 @@ class Trainer:
         # Those of an epoch that will never be trained: as good as any, and the same every time.
         rows = sorted(epoch_order(self.run.split.train, config.seed, config.epochs)[:TRAIN_EVAL_ROWS])
         metrics = self.evaluate(rows, "evaluate")
-        self.recorder.line(
-            "train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics}
-        )
+        self.log("train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics})
+        return self.replicas.shared(self.close_run() if self.replicas.first else None)
+
+    def close_run(self) -> dict[str, Any]:
+        """Logs the result; the checkpoint before the last is needed no more."""
+        state = self.state
+        assert self.recorder is not None
         val = self.run.last("val")
         assert val is not None, "every epoch validates"
         if state.best_epoch != state.epoch:
@@ -237,16 +247,25 @@ class Trainer:
         self.run.checkpoints.drop_previous()
         return result
 
+    def log(self, kind: str, values: dict[str, Any]) -> None:
+        """Appends a line to the run's metrics."""
+        if self.recorder is not None:
+            self.recorder.line(kind, values)
+
     def save(self) -> None:
         """Writes a checkpoint; what was logged before it is durable first."""
         self.meter.fetch()
         self.meter.count_elapsed()
-        self.state.metrics_bytes = self.recorder.sync()
-        self.run.checkpoints.save(self.student, self.optimizer, self.state, self.device)
+        self.gather_mean()
+        if self.recorder is not None:
+            self.state.metrics_bytes = self.recorder.sync()
+            self.run.checkpoints.save(self.student, self.optimizer, self.state, self.device)
         self.saved_at = time.monotonic()
 
     def save_student(self) -> None:
         """Writes the student as of the last complete epoch."""
+        if not self.replicas.first:
+            return
         state = self.state
         save_student(
             self.student,
@@ -256,18 +275,39 @@ class Trainer:
             {**self.student_info, "epoch": state.epoch, "step": state.step},
         )
 
+    def gather_mean(self) -> None:
+        """Brings the sum of the embeddings that the processes have seen to the first one."""
+        state = self.state
+        if state.epoch == 0:
+            state.mean_rows = self.replicas.gather_sum(state.mean_sum_CHW, state.mean_rows)
+
     def save_mean(self) -> None:
         """Keeps the mean of the training rows' embeddings: what skill is measured against."""
+        self.gather_mean()
+        if self.replicas.first:
+            self.write_mean()
+        self.replicas.wait()
+
+    def write_mean(self) -> None:
+        """Writes the mean of what has been gathered."""
         self.run.save_mean_embedding((self.state.mean_sum_CHW / self.state.mean_rows).float().cpu())
 
-    def stop_if_asked(self) -> None:
-        """Ends a run whose state has just been saved."""
-        if self.stop.signum is not None:
-            raise DistillInterrupted(
-                f"stopped after step {self.state.step} of {self.steps}, saved in {self.run.path}\n"
-                "run the same command again to go on",
-                self.stop.signum,
-            )
+    def save_and_stop_if_asked(self, due: bool) -> None:
+        """Saves when that is due, and ends the run when a stop is asked for, once its state is saved.
+
+        Processes agree on both; none ends before the first one has saved, since torchrun then ends the others.
+        """
+        signum, due_now = self.replicas.highest(self.stop.signum or 0, int(due and self.replicas.first))
+        if signum or due_now:
+            self.save()
+        if not signum:
+            return
+        self.replicas.wait()
+        raise DistillInterrupted(
+            f"stopped after step {self.state.step} of {self.steps}, saved in {self.run.path}\n"
+            "run the same command again to go on",
+            signum,
+        )
 
     def show(self, phase: str) -> None:
         """Tells whoever displays it; without waiting for the device."""
@@ -287,21 +327,3 @@ class Trainer:
                 eta_seconds=left / rate if rate else 0.0,
             )
         )
-
-
-def batch_norm_momentum(micro_steps: int) -> float:
-    """Plain averages over the first forward passes, moving ones after.
-
-    With a constant momentum of 0.1 a short run would be judged with statistics that still hold much of their
-    initial 0 and 1: 35% of it after ten forward passes.
-    """
-    return max(BATCH_NORM_MOMENTUM, 1 / micro_steps)
-
-
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices and kernels decay; vectors (norms, biases) and attention biases don't."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        (free if parameter.ndim <= 1 or "bias" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

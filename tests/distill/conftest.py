@@ -1,26 +1,15 @@
 from __future__ import annotations
 
-import hashlib
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from photo_store import make_photo_store
 from PIL import Image
 
 from mobilesam.distill import DistillConfig
-from mobilesam.sam import load_image, preprocessing_recipe
-from mobilesam.store import (
-    EmbeddingStore,
-    NewImage,
-    RowResult,
-    Selection,
-    ShardWriter,
-    StoreSpec,
-    encode_head,
-)
 
 MakeStore = Callable[..., Path]
 SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50), (33, 64)]
@@ -32,7 +21,7 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     import torch
 
@@ -72,61 +61,22 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         commit: bool = True,
     ) -> Path:
         path = tmp_path_factory.mktemp("store") / "store.zarr"
-        files = sorted(images.iterdir())
         if embeddings is None:
-            grid = image_size // 16
-            embeddings = np.random.default_rng(1).standard_normal((len(files), 256, grid, grid), np.float32)
-        head, head_sha256 = encode_head({"mask_decoder.w": np.zeros(3, np.float32)})
-        spec = StoreSpec(
-            store_id=uuid.uuid4().hex,
-            teacher="vit_nano",
-            checkpoint=None,
-            checkpoint_sha256="0" * 64,
-            head_sha256=head_sha256,
-            untrained=True,
-            positions_interpolated=True,
+            grid, rows = image_size // 16, len(list(images.iterdir()))
+            embeddings = np.random.default_rng(1).standard_normal((rows, 256, grid, grid), np.float32)
+        make_photo_store(
+            path,
+            images,
+            head={"mask_decoder.w": np.zeros(3, np.float32)},
+            embeddings=embeddings,
             image_size=image_size,
-            preprocessing=preprocessing_recipe(image_size),
             dtype=dtype,
-            precision="float32",
-            shard_size=len(files),
-            subset={"fraction": 1.0, "seed": 0},
-            image_root=str(images),
-            versions={},
+            failed=failed,
+            commit=commit,
         )
-        listed = [NewImage(key=file.name, size=file.stat().st_size) for file in files]
-        selection = Selection(fraction=1.0, seed=0, limit=None)
-        with EmbeddingStore.create(path, spec, listed, selection, head) as store:
-            if commit:
-                _commit(store, files, embeddings, failed)
         return path
 
     return make
-
-
-def _commit(store: EmbeddingStore, files: list[Path], embeddings: np.ndarray, failed: Sequence[int]) -> None:
-    results = []
-    with ShardWriter(store.path, store.spec.layouts, 0, "a", len(files)) as writer:
-        for row, file in enumerate(files):
-            if row in failed:
-                results.append(RowResult(row=row, reason="made to fail"))
-                continue
-            data = file.read_bytes()
-            image = load_image(data, store.spec.image_size)
-            stored = writer.add(row, embeddings[row])
-            results.append(
-                RowResult(
-                    row=row,
-                    sha256=hashlib.sha256(data).hexdigest(),
-                    bytes=len(data),
-                    original_size=image.original_size,
-                    resized_size=image.resized_size,
-                    crc32c=stored.crc32c,
-                    scales_crc32c=stored.scales_crc32c,
-                )
-            )
-        writer.finish()
-    store.commit(0, "a", results)
 
 
 @pytest.fixture(scope="session")

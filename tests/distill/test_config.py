@@ -34,7 +34,9 @@ def test_a_value_outside_its_range_is_refused_by_name(option: str, value: object
 
 
 def test_where_things_lie_does_not_change_what_is_learned() -> None:
-    here = DistillConfig(store=Path("a"), images=Path("b"), out=Path("c"), device="cpu", workers=1)
+    here = DistillConfig(
+        store=Path("a"), images=Path("b"), init=Path("d"), out=Path("c"), device="cpu", workers=1
+    )
     assert here.identity() == DistillConfig().identity()
 
 

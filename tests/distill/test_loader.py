@@ -11,7 +11,7 @@ from PIL import Image
 
 from mobilesam.distill import Loader
 from mobilesam.sam import ImageError, valid_cells
-from mobilesam.store import EmbeddingStore, StoreDamaged
+from mobilesam.store import EmbeddingStore, ImageRecord, StoreDamaged
 
 SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50)]
 
@@ -107,6 +107,24 @@ def test_it_reads_ahead_but_not_without_bound(
             next(batches)
         # Six batches were handed out; two workers' worth may be under way.
         assert len(decoded) <= 6 + 2
+
+
+def test_no_thread_is_idle_while_another_fills_the_last_place_of_a_batch(
+    opened: Callable[..., tuple[EmbeddingStore, Loader]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, loader = opened(workers=2)
+    next_begun, decode = threading.Event(), loader._decode
+
+    def blocking(record: ImageRecord) -> object:
+        if record.row == 3:
+            assert next_begun.wait(30), "the next batch waits for this one"
+        if record.row == 4:
+            next_begun.set()
+        return decode(record)
+
+    monkeypatch.setattr(loader, "_decode", blocking)
+    with closing(loader.batches([[0, 1, 2, 3], [4]])) as batches:
+        assert [batch.rows for batch in batches] == [[0, 1, 2, 3], [4]]
 
 
 def test_an_image_that_changed_stops_by_name_even_at_the_same_length(

@@ -85,7 +85,12 @@ def test_the_runs_description_holds_where_it_came_from(run: Run, store: Path, im
     assert run.image_root == images.resolve()
     assert run.config["counts"] == {"done": 6, "failed": 0, "pending": 0}
     assert run.config["untrained_teacher"] is True
-    assert run.config["resolved"] == {"device": "cpu", "precision": "float32", "micro_batch": 1}
+    assert run.config["resolved"] == {
+        "device": "cpu",
+        "precision": "float32",
+        "micro_batch": 1,
+        "processes": 1,
+    }
     assert torch.__version__.startswith(run.config["versions"]["torch"])
 
 
@@ -250,3 +255,29 @@ def test_what_is_no_run_can_not_be_opened_as_one(tmp_path: Path, damage: str) ->
         (tmp_path / "r/split.json").write_text('{"train": [1')
     with pytest.raises(DistillError, match="run"):
         Run.open(tmp_path / "r")
+
+
+@pytest.mark.long
+def test_a_compiled_student_learns_the_same_and_keeps_its_names(
+    store: Path, options: Callable[..., DistillConfig]
+) -> None:
+    eager = distill(options(store, student="deit_tiny", out=Path("eager")))
+    compiled = distill(options(store, student="deit_tiny", out=Path("compiled"), compile=True))
+    assert compiled["val"]["mse"] == pytest.approx(eager["val"]["mse"], rel=1e-3)
+    names = [set(Run.open(out).student()[0].state_dict()) for out in ("eager", "compiled")]
+    assert names[0] == names[1]
+
+
+def test_a_student_that_cannot_be_compiled_says_so(
+    store: Path, options: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    def failing(*_: object) -> None:
+        raise TorchDynamoException("no C++ compiler\nand much more")
+
+    monkeypatch.setattr("mobilesam.distill.trainer.Trainer.fit", failing)
+    with pytest.raises(
+        DistillError, match=r"can't translate tiny_vit here \(no C\+\+ compiler\); leave out --compile"
+    ):
+        distill(options(store, compile=True))

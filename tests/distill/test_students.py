@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from bounded import read_bounded
 from flips import flipped
 from safetensors.torch import load_file, save_file
 
-from mobilesam.distill import STUDENTS, DistillError, build_student, load_student, save_student
+from mobilesam.distill import STUDENTS, DistillError, build_student, load_own_head, load_student, save_student
+from mobilesam.distill.students import outline_student, student_info
 from mobilesam.distill.tensor_file import save_tensors
 from mobilesam.sam.tiny_vit import TinyViT
 
@@ -42,6 +44,27 @@ def test_a_saved_student_rebuilds_itself_and_computes_the_same(student_file: Pat
     assert info == {"student": "tiny_vit", "image_size": 64, "teacher": "vit_nano"}
     with torch.no_grad():
         assert torch.equal(student(pixels), original(pixels))
+
+
+@pytest.mark.parametrize("name", ["tiny_vit_11m", "deit_tiny", "timm:resnet18", "timm:convnext_atto"])
+def test_a_student_of_each_kind_rebuilds_itself(tmp_path: Path, name: str) -> None:
+    original = build_student(name, 64, seed=3).eval()
+    save_student(original, tmp_path / "student.safetensors", name, 64, {})
+    student, info = load_student(tmp_path)
+    assert info == {"student": name, "image_size": 64}
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(student(pixels), original(pixels))
+
+
+def test_without_timm_another_copy_of_the_file_is_not_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "student.safetensors"
+    save_student(build_student("deit_tiny", 64, seed=3), file, "deit_tiny", 64, {})
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(DistillError, match=r"pip install 'mobilesam\[students\]'$"):
+        load_student(file)
 
 
 def test_it_is_found_in_a_runs_folder(student_file: Path) -> None:
@@ -141,6 +164,19 @@ def test_a_file_without_its_checksum_is_refused(student_file: Path) -> None:
         load_student(student_file)
 
 
+def test_a_file_whose_length_begins_as_a_pickle_does_is_read(tmp_path: Path) -> None:
+    student, firsts = build_student("tiny_vit", 64, seed=3), set()
+    for length in range(0, 300, 8):
+        path = tmp_path / "student.safetensors"
+        save_student(student, path, "tiny_vit", 64, {"teacher": "x" * length})
+        first = path.read_bytes()[0]
+        firsts.add(first)
+        if first == 0x80:
+            assert load_student(path)[1]["teacher"] == "x" * length
+            assert load_own_head(path) is None
+    assert 0x80 in firsts
+
+
 def test_a_flipped_weight_is_an_error(student_file: Path) -> None:
     data = student_file.read_bytes()
     student_file.write_bytes(flipped(data, 8 * (len(data) - 1000)))
@@ -173,6 +209,14 @@ def all_tensors(shapes: dict[str, list[int]], offsets: Callable[[int], list[int]
     return {"__metadata__": metadata(), **entries}
 
 
+def all_claimed(student: str) -> bytes:
+    """A file with every name and shape of a student, and no weights."""
+    outline = outline_student(student_info(student), 64).state_dict()
+    shapes = {f"image_encoder.{key}": list(value.shape) for key, value in outline.items()}
+    header = all_tensors(shapes, lambda index: [0, 0])
+    return sealed({**header, "__metadata__": metadata(student=student)})
+
+
 def test_forged_headers_are_errors_in_bounded_memory(tmp_path: Path) -> None:
     shapes = {f"image_encoder.{key}": list(value.shape) for key, value in TinyViT(64).state_dict().items()}
     forged = {
@@ -196,6 +240,17 @@ def test_forged_headers_are_errors_in_bounded_memory(tmp_path: Path) -> None:
         "a long name": sealed({"__metadata__": metadata(), "x" * 500_000: {"shape": [], "dtype": "F32"}}),
         "a giant image size": sealed({"__metadata__": metadata(image_size="9" * 4000)}),
         "a giant student": sealed({"__metadata__": metadata(student="9" * 400_000)}),
+        "a giant of timm's": sealed({"__metadata__": metadata(student="timm:eva_giant_patch14_560")}),
+        "a giant ViT of timm's": sealed(
+            {"__metadata__": metadata(student="timm:vit_huge_patch16_gap_448", image_size="16384")}
+        ),
+        "masks of gigabytes": sealed(
+            {"__metadata__": metadata(student="timm:swin_tiny_patch4_window7_224", image_size="16384")}
+        ),
+        "a download": sealed({"__metadata__": metadata(student="timm:hf-hub:timm/resnet18")}),
+        "a folder": sealed({"__metadata__": metadata(student="timm:local-dir:/tmp")}),
+        "a long name of timm's": sealed({"__metadata__": metadata(student="timm:" + "r" * 400_000)}),
+        "weights that aren't there": all_claimed("timm:vit_huge_patch16_gap_448"),
         "a deep description": sealed({"__metadata__": metadata(info="[" * 100_000)}),
         "empty": b"",
     }

@@ -1,0 +1,208 @@
+"""Weights that a student starts from: ImageNet's, MobileSAM's, or an earlier student's."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..sam.torch_file import in_torch_format
+from ..sam.weights import read_state
+from .errors import DistillError
+from .naming import NAMINGS, grouped, renamed
+from .students import outline_student, student_info
+from .tables import resized_table
+from .tensor_file import MAX_HEADER, check_tensors, load_tensors
+
+logger = logging.getLogger(__name__)
+
+WRAPPERS = ("model", "state_dict")
+NECK_PREFIXES = ("neck.", "laterals.")
+MIN_SHARE = 0.5
+"""Of the encoder's parameters, the neck not counted. A file with fewer is another network's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """What a file gives to a student.
+
+    `tensors` are keyed and typed as in the student's state. `resized` and `taken` are keys of it, `left` those that
+    keep their new weights, `unused` the file's other keys.
+    """
+
+    path: Path
+    sha256: str
+    naming: str
+    taken: list[str]
+    resized: list[str]
+    left: list[str]
+    unused: list[str]
+    parameters: dict[str, int]
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def report(self) -> dict[str, Any]:
+        """JSON values: `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}, `resized` (keys);
+        `left_new` and `unused_in_file`, counts of keys by the first part of their names."""
+        count = self.parameters
+        return {
+            "file": self.path.name,
+            "sha256": self.sha256,
+            "naming": self.naming,
+            "taken": {
+                "weights": len(self.taken),
+                "parameters": sum(count.get(key, 0) for key in self.taken),
+                "of_parameters": sum(count.values()),
+            },
+            "resized": self.resized,
+            "left_new": grouped(self.left),
+            "unused_in_file": grouped(self.unused),
+        }
+
+    def apply(self, student: nn.Module) -> None:
+        """Puts the weights into `student`, which was built as the one they were read for, and says which."""
+        student.load_state_dict(self.tensors, strict=False)
+        report = self.report()
+        taken = report["taken"]
+        logger.info(
+            "starting from %s (%s): %d weights, %d of %d parameters taken%s",
+            self.path,
+            self.naming,
+            taken["weights"],
+            taken["parameters"],
+            taken["of_parameters"],
+            f", {len(self.resized)} tables of positions resized" if self.resized else "",
+        )
+        logger.info(
+            "left new: %s; unused in the file: %s",
+            _listed(report["left_new"]),
+            _listed(report["unused_in_file"]),
+        )
+
+
+def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
+    """Reads what `path` has for the student of that name at `image_size` pixels.
+
+    The file is torch's (a flat state dict, or one under `model` or `state_dict`) or safetensors; its names are
+    mobile_sam.pt's, TinyViT's, timm's, or a student's own, whichever fit most of the parameters.
+
+    Raises DistillError when it is missing or damaged, when less than half of the encoder's parameters can be taken
+    from it, or when one of those isn't finite. Raises CheckpointError when a file in torch's format is damaged or
+    holds other things than tensors.
+    """
+    path = Path(path)
+    sha256, state = _read(path)
+    outline = outline_student(student_info(student), image_size)
+    wanted = outline.state_dict()
+    parameters = {key: value.numel() for key, value in outline.named_parameters()}
+    plans = [_matched(name, state, wanted) for name in NAMINGS]
+    best = max(plans, key=lambda plan: sum(parameters.get(key, 0) for key in plan.tensors))
+    _check_share(path, student, parameters, best)
+    for key, value in best.tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise DistillError(
+                f"{path} holds values that aren't finite, in {best.theirs[key][:80]}; give a whole one"
+            )
+    used = {best.theirs[key] for key in best.tensors}
+    return InitialWeights(
+        path=path,
+        sha256=sha256,
+        naming=best.naming,
+        taken=list(best.tensors),
+        resized=best.resized,
+        left=[key for key in wanted if key not in best.tensors],
+        unused=[key for key in state if key not in used],
+        parameters=parameters,
+        tensors=best.tensors,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Match:
+    """What one naming finds: tensors by the student's keys, the file's keys for them, and why others don't fit."""
+
+    naming: str
+    tensors: dict[str, Tensor]
+    theirs: dict[str, str]
+    resized: list[str]
+    misfits: list[str]
+
+
+def _matched(naming: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Match:
+    theirs = renamed(NAMINGS[naming], state, wanted)
+    tensors: dict[str, Tensor] = {}
+    resized, misfits = [], []
+    for key, like in wanted.items():
+        if key not in theirs:
+            misfits.append(f"{key} is missing")
+            continue
+        found, shape = state[theirs[key]], tuple(like.shape)
+        fits = found.is_floating_point() == like.is_floating_point()
+        table = None if tuple(found.shape) == shape or not fits else resized_table(key, found, shape)
+        if table is not None:
+            resized.append(key)
+            tensors[key] = table.to(like.dtype)
+        elif fits and tuple(found.shape) == shape:
+            tensors[key] = found.to(like.dtype)
+        else:
+            misfits.append(f"{theirs[key][:80]} is {found.dtype} {tuple(found.shape)}, wanted {shape}"[:200])
+    return _Match(naming=naming, tensors=tensors, theirs=theirs, resized=resized, misfits=misfits)
+
+
+def _check_share(path: Path, student: str, parameters: Mapping[str, int], match: _Match) -> None:
+    encoder = {key: count for key, count in parameters.items() if not key.startswith(NECK_PREFIXES)}
+    taken, total = sum(encoder[key] for key in encoder if key in match.tensors), sum(encoder.values())
+    if taken < MIN_SHARE * total:
+        raise DistillError(
+            f"{path} fits no {student}: {taken:,} of the {total:,} parameters of its encoder can be taken from it, "
+            "half are needed\n"
+            f"({'; '.join(match.misfits[:3])}); give weights of the same network"
+        )
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """A file's SHA-256 and tensors."""
+    try:
+        if path.is_dir():
+            raise DistillError(f"{path} is a directory; --init takes a file of weights")
+        with path.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if in_torch_format(start):
+            return sha256, read_state(path, WRAPPERS)
+        return sha256, _read_safetensors(path, start[:8])
+    except FileNotFoundError:
+        raise DistillError(
+            f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)"
+        ) from None
+    except OSError as error:
+        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+    """Whoever wrote it; a file with our SHA-256 is checked against that."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > MAX_HEADER:
+        raise DistillError(
+            f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
+    if "sha256" in metadata and "format" in metadata:
+        check_tensors(path)
+    return load_tensors(path)
+
+
+def _listed(groups: Mapping[str, int]) -> str:
+    shown: Iterable[str] = (f"{name} ({count})" for name, count in list(groups.items())[:8])
+    return (", ".join(shown) + (", ..." if len(groups) > 8 else "")) or "nothing"
