@@ -1,6 +1,6 @@
 """How near a student comes to its teacher: metrics against the store, thresholds, the report.
 
-In the order of a run: config, subject (what is compared), compare, gates (thresholds), table (the terminal),
+In the order of a run: config, subject (what is compared), compare, masks, gates (thresholds), table (the terminal),
 report with its gallery, pictures and charts.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.

@@ -57,7 +57,13 @@ def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *,
     with _axes(name) as (figure, axes):
         bins = int(np.clip(np.sqrt(len(values)) * 2, 6, 40))
         axes.hist(
-            values, bins=bins, histtype="stepfilled", color=COLOURS["series-1"], alpha=0.55, linewidth=0
+            values,
+            bins=bins,
+            range=bin_range(values),
+            histtype="stepfilled",
+            color=COLOURS["series-1"],
+            alpha=0.55,
+            linewidth=0,
         )
         for (label, value), style in zip(marks.items(), ("-", (0, (3, 2))), strict=False):
             axes.axvline(
@@ -68,6 +74,14 @@ def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *,
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(figure)
         return _svg(figure, name)
+
+
+def bin_range(values: Sequence[float], least: float = 1e-4) -> tuple[float, float]:
+    """From the lowest to the highest value, widened to `least`: values that differ by rounding alone, as a perfect
+    student's, are too close together for bins of their own."""
+    low, high = float(min(values)), float(max(values))
+    margin = max(0.0, (least - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 def _legend(figure: Figure) -> None:

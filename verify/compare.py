@@ -12,6 +12,7 @@ from .config import VerifyConfig
 from .curves import read_curves
 from .gallery import build_gallery
 from .gates import failed_checks, run_checks
+from .masks import MaskComparison, open_head
 from .provenance import provenance
 from .report import ReportData, check_report, write_report
 from .specimens import take_specimens
@@ -28,12 +29,19 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
     whose audit found embeddings that are not the teacher's fails too: nothing compared with them means anything.
     `progress(done, total)` counts images.
 
-    Raises VerifyError, and the other rooms' errors for a damaged store, a student's file or a changed image.
+    Unless `config.points` is 0 there are also, over the student's and the teacher's masks for the same points:
+    `miou` (intersection over union, mean over an image's points, then over images), `miou_min` (the worst image's
+    mean), both None where an embedding isn't finite; `prompts` (points an image); and `empty_masks`, how many of all
+    masks of `teacher` and `student` are empty. Two empty masks count 1, one empty mask 0.
+
+    Raises VerifyError, also when the store's head can't give masks, and the other rooms' errors for a damaged store,
+    a student's file or a changed image.
     """
     if config.report is not None:
         check_report(config.report)
     subject = open_subject(config)
     with subject.store:
+        masks = open_masks(subject, config.points) if config.points else None
         numbers, per_image = evaluate(
             subject.student,
             subject.store,
@@ -43,12 +51,20 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
             device=subject.device,
             precision=subject.precision,
             batch_size=config.batch_size or BATCH_SIZES[subject.device.type],
+            memory_format=subject.memory_format,
+            on_embeddings=None if masks is None else masks.add,
             on_image=progress,
         )
-        result = _result(config, subject, numbers)
+        result = _result(config, subject, numbers | (masks.result() if masks else {}))
         if config.report is not None:
-            write_report(config.report, _report_data(subject, result, per_image))
+            write_report(config.report, _report_data(subject, result, per_image, masks))
     return result
+
+
+def open_masks(subject: Subject, side: int) -> MaskComparison:
+    """A comparison of the subject's masks for side x side points an image. Raises as `open_head`."""
+    records = {record.row: record for record in subject.store.records("done")}
+    return MaskComparison(open_head(subject.store, subject.device), records, side)
 
 
 def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +85,12 @@ def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) 
     }
 
 
-def _report_data(subject: Subject, result: dict[str, Any], per_image: Sequence[ImageMetrics]) -> ReportData:
+def _report_data(
+    subject: Subject,
+    result: dict[str, Any],
+    per_image: Sequence[ImageMetrics],
+    masks: MaskComparison | None,
+) -> ReportData:
     run = subject.run
     return ReportData(
         result=result,
@@ -77,5 +98,5 @@ def _report_data(subject: Subject, result: dict[str, Any], per_image: Sequence[I
         provenance=provenance(subject, result["subject"]["split"]),
         cosines=[image.cosine_valid for image in per_image if image.cosine_valid is not None],
         curves=None if run is None else read_curves(run.history(), run.config["config"]["loss_region"]),
-        gallery=build_gallery(*take_specimens(subject, per_image)),
+        gallery=build_gallery(*take_specimens(subject, per_image, masks)),
     )

@@ -9,6 +9,8 @@ from .errors import VerifyError
 
 SPLITS = ("val", "train", "all")
 PRECISIONS = ("auto", "float32", "bfloat16")
+MOST_POINTS = 64
+"""On a side: more than 4,096 prompts an image are a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +19,9 @@ class VerifyConfig:
 
     `student` is a run's folder or a student.safetensors, None the run that started last (runs/latest); `store`
     and `images` are None where the run's own are meant. `precision` "auto" means what the student was trained
-    in, so that the numbers agree with the trainer's. `report` is an HTML file to write. `min_cosine` and
-    `min_skill` are thresholds on the headline metrics, the mean cosine and the skill over valid cells.
+    in, so that the numbers agree with the trainer's. `report` is an HTML file to write. Masks are compared for
+    `points` x `points` prompts an image; 0 leaves them out. `min_cosine`, `min_skill` and `min_miou` are thresholds
+    on the headline metrics: mean cosine and skill over valid cells, and the masks' mean IoU.
 
     Raises VerifyError when a value is outside its range.
     """
@@ -31,8 +34,10 @@ class VerifyConfig:
     device: str = "auto"
     batch_size: int | None = None
     report: Path | None = None
+    points: int = 4
     min_cosine: float | None = None
     min_skill: float | None = None
+    min_miou: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("student", "store", "images", "report"):
@@ -42,15 +47,19 @@ class VerifyConfig:
         _require(self.split in SPLITS, "split", self.split, ", ".join(SPLITS))
         _require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
         _require(self.batch_size is None or self.batch_size >= 1, "batch size", self.batch_size, "at least 1")
-        # Comparisons with NaN are false, so NaN is refused too; neither can exceed 1.
-        cosine, skill = self.min_cosine, self.min_skill
+        _require(0 <= self.points <= MOST_POINTS, "points", self.points, f"between 0 and {MOST_POINTS}")
+        # Comparisons with NaN are false, so NaN is refused too; none can exceed 1.
+        cosine, skill, miou = self.min_cosine, self.min_skill, self.min_miou
         _require(cosine is None or -1 <= cosine <= 1, "min cosine", cosine, "between -1 and 1")
         _require(skill is None or float("-inf") < skill <= 1, "min skill", skill, "at most 1")
+        _require(miou is None or 0 <= miou <= 1, "min miou", miou, "between 0 and 1")
+        if miou is not None and self.points == 0:
+            raise VerifyError(f"min miou {miou:g} asks for masks, but points is 0: give at least 1")
 
     @property
     def thresholds(self) -> dict[str, float | None]:
         """Threshold name -> value, None where it wasn't set."""
-        return {"min_cosine": self.min_cosine, "min_skill": self.min_skill}
+        return {"min_cosine": self.min_cosine, "min_skill": self.min_skill, "min_miou": self.min_miou}
 
 
 def _require(good: bool, name: str, value: object, wanted: str) -> None:

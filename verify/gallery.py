@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .mask_pictures import MaskPanel, PointMasks, mask_panel
 from .pictures import (
     EmbeddingColours,
     common_scale,
@@ -44,6 +45,7 @@ class Specimen:
     student_CHW: npt.NDArray[np.floating]
     metrics: Mapping[str, Any]
     """cosine, cosine_valid, mse, mse_valid of this image."""
+    masks: PointMasks | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Panel:
     mse: float
     mse_valid: float
     error_max: float
+    masks: MaskPanel | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +108,6 @@ def _panel(s: Specimen, error_HW: npt.NDArray[np.floating], colours: EmbeddingCo
         student=png_uri(colours.paint(s.student_CHW, s.valid_gg)),
         error=png_uri(paint_error(error_HW, top)),
         error_max=float(error_HW.max()),
+        masks=None if s.masks is None else mask_panel(s.photo_HWC, s.masks),
         **{name: s.metrics[name] for name in ("cosine", "cosine_valid", "mse", "mse_valid")},
     )

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-MINIMUMS = {"min_cosine": ("cosine_valid", "mean"), "min_skill": ("skill_valid",)}
-"""Threshold name -> path of the number it bounds in a result; the headline is the valid one."""
+MINIMUMS = {"min_cosine": ("cosine_valid", "mean"), "min_skill": ("skill_valid",), "min_miou": ("miou",)}
+"""Threshold name -> path of the number it bounds in a result; of numbers over cells the headline is the valid one."""
 
 
 def headline(result: Mapping[str, Any], check: str) -> float | None:
@@ -71,9 +71,10 @@ def _describe_audit(check: Mapping[str, Any]) -> str:
 
 
 def distinguishable(value: float, threshold: float) -> tuple[str, str]:
-    """Both numbers as text, with as many digits as it takes to tell them apart (four if need be)."""
+    """Both numbers as text, with as many digits as it takes to tell them apart: four at least, and six of the
+    threshold, since 0.999999 is not 1."""
     for digits in range(4, 17):
-        texts = f"{value:.{digits}g}", f"{threshold:.{digits}g}"
+        texts = f"{value:.{digits}g}", f"{threshold:.{max(digits, 6)}g}"
         if value == threshold or texts[0] != texts[1]:
             return texts
     return repr(value), repr(threshold)

@@ -68,7 +68,7 @@ def _store(subject: Subject) -> Pairs:
         ("rows", f"{counts.done:,} done, {counts.failed:,} failed, {counts.pending:,} pending"),
         ("audit", _audit(store_audit(subject.store))),
         ("subset", f"fraction {spec.subset['fraction']:g}, seed {spec.subset['seed']}"),
-        ("images", str(subject.image_root)),
+        ("images", str(subject.image_root or f"kept in the store as {spec.kept_images}")),
         ("written by", _versions(spec.versions)),
     ]
 

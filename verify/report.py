@@ -14,7 +14,7 @@ from . import gates
 from .curves import Curves, thin
 from .errors import VerifyError
 from .gallery import Gallery
-from .table import METRICS, number
+from .table import MASK_METRICS, METRICS, masks_compared, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,8 @@ def render(data: ReportData) -> str:
         subject=data.result["subject"],
         gallery=data.gallery,
         metrics=METRICS,
+        mask_metrics=MASK_METRICS if "miou" in data.result else (),
+        masks_compared=masks_compared(data.result),
         checks=gates.run_checks(data.result, data.result["subject"]["thresholds"]),
         describe=gates.describe,
         distinguishable=gates.distinguishable,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..distill import Run, load_student, mean_embedding
 from ..distill.run import CONFIG_FILE
-from ..distill.students import STUDENT_FILE
+from ..distill.student_file import STUDENT_FILE, lacks_image_size
 from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore
@@ -33,12 +33,14 @@ class Subject:
     run: Run | None
     """None for a student's file away from its run."""
     store: EmbeddingStore
-    image_root: Path
+    image_root: Path | None
     rows: Sequence[int]
     mean_CHW: Tensor
     mean_source: str
     device: torch.device
     precision: str
+    memory_format: torch.memory_format
+    """What the student is run in."""
     notes: list[str]
     """What a reader of the numbers has to know."""
 
@@ -71,9 +73,11 @@ def open_subject(config: VerifyConfig) -> Subject:
     """
     run, file = _find_student(config)
     device = resolve_device(config.device)
-    student, info = load_student(file, device) if run is None else run.student(device)
+    # A file that doesn't say its image size has to wait for the store; any other tells its own faults first.
+    loaded = None if run is None and lacks_image_size(file) else _load(run, file, device)
     store = EmbeddingStore.open(config.store or (DEFAULT_STORE if run is None else run.store_path))
     try:
+        student, info = loaded or load_student(file, device, image_size=store.spec.image_size)
         _check_fit(info, store)
         own_store = run is not None and run.config["data"]["store_id"] == store.spec.store_id
         rows = _rows(config, run, store, own_store)
@@ -81,6 +85,7 @@ def open_subject(config: VerifyConfig) -> Subject:
             mean_CHW, mean_source = mean_embedding(store, rows), "all committed rows of the store"
         else:
             mean_CHW, mean_source = run.mean_embedding(), "the run's training rows"
+        precision = _precision(config, run, device)
         return Subject(
             student=student,
             info=info,
@@ -92,7 +97,8 @@ def open_subject(config: VerifyConfig) -> Subject:
             mean_CHW=mean_CHW,
             mean_source=mean_source,
             device=device,
-            precision=_precision(config, run, device),
+            precision=precision,
+            memory_format=_memory_format(run, precision),
             notes=_notes(info, run, store, own_store),
         )
     except BaseException:
@@ -109,6 +115,10 @@ def _find_student(config: VerifyConfig) -> tuple[Run | None, Path]:
         path = path.parent
     run = Run.open(path)
     return run, run.student_path
+
+
+def _load(run: Run | None, file: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    return load_student(file, device) if run is None else run.student(device)
 
 
 def _check_fit(info: Mapping[str, Any], store: EmbeddingStore) -> None:
@@ -150,8 +160,11 @@ def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_stor
     return rows
 
 
-def _image_root(config: VerifyConfig, run: Run | None, store: EmbeddingStore) -> Path:
-    root = config.images or (run.image_root if run is not None else Path(store.spec.image_root))
+def _image_root(config: VerifyConfig, run: Run | None, store: EmbeddingStore) -> Path | None:
+    """The folder of the images; None for those that the store keeps."""
+    if config.images is None and store.spec.kept_images is not None:
+        return None
+    root = config.images or (run and run.image_root) or Path(store.spec.image_root)
     if not root.is_dir():
         raise VerifyError(
             f"the images of {store.path} are not at {root}; say where they are with --images DIR"
@@ -164,6 +177,12 @@ def _precision(config: VerifyConfig, run: Run | None, device: torch.device) -> s
     if config.precision == "auto" and run is not None:
         return resolve_precision(run.config["resolved"]["precision"], device)
     return resolve_precision(config.precision, device)
+
+
+def _memory_format(run: Run | None, precision: str) -> torch.memory_format:
+    """The trainer's for a run. A file alone may hold the teacher itself: in float32 it is run as precompute runs
+    teachers, so that equal weights give equal numbers to the bit."""
+    return torch.contiguous_format if run is None and precision == "float32" else torch.channels_last
 
 
 def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_store: bool) -> list[str]:

@@ -12,7 +12,10 @@ from . import gates
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a result: `path` leads to it, and with `_valid` after its first part to its headline form."""
+    """One number of a result: `path` leads to it, and with `_valid` after its first part to its headline form.
+
+    Numbers about masks have one form only.
+    """
 
     label: str
     path: tuple[str, ...]
@@ -74,6 +77,35 @@ METRICS = (
 )
 
 
+MASK_METRICS = (
+    Metric(
+        label="mIoU",
+        path=("miou",),
+        digits=".4f",
+        definition="Intersection over union of student's and teacher's mask for the same point, both through the "
+        "store's head, at the image's own resolution; mean over an image's points, then over images.",
+    ),
+    Metric(
+        label="mIoU, minimum",
+        path=("miou_min",),
+        digits=".4f",
+        definition="The same mean over points: the worst image.",
+    ),
+)
+
+
+def masks_compared(result: Mapping[str, Any]) -> str:
+    """How the masks of a result came about; "" where there are none."""
+    if "miou" not in result:
+        return ""
+    side = round(result["prompts"] ** 0.5)
+    prompts, empty = result["prompts"] * result["images"], result["empty_masks"]
+    text = f"{side} x {side} point{'' if side == 1 else 's'} an image"
+    if empty["teacher"] or empty["student"]:
+        text += f"; empty masks: teacher {empty['teacher']:,}, student {empty['student']:,} of {prompts:,}"
+    return text
+
+
 def table_lines(result: Mapping[str, Any]) -> list[str]:
     """What `mobilesam verify` prints: what was compared, the metrics (headline first), the verdict."""
     subject: Mapping[str, Any] = result["subject"]
@@ -86,12 +118,15 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
     for metric in METRICS:
         values = metric.text(result, valid=True), metric.text(result, valid=False)
         lines.append(f"{metric.label:<24}{values[0]:>14}{values[1]:>14}")
+    if masks := masks_compared(result):
+        lines += ["", f"masks: {masks}"]
+        lines += [f"{metric.label:<24}{metric.text(result, valid=False):>14}" for metric in MASK_METRICS]
     lines.append("")
     lines += [f"FAILED  {gates.describe(check)}" for check in result["failed_checks"]]
     checks = gates.run_checks(result, subject["thresholds"])
     lines += [f"passed  {gates.describe(check)}" for check in checks if check["passed"]]
     if not checks:
-        lines.append("no thresholds set (--min-cosine, --min-skill)")
+        lines.append("no thresholds set (--min-cosine, --min-skill, --min-miou)")
     if subject["report"]:
         lines.append(f"report  {subject['report']}")
     return [shown(line) for line in lines]

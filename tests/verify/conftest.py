@@ -10,19 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from small_store import EVERYTHING, HEAD, make_spec
+from small_store import EVERYTHING, make_spec
 
 from mobilesam.distill import DistillConfig, Run, distill
 from mobilesam.distill.sealed import read_sealed, write_sealed
 from mobilesam.sam import preprocessing_recipe, resized_size
-from mobilesam.store import EmbeddingStore, NewImage, RowResult, ShardWriter
+from mobilesam.sam.teachers import load_head
+from mobilesam.store import EmbeddingStore, NewImage, RowResult, ShardWriter, encode_head
 
 SIZE = 128
 SHAPES = ((96, 128), (128, 70), (100, 100), (60, 128), (128, 128), (40, 90))
 
 
-def make_store(folder: Path, name: str = "store.zarr", seed: int = 0, **changes: object) -> Path:
+HEAD, _ = encode_head({key: value.numpy() for key, value in load_head("vit_nano", None).items()})
+
+
+def make_store(
+    folder: Path, name: str = "store.zarr", seed: int = 0, head: bytes = HEAD, **changes: object
+) -> Path:
     """Photos of noise with made-up embeddings of them: six rows in two shards."""
     rng = np.random.default_rng(seed)
     photos = folder / f"photos-{seed}"
@@ -31,11 +38,16 @@ def make_store(folder: Path, name: str = "store.zarr", seed: int = 0, **changes:
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(photos / f"photo{i}.bmp")
     files = sorted(photos.iterdir())
     spec = make_spec(
-        **{"image_size": SIZE, "preprocessing": preprocessing_recipe(SIZE), "image_root": str(photos)}
+        **{
+            "image_size": SIZE,
+            "preprocessing": preprocessing_recipe(SIZE),
+            "image_root": str(photos),
+            "head_sha256": hashlib.sha256(head).hexdigest(),
+        }
         | changes
     )
     images = [NewImage(key=file.name, size=file.stat().st_size) for file in files]
-    with EmbeddingStore.create(folder / name, spec, images, EVERYTHING, HEAD) as store:
+    with EmbeddingStore.create(folder / name, spec, images, EVERYTHING, head) as store:
         for shard in store.pending_shards():
             rows = store.shard_rows(shard)
             with ShardWriter(store.path, spec.layouts, shard, "attempt", len(rows)) as writer:
@@ -72,6 +84,12 @@ class World:
     @property
     def run(self) -> Run:
         return Run.open(self.path / "runs" / "latest")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Several threads wait for each other at every small step, for long where the cores are busy."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,8 @@ def test_the_latest_run_and_its_store_are_the_default(world):
     assert (result["passed"], result["failed_checks"]) == (True, [])
     assert result["subject"]["run"] == world.run.path.name
     assert result["subject"]["store"] == str(world.store)
-    assert {"images", "passed", "failed_checks", "subject", *metrics(result)} == set(result)
+    masks = {"miou", "miou_min", "prompts", "empty_masks"}
+    assert {"images", "passed", "failed_checks", "subject", *metrics(result), *masks} == set(result)
     json.dumps(result, allow_nan=False)
 
 
@@ -123,7 +124,7 @@ def test_a_student_file_alone_has_no_split_and_says_what_its_skill_means(world, 
     assert any("mean of all rows of the store" in line for line in table_lines(result))
     # Against the mean of the very rows it is judged on, a student looks worse than against the training rows'.
     assert result["skill"] < verify(VerifyConfig(split="all"))["skill"]
-    assert result["mse"] == verify(VerifyConfig(split="all"))["mse"]
+    assert result["mse"] == pytest.approx(verify(VerifyConfig(split="all"))["mse"], rel=1e-6)
 
 
 def test_a_store_that_moved_is_the_same_store(world, tmp_path):
@@ -213,7 +214,8 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
     parser.feed(text)
     photos = [alt for alt in pictures if alt.startswith("photo of ")]
     assert sorted(photos) == [f"photo of photo{i}.bmp" for i in range(6)]
-    assert len(pictures) == 6 * 4 + 1
+    assert len(pictures) == 6 * 6 + 1
+    assert sum("s masks for" in alt for alt in pictures) == 6 * 2
     for stated in (
         world.run.path.name,
         "ab" * 32,
@@ -235,6 +237,12 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
         ({"min_cosine": float("nan")}, "min cosine"),
         ({"min_skill": 1.01}, "min skill must be at most 1"),
         ({"min_skill": float("nan")}, "min skill"),
+        ({"min_miou": -0.1}, "min miou must be between 0 and 1"),
+        ({"min_miou": 1.1}, "min miou must be between 0 and 1"),
+        ({"min_miou": float("nan")}, "min miou"),
+        ({"min_miou": 0.5, "points": 0}, "min miou 0.5 asks for masks, but points is 0"),
+        ({"points": -1}, "points must be between 0 and 64"),
+        ({"points": 65}, "points must be between 0 and 64"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

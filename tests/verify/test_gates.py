@@ -35,6 +35,15 @@ def test_a_threshold_is_met_by_equality():
     assert failed_checks(run_checks(result(0.95, 0.0), {"min_cosine": 0.95, "min_skill": 0.0})) == []
 
 
+def test_the_masks_threshold_reads_the_mean_and_not_the_worst_image():
+    masks = {"miou": 0.8, "miou_min": 0.1}
+    assert failed_checks(run_checks(masks, {"min_miou": 0.8})) == []
+    (failed,) = failed_checks(run_checks(masks, {"min_miou": 0.9}))
+    assert (failed["metric"], describe(failed)) == ("miou", "miou 0.8 is below 0.9")
+    (undefined,) = failed_checks(run_checks({"miou": None}, {"min_miou": 0.0}))
+    assert describe(undefined) == "miou is undefined, 0 was asked"
+
+
 @pytest.mark.parametrize("undefined", [None, float("nan")])
 def test_an_undefined_metric_fails_even_the_lowest_threshold(undefined):
     checks = run_checks(result(undefined, undefined), {"min_cosine": -1.0, "min_skill": -1e9})
@@ -49,6 +58,7 @@ def test_an_undefined_metric_fails_even_the_lowest_threshold(undefined):
         (0.5, 0.6, ("0.5", "0.6")),
         (0.949996, 0.95, ("0.949996", "0.95")),
         (0.9, 0.9, ("0.9", "0.9")),
+        (0.0204, 0.999999, ("0.0204", "0.999999")),
         (0.1 + 0.2, 0.3, ("0.30000000000000004", "0.3")),
     ],
 )

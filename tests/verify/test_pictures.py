@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mobilesam.verify.charts import bin_range, histogram
 from mobilesam.verify.gallery import Specimen, build_gallery, pick_extremes
 from mobilesam.verify.pictures import (
     EmbeddingColours,
@@ -131,6 +132,22 @@ def test_data_uris_hold_the_pictures():
     assert np.array_equal(decoded(png_uri(rgb_HW3)), rgb_HW3)
     photo = np.full((300, 900, 3), 200, np.uint8)
     assert decoded(thumbnail_uri(photo, longest=300)).shape == (100, 300, 3)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e-3, 1.0])
+def test_no_value_falls_out_of_a_histogram(scale):
+    values = list(0.3 + scale * RNG.normal(size=12))
+    low, high = bin_range(values)
+    counts, _ = np.histogram(values, bins=6, range=(low, high))
+    assert counts.sum() == 12
+    assert high - low >= 0.99e-4
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-16, 1e-9])
+def test_equal_cosines_have_a_histogram(spread):
+    pytest.importorskip("matplotlib")
+    values = [1.0, 1.0 + spread, 1.0 - spread]
+    assert "<path" in histogram("cosines", values, {"mean": 1.0}, xlabel="cosine")
 
 
 @pytest.mark.parametrize(

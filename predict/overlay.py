@@ -1,0 +1,134 @@
+"""The picture that shows masks: the photo, coloured where they are, with contours and the prompts."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from .errors import PredictError
+from .masks import Mask
+from .prompts import Point, Prompts
+
+Rgb = npt.NDArray[np.uint8]
+Bools = npt.NDArray[np.bool_]
+
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    # Full resolution for colours too: contours are a pixel or two wide.
+    ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
+}
+"""How a picture is written, by the end of its name."""
+
+MAX_JPEG_SIDE = 65_500
+"""Pixels; libjpeg's limit."""
+
+OPACITY = 0.45
+FIRST_HUE = 0.58
+GOLDEN_RATIO = 0.618034
+GREEN, RED, WHITE = (0, 170, 60), (220, 20, 40), (255, 255, 255)
+LARGE = 800
+"""Longest side in pixels from which lines are two pixels wide rather than one."""
+
+
+def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: Prompts) -> Rgb:
+    """Draws masks and prompts over a photo.
+
+    Where masks overlap the smaller one is on top, and the photo shines through it alone. Points on the object are
+    green, others red; a box has its mask's colour.
+
+    Args:
+        image_HWC: uint8 RGB (H, W, 3); left as it is.
+        masks: of the photo's size.
+        prompts: inside the photo.
+
+    Returns:
+        uint8 RGB (H, W, 3).
+    """
+    canvas_HWC = image_HWC.copy()
+    line = 2 if max(canvas_HWC.shape[:2]) >= LARGE else 1
+    for index in sorted(range(len(masks)), key=lambda i: -masks[i].area):
+        _paint(canvas_HWC, image_HWC, masks[index], mask_colour(index), line)
+    for index, box in enumerate(prompts.boxes):
+        _frame(canvas_HWC, [round(number) for number in box], mask_colour(index), line)
+    for colour, points in ((GREEN, prompts.points), (RED, prompts.negative_points)):
+        for point in points:
+            _mark(canvas_HWC, point, colour)
+    return canvas_HWC
+
+
+def mask_colour(index: int) -> tuple[int, int, int]:
+    """A strong colour for the mask of this number; hues in steps of the golden ratio stay far apart."""
+    red, green, blue = colorsys.hsv_to_rgb((FIRST_HUE + index * GOLDEN_RATIO) % 1, 0.88, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _paint(canvas_HWC: Rgb, image_HWC: Rgb, mask: Mask, colour: tuple[int, int, int], line: int) -> None:
+    x, y, width, height = mask.bbox
+    where = np.s_[y : y + height, x : x + width]
+    inside = mask.pixels()[where]
+    photo_N3, tint_3 = image_HWC[where][inside].astype(np.float32), np.array(colour, np.float32)
+    shade = (1 - OPACITY) * photo_N3 + OPACITY * tint_3
+    canvas_HWC[where][inside] = np.rint(shade)
+    canvas_HWC[where][contour(inside, line)] = colour
+
+
+def contour(inside_HW: Bools, line: int) -> Bools:
+    """Pixels of a mask that are at most `line` steps up, down, left or right from leaving it.
+
+    Beyond the array there is no mask.
+    """
+    core = inside_HW
+    for _ in range(line):
+        padded = np.pad(core, 1)
+        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return inside_HW & ~core
+
+
+def _frame(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], line: int) -> None:
+    """The outline of a box, inwards, with a white one inside it that tells it from its mask's colour."""
+    x0, y0, x1, y1 = box
+    x0, y0 = min(x0, canvas_HWC.shape[1] - 1), min(y0, canvas_HWC.shape[0] - 1)
+    inside = canvas_HWC[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+    for paint in (colour, WHITE):
+        if min(inside.shape[:2]) > 0:
+            inside[:line] = inside[-line:] = inside[:, :line] = inside[:, -line:] = paint
+        inside = inside[line:-line, line:-line]
+
+
+def _mark(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> None:
+    """A disc with a white ring, its edges smoothed; the point's pixel is its centre."""
+    x, y = point
+    radius = max(1.0, max(canvas_HWC.shape[:2]) / 110)
+    ring = radius + max(1.5, radius / 2.5)
+    reach = int(ring) + 2
+    left, top = max(0, int(x) - reach), max(0, int(y) - reach)
+    patch = canvas_HWC[top : int(y) + reach + 1, left : int(x) + reach + 1]
+    rows, columns = np.ogrid[top : top + patch.shape[0], left : left + patch.shape[1]]
+    distance = np.hypot(columns - x, rows - y)[..., None]
+    for size, paint in ((ring, WHITE), (radius, colour)):
+        cover = np.clip(size + 0.5 - distance, 0, 1)
+        patch[:] = np.rint(patch * (1 - cover) + cover * np.array(paint))
+
+
+def check_format(suffix: str, original_size: tuple[int, int]) -> None:
+    """Raises PredictError where a picture of (height, width) pixels can't be written in the format of `suffix`."""
+    height, width = original_size
+    if FORMATS[suffix.lower()][0] == "JPEG" and max(height, width) > MAX_JPEG_SIDE:
+        raise PredictError(
+            f"a JPEG can't hold {width} x {height} pixels, {MAX_JPEG_SIDE:,} a side at most: end --out in .png"
+        )
+
+
+def encode_picture(rgb_HWC: Rgb, suffix: str) -> bytes:
+    """The content of a file whose name ends in `suffix`, one of FORMATS in any case."""
+    kind, options = FORMATS[suffix.lower()]
+    buffer = io.BytesIO()
+    Image.fromarray(rgb_HWC).save(buffer, kind, **options)
+    return buffer.getvalue()

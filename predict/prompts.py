@@ -1,0 +1,122 @@
+"""What is to be segmented: points and boxes in pixels of the image as it is seen, or everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import PredictError
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectPrompt:
+    """What SAM is told of one object, as `SamPredictor.predict` takes it."""
+
+    coords_N2: npt.NDArray[np.float64] | None
+    """x and y of each point; None without any."""
+    labels_N: npt.NDArray[np.int64] | None
+    """1 for a point on the object, 0 for one beside it."""
+    box_4: npt.NDArray[np.float64] | None
+    """x0, y0, x1, y1."""
+    ambiguous: bool
+    """One point alone may mean a whole, a part or a part of that: SAM gives three masks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Points (x, y) and boxes (x0, y0, x1, y1) in pixels of the original image, its EXIF orientation applied; x to
+    the right, y down, (0, 0) the first pixel.
+
+    All points together mean one object, with the box if there is one. Several boxes mean an object each.
+
+    Raises PredictError for prompts that contradict each other.
+    """
+
+    points: Sequence[Point] = ()
+    negative_points: Sequence[Point] = ()
+    boxes: Sequence[Box] = ()
+    everything: bool = False
+
+    def __post_init__(self) -> None:
+        for name, length in (("points", 2), ("negative_points", 2), ("boxes", 4)):
+            values = tuple(tuple(float(number) for number in value) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+            for value in values:
+                _require(len(value) == length, f"{_shown(value)} has {len(value)} numbers, not {length}")
+                _require(all(map(math.isfinite, value)), f"{_shown(value)} holds a number that isn't finite")
+        self._check_combination()
+        for x0, y0, x1, y1 in self.boxes:
+            _require(
+                x0 < x1 and y0 < y1,
+                f"--box {_shown((x0, y0, x1, y1))} is empty: give X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1",
+            )
+
+    def _check_combination(self) -> None:
+        points, negative, boxes = len(self.points), len(self.negative_points), len(self.boxes)
+        if self.everything:
+            _require(
+                not points + negative + boxes,
+                f"--everything takes no prompts, and there are {points + negative} points and {boxes} boxes: "
+                "leave out one or the other",
+            )
+            return
+        _require(
+            bool(points + negative + boxes),
+            "nothing to segment: give --point X Y, --box X0 Y0 X1 Y1 or --everything",
+        )
+        _require(
+            bool(points or boxes),
+            f"{negative} negative points alone say what is not meant: give a --point or --box with them",
+        )
+        _require(
+            boxes < 2 or not points + negative,
+            f"{points + negative} points with {boxes} boxes: points belong to one object, so give one box with them, "
+            "or boxes alone",
+        )
+
+    def check_inside(self, original_size: tuple[int, int]) -> None:
+        """Raises PredictError for the first prompt that isn't inside an image of `original_size` (height, width).
+
+        A point lies on a pixel: 0 <= x < width. A box's sides may lie on the image's edge: 0 <= x0 < x1 <= width.
+        """
+        height, width = original_size
+        told = f"outside the image, which is {width} x {height} pixels"
+        for option, points in (("--point", self.points), ("--negative-point", self.negative_points)):
+            for x, y in points:
+                _require(0 <= x < width and 0 <= y < height, f"{option} {_shown((x, y))} is {told}")
+        for x0, y0, x1, y1 in self.boxes:
+            inside = min(x0, y0) >= 0 and x1 <= width and y1 <= height
+            _require(inside, f"--box {_shown((x0, y0, x1, y1))} is {told}")
+
+    def objects(self) -> list[ObjectPrompt]:
+        """One prompt for each object, in the order of the boxes; none for everything."""
+        coords = [*self.points, *self.negative_points]
+        if not coords:
+            return [
+                ObjectPrompt(coords_N2=None, labels_N=None, box_4=np.array(box), ambiguous=False)
+                for box in self.boxes
+            ]
+        return [
+            ObjectPrompt(
+                coords_N2=np.array(coords),
+                labels_N=np.array([1] * len(self.points) + [0] * len(self.negative_points)),
+                box_4=np.array(self.boxes[0]) if self.boxes else None,
+                ambiguous=len(coords) == 1 and not self.boxes,
+            )
+        ]
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:.10g}" for number in numbers)
+
+
+def _require(good: bool, message: str) -> None:
+    if not good:
+        raise PredictError(message)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mobilesam.predict import PredictError, SegmentConfig
+from mobilesam.predict.prompts import Prompts
+
+POINT, BOX = {"points": [(3, 4)]}, {"boxes": [(1, 2, 5, 6)]}
+
+
+def test_all_points_and_the_one_box_prompt_one_object() -> None:
+    (prompt,) = Prompts(points=[(1, 2), (3, 4)], negative_points=[(5, 6)], boxes=[(0, 0, 9, 9)]).objects()
+    np.testing.assert_array_equal(prompt.coords_N2, [[1, 2], [3, 4], [5, 6]])
+    np.testing.assert_array_equal(prompt.labels_N, [1, 1, 0])
+    np.testing.assert_array_equal(prompt.box_4, [0, 0, 9, 9])
+    assert not prompt.ambiguous
+
+
+def test_several_boxes_prompt_an_object_each() -> None:
+    prompts = Prompts(boxes=[(0, 0, 9, 9), (1, 1, 2, 2)]).objects()
+    assert [prompt.box_4.tolist() for prompt in prompts] == [[0, 0, 9, 9], [1, 1, 2, 2]]
+    assert all(prompt.coords_N2 is None and not prompt.ambiguous for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "ambiguous"),
+    [(POINT, True), (POINT | BOX, False), (POINT | {"negative_points": [(1, 1)]}, False), (BOX, False)],
+)
+def test_only_one_point_by_itself_is_ambiguous(prompts: dict[str, Any], ambiguous: bool) -> None:
+    assert [prompt.ambiguous for prompt in Prompts(**prompts).objects()] == [ambiguous]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ({}, "nothing to segment"),
+        ({"negative_points": [(1, 1), (2, 2)]}, "2 negative points alone"),
+        ({"points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 points with 2 boxes"),
+        ({"negative_points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 points with 2 boxes"),
+        ({"everything": True} | POINT | BOX, "1 points and 1 boxes"),
+        ({"boxes": [(5, 2, 5, 6)]}, "--box 5 2 5 6 is empty"),
+        ({"boxes": [(1, 7, 5, 6)]}, "--box 1 7 5 6 is empty"),
+        ({"points": [(float("nan"), 1)]}, "nan 1 holds a number that isn't finite"),
+        ({"points": [(1, float("inf"))]}, "isn't finite"),
+        ({"boxes": [(1, 2, 3)]}, "1 2 3 has 3 numbers, not 4"),
+        (POINT | {"image_size": 1000}, "--image-size 1000"),
+        (POINT | {"image_size": 48}, "--image-size 48"),
+        (POINT | {"image_size": 10**9}, "--image-size 1000000000"),
+        (POINT | {"out": "overlay.gif"}, "overlay.gif is neither PNG nor JPEG"),
+        (POINT | {"out": "overlay"}, "neither PNG nor JPEG"),
+        (POINT | {"student": "a", "teacher": "vit_b"}, "one of them"),
+        (POINT | {"checkpoint": "a.pth"}, "give --teacher"),
+        (POINT | {"teacher": "vit_b", "head": "store.zarr"}, "has its own"),
+        (POINT | {"out": "photo.png"}, "--out photo.png is the image itself"),
+        (POINT | {"rle": "sub/../photo.png"}, "is the image itself"),
+        (POINT | {"student": "s.png", "out": "s.png"}, "is --student itself"),
+        (POINT | {"out": "x.png", "rle": "x.png"}, "is --out itself"),
+        (POINT | {"out": "masks/x.png", "masks": "masks"}, "is in --masks masks"),
+        (POINT | {"rle": "masks/x.json", "masks": "masks/"}, "is in --masks masks"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_with_the_numbers(prompts: dict[str, Any], told: str) -> None:
+    with pytest.raises(PredictError) as raised:
+        SegmentConfig(image=Path("photo.png"), **prompts)
+    assert told in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"points": [(0, 0), (59.9, 39.9)]},
+        {"boxes": [(0, 0, 60, 40)]},
+        {"boxes": [(59, 39, 60, 40)], "negative_points": [(59, 39)]},
+        {"everything": True},
+    ],
+)
+def test_prompts_on_the_very_edge_are_inside(prompts: dict[str, Any]) -> None:
+    Prompts(**prompts).check_inside((40, 60))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ({"points": [(1, 1), (60, 1)]}, "--point 60 1 is outside the image, which is 60 x 40 pixels"),
+        ({"points": [(1, 40)]}, "--point 1 40 is outside"),
+        ({"points": [(-0.5, 4)]}, "--point -0.5 4 is outside"),
+        ({"points": [(1, 1)], "negative_points": [(1, 45)]}, "--negative-point 1 45 is outside"),
+        ({"boxes": [(0, 0, 60.5, 40)]}, "--box 0 0 60.5 40 is outside"),
+        ({"boxes": [(0, -1, 60, 40)]}, "--box 0 -1 60 40 is outside"),
+        ({"boxes": [(0, 0, 1, 1), (0, 0, 1, 123456.75)]}, "--box 0 0 1 123456.75 is outside"),
+    ],
+)
+def test_prompts_outside_the_image_are_refused_with_both_sizes(prompts: dict[str, Any], told: str) -> None:
+    with pytest.raises(PredictError) as raised:
+        Prompts(**prompts).check_inside((40, 60))
+    assert told in str(raised.value)
