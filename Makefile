@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo test test-long faults lint format clean
+.PHONY: demo test test-long faults bench lint format clean
 
 # The three commands on the example photos at 1024 x 1024, in the folder $(DEMO); see README.md.
 demo: $(STAMP)
@@ -30,6 +31,17 @@ faults: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile -m fault --kill-points full tests/faults
 	PYTHONPATH=tests/support $(BIN)/python -m faults.summary --full $(FAULTS)
 
+# Every ratio to a peer or a limit, into docs/PERFORMANCE.md. SCALE=1 adds the soaks, which take an hour.
+BENCH := teacher store loader student pipeline footprint
+bench: $(BENCH_STAMP)
+	mkdir -p .bench
+	set -e; for name in $(BENCH); do \
+	    $(BIN)/python -m benchmarks.$$name --json > .bench/$$name.part; \
+	    mv .bench/$$name.part .bench/$$name.json; \
+	done
+	$(if $(SCALE),$(BIN)/python -m benchmarks.scale)
+	$(BIN)/python -m benchmarks.table
+
 # mypy can't name a module by a folder with a dash: it checks the package through a link of the right name.
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -47,5 +59,9 @@ $(STAMP): setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults .bench

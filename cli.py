@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .precompute import Snapshot
 
 FAILED_CHECK, INPUT = 1, 3
+TEACHERS = ("vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano")
 # Whether a path can be read is for the rooms to say: that is input, not usage.
 _PATH = click.Path(path_type=Path, readable=False)
 
@@ -50,13 +52,22 @@ class RoomCommand(click.Command):
             if debug:
                 traceback.print_exc()
             message, code = _explain(error)
-            click.echo(f"error: {message}", err=True)
+            if not _rank():
+                click.echo(f"error: {message}", err=True)
+            elif code == INPUT:
+                click.echo(f"error in process {_rank()}: {message}", err=True)
             context.exit(code)
+
+
+def _rank() -> int:
+    """Which of torchrun's processes this is: only the first one, 0, reports."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
 def _explain(error: Exception) -> tuple[str, int]:
     from .distill.errors import DistillError
     from .precompute.errors import PrecomputeError
+    from .predict.errors import PredictError
     from .sam.errors import SamError
     from .store.errors import StoreError
     from .verify.errors import VerifyError
@@ -64,7 +75,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     signum = getattr(error, "signum", None)
     if signum is not None:
         return str(error), 128 + signum
-    if isinstance(error, SamError | StoreError | PrecomputeError | DistillError | VerifyError):
+    if isinstance(error, SamError | StoreError | PrecomputeError | DistillError | VerifyError | PredictError):
         return str(error), INPUT
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}", INPUT
@@ -182,6 +193,9 @@ def main() -> None:
     mobilesam distill --epochs 8                          fit the student to the store
     mobilesam verify                                      how close student and teacher are
     mobilesam inspect store.zarr --check                  what a store is, and whether it is whole
+    mobilesam segment photo.jpg --point 320 240           masks of one image
+    mobilesam export --out exported                       files for MobileSAM's own code and for onnxruntime
+    mobilesam students                                    what there is to distil into, and what it costs
     """
     # Only our own: a handler at the root would print what dask and matplotlib say to themselves.
     logger = logging.getLogger(__package__)
@@ -196,7 +210,7 @@ _precompute_options = _options(
     click.argument("more", nargs=-1, type=_PATH, metavar="[DIR|TAR]..."),
     click.option("--out", type=_PATH, default="store.zarr", show_default=True,
                   help="The store, made or gone on with."),
-    click.option("--teacher", type=click.Choice(["vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano"]),
+    click.option("--teacher", type=click.Choice(TEACHERS),
                   help="[default: the store's, else vit_h]"),
     click.option("--checkpoint", type=_PATH, metavar="FILE",
                   help="The teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]"),
@@ -217,12 +231,16 @@ _precompute_options = _options(
                   help="Images per shard; auto is 64, or less where a shard would take over five minutes."),
     click.option("--batch-size", type=int, metavar="B",
                   help="Images that the teacher takes at once [default: by device]"),
+    click.option("--compile", is_flag=True,
+                  help="Have torch.compile translate the teacher first: minutes at each worker's start."),
     click.option("--image-size", type=int, metavar="PX",
                   help="Side of the teacher's input [default: the store's, else 1024]"),
     click.option("--image-timeout", type=float, default=120.0, show_default=True, metavar="SECONDS",
                   help="An image that takes longer to read and decode fails."),
     click.option("--audit", type=int, default=2, show_default=True, metavar="K",
                   help="At the end, embed K random images of this run again in float32 and compare."),
+    click.option("--keep-images", is_flag=True,
+                  help="Keep the resized images in the store, too: it then trains and verifies without the photos."),
     click.option("--performance-report", type=_PATH, metavar="FILE.html",
                   help="Write dask's performance report."),
     click.option("--dry-run", is_flag=True, help="Say what would be done, needed and taken; change nothing."),
@@ -249,6 +267,8 @@ def precompute(
       mobilesam precompute --images photos --extend --retry-failed
       mobilesam precompute --images photos --dtype int8 --precision bfloat16 --device cuda:1 --batch-size 16
       mobilesam precompute --images photos --workers 2 --shard-size 32 --performance-report dask.html
+      mobilesam precompute --images photos --device cuda --batch-size 16 --compile
+      mobilesam precompute --images photos --keep-images --dtype int8
       mobilesam precompute --images /nfs/photos --image-timeout 600 --audit 10
       mobilesam precompute --images /data/photos --out /data/store.zarr --scheduler tcp://10.0.0.1:8786 --debug
     """
@@ -292,7 +312,10 @@ _distill_options = _options(
                   help="What precompute made."),
     click.option("--images", type=_PATH, metavar="DIR",
                   help="Where the images are now, if they moved."),
-    click.option("--student", type=click.Choice(["tiny_vit"]), default=_DISTILL["student"], show_default=True),
+    click.option("--student", default=_DISTILL["student"], show_default=True, metavar="NAME",
+                  help="tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, or timm:NAME for a backbone of timm's."),
+    click.option("--init", type=_PATH, metavar="FILE",
+                  help="Start from these weights: ImageNet's (timm's or TinyViT's files), MobileSAM's, a student's."),
     click.option("--epochs", type=int, default=_DISTILL["epochs"], show_default=True),
     click.option("--batch-size", type=int, default=_DISTILL["batch_size"], show_default=True,
                   help="Images that one optimizer step is made of."),
@@ -319,6 +342,8 @@ _distill_options = _options(
         show_default=True,
     ),
     click.option("--device", default=_DISTILL["device"], show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--compile", is_flag=True, default=None,
+                  help="Have torch.compile translate the student first: minutes at the start, then faster on GPUs."),
     click.option("--resume/--restart", default=True, show_default=True,
                   help="Go on with the same run, or begin it anew."),
     click.option("--out", type=_PATH, metavar="runs/NAME",
@@ -339,16 +364,24 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
     Examples:
       mobilesam distill --epochs 8
       mobilesam distill --store store.zarr --images /data/photos --student tiny_vit --out runs/mine
+      mobilesam distill --student timm:resnet18 --init resnet18.safetensors
       mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1
       mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
       mobilesam distill --restart --json --debug
       mobilesam distill --resume
+      torchrun --nproc-per-node 4 -m mobilesam distill --batch-size 64 --compile
     """
     from .distill import distill as run
+    from .distill.students import student_info
     from .distill.summary import summary_lines
 
     with _usage():
         config = DistillConfig(**_given(**options), restart=not resume)
+        student_info(config.student)
+    if _rank():
+        logging.disable(logging.WARNING)
+        run(config)
+        return
     with Reporter("distill") as reporter:
         result = run(config, progress=reporter.training)
     _print(as_json, result, [*summary_lines(result), "Next: mobilesam verify"])
@@ -369,6 +402,9 @@ _verify_options = _options(
                   help="Write one self-contained page with curves and pictures."),
     click.option("--min-cosine", type=float, metavar="X", help="Fail below this mean cosine (valid cells)."),
     click.option("--min-skill", type=float, metavar="X", help="Fail below this skill (valid cells)."),
+    click.option("--min-miou", type=float, metavar="X", help="Fail below this mean IoU of the masks."),
+    click.option("--points", type=int, default=4, show_default=True, metavar="N",
+                  help="Compare the masks of N x N points in each image; 0 leaves masks out."),
 )
 # fmt: on
 
@@ -377,7 +413,7 @@ _verify_options = _options(
 @_verify_options
 @_common
 def verify(as_json: bool, **options: Any) -> None:
-    """Compare a student's embeddings with its teacher's.
+    """Compare a student with its teacher: their embeddings, and the masks that SAM's decoder makes of them.
 
     Exit code 1 when a threshold is missed.
 
@@ -385,7 +421,8 @@ def verify(as_json: bool, **options: Any) -> None:
     Examples:
       mobilesam verify
       mobilesam verify --split all --report report.html
-      mobilesam verify --min-cosine 0.8 --min-skill 0.5 --json
+      mobilesam verify --min-cosine 0.8 --min-skill 0.5 --min-miou 0.7 --json
+      mobilesam verify --student mobile_sam.pt --store store.zarr --split all --points 8
       mobilesam verify --student runs/mine --store store.zarr --images /data/photos --split train
       mobilesam verify --precision float32 --device cpu --batch-size 2 --debug
     """
@@ -425,3 +462,130 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
     _print(as_json, result, inspection_lines(result))
     if result["problems"]:
         click.get_current_context().exit(FAILED_CHECK)
+
+
+@main.command(cls=RoomCommand)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--image-size", type=int, default=1024, show_default=True, metavar="PX")
+@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+@click.option(
+    "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True
+)
+@_common
+def students(names: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """List students with what they cost: parameters, multiply-accumulates, milliseconds an image on this machine.
+
+    \b
+    Examples:
+      mobilesam students
+      mobilesam students tiny_vit timm:resnet18 timm:mobilenetv3_small_100 --json
+      mobilesam students deit_tiny --image-size 512 --device cuda:0 --precision bfloat16 --debug
+    """
+    from .distill import STUDENTS, students_lines, students_table
+
+    names = names or tuple(STUDENTS)
+    rows: list[dict[str, Any]] = []
+    with Reporter("students") as reporter:
+        for name in names:
+            reporter.show(len(rows), len(names), name)
+            rows += students_table([name], **options)
+    _print(as_json, {"students": rows}, students_lines(rows))
+    if all(row["error"] is not None for row in rows):
+        click.get_current_context().exit(INPUT)
+
+
+# fmt: off
+_segment_options = _options(
+    click.argument("image", type=_PATH),
+    click.option("--student", type=_PATH, metavar="RUN_OR_FILE",
+                  help="A run, an export, a student's file, or one like mobile_sam.pt [default: runs/latest]"),
+    click.option("--head", type=_PATH, metavar="STORE_OR_FILE",
+                  help="SAM's mask decoder, where the student lies without it."),
+    click.option("--teacher", type=click.Choice(TEACHERS), help="In a student's place."),
+    click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights."),
+    click.option("--point", "points", type=float, nargs=2, multiple=True, metavar="X Y",
+                  help="On the object, in pixels of the image; may be repeated."),
+    click.option("--negative-point", "negative_points", type=float, nargs=2, multiple=True, metavar="X Y",
+                  help="Beside the object; may be repeated."),
+    click.option("--box", "boxes", type=float, nargs=4, multiple=True, metavar="X0 Y0 X1 Y1",
+                  help="Around the object. Several mean an object each."),
+    click.option("--everything", is_flag=True, help="Whatever SAM's automatic mask generator finds."),
+    click.option("--out", type=_PATH, default="overlay.png", show_default=True, metavar="FILE",
+                  help="The picture with the masks drawn in, PNG or JPEG."),
+    click.option("--masks", type=_PATH, metavar="DIR", help="Write each mask as a PNG, 255 on the object."),
+    click.option("--rle", type=_PATH, metavar="FILE", help="Write the masks as SA-1B does, in COCO's RLE."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--image-size", type=int, metavar="PX",
+                  help="For teachers and files like mobile_sam.pt, which don't say [default: 1024]"),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_segment_options
+@_common
+def segment(as_json: bool, **options: Any) -> None:
+    """Segment one image by points, boxes, or everything in it.
+
+    All points, with the box if there is one, mean one object. Prints how long the embedding and the masks took.
+
+    \b
+    Examples:
+      mobilesam segment photo.jpg --point 320 240
+      mobilesam segment photo.jpg --student runs/mine --point 320 240 --negative-point 20 20 --out masks.jpg
+      mobilesam segment photo.jpg --student mobile_sam.pt --everything --masks masks --rle masks.json
+      mobilesam segment photo.jpg --student student.safetensors --head store.zarr --box 40 60 400 300 --json
+      mobilesam segment photo.jpg --teacher vit_b --checkpoint sam_vit_b_01ec64.pth --point 320 240 --device cuda:0
+      mobilesam segment photo.jpg --teacher vit_nano --image-size 256 --everything --debug
+    """
+    from .predict import SegmentConfig
+    from .predict import segment as run
+    from .predict.summary import segment_lines
+
+    with _usage():
+        config = SegmentConfig(**options)
+    with Reporter("segment") as reporter:
+        result = run(config, download=reporter.download)
+    _print(as_json, result, segment_lines(result))
+
+
+@main.command(cls=RoomCommand)
+@click.option("--student", type=_PATH, metavar="RUN_OR_FILE", help="[default: runs/latest]")
+@click.option("--head", type=_PATH, metavar="STORE_OR_FILE", help="SAM's mask decoder, if it lies elsewhere.")
+@click.option(
+    "--out",
+    type=_PATH,
+    required=True,
+    metavar="X.pt|encoder.onnx|decoder.onnx|DIR",
+    help="What to make, by its name; a folder gets all of them.",
+)
+@click.option(
+    "--image-size",
+    type=int,
+    metavar="PX",
+    help="For files like mobile_sam.pt, which don't say [default: 1024]",
+)
+@_common
+def export(as_json: bool, **options: Any) -> None:
+    """Make files that run without this package.
+
+    X.pt is for MobileSAM's own code: student and head as one checkpoint (of tiny_vit alone). encoder.onnx and
+    decoder.onnx are for onnxruntime; both are compared with torch before they are left there. A folder gets all of
+    these, safetensors with JSON, and a card that says what teacher, data and metrics are behind them.
+
+    \b
+    Examples:
+      mobilesam export --out exported
+      mobilesam export --student runs/mine --out mobile_sam.pt
+      mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
+      mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
+    """
+    from .predict import ExportConfig
+    from .predict import export as run
+    from .predict.exporter import export_lines
+
+    with _usage():
+        config = ExportConfig(**options)
+        _ = config.kind
+    result = run(config)
+    _print(as_json, result, export_lines(result))

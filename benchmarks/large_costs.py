@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.large_store import SHARD_SIZE, make_large_store
+from benchmarks.large_store import make_large_store
+from benchmarks.made_store import SHARD_SIZE
 from mobilesam.store import shard_count
 from mobilesam.store.places import MANIFEST
 

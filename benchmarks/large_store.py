@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import uuid
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from mobilesam.sam import preprocessing_recipe
-from mobilesam.store import EmbeddingStore, NewImage, Selection, StoreSpec, encode_head
+from benchmarks.made_store import SHARD_SIZE, made_spec
+from mobilesam.store import EmbeddingStore, NewImage, Selection
 from mobilesam.store.digests import row_digest, shard_digest
 from mobilesam.store.places import MANIFEST
 
-SHARD_SIZE = 64
 FAILED_EVERY = 10_000
 """One row in so many is failed."""
 
@@ -32,7 +29,7 @@ class _Images(Sequence[NewImage]):
     def __len__(self) -> int:
         return self._rows
 
-    def __getitem__(self, row):  # type: ignore[no-untyped-def]
+    def __getitem__(self, row: Any) -> Any:
         return NewImage(key=_key(row), size=_size(row))
 
     def __iter__(self) -> Iterator[NewImage]:
@@ -56,24 +53,7 @@ def make_large_store(
     Every checksum in the manifest is right but those of the embeddings: with `shard_files` the shards' files have
     their full length and no content (sparse), else they are not there.
     """
-    head, head_sha256 = encode_head({"mask_decoder.w": np.zeros(3, np.float32)})
-    spec = StoreSpec(
-        store_id=uuid.uuid4().hex,
-        teacher="vit_nano",
-        checkpoint=None,
-        checkpoint_sha256="0" * 64,
-        head_sha256=head_sha256,
-        untrained=True,
-        positions_interpolated=False,
-        image_size=image_size,
-        preprocessing=preprocessing_recipe(image_size),
-        dtype="float16",
-        precision="float32",
-        shard_size=SHARD_SIZE,
-        subset={"fraction": 1.0, "seed": 0},
-        image_root=str(image_root),
-        versions={},
-    )
+    spec, head = made_spec(image_size, image_root)
     everything = Selection(fraction=1.0, seed=0, limit=None, sources=(str(image_root),))
     with EmbeddingStore.create(path, spec, _Images(rows), everything, head) as store:
         shards = store.pending_shards()
@@ -89,7 +69,7 @@ def _commit(path: Path, rows: int, shards: Sequence[int]) -> None:
     with closing(sqlite3.connect(path / MANIFEST)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA journal_mode = OFF")
-        insert = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        insert = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         connection.executemany(insert, _results(committed, digests))
         connection.executemany(
             "INSERT INTO shards VALUES (?, ?, ?, ?, ?, ?)",
@@ -111,7 +91,7 @@ def _results(rows: int, digests: array[int]) -> Iterator[tuple]:
         else:
             sha256 = hashlib.sha256(b"%d" % row).digest()
             crc = int.from_bytes(sha256[:4], "little")
-        learned = (reason, sha256, sha256 and size, *sizes, crc, None)
+        learned = (reason, sha256, sha256 and size, *sizes, crc, None, None, None, None)
         digest = row_digest((row, _key(row).encode(), size, None, *learned))
         digests.append(digest)
         yield (row, *learned, digest)

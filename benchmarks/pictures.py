@@ -1,13 +1,21 @@
-"""Small pictures for a soak: all different, since copies would stay on one side of distill's split."""
+"""Pictures that benchmarks make: all different, since copies would stay on one side of distill's split."""
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from benchmarks.photos import PHOTOS
 
 PER_FOLDER = 1000
+SA1B_HEIGHT, SA1B_WIDTH = 1500, 2250
+"""Pixels of a usual photo of SA-1B."""
+
+GRAIN = 4.0
+"""Standard deviation of the noise on large photos, in grey levels: enlarging leaves nothing fine, a camera does."""
 
 
 def make_pictures(root: Path, count: int, side: int) -> Path:
@@ -21,4 +29,19 @@ def make_pictures(root: Path, count: int, side: int) -> Path:
         coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         height = int(rng.integers(side // 2, side + 1))
         coarse.resize((side, height)).save(folder / f"{number:08d}.jpg")
+    return root
+
+
+def make_large_photos(root: Path, count: int, height: int = SA1B_HEIGHT, width: int = SA1B_WIDTH) -> Path:
+    """`count` JPEGs of quality 90, `height` x `width`: the example photos by turns, enlarged and cropped, with grain.
+    Returns `root`."""
+    root.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    examples = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png"))
+    for number, example in enumerate(islice(cycle(examples), count)):
+        with Image.open(example) as photo:
+            large = ImageOps.fit(photo.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+        grain = generator.standard_normal((height, width, 1), np.float32) * np.float32(GRAIN)
+        pixels = np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:06d}.jpg", quality=90)
     return root

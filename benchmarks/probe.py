@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import peak_resident
 from mobilesam.store import EmbeddingStore
 from mobilesam.store.inspection import inspect_store
 
@@ -52,7 +53,9 @@ def start_precompute(images: str, store: str) -> dict[str, Any]:
 
     class Observer(Silent):
         def progress(self, snapshot: Snapshot) -> None:
-            found.update(images=snapshot.images, seconds=time.perf_counter() - began, peak_bytes=peak_bytes())
+            found.update(
+                images=snapshot.images, seconds=time.perf_counter() - began, peak_bytes=peak_resident()
+            )
             raise _Begun
 
     found: dict[str, Any] = {}
@@ -85,12 +88,6 @@ def start_distill(store: str, run: str) -> dict[str, Any]:
     raise SystemExit("distill found an image where there is none")
 
 
-def peak_bytes() -> int:
-    """The most that was resident since this program began (getrusage would count what the parent had, too)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 PROBES: dict[str, Callable[..., dict[str, Any]]] = {
     probe.__name__: probe for probe in (count, inspect, resume, start_precompute, start_distill)
 }
@@ -104,7 +101,7 @@ def main() -> None:
     cost = {
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - busy,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_resident(),
     }
     print(json.dumps({**cost, "found": found} | found))
 

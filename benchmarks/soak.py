@@ -3,7 +3,7 @@
     python -m benchmarks.soak precompute FOLDER
     python -m benchmarks.soak distill FOLDER
 
-FOLDER holds `pictures/`; the store is made, and read, beside them. The last line printed is the curve as JSON.
+FOLDER holds `pictures/`; stores are made beside them. The last line printed is the curve as JSON.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SIDE = 64
 BATCH_ON_TEACHER = 8
 BATCH_ON_STUDENT = 64
 VAL_FRACTION = 0.02
+SAMPLES = 200
 PER_POINT = 1000
 FEWEST_POINTS = 8
 LIGHT_STUDENT = "light"
@@ -40,7 +41,8 @@ LIGHT_STUDENT = "light"
 class _Observer:
     """Takes a sample whenever precompute tells how far it is."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self._every = every
         self.watch: Watch | None = None
 
     def message(self, text: str) -> None:
@@ -50,42 +52,48 @@ class _Observer:
 
     def progress(self, snapshot: Snapshot) -> None:
         if self.watch is None:  # the workers run by the time of the first call
-            self.watch = Watch({"coordinator": psutil.Process(), **worker_processes()})
+            self.watch = Watch({"coordinator": psutil.Process(), **worker_processes()}, self._every)
         self.watch.look(snapshot.computed)
 
 
 def soak_precompute(folder: Path) -> tuple[dict[str, Any], list[Sample], int]:
     """Embed every picture by vit_nano, with a worker process as by default; result, samples, images."""
-    observer = _Observer()
     pictures = sum(1 for _ in (folder / "pictures").rglob("*.jpg"))
-    result = precompute(
-        PrecomputeConfig(
-            images=(folder / "pictures",),
-            out=folder / "store.zarr",
-            teacher="vit_nano",
-            image_size=SIDE,
-            device="cpu",
-            shard_size=max(1, min(64, pictures // 24)),
-            batch_size=BATCH_ON_TEACHER,
-        ),
-        observer,
-    )
+    observer = _Observer(pictures // SAMPLES)
+    result = precompute(_embedding(folder, "store.zarr", pictures), observer)
     assert observer.watch is not None, "precompute told nothing"
     if (result["done"], result["done_before"], result["failed"]) != (pictures, 0, 0):
         raise SystemExit(f"{pictures} pictures, but precompute says {result}")
     return result, observer.watch.samples, pictures
 
 
-def soak_distill(folder: Path, student: str, batch: int) -> tuple[dict[str, Any], list[Sample], int]:
-    """Fit a student for one epoch to the store that the other soak left; result, samples, images trained."""
-    watch = Watch({"trainer": psutil.Process()})
+def _embedding(folder: Path, store: str, images: int) -> PrecomputeConfig:
+    """vit_nano over so many of the pictures, into a store of that name."""
+    return PrecomputeConfig(
+        images=(folder / "pictures",),
+        out=folder / store,
+        teacher="vit_nano",
+        image_size=SIDE,
+        device="cpu",
+        limit=images,
+        shard_size=max(1, min(64, images // 24)),
+        batch_size=BATCH_ON_TEACHER,
+    )
+
+
+def soak_distill(folder: Path, student: str, images: int) -> tuple[dict[str, Any], list[Sample], int]:
+    """Fit a student for one epoch to the embeddings of so many pictures; result, samples, images trained."""
+    config = _embedding(folder, "trained.zarr", images)
+    precompute(config)
+    watch = Watch({"trainer": psutil.Process()}, every=0)
+    batch = max(1, min(BATCH_ON_STUDENT, images // 24))
 
     def look(progress: Progress) -> None:
         if progress.phase == "train":
             watch.look(progress.step * batch)
 
-    config = DistillConfig(
-        store=folder / "store.zarr",
+    training = DistillConfig(
+        store=config.out,
         student=student,
         epochs=1,
         batch_size=batch,
@@ -96,7 +104,7 @@ def soak_distill(folder: Path, student: str, batch: int) -> tuple[dict[str, Any]
         out=folder / f"run-{student}",
         restart=True,
     )
-    result = distill(config, progress=look)
+    result = distill(training, progress=look)
     return result, watch.samples, watch.samples[-1].images
 
 
@@ -128,14 +136,14 @@ def _add_light_student() -> None:
 @click.argument("what", type=click.Choice(["precompute", "distill"]))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--student", default="tiny_vit")
-def main(what: str, folder: Path, student: str) -> None:
+@click.option("--images", default=21_000, help="For distill.")
+def main(what: str, folder: Path, student: str, images: int) -> None:
     """Run one soak and print its curve."""
     if what == "precompute":
         result, samples, images = soak_precompute(folder)
     else:
         _add_light_student()
-        pictures = sum(1 for _ in (folder / "pictures").rglob("*.jpg"))
-        result, samples, images = soak_distill(folder, student, max(1, min(BATCH_ON_STUDENT, pictures // 24)))
+        result, samples, images = soak_distill(folder, student, images)
     print(json.dumps({"images": images, "result": result, "points": _points(samples, images)}))
 
 

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "precompute": {"store", "sam"},
     "distill": {"store", "sam"},
     "verify": {"store", "sam", "distill"},
-    "cli": {"store", "sam", "precompute", "distill", "verify"},
+    "predict": {"store", "sam", "distill"},
+    "cli": {"store", "sam", "precompute", "distill", "verify", "predict"},
 }
 ROOMS = [name for name in MAY_IMPORT if name != "cli"]
 

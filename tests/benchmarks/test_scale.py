@@ -38,8 +38,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_every_soak_gives_a_curve_of_all_its_images(measured: dict[str, Any]) -> None:
-    assert measured["precompute"]["result"]["done"] == 96
-    assert measured["precompute"]["points"][-1]["images"] == 96
+    assert measured["precompute"]["result"]["done"] == 276
+    assert measured["precompute"]["points"][-1]["images"] == 276
     assert set(measured["precompute"]["points"][0]["resident"]) == {"coordinator", "worker 0"}
     assert measured["distill"]["images"] >= 92
     for what in ("precompute", "distill"):
@@ -99,10 +99,30 @@ assert abs(slope - 3) < 1e-9 and error < 1e-9
 def test_a_point_takes_the_median_of_memory_the_most_descriptors_and_the_time_of_its_stretch() -> None:
     code = """
 from benchmarks.sampling import Sample, curve
-samples = [Sample(n, 100 + 2 * n, n / 2, {"p": n * n}, {"p": 7 if n == 3 else 5}) for n in range(1, 9)]
+samples = [Sample(n, 100 + 2 * n, n / 2, {"p": n * n}, {"p": 7 if n == 3 else 5}, n) for n in range(1, 9)]
 points = curve(samples, rows=8, points=2)
 assert [(p.images, p.resident["p"], p.descriptors["p"]) for p in points] == [(4, 6.5, 7), (8, 42.5, 5)], points
 assert [(p.wall, p.processor) for p in points] == [(2.0, 0.5)] * 2, points
+assert [p.allocated for p in points] == [2.5, 6.5], points
+"""
+    done = _benchmark(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_most_memory_is_told_anew_after_each_look_and_what_is_allocated_at_any_time() -> None:
+    code = """
+import numpy as np
+from benchmarks.memory import allocated, forget_peak, peak_resident
+mib = 2**20
+before = allocated()
+block = np.ones(50 * mib, np.uint8)
+assert 49 * mib < allocated() - before < 51 * mib
+high = peak_resident()
+del block
+assert abs(allocated() - before) < mib
+assert abs(peak_resident() - high) < mib
+forget_peak()
+assert 45 * mib < high - peak_resident() < 55 * mib
 """
     done = _benchmark(code=code)
     assert done.returncode == 0, done.stderr

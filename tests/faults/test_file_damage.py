@@ -28,8 +28,8 @@ from mobilesam.distill import (
     distill,
 )
 from mobilesam.distill.checkpoint import Checkpoints, TrainState
+from mobilesam.distill.parameter_groups import parameter_groups
 from mobilesam.distill.students import build_student
-from mobilesam.distill.trainer import parameter_groups
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.sam import SamError
 from mobilesam.sam.head import head_shapes

@@ -176,7 +176,7 @@ def read_on(
                 for store in (kept, fresh):
                     for row in range(8):
                         try:
-                            found = digest(store.read([row]))
+                            found = digest(store, row)
                         except StoreError as error:
                             if not re.search("is not done|no committed rows", str(error)):
                                 wrong.append(f"row {row}: {error}")
@@ -185,6 +185,11 @@ def read_on(
                         counts["read"] += 1
                         if found != undisturbed.rows[f"photo{row:04d}.jpg"]:
                             wrong.append(f"row {row}")
+
+
+def _steady_contents(run: Path) -> dict[str, bytes]:
+    """Without TensorBoard's file, which a thread of the first trainer still writes to."""
+    return {name: data for name, data in contents(run).items() if not name.startswith("events.")}
 
 
 def test_two_trainers_on_one_run(
@@ -210,13 +215,13 @@ def test_two_trainers_on_one_run(
         """While the first one trains."""
         if seen:
             return
-        before = contents(config.out)
+        before = _steady_contents(config.out)
         seen.append(
             refused(mobilesam(*options, cwd=tmp_path), f"is being trained by process {os.getpid()} on")
         )
         with pytest.raises(DistillError, match="is being trained by"):
             distill(DistillConfig(**{**vars(config), "restart": True}))
-        assert contents(config.out) == before
+        assert _steady_contents(config.out) == before
 
     first = distill(config, progress=intrude)
     assert seen

@@ -52,6 +52,11 @@ def images(rows: int = ROWS) -> list[NewImage]:
     return [NewImage(key=f"photo{row:04d}.jpg", size=100 + row) for row in range(rows)]
 
 
+def picture(row: int) -> bytes:
+    """What a store that keeps images keeps of a row: bytes of any kind, of another length each."""
+    return b"the image of row %d " % row * (20 + 13 * row)
+
+
 def compute(
     store: EmbeddingStore,
     emb_NCHW: np.ndarray,
@@ -63,12 +68,13 @@ def compute(
         attempt = uuid.uuid4().hex[:12]
         rows = store.shard_rows(shard)
         results = []
-        with ShardWriter(store.path, store.spec.layouts, shard, attempt, len(rows)) as writer:
+        kept = store.spec.kept_images
+        with ShardWriter(store.path, store.spec.layouts, shard, attempt, len(rows), kept) as writer:
             for row in rows:
                 if row in failed:
                     results.append(RowResult(row=row, reason="truncated"))
                     continue
-                stored = writer.add(row - rows.start, emb_NCHW[row])
+                stored = writer.add(row - rows.start, emb_NCHW[row], picture(row) if kept else None)
                 results.append(
                     RowResult(
                         row=row,
@@ -78,6 +84,7 @@ def compute(
                         resized_size=(48, 64),
                         crc32c=stored.crc32c,
                         scales_crc32c=stored.scales_crc32c,
+                        kept=stored.kept,
                     )
                 )
             writer.finish()

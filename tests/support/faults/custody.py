@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
+from mobilesam.distill import build_student, load_student
 from mobilesam.distill.checkpoint import Checkpoints, TrainState
 from mobilesam.distill.errors import DistillError
-from mobilesam.distill.students import build_student, load_student
-from mobilesam.distill.trainer import parameter_groups
+from mobilesam.distill.parameter_groups import parameter_groups
 from mobilesam.sam.errors import SamError
 from mobilesam.sam.teachers import load_head, load_teacher
 

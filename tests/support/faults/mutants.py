@@ -44,15 +44,15 @@ def no_checksum(patch: Patch) -> None:
 
 def no_identity(patch: Patch) -> None:
     """The reader takes whole bytes for those that were committed for the row."""
-    from mobilesam.store import reader
+    from mobilesam.store.shard_file import ShardFile
 
-    plain = reader._OpenShard.__init__
+    plain = ShardFile.__init__
 
-    def changed(self: Any, *arguments: Any) -> None:
-        plain(self, *arguments)
+    def changed(self: Any, *arguments: Any, **options: Any) -> None:
+        plain(self, *arguments, **options)
         self.checksums = {row: Unchecked(checksum) for row, checksum in self.checksums.items()}
 
-    patch(reader._OpenShard, "__init__", changed)
+    patch(ShardFile, "__init__", changed)
 
 
 def listed_first(patch: Patch) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mobilesam.store import EmbeddingStore, StoredBatch, StoreError
+from mobilesam.store import EmbeddingStore, StoreError
 
 _ATTEMPT = re.compile(r"\.[0-9a-f]+\.partial$")
 
@@ -26,7 +26,7 @@ class Snapshot:
     def of(cls, path: Path) -> Snapshot:
         """Read the store whole; every error of the reader comes through."""
         with EmbeddingStore.open(path) as store:
-            rows = {record.key: digest(store.read([record.row])) for record in store.records("done")}
+            rows = {record.key: digest(store, record.row) for record in store.records("done")}
             failed = frozenset(record.key for record in store.records("failed"))
         return cls(rows, failed, files_of(path))
 
@@ -72,9 +72,11 @@ def recovered(
     )
 
 
-def digest(batch: StoredBatch) -> str:
-    """SHA-256 of rows as they were decoded: values, scales, shapes and types."""
-    state = hashlib.sha256()
+def digest(store: EmbeddingStore, row: int) -> str:
+    """SHA-256 of a row as it is read: values, scales, shapes and types, and the image where the store keeps it."""
+    batch, state = store.read([row]), hashlib.sha256()
+    if store.spec.kept_images is not None:
+        state.update(store.read_image(row))
     for array in (batch.values, batch.scales):
         if array is not None:
             state.update(f"{array.dtype.str} {array.shape}".encode())
@@ -101,7 +103,7 @@ def wrong_reads(path: Path, undisturbed: Snapshot) -> list[str]:
         with EmbeddingStore.open(path) as store:
             for record in store.records("done"):
                 try:
-                    found = digest(store.read([record.row]))
+                    found = digest(store, record.row)
                 except StoreError:
                     continue
                 if undisturbed.rows.get(record.key) != found:
@@ -118,7 +120,7 @@ def missing_rows(path: Path, undisturbed: Snapshot) -> list[str]:
         with EmbeddingStore.open(path) as store:
             for record in store.records("done"):
                 try:
-                    store.read([record.row])
+                    digest(store, record.row)
                 except StoreError:
                     continue
                 readable.add(record.key)

@@ -26,7 +26,7 @@ def prepare() -> None:
     import mobilesam.cli
     import mobilesam.distill.job
     import mobilesam.precompute.run
-    import mobilesam.precompute.worker  # noqa: F401
+    import mobilesam.precompute.shard  # noqa: F401
     from mobilesam.sam.vit_nano import untrained_sha256
 
     torch.set_num_threads(1)

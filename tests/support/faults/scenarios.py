@@ -96,10 +96,11 @@ def _prepared(scene: Scene, template: Path | None) -> Path:
 
 
 def _extend(scene: Scene) -> Scenario:
-    """Five images, the last shard short, become eight; two arrays, for int8."""
+    """Five images, the last shard short, become eight; two arrays, for int8, and the images kept."""
     store = _prepared(scene, None)
-    scene.precompute(store, "--limit", "5", "--dtype", "int8")
-    return _scenario("extend", scene, store, ("--limit", "8", "--extend", "--dtype", "int8"))
+    options = ("--dtype", "int8", "--keep-images")
+    scene.precompute(store, "--limit", "5", *options)
+    return _scenario("extend", scene, store, ("--limit", "8", "--extend", *options))
 
 
 def _retry(scene: Scene) -> Scenario:

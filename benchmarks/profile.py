@@ -1,0 +1,47 @@
+"""Which operators a call's time goes to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity
+
+OTHER = "other"
+GROUPS = (
+    ("convolution backward", ("convolution_backward",)),
+    ("convolution forward", ("convolution", "conv2d")),
+    ("batch norm", ("batch_norm",)),
+    ("layer norm", ("layer_norm",)),
+    ("GELU", ("gelu",)),
+    ("attention", ("scaled_dot_product", "flash_attention", "softmax")),
+    ("matrix products", ("aten::mm", "addmm", "bmm", "matmul", "linear", "mkldnn_linear")),
+    ("optimizer and clipping", ("adam", "foreach", "_norm", "optimizer")),
+    ("copies", ("copy_", "clone", "contiguous", "pad", "cat", "to_copy", "index", "fill_", "zero_")),
+    ("sums and products", ("aten::add", "aten::mul", "aten::sub", "aten::div", "aten::sum", "aten::pow")),
+)
+"""Groups in the order in which an operator's name is looked for in them."""
+
+
+def shares(name: str, call: Callable[[], object]) -> list[str]:
+    """One line for each group of operators that took part of a call's time: its share of the time in operators, which
+    on a GPU is the GPU's."""
+    activities = [ProfilerActivity.CPU]
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    spent: Counter[str] = Counter()
+    for event in profile.key_averages():
+        spent[group_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(spent.values())
+    lines = [f"  {group}: {time / total:.1%}" for group, time in spent.most_common() if time]
+    return [f"{name}, shares of {total / 1e6:.3g} s in operators:", *lines]
+
+
+def group_of(operator: str) -> str:
+    """The group that an operator belongs to by its name."""
+    lower = operator.lower()
+    return next((group for group, parts in GROUPS if any(part in lower for part in parts)), OTHER)

@@ -1,0 +1,62 @@
+"""When the teacher of a precompute run was busy, and when it waited."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from unittest.mock import patch
+
+from mobilesam.precompute.job import Tally
+from mobilesam.precompute.tasks import ShardResult, Span
+
+
+@dataclass
+class Spans:
+    """Phases of all committed shards, by shard, and the time of each commit (seconds since the epoch)."""
+
+    by_shard: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    commits: list[float] = field(default_factory=list)
+
+    def add(self, result: ShardResult) -> None:
+        """Take over a committed shard's."""
+        self.by_shard[result.shard] = result.spans
+        self.commits.append(time.time())
+
+    def lines(self) -> list[str]:
+        """Where the time from the first batch's begin to the last commit went, as lines; for a run of one worker."""
+        teacher = sorted(self._of("teacher"), key=lambda found: found[1].start)
+        first, last = teacher[0][1].start, teacher[-1][1].stop
+        busy = [span.stop - span.start for _, span in teacher]
+        within, between = [], []
+        for (shard, before), (other, after) in pairwise(teacher):
+            (within if shard == other else between).append(after.start - before.stop)
+        writing = sum(span.stop - span.start for _, span in self._of("write"))
+        return [
+            f"first batch to last commit: {max(self.commits) - first:.2f} s, of which the teacher was busy "
+            f"{sum(busy):.2f} s in {len(busy)} batches (median {median(busy):.3f} s, first {busy[0]:.3f} s)",
+            f"it waited within shards {sum(within):.3f} s (longest {max(within, default=0):.3f} s), between shards "
+            f"{sum(between):.3f} s (longest {max(between, default=0):.3f} s), and after the last batch "
+            f"{max(self.commits) - last:.3f} s passed until the last commit; writing took {writing:.2f} s",
+        ]
+
+    def _of(self, phase: str) -> list[tuple[int, Span]]:
+        return [
+            (shard, span) for shard, spans in self.by_shard.items() for span in spans if span.phase == phase
+        ]
+
+
+@contextmanager
+def watched_spans() -> Iterator[Spans]:
+    """The spans of what precompute commits in the context, which its own result only sums up."""
+    spans, add = Spans(), Tally.add
+
+    def watched(tally: Tally, result: ShardResult) -> None:
+        add(tally, result)
+        spans.add(result)
+
+    with patch.object(Tally, "add", watched):
+        yield spans

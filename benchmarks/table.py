@@ -1,0 +1,94 @@
+"""What the benchmarks have printed as JSON, as tables in a document.
+
+    python -m benchmarks.table
+
+reads every .bench/*.json that `make bench` has written, and replaces what lies between the markers of
+docs/PERFORMANCE.md: a line a figure, and below it the benchmarks' notes. All else in the document is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+ROOT = Path(__file__).parents[1]
+HEAD = "| figure | value | target | | measured |\n|---|---|---|---|---|"
+WORDS = {True: "reached", False: "**missed**", None: "not measured"}
+
+
+@click.command(epilog="Exit code 3: no figures, or a document without the two markers.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=ROOT / ".bench", help="Folder of JSON files."
+)
+@click.option(
+    "--document",
+    type=click.Path(path_type=Path),
+    default=ROOT / "docs" / "PERFORMANCE.md",
+    help="To be changed.",
+)
+def main(results: Path, document: Path) -> None:
+    """Write the figures of all benchmarks into a document."""
+    try:
+        found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+        if not found:
+            raise ValueError(f"no .json in {results}: make bench writes them")
+        text = document.read_text()
+        document.write_text(filled(text, markdown(found)))
+    except (OSError, ValueError, KeyError) as error:
+        click.echo(f"{document}: {error}" if isinstance(error, ValueError) else str(error), err=True)
+        raise SystemExit(3) from error
+
+
+def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The results of benchmarks, by name, each as `report` prints it, as Markdown: in the order given."""
+    parts = []
+    for machine, names in _by_machine(results).items():
+        parts.append(machine)
+        parts += [_section(name, results[name]) for name in names]
+    return "\n\n".join(parts)
+
+
+def filled(text: str, figures: str) -> str:
+    """The text with `figures` between its markers. ValueError where it hasn't each of them once, in this order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the figures go between one line {BEGIN} and one {END} after it; put them in")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+
+
+def _by_machine(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names of benchmarks by the line that tells what they ran on: one line, where all ran on the same."""
+    found: dict[str, list[str]] = {}
+    for name, result in results.items():
+        line = "; ".join(f"{what} {value}" for what, value in result["machine"].items()) + "."
+        found.setdefault(line, []).append(name)
+    return found
+
+
+def _section(name: str, result: Mapping[str, Any]) -> str:
+    lines = [f"`python -m benchmarks.{name}`", "", HEAD]
+    lines += [_row(figure) for figure in result["figures"]]
+    if any(result["notes"]):
+        lines += ["", *(f"- {_cell(note.strip())}" for note in result["notes"] if note)]
+    return "\n".join(lines)
+
+
+def _row(figure: Mapping[str, Any]) -> str:
+    value = "" if figure["value"] is None else f"{figure['value']:.3g}"
+    wanted = f"{'>=' if figure['at_least'] else '<='} {figure['target']:g}"
+    return f"| {_cell(figure['what'])} | {value} | {wanted} | {WORDS[figure['reached']]} | {_cell(figure['sides'])} |"
+
+
+def _cell(text: str) -> str:
+    """The text as it may stand in a table or a list: no bars, nothing that Markdown takes for markup."""
+    return "".join("\\" + letter if letter in "|*_<`[" else letter for letter in text)
+
+
+if __name__ == "__main__":
+    main()

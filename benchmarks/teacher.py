@@ -1,0 +1,110 @@
+"""The teacher's encoder against segment_anything's, with the same weights, on the same photo.
+
+    python -m benchmarks.teacher
+
+prints images a second of segment_anything's ViT in float32 and of ours in float32 and bfloat16, measured by turns in
+one process, and how near the embeddings are. Weights are random: the time doesn't depend on them. Memory that tensors
+leave is kept by the process for all sides, as precompute's workers do (sam/allocator.py); it helps segment_anything
+most.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import click
+import numpy as np
+import torch
+from segment_anything import sam_model_registry
+from torch import Tensor, nn
+
+from benchmarks.photos import photo_pixels
+from benchmarks.profile import shares
+from benchmarks.ratios import EMULATED, Figure, by_turns, report
+from mobilesam.sam.allocator import keep_freed_memory
+from mobilesam.sam.precision import cpu_accelerates_bfloat16
+from mobilesam.sam.vit import build_vit
+
+LOW_TARGETS = {"vit_b": 8.0, "vit_l": 8.0, "vit_h": 9.0}
+EXACT_TARGET = 1.3
+
+
+@click.command()
+@click.option(
+    "--teacher", "teachers", type=click.Choice(list(LOW_TARGETS)), multiple=True, default=("vit_b", "vit_h")
+)
+@click.option("--rounds", default=3, show_default=True, help="Of which the median is taken.")
+@click.option("--emulated", is_flag=True, help="Measure bfloat16 where the processor only emulates it, too.")
+@click.option("--profile", is_flag=True, help="Print which operators the time goes to, and no speed.")
+@click.option("--json", "as_json", is_flag=True)
+@torch.no_grad()
+def main(teachers: tuple[str, ...], rounds: int, emulated: bool, profile: bool, as_json: bool) -> None:
+    """Print the speed of SAM's ViTs, ours against segment_anything's."""
+    keep_freed_memory()
+    figures, notes = [], []
+    for teacher in teachers:
+        sides = encoders(teacher, bfloat16=emulated or cpu_accelerates_bfloat16())
+        if profile:
+            notes += [line for name, call in sides.items() for line in shares(f"{teacher} {name}", call)]
+            continue
+        found, told = measure(teacher, sides, rounds)
+        figures += found
+        notes += told
+    report(figures, notes, as_json=as_json)
+
+
+def encoders(teacher: str, *, bfloat16: bool) -> dict[str, Callable[[], Tensor]]:
+    """The encoders that are compared, each with the same weights and photo at 1024 pixels."""
+    pixels = photo_pixels("astronaut.jpg", 1024)
+    theirs = spread(sam_model_registry[teacher]().image_encoder.eval())
+    ours = build_vit(teacher, 1024).eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    sides = {"segment_anything": partial(theirs, pixels), "float32": partial(ours, pixels)}
+    if bfloat16:
+        sides["bfloat16"] = partial(copy.deepcopy(ours).hold_in_bfloat16(), pixels)
+    return sides
+
+
+def measure(
+    teacher: str, sides: dict[str, Callable[[], Tensor]], rounds: int
+) -> tuple[list[Figure], list[str]]:
+    """Figures and remarks for one teacher."""
+    seconds = by_turns(sides, rounds)
+    base = seconds["segment_anything"]
+
+    def figure(precision: str, target: float) -> Figure:
+        what = f"{teacher}: ours {precision} / segment_anything float32"
+        if precision not in seconds:
+            return Figure(what=what, value=None, target=target, sides=EMULATED)
+        rates = f"{1 / seconds[precision]:.4g} / {1 / base:.4g} images/s"
+        return Figure(what=what, value=base / seconds[precision], target=target, sides=rates)
+
+    expected = sides["segment_anything"]()
+    notes = [
+        f"{teacher} {name}: {nearness(call(), expected)}"
+        for name, call in sides.items()
+        if name != "segment_anything"
+    ]
+    return [figure("float32", EXACT_TARGET), figure("bfloat16", LOW_TARGETS[teacher])], notes
+
+
+def spread(encoder: nn.Module) -> nn.Module:
+    """Random positions instead of zeros, so that they are part of what is compared."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in encoder.named_parameters():
+        if "rel_pos" in name or name == "pos_embed":
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return encoder
+
+
+def nearness(found: Tensor, expected: Tensor) -> str:
+    """How near an embedding is to another."""
+    cosine = torch.cosine_similarity(found, expected, dim=1).mean()
+    largest = (found - expected).abs().max() / np.ptp(expected.numpy())
+    return f"cosine {cosine:.6f}, largest difference {largest:.1e} of the range"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The scripts in examples/, run as users run them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lively import save_lively
+from PIL import Image
+from segment_anything import SamPredictor
+
+from mobilesam.predict import ExportConfig, export, load_model
+from mobilesam.sam import decode_image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+POINT = ("210", "160")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    student = save_lively(folder / "student.safetensors", image_size=128, teacher="vit_h")
+    export(ExportConfig(student=student, out=folder / "out"))
+    return folder / "out"
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A photo that lies on its side, as phones store them."""
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(EXAMPLES / "photos" / "coffee.jpg").rotate(90, expand=True).save(path, exif=exif)
+    return path
+
+
+def _wanted(folder: Path, photo: Path) -> np.ndarray:
+    """The best of three masks by predicted IoU, from segment_anything's predictor on our model."""
+    predictor = SamPredictor(load_model(folder).sam)
+    predictor.set_image(decode_image(photo.read_bytes()))
+    masks, iou, _ = predictor.predict(np.array([[float(number) for number in POINT]]), np.array([1]))
+    return masks[iou.argmax()]
+
+
+def _assert_same(mask_file: Path, wanted: np.ndarray) -> None:
+    with Image.open(mask_file) as image:
+        found = np.asarray(image) > 0
+    assert found.shape == wanted.shape
+    assert 0.01 < wanted.mean() < 0.99, "a mask that says something"
+    assert (found != wanted).mean() <= 1e-4
+
+
+def test_segment_onnx_gives_our_mask_without_torch(exported: Path, photo: Path, tmp_path: Path) -> None:
+    script = (
+        "import runpy, sys\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert 'mobilesam' not in sys.modules\n"
+    )
+    files = [exported / "encoder.onnx", exported / "decoder.onnx", photo]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(EXAMPLES / "segment_onnx.py"), *map(str, files), *POINT, "mask.png"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert re.match(r"embedding \d+\.\d{3} s, mask \d+\.\d{3} s\n", done.stdout)
+    _assert_same(tmp_path / "mask.png", _wanted(exported, photo))
+
+
+def test_segment_onnx_without_arguments_tells_its_usage() -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "segment_onnx.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "encoder.onnx decoder.onnx photo.jpg X Y mask.png" in done.stderr
+
+
+def test_segment_student_gives_our_mask(exported: Path, photo: Path, tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, EXAMPLES / "segment_student.py", exported, photo, *POINT, "mask.png"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    _assert_same(tmp_path / "mask.png", _wanted(exported, photo))
