@@ -16,7 +16,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def work():
-    for _ in range(2):
+    # Where the heap begins decides how well the blocks fit into it: it has its final size after two rounds at most.
+    for _ in range(6):
         before = faults()
         for _ in range(5):
             # As many as live together in a block of a ViT-B; together more than one of a thread's pieces.
