@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .distill.config import DistillConfig
+from .distill.config import LABELS, OBJECTIVES, DistillConfig
 
 if TYPE_CHECKING:
     from .distill import Progress
@@ -328,6 +328,24 @@ _distill_options = _options(
     click.option("--seed", type=int, default=_DISTILL["seed"], show_default=True),
     click.option("--val-fraction", type=float, default=_DISTILL["val_fraction"], show_default=True,
                   help="Share of the images held out."),
+    click.option("--objective", type=click.Choice(OBJECTIVES), default=_DISTILL["objective"], show_default=True,
+                  help="The embeddings alone; masks through SAM's decoder, which stays as it is (semi_coupled) or is "
+                  "trained, too (coupled); or the decoder alone, for the student that --init names."),
+    click.option("--labels", type=click.Choice(LABELS), default=_DISTILL["labels"], show_default=True,
+                  help="Whose masks: the teacher's, or those of SA-1B's JSON files beside the images, where there "
+                  "are any."),
+    click.option("--objects", type=int, default=_DISTILL["objects"], show_default=True, metavar="N",
+                  help="Objects of each image that a step asks for."),
+    click.option("--rounds", type=int, default=_DISTILL["rounds"], show_default=True, metavar="N",
+                  help="Prompts of each object: the first one, and corrections."),
+    click.option("--boxes", type=float, default=_DISTILL["boxes"], show_default=True, metavar="SHARE",
+                  help="Of the objects, asked for by a box first; the others by a point."),
+    click.option("--mse-weight", type=float, default=_DISTILL["mse_weight"], show_default=True,
+                  help="Of the embeddings' error, beside the masks'."),
+    click.option("--focal-weight", type=float, default=_DISTILL["focal_weight"], show_default=True),
+    click.option("--dice-weight", type=float, default=_DISTILL["dice_weight"], show_default=True),
+    click.option("--iou-weight", type=float, default=_DISTILL["iou_weight"], show_default=True,
+                  help="Of the error of predicted IoUs."),
     click.option(
         "--loss-region",
         type=click.Choice(["all", "valid"]),
@@ -356,7 +374,7 @@ _distill_options = _options(
 @_distill_options
 @_common
 def distill(resume: bool, as_json: bool, **options: Any) -> None:
-    """Fit a student to a store's embeddings, by their mean squared error.
+    """Fit a student to a store's embeddings, by their mean squared error or by the masks made of them.
 
     Writes runs/NAME and points runs/latest to it. A rerun of the same command goes on where it was.
 
@@ -367,6 +385,9 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
       mobilesam distill --student timm:resnet18 --init resnet18.safetensors
       mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1
       mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
+      mobilesam distill --objective semi_coupled --objects 16 --rounds 3 --boxes 0.5 --mse-weight 1
+      mobilesam distill --objective coupled --labels annotations --focal-weight 20 --dice-weight 1 --iou-weight 1
+      mobilesam distill --objective decoder --init runs/mine --lr 1e-4
       mobilesam distill --restart --json --debug
       mobilesam distill --resume
       torchrun --nproc-per-node 4 -m mobilesam distill --batch-size 64 --compile

@@ -26,7 +26,7 @@ from .errors import DistillError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 CHECKPOINT_FILE = "last.pt"
 PREVIOUS_FILE = "previous.pt"
 DAMAGED_FILE = "last.pt.damaged"
@@ -55,7 +55,7 @@ class TrainState:
     elapsed: float = 0.0
     metrics_bytes: int = 0
     best_epoch: int = 0
-    best_mse_valid: float = float("inf")
+    best_score: float = float("inf")
     mean_sum_CHW: Tensor
     mean_rows: int = 0
     window: list[tuple[float, float]] = field(default_factory=list)

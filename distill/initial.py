@@ -17,6 +17,7 @@ from ..sam.torch_file import in_torch_format
 from ..sam.weights import read_state
 from .errors import DistillError
 from .naming import NAMINGS, grouped, renamed
+from .student_file import student_path, trained_head
 from .students import outline_student, student_info
 from .tables import resized_table
 from .tensor_file import MAX_HEADER, check_tensors, load_tensors
@@ -46,6 +47,8 @@ class InitialWeights:
     unused: list[str]
     parameters: dict[str, int]
     tensors: dict[str, Tensor] = field(repr=False)
+    head: dict[str, Tensor] | None = field(repr=False, default=None)
+    """SAM's head, float32, where the file is a student's that was trained with it."""
 
     def report(self) -> dict[str, Any]:
         """JSON values: `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}, `resized` (keys);
@@ -96,7 +99,8 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
     from it, or when one of those isn't finite. Raises CheckpointError when a file in torch's format is damaged or
     holds other things than tensors.
     """
-    path = Path(path)
+    # A run's folder means its student.
+    path = student_path(path) if Path(path).is_dir() else Path(path)
     sha256, state = _read(path)
     outline = outline_student(student_info(student), image_size)
     wanted = outline.state_dict()
@@ -120,6 +124,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
         unused=[key for key in state if key not in used],
         parameters=parameters,
         tensors=best.tensors,
+        head=trained_head(path),
     )
 
 
@@ -169,8 +174,6 @@ def _check_share(path: Path, student: str, parameters: Mapping[str, int], match:
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """A file's SHA-256 and tensors."""
     try:
-        if path.is_dir():
-            raise DistillError(f"{path} is a directory; --init takes a file of weights")
         with path.open("rb") as file:
             start = file.read(9)
             file.seek(0)

@@ -25,8 +25,11 @@ from .digests import digest
 from .errors import DistillError
 from .folder import prepared_folder
 from .initial import InitialWeights, read_initial
+from .labels import Labels
 from .loader import Loader
-from .memory import measure_training_bytes
+from .mask_objectives import MaskOptions
+from .memory import measure_mask_bytes, measure_training_bytes
+from .objectives import build_objective, mask_options
 from .progress import Progress
 from .replicas import Replicas, joined_replicas
 from .run import FORMAT, RUNS, Run, point_latest
@@ -70,6 +73,8 @@ def distill(
         initial = None
         if config.init is not None:
             initial = read_initial(config.init, config.student, store.spec.image_size)
+            if config.objective == "decoder":
+                _check_finished(initial, config.student)
         description = _describe(config, store, records, initial, replicas)
         # No colon in a folder's name: rsync and scp take what is before it for a host.
         label = config.student.replace(":", "-")
@@ -137,9 +142,15 @@ def _train(
     if initial is not None and not run.checkpoints.exist():
         initial.apply(student)
     student = student.to(device)
+    objective = build_objective(config, store, device)
+    if initial is not None and initial.head is not None and objective.head is not None:
+        objective.head.load_state_dict(initial.head)
+    labels = _labels(config, run)
     with (
         _compiled(student, config),
-        Loader(store, records, run.image_root, workers=workers, pin_memory=pin_memory) as loader,
+        Loader(
+            store, records, run.image_root, workers=workers, pin_memory=pin_memory, labels=labels
+        ) as loader,
     ):
         trainer = Trainer(
             config,
@@ -150,11 +161,29 @@ def _train(
             precision=resolved["precision"],
             micro_batch=resolved["micro_batch"],
             student_info=_student_metadata(run),
+            objective=objective,
             replicas=replicas,
             stop=stop,
             progress=progress,
         )
         return trainer.fit()
+
+
+def _check_finished(initial: InitialWeights, student: str) -> None:
+    """Raises DistillError where a file doesn't have the whole of a student, as it was trained."""
+    if initial.left or initial.resized:
+        raise DistillError(
+            f"{initial.path} is no finished {student}: {len(initial.left)} of its weights are missing and "
+            f"{len(initial.resized)} are for another image size; give a student that distill has trained"
+        )
+
+
+def _labels(config: DistillConfig, run: Run) -> Labels | None:
+    """Where objects are read from; None where the teacher's masks are all."""
+    if config.labels == "teacher":
+        return None
+    assert run.image_root is not None, "_image_root has seen to it"
+    return Labels(run.image_root, run.config["image_size"], config.objects, config.seed)
 
 
 @contextmanager
@@ -219,7 +248,12 @@ def _describe(
     device = resolve_device(replicas.device(config.device))
     precision = resolve_precision(config.precision, device)
     micro_batch = config.micro_batch or default_micro_batch(
-        info, -(-config.batch_size // replicas.count), store.spec.image_size, precision, device
+        info,
+        -(-config.batch_size // replicas.count),
+        store.spec.image_size,
+        precision,
+        device,
+        masks=None if config.objective == "decoupled" else mask_options(config),
     )
     counts = store.counts()
     rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
@@ -252,6 +286,10 @@ def _describe(
 def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
     """The folder of the images that are learned from; None for those that the store keeps."""
     if config.images is None and store.spec.kept_images is not None:
+        if config.labels == "annotations":
+            raise DistillError(
+                f"{store.path} keeps images but no annotations: say where both are with --images DIR"
+            )
         return None
     root = config.images or Path(store.spec.image_root)
     if not root.is_dir():
@@ -275,7 +313,12 @@ def _student_metadata(run: Run) -> dict[str, Any]:
 
 
 def default_micro_batch(
-    info: StudentInfo, batch_size: int, image_size: int, precision: str, device: torch.device
+    info: StudentInfo,
+    batch_size: int,
+    image_size: int,
+    precision: str,
+    device: torch.device,
+    masks: MaskOptions | None = None,
 ) -> int:
     """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds; at most `batch_size`."""
     if device.type != "cuda":
@@ -283,6 +326,8 @@ def default_micro_batch(
     free, _ = torch.cuda.mem_get_info(device)
     known = info.training_bytes
     at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
+    if masks is not None:
+        at_1024 += measure_mask_bytes(masks, image_size)
     an_image = at_1024 * (image_size / 1024) ** 2
     return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..sam import DecodedImage, ImageError, load_image, place_on_canvas, read_checked, valid_cells
 from ..store import EmbeddingStore, ImageRecord, StoredBatch
 from .errors import DistillError
+from .labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Batch:
     sizes_B2: int64 (B, 2), height and width of the image on its canvas.
     valid_BHW: bool (B, g, g), cells of the embedding whose centre is image.
     values_BCHW: (B, 256, g, g) in the store's dtype; scales_BC: float32 (B, 256) for int8, else None.
+    masks_BKMM, known_BK: bool, the objects drawn from annotations and which of the K places have one; annotated_B:
+        bool, never pinned, which images have annotations. None where no labels are read.
     """
 
     rows: list[int]
@@ -34,6 +37,9 @@ class Batch:
     valid_BHW: Tensor
     values_BCHW: Tensor
     scales_BC: Tensor | None
+    masks_BKMM: Tensor | None = None
+    known_BK: Tensor | None = None
+    annotated_B: Tensor | None = None
 
 
 class Loader:
@@ -42,7 +48,8 @@ class Loader:
     Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most
     `read_ahead` images, or one batch, are prepared beyond the one in use. `waited` is the time in seconds that
     the consumer spent waiting for data, over all batches so far. The first use of an image checks its SHA-256,
-    every use its length. With None for `image_root` images come from the store, which has to keep them.
+    every use its length. With None for `image_root` images come from the store, which has to keep them. With `labels`
+    batches have objects, too, others in each `epoch`.
     """
 
     def __init__(
@@ -53,9 +60,12 @@ class Loader:
         *,
         workers: int,
         pin_memory: bool = False,
+        labels: Labels | None = None,
     ) -> None:
+        self.epoch = 0
+        self._labels = labels
         self._store = store
-        self._records = {record.row: record for record in records}
+        self.records = {record.row: record for record in records}
         self._image_root = image_root
         self._image_size = store.spec.image_size
         self._grid = store.spec.grid
@@ -82,20 +92,21 @@ class Loader:
         cells = [valid_cells(self._resized_size(row), self._image_size) for row in rows]
         return torch.stack([torch.from_numpy(cell) for cell in cells])
 
-    def batches(self, row_lists: Iterable[Sequence[int]]) -> Generator[Batch]:
-        """One batch for each list of rows, in order.
+    def batches(self, row_lists: Iterable[Sequence[int]], *, with_masks: bool = False) -> Generator[Batch]:
+        """One batch for each list of rows, in order; with objects for their masks where labels are read.
 
         Close the generator to drop what was read ahead. Raises ImageError naming an image that is missing or
         not the one the store knows, StoreDamaged naming a row, DistillError naming one that doesn't decode.
         """
         coming = iter(row_lists)
+        labels = self._labels if with_masks else None
         begun: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
-            self._top_up(begun, coming)
+            self._top_up(begun, coming, labels)
             while begun:
                 batch, futures = begun.popleft()
                 # Before waiting: else threads would be idle while the last of them fills this batch.
-                self._top_up(begun, coming)
+                self._top_up(begun, coming, labels)
                 start = time.perf_counter()
                 try:
                     for future in futures:
@@ -111,17 +122,23 @@ class Loader:
                     future.cancel()
 
     def _top_up(
-        self, begun: deque[tuple[Batch, list[Future[None]]]], coming: Iterator[Sequence[int]]
+        self,
+        begun: deque[tuple[Batch, list[Future[None]]]],
+        coming: Iterator[Sequence[int]],
+        labels: Labels | None,
     ) -> None:
         while not begun or sum(len(batch.rows) for batch, _ in begun) < self._read_ahead:
             rows = next(coming, None)
             if rows is None:
                 return
-            batch = self._empty(list(rows))
-            futures = [self._pool.submit(self._fill, batch, place) for place in range(len(batch.rows))]
+            batch = self._empty(list(rows), labels)
+            futures = [
+                self._pool.submit(self._fill, batch, place, labels, self.epoch)
+                for place in range(len(batch.rows))
+            ]
             begun.append((batch, futures))
 
-    def _empty(self, rows: list[int]) -> Batch:
+    def _empty(self, rows: list[int], labels: Labels | None) -> Batch:
         size, pin = self._image_size, self._pin_memory
         values_BCHW, scales_BC = self._empty_embeddings(len(rows))
         return Batch(
@@ -131,7 +148,16 @@ class Loader:
             valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
             values_BCHW=values_BCHW,
             scales_BC=scales_BC,
+            **({} if labels is None else self._empty_masks(len(rows), labels)),
         )
+
+    def _empty_masks(self, rows: int, labels: Labels) -> dict[str, Tensor]:
+        count, side, pin = labels.objects, labels.side, self._pin_memory
+        return {
+            "masks_BKMM": torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
+            "known_BK": torch.zeros(rows, count, dtype=torch.bool, pin_memory=pin),
+            "annotated_B": torch.zeros(rows, dtype=torch.bool),
+        }
 
     def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Values and scales to be read into: both pinned and other memory starts at a page here."""
@@ -145,17 +171,30 @@ class Loader:
         return values_BCHW, torch.empty(rows, 256, pin_memory=True) if dtype == "int8" else None
 
     def _resized_size(self, row: int) -> tuple[int, int]:
-        resized_size = self._records[row].resized_size
+        resized_size = self.records[row].resized_size
         assert resized_size is not None, "only committed rows are loaded"
         return resized_size
 
-    def _fill(self, batch: Batch, place: int) -> None:
+    def _fill(self, batch: Batch, place: int, labels: Labels | None, epoch: int) -> None:
         """Decodes one image and reads one embedding into their place in the batch (runs in a thread)."""
         row = batch.rows[place]
-        place_on_canvas(self._decode(self._records[row]), batch.canvas_BHWC[place].numpy())
+        place_on_canvas(self._decode(self.records[row]), batch.canvas_BHWC[place].numpy())
         here = slice(place, place + 1)
         scales = None if batch.scales_BC is None else batch.scales_BC[here].numpy()
         self._store.read([row], StoredBatch(batch.values_BCHW[here].numpy(), scales))
+        if labels is not None:
+            self._fill_masks(labels, batch, place, epoch)
+
+    def _fill_masks(self, labels: Labels, batch: Batch, place: int, epoch: int) -> None:
+        masks = labels.draw(self.records[batch.rows[place]], epoch)
+        if masks is None:
+            return
+        assert batch.masks_BKMM is not None
+        assert batch.known_BK is not None
+        assert batch.annotated_B is not None
+        batch.annotated_B[place] = True
+        batch.known_BK[place, : len(masks)] = True
+        batch.masks_BKMM[place, : len(masks)] = torch.from_numpy(masks)
 
     def _decode(self, record: ImageRecord) -> DecodedImage:
         data = self._read(record)

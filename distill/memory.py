@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from ..sam.head import SamHead
+from ..sam.neck import EMBEDDING_CHANNELS
+from .mask_objectives import MaskOptions
+from .mask_training import Objects, mask_side
 
 if TYPE_CHECKING:
     from .students import StudentInfo
@@ -29,9 +35,40 @@ def measure_training_bytes(
     return max(1, round((three - two) * (1024 / size) ** 2))
 
 
+def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
+    """Bytes that the masks of one training image take at 1024 x 1024 pixels; measured and scaled as above."""
+    size = min(image_size, MEASURED_SIZE)
+    with torch.random.fork_rng(devices=[]):
+        head = SamHead(size)
+    side, count = mask_side(size), options.objects
+    objects = Objects(
+        masks_PMM=torch.ones(count, side, side, dtype=torch.bool),
+        image_P=torch.zeros(count, dtype=torch.long),
+        inside_BMM=torch.ones(1, side, side, dtype=torch.bool),
+        weight_P=torch.ones(count),
+    )
+    emb_1CHW = torch.zeros(1, EMBEDDING_CHANNELS, size // 16, size // 16, requires_grad=True)
+
+    def look() -> None:
+        options.training.loss(head, emb_1CHW, objects, torch.Generator().manual_seed(0))
+
+    return max(1, round(_kept_bytes(look) * (1024 / size) ** 2))
+
+
 def _saved_bytes(
     student: nn.Module, images: int, size: int, precision: str, device: torch.device | str
 ) -> int:
+    """What a student's forward pass keeps."""
+    pixels_BCHW = torch.zeros(images, 3, size, size, device=device)
+
+    def look() -> None:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
+            student(pixels_BCHW)
+
+    return _kept_bytes(look)
+
+
+def _kept_bytes(forward: Callable[[], None]) -> int:
     """Bytes of the storages, each counted once, that a forward pass keeps for the backward pass."""
     storages: dict[int, torch.UntypedStorage] = {}
     nothing = torch.empty(0)
@@ -42,10 +79,6 @@ def _saved_bytes(
         storages[storage.data_ptr()] = storage
         return nothing
 
-    pixels_BCHW = torch.zeros(images, 3, size, size, device=device)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
-        torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"),
-    ):
-        student(pixels_BCHW)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        forward()
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,31 +1,69 @@
-"""The decoupled objective: mean squared error against the stored embedding (MobileSAM, section 3.2)."""
+"""What a student is taught by: a loss, and which weights it trains.
+
+An objective gets a batch in parts, its micro-batches. Its losses of them add up to the batch's loss, so that the size
+of a micro-batch decides nothing but memory.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..sam.head import SamHead
+
+HEAD_LR_SHARE = 0.1
+"""Of the learning rate, for a head that is trained: it begins as the teacher's, which was trained long."""
 
 
-def loss_elements(valid_BHW: Tensor, channels: int, region: str) -> int:
-    """The number of embedding values that the loss of these images averages over.
+@dataclass(frozen=True, kw_only=True)
+class WholeBatch:
+    """What the losses of a batch's parts are averaged over: values of embeddings, and images."""
 
-    `valid_BHW` is bool: True where a grid cell's centre is image. With region "all" every cell counts (the
-    paper), with "valid" only those cells.
+    elements: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A micro-batch on the device: B images, g the embedding's grid, M the side of masks.
+
+    student_BCHW, teacher_BCHW: float32 (B, 256, g, g), the first with gradients where the encoder is trained.
+    valid_BHW: bool (B, g, g), cells whose centre is image.
+    sizes_B2: int64 (B, 2) on the CPU, height and width of the image in the encoder's square.
+    masks_BKMM: bool, objects that annotations name, or None where none are read.
+    known_BK: bool, which of those there are.
+    annotated_B: bool on the CPU, which images have annotations.
+    generator: on the CPU, of this part's own random numbers.
     """
-    cells = valid_BHW.numel() if region == "all" else int(valid_BHW.sum())
-    return cells * channels
+
+    student_BCHW: Tensor
+    teacher_BCHW: Tensor
+    valid_BHW: Tensor
+    sizes_B2: Tensor
+    generator: torch.Generator
+    masks_BKMM: Tensor | None = None
+    known_BK: Tensor | None = None
+    annotated_B: Tensor | None = None
 
 
-def decoupled_loss(
-    student_BCHW: Tensor, teacher_BCHW: Tensor, valid_BHW: Tensor, elements: int, region: str
-) -> Tensor:
-    """Sum of squared errors over the region, divided by `elements`; a float32 scalar that carries gradients.
+class Objective(ABC):
+    """A way to teach. `head` is the one that is trained with the student, or instead of it; None where none is."""
 
-    `elements` is loss_elements() of the WHOLE batch, so that the losses of its micro-batches, whatever their
-    lengths, add up to the loss of the batch, and so do their gradients.
-    """
-    error_BCHW = student_BCHW.float() - teacher_BCHW.float()
-    if region == "valid":
-        # Before squaring, and not by a product: a cell that doesn't count must not leak NaN into the gradient.
-        error_BCHW = torch.where(valid_BHW[:, None], error_BCHW, error_BCHW.new_zeros(()))
-    return error_BCHW.square().sum() / elements
+    trains_encoder = True
+    head: SamHead | None = None
+
+    @abstractmethod
+    def loss(self, part: Part, whole: WholeBatch) -> Tensor:
+        """The part's share of the batch's loss, a float32 scalar with gradients."""
+
+    def trained(self, student: nn.Module) -> nn.Module:
+        """What a checkpoint has to hold: the student, and the head where one is trained."""
+        return student if self.head is None else nn.ModuleDict({"student": student, "head": self.head})
+
+    @property
+    def student_head(self) -> SamHead | None:
+        """The head that the finished student needs, where it is not the teacher's."""
+        return self.head

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..sam.head import HEAD_PREFIXES, head_shapes
@@ -22,6 +23,9 @@ MODEL_FILE = "model.safetensors"
 """Student and head in one, in an export's folder."""
 
 FORMAT = "mobilesam student 1"
+
+TRAINED_HEAD = "trained_head"
+"""The key of a student's description that says that its file holds a head of its own."""
 
 MEND = "put back a whole copy, or run distill again"
 
@@ -112,6 +116,25 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
         return load_head("mobile_sam", file)
     head = {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
     return head or None
+
+
+def trained_head(path: Path | str) -> dict[str, Tensor] | None:
+    """The head that was trained with a student, from its own file, float32, keyed as in SAM's checkpoints; None where
+    it has the teacher's, or the file is no student's. Its bytes are `load_student`'s and `read_initial`'s to check.
+
+    Raises DistillError where the file is damaged.
+    """
+    file = student_path(path)
+    if _in_torch_format(file):
+        return None
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise DistillError(f"{file} is damaged ({str(error)[:100]}); {MEND}") from error
+    if metadata.get("format") != FORMAT or not _read_metadata(file, metadata).get(TRAINED_HEAD):
+        return None
+    return {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
 
 
 def student_path(path: Path | str) -> Path:

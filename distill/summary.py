@@ -14,6 +14,9 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
         f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
         f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
     ]
+    if "miou" in val:
+        miou = "undefined" if val["miou"] is None else f"{val['miou']:.4f}"
+        lines.append(f"held out: mIoU {miou} with the teacher's masks")
     if result["untrained_teacher"]:
         lines.append("untrained teacher: good for trials, not for masks")
     return lines

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..distill import Run, load_own_head, load_student
 from ..distill.run import CONFIG_FILE, HEAD_FILE
-from ..distill.student_file import FORMAT, student_path
+from ..distill.student_file import FORMAT, student_path, trained_head
 from ..distill.tensor_file import MAX_HEADER, check_tensors
 from ..sam import CheckpointError, shown
 from ..sam.checkpoints import find_checkpoint
@@ -164,6 +164,9 @@ def _run(student: Path | str | None) -> Run | None:
 def _head(head: Path | str | None, run: Run | None, file: Path) -> _Head:
     if head is not None:
         return _given_head(Path(head))
+    trained = trained_head(file)
+    if trained is not None:
+        return _Head(trained, str(file))
     if run is not None:
         return _Head(_decode(run.read_head(), run.head_path), str(run.head_path))
     own = load_own_head(file)

@@ -41,32 +41,35 @@ def point_masks(
         bool (N, H, W) at the original size, on the embedding's device: SAM's single mask for each point, logits
         above 0. Computed in float32, whatever autocast is on.
     """
-    chunks = mask_chunks(head, [emb_1CHW], points_N2, original_size, resized_size)
+    chunks = mask_chunks([(head, emb_1CHW)], points_N2, original_size, resized_size)
     return torch.cat([masks_nHW for (masks_nHW,) in chunks])
 
 
 @torch.no_grad()
 def mask_chunks(
-    head: SamHead,
-    embs_1CHW: Sequence[Tensor],
+    pairs: Sequence[tuple[SamHead, Tensor]],
     points_N2: npt.NDArray[np.floating],
     original_size: tuple[int, int],
     resized_size: tuple[int, int],
 ) -> Iterator[list[Tensor]]:
-    """`point_masks` of several embeddings of one image, a few points at a time, so that memory is bounded.
+    """`point_masks` of several embeddings of one image, each with its head, a few points at a time, so that memory is
+    bounded.
 
-    Yields one bool (n, H, W) for each embedding, for the same n points, in order. A chunk and what it is made of
-    take about 4 bytes a pixel and 1 for each embedding, for PIXELS_AT_ONCE or one image, whichever is more.
+    Yields one bool (n, H, W) for each pair, for the same n points, in order. A chunk and what it is made of take
+    about 4 bytes a pixel and 1 for each pair, for PIXELS_AT_ONCE or one image, whichever is more.
     """
-    device_type = embs_1CHW[0].device.type
+    device_type = pairs[0][1].device.type
     prompts = PROMPTS_AT_ONCE[device_type]
     at_once = max(1, PIXELS_AT_ONCE // (original_size[0] * original_size[1]))
     with torch.autocast(device_type, enabled=False):
         for start in range(0, len(points_N2), prompts):
             points_n2 = points_N2[start : start + prompts]
-            logits = [_low_res_logits(head, emb, points_n2, original_size, resized_size) for emb in embs_1CHW]
+            logits = [
+                _low_res_logits(head, emb, points_n2, original_size, resized_size) for head, emb in pairs
+            ]
+            size = pairs[0][0].image_size
             for parts in zip(*(logits_n1hw.split(at_once) for logits_n1hw in logits), strict=True):
-                yield [_upscale(part, head.image_size, original_size, resized_size) for part in parts]
+                yield [_upscale(part, size, original_size, resized_size) for part in parts]
 
 
 def _low_res_logits(

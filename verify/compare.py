@@ -7,12 +7,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ..distill import ImageMetrics, evaluate
+from ..distill.mask_comparison import MaskComparison
 from .audit import audit_checks, store_audit
 from .config import VerifyConfig
 from .curves import read_curves
 from .gallery import build_gallery
 from .gates import failed_checks, run_checks
-from .masks import MaskComparison, open_head
+from .masks import open_head, own_head
 from .provenance import provenance
 from .report import ReportData, check_report, write_report
 from .specimens import take_specimens
@@ -64,7 +65,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 def open_masks(subject: Subject, side: int) -> MaskComparison:
     """A comparison of the subject's masks for side x side points an image. Raises as `open_head`."""
     records = {record.row: record for record in subject.store.records("done")}
-    return MaskComparison(open_head(subject.store, subject.device), records, side)
+    own = own_head(subject.file, subject.store.spec.image_size, subject.device)
+    return MaskComparison(open_head(subject.store, subject.device), records, side, own)
 
 
 def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
 
-from .masks import iou
+from ..distill.mask_comparison import iou
 from .pictures import Bools, Floats, Rgb, thumbnail_uri
 
 COLOURS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (130, 255, 80))

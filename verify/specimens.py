@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..distill import Batch, ImageMetrics, Loader, embed
-from ..sam.masks import mask_chunks
+from ..distill.mask_comparison import Floats, MaskComparison, grid_points
 from .gallery import Specimen, pick_extremes
 from .mask_pictures import PointMasks, choose_points
-from .masks import Floats, MaskComparison, grid_points
 from .subject import Subject
 
 
@@ -78,9 +77,7 @@ def _masks(
     ious_N: Floats = comparison.ious[position]
     chunks = [
         torch.stack(pair).cpu().numpy()
-        for pair in mask_chunks(
-            comparison.head, [teacher_1CHW, student_1CHW], points_N2, (height, width), (height, width)
-        )
+        for pair in comparison.masks(teacher_1CHW, student_1CHW, points_N2, (height, width), (height, width))
     ]
     teacher_NHW, student_NHW = np.concatenate(chunks, axis=1)
     chosen = choose_points(teacher_NHW)

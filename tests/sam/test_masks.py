@@ -69,18 +69,18 @@ def test_chunks_hold_few_masks_and_change_none(head, count, monkeypatch):
     whole = predicted(head, embedding(), points_N2, PHOTO)
     monkeypatch.setattr(masks, "PROMPTS_AT_ONCE", {"cpu": 5})
     monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 2 * PHOTO[0] * PHOTO[1] + 7)
-    chunks = list(mask_chunks(head, [embedding()], points_N2, *sizes))
+    chunks = list(mask_chunks([(head, embedding())], points_N2, *sizes))
     assert max(len(masks_nHW) for (masks_nHW,) in chunks) <= 2
     # A decoder's batch may move a logit by a rounding error, and with it a pixel on an edge.
     assert (torch.cat([masks_nHW for (masks_nHW,) in chunks]).numpy() != whole).mean() < 1e-3
     monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 1)
-    assert all(len(masks_nHW) == 1 for (masks_nHW,) in mask_chunks(head, [embedding()], points_N2, *sizes))
+    assert all(len(masks_nHW) == 1 for (masks_nHW,) in mask_chunks([(head, embedding())], points_N2, *sizes))
 
 
 def test_several_embeddings_have_their_masks_side_by_side(head):
     points_N2 = points(4, PHOTO)
     sizes = PHOTO, resized_size(*PHOTO, SIZE)
-    ((first, second),) = mask_chunks(head, [embedding(0), embedding(1)], points_N2, *sizes)
+    ((first, second),) = mask_chunks([(head, embedding(0)), (head, embedding(1))], points_N2, *sizes)
     assert torch.equal(first, point_masks(head, embedding(0), points_N2, *sizes))
     assert torch.equal(second, point_masks(head, embedding(1), points_N2, *sizes))
     assert not torch.equal(first, second)

@@ -12,13 +12,13 @@ from one_process import one_process_cluster, precompute_small
 from PIL import Image
 
 from mobilesam.distill import load_student
+from mobilesam.distill.mask_comparison import MaskComparison, grid_points, iou, overlap
 from mobilesam.sam import load_image, normalize_and_pad, place_on_canvas
 from mobilesam.sam.head import build_head
 from mobilesam.sam.masks import point_masks
 from mobilesam.sam.teachers import load_head
 from mobilesam.store import EmbeddingStore, StoreDamaged, encode_head
 from mobilesam.verify import VerifyConfig, VerifyError, table_lines, verify
-from mobilesam.verify.masks import MaskComparison, grid_points, iou, overlap
 
 
 def brute_force(one_HW: np.ndarray, other_HW: np.ndarray) -> float:

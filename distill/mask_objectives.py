@@ -1,0 +1,131 @@
+"""The objectives that look at masks: SAM's head makes them of the student's embedding, for prompts drawn at random.
+
+The objects are the teacher's, which the store's head makes of the stored embedding, or those of annotations.
+Source: MobileSAM (arXiv 2306.14289), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..sam.decoding import Prompts, decode_prompts
+from ..sam.head import SamHead
+from .decoupled import decoupled_loss
+from .mask_training import MaskTraining, Objects, mask_side
+from .objective import Objective, Part, WholeBatch
+from .prompt_sampling import to_square, uniform_pixel
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """`objects` of each image are asked for in a step. `mse` weighs the decoupled loss that is added, of `region`."""
+
+    training: MaskTraining
+    objects: int
+    mse: float
+    region: str
+
+
+class MaskObjective(Objective):
+    """Masks against masks; its kinds differ in what is trained. `teacher_head` is the store's, frozen."""
+
+    def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
+        self.teacher_head = teacher_head
+        self.options = options
+
+    def loss(self, part: Part, whole: WholeBatch) -> Tensor:
+        options = self.options
+        head = self.teacher_head if self.head is None else self.head
+        with torch.autocast(part.student_BCHW.device.type, enabled=False):
+            objects = batch_objects(self.teacher_head, part, options.objects)
+            masks, _ = options.training.loss(head, part.student_BCHW, objects, part.generator)
+        loss = masks / (whole.images * options.objects)
+        if options.mse:
+            mse = decoupled_loss(
+                part.student_BCHW, part.teacher_BCHW, part.valid_BHW, whole.elements, options.region
+            )
+            loss = loss + options.mse * mse
+        return loss
+
+
+class SemiCoupled(MaskObjective):
+    """The student alone is trained, through a head that stays as it is."""
+
+
+class Coupled(MaskObjective):
+    """Student and head are trained together."""
+
+    def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
+        super().__init__(teacher_head, options)
+        self.head = trainable(teacher_head)
+
+
+class DecoderFinetuning(Coupled):
+    """The head alone is trained, for a student that is finished."""
+
+    trains_encoder = False
+
+
+def trainable(head: SamHead) -> SamHead:
+    """A copy of a head whose parameters take gradients."""
+    return deepcopy(head).requires_grad_(True)
+
+
+def inside_square(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
+    """Where the images are, in masks of `side` x `side` over the encoder's square: bool (B, side, side)."""
+    centres = (torch.arange(side, device=sizes_B2.device) + 0.5) * (image_size / side)
+    rows, columns = centres < sizes_B2[:, :1], centres < sizes_B2[:, 1:]
+    rows[:, 0] = columns[:, 0] = True
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def batch_objects(teacher_head: SamHead, part: Part, count: int) -> Objects:
+    """`count` objects of each image: those of its annotations where it has them, else the teacher's.
+
+    Where there are fewer, places are left without an object, and weigh nothing.
+    """
+    device = part.teacher_BCHW.device
+    side = mask_side(teacher_head.image_size)
+    sizes_B2 = part.sizes_B2.to(device, non_blocking=True)
+    inside_BMM = inside_square(sizes_B2, teacher_head.image_size, side)
+    image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
+    annotated_B = part.annotated_B
+    # On the CPU, so that a GPU isn't waited for.
+    if annotated_B is not None and bool(annotated_B.all()):
+        assert part.masks_BKMM is not None
+        assert part.known_BK is not None
+        masks_PMM, known_P = part.masks_BKMM.flatten(0, 1), part.known_BK.flatten()
+    else:
+        masks_PMM = teacher_masks(
+            teacher_head, part.teacher_BCHW[image_P], inside_BMM[image_P], part.generator
+        )
+        known_P = masks_PMM.flatten(1).any(dim=1)
+        if annotated_B is not None:
+            assert part.masks_BKMM is not None
+            assert part.known_BK is not None
+            own_P = annotated_B.to(device, non_blocking=True)[image_P]
+            masks_PMM = torch.where(own_P[:, None, None], part.masks_BKMM.flatten(0, 1), masks_PMM)
+            known_P = torch.where(own_P, part.known_BK.flatten(), known_P)
+    return Objects(masks_PMM=masks_PMM, image_P=image_P, inside_BMM=inside_BMM, weight_P=known_P.float())
+
+
+@torch.no_grad()
+def teacher_masks(head: SamHead, emb_PCHW: Tensor, inside_PMM: Tensor, generator: torch.Generator) -> Tensor:
+    """What the teacher sees at a point of each image, drawn evenly: bool (P, M, M), empty where it sees nothing.
+
+    Of SAM's three masks it is the one that the head itself trusts most.
+    """
+    side = inside_PMM.shape[-1]
+    points_P2 = to_square(uniform_pixel(inside_PMM, generator), head.image_size, side)
+    labels_P1 = torch.ones(len(points_P2), 1, dtype=torch.long, device=points_P2.device)
+    prompts = Prompts(points_PN2=points_P2[:, None], labels_PN=labels_P1)
+    logits_PThw, iou_PT = decode_prompts(head, emb_PCHW, prompts)
+    rows = torch.arange(len(points_P2), device=points_P2.device)
+    logits_P1hw = logits_PThw[rows, 1 + iou_PT[:, 1:].argmax(dim=1)][:, None]
+    logits_PMM = F.interpolate(logits_P1hw, (side, side), mode="bilinear", align_corners=False)[:, 0]
+    return (logits_PMM > 0) & inside_PMM
