@@ -16,7 +16,7 @@ from ..sam import preprocessing_recipe, shown
 from ..sam.head import HEAD_PREFIXES
 from .card import card
 from .errors import PredictError
-from .model import Model
+from .models import Model
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import versions

@@ -12,7 +12,7 @@ from ..sam import shown
 from .bundle import check_folder, describe, write_bundle
 from .config import MAX_IMAGE_SIZE
 from .errors import PredictError
-from .model import Model, load_model
+from .models import Model, load_model
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import OnnxFile, check_tools

@@ -16,7 +16,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import Tensor, nn
 
 from ..sam import resized_size
-from .model import Model
+from .models import Model
 from .onnx_encoder import made_up_pixels
 from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, rename_axes, to_onnx
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..sam import normalize_and_pad
-from .model import Model
+from .models import Model
 from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, to_onnx
 
 LIMIT = 1e-4

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import __version__
 from ..sam import preprocessing_recipe
 from .errors import PredictError
-from .model import Model
+from .models import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**20

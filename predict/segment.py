@@ -15,7 +15,7 @@ from .config import SegmentConfig
 from .errors import PredictError
 from .mask_files import add_masks, check_masks_folder, encode_rle, mask_name
 from .masks import Mask
-from .model import Model, load_model, load_teacher_model
+from .models import Model, load_model, load_teacher_model
 from .outputs import Outputs, check_file
 from .overlay import check_format, draw_overlay, encode_picture
 from .prediction import Prediction, predict

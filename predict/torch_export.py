@@ -11,7 +11,7 @@ from torch import Tensor
 from ..sam.tiny_vit import VARIANTS
 from ..sam.weights import ENCODER_PREFIX
 from .errors import PredictError
-from .model import Model
+from .models import Model
 
 UPSTREAM_STUDENT = "tiny_vit"
 UPSTREAM_IMAGE_SIZE = 1024

@@ -1,5 +1,9 @@
+from .annotations import AnnotationFiles as AnnotationFiles
+from .annotations import Annotations as Annotations
+from .coco import CocoInstances as CocoInstances
 from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import decode_image as decode_image
+from .errors import AnnotationError as AnnotationError
 from .errors import CheckpointError as CheckpointError
 from .errors import DownloadError as DownloadError
 from .errors import ImageError as ImageError

@@ -11,6 +11,10 @@ class ImageError(SamError):
     """One image can't be used: a one-line reason without the image's name, which whoever holds it adds."""
 
 
+class AnnotationError(SamError):
+    """One image's masks can't be used: a one-line reason that names the image."""
+
+
 class CheckpointError(SamError):
     """A checkpoint is absent, damaged, hostile, or of another architecture."""
 

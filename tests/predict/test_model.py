@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from segment_anything import SamPredictor
 
 from mobilesam.distill import DistillError, Run, build_student, save_student
-from mobilesam.predict import PredictError, load_model, load_teacher_model
-from mobilesam.predict.model import read_head
+from mobilesam.distill.whole import read_head
+from mobilesam.predict import load_model, load_teacher_model
 from mobilesam.sam import CheckpointError
 from mobilesam.sam.head import HEAD_PREFIXES
 from mobilesam.sam.teachers import load_head
@@ -60,14 +60,15 @@ def test_a_run_is_a_whole_sam_by_its_folder_or_its_students_file(
 def test_a_student_without_its_run_takes_the_head_beside_it_or_the_one_given(
     lone_student: Path, run: Path, store: Path, mobile_sam_pt: Path, head: dict[str, torch.Tensor]
 ) -> None:
-    with pytest.raises(PredictError, match=r"holds no mask decoder.*--head"):
+    with pytest.raises(DistillError, match=r"holds no mask decoder.*--head"):
         load_model(lone_student)
     for given in (store, run / "sam_head.safetensors"):
         assert same_head(load_model(lone_student, head=given), head)
+    assert same_head(load_model(lone_student, fallback_head=store), head)
     other = {key: value for key, value in torch.load(mobile_sam_pt).items() if key.startswith(HEAD_PREFIXES)}
     assert same_head(load_model(lone_student, head=mobile_sam_pt), other)
     shutil.copy(run / "sam_head.safetensors", lone_student.parent)
-    model = load_model(lone_student)
+    model = load_model(lone_student, fallback_head=mobile_sam_pt)
     assert same_head(model, head)
     assert model.head_source == str(lone_student.parent / "sam_head.safetensors")
 
@@ -97,7 +98,7 @@ def test_an_image_size_is_for_files_that_do_not_say(run: Path, mobile_sam_pt: Pa
     assert load_model(mobile_sam_pt, image_size=128).image_size == 128
     assert load_model(mobile_sam_pt).image_size == 1024
     assert load_model(run, image_size=64).image_size == 64
-    with pytest.raises(PredictError, match="takes images of 64 pixels, not 1024: leave out --image-size"):
+    with pytest.raises(DistillError, match="takes images of 64 pixels, not 1024: leave out --image-size"):
         load_model(run, image_size=1024)
 
 
@@ -180,7 +181,7 @@ def test_a_head_that_does_not_fit_is_named_with_the_mend(
     save_file(changed, path)
     if how == "cut":
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(PredictError, match=r"head.safetensors") as raised:
+    with pytest.raises(DistillError, match=r"head.safetensors") as raised:
         load_model(lone_student, head=path)
     assert "--head" in str(raised.value)
     assert len(str(raised.value)) < 400
@@ -225,7 +226,7 @@ def test_wrong_kinds_of_head_are_told_in_two_lines(
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)  # type: ignore[arg-type]
-    with pytest.raises((PredictError, CheckpointError, StoreError), match=told) as raised:
+    with pytest.raises((DistillError, CheckpointError, StoreError), match=told) as raised:
         load_model(lone_student, head=path)
     assert len(str(raised.value).splitlines()) <= 2
 
@@ -253,7 +254,7 @@ def test_wrong_kinds_of_student_are_told_in_two_lines(
         path.mkdir()
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises((PredictError, DistillError, CheckpointError), match=told) as raised:
+    with pytest.raises((DistillError, CheckpointError), match=told) as raised:
         load_model(path)
     assert len(str(raised.value).splitlines()) <= 2
 
@@ -295,7 +296,7 @@ def test_a_head_of_a_terabyte_is_an_error_before_it_is_read(tmp_path: Path) -> N
     with sparse.open("wb") as opened:
         opened.write(safetensors(json.dumps(header).encode()))
         opened.truncate(10**12)
-    with pytest.raises(PredictError, match=r"sparse.safetensors is damaged"):
+    with pytest.raises(DistillError, match=r"sparse.safetensors is damaged"):
         read_head(sparse)
 
 
@@ -303,7 +304,8 @@ _PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from mobilesam.predict import PredictError, load_model
+from mobilesam.distill import DistillError
+from mobilesam.predict import load_model
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -317,7 +319,7 @@ for name in sys.argv[4:]:
     try:
         load_model(sys.argv[2], head=name)
         outcome = "read"
-    except PredictError as error:
+    except DistillError as error:
         outcome = str(error)
     print(json.dumps(outcome), flush=True)
 """

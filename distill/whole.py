@@ -14,10 +14,6 @@ from safetensors.torch import load
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from ..distill import Run, load_own_head, load_student
-from ..distill.run import CONFIG_FILE, HEAD_FILE
-from ..distill.student_file import FORMAT, student_path, trained_head
-from ..distill.tensor_file import MAX_HEADER, check_tensors
 from ..sam import CheckpointError, shown
 from ..sam.checkpoints import find_checkpoint
 from ..sam.download import Progress
@@ -28,7 +24,10 @@ from ..sam.teachers import load_head, load_teacher
 from ..sam.torch_file import in_torch_format
 from ..sam.weights import read_state
 from ..store import EmbeddingStore
-from .errors import PredictError
+from .errors import DistillError
+from .run import CONFIG_FILE, HEAD_FILE, Run
+from .student_file import FORMAT, load_own_head, load_student, student_path, trained_head
+from .tensor_file import MAX_HEADER, check_tensors
 
 _MEND = "give --head with the store that it learned from, or with a SAM or MobileSAM checkpoint"
 
@@ -65,6 +64,10 @@ class Model:
         return bool(self.info.get("untrained_teacher")) or self.untrained_head
 
 
+class NoHead(DistillError):
+    """A student lies without a mask decoder."""
+
+
 class _Head(NamedTuple):
     """A head's tensors and what is known of them; of the teacher only where a store gave them."""
 
@@ -79,6 +82,7 @@ def load_model(
     student: Path | str | None = None,
     *,
     head: Path | str | None = None,
+    fallback_head: Path | str | None = None,
     device: str = "cpu",
     image_size: int | None = None,
 ) -> Model:
@@ -89,12 +93,13 @@ def load_model(
             runs/latest.
         head: a store, or a file with `prompt_encoder.*` and `mask_decoder.*` among its tensors: sam_head.safetensors,
             model.safetensors, or any SAM checkpoint. None: the student's own file, or what lies beside it in its run.
+        fallback_head: likewise, where none of these has one.
         device: auto, cpu, cuda or cuda:i.
         image_size: in pixels, for a file in mobile_sam.pt's format, which doesn't say (1024 where None).
 
     Raises:
-        DistillError, CheckpointError, StoreError: a file is missing or damaged.
-        PredictError: no head was found, it doesn't fit, or the student takes another image size.
+        DistillError, CheckpointError, StoreError: a file is missing or damaged, no head was found, it doesn't fit, or
+            the student takes another image size.
     """
     where = resolve_device(device)
     run = _run(student)
@@ -106,10 +111,10 @@ def load_model(
         encoder, info = load_student(student, where, image_size=image_size)
         file = student_path(student)
     if image_size not in (None, info["image_size"]):
-        raise PredictError(
+        raise DistillError(
             f"{file} takes images of {info['image_size']} pixels, not {image_size}: leave out --image-size"
         )
-    found = _head(head, run, file)
+    found = _head(head, run, file, fallback_head)
     return Model(
         sam=assemble(encoder, _build(found, info["image_size"])).to(where),
         student=info["student"],
@@ -161,7 +166,7 @@ def _run(student: Path | str | None) -> Run | None:
     return run if path.is_dir() or path.resolve() == run.student_path else None
 
 
-def _head(head: Path | str | None, run: Run | None, file: Path) -> _Head:
+def _head(head: Path | str | None, run: Run | None, file: Path, fallback: Path | str | None) -> _Head:
     if head is not None:
         return _given_head(Path(head))
     trained = trained_head(file)
@@ -175,14 +180,16 @@ def _head(head: Path | str | None, run: Run | None, file: Path) -> _Head:
     beside = file.parent / HEAD_FILE
     if beside.is_file():
         return _given_head(beside)
-    raise PredictError(f"{file} holds no mask decoder, and there is no {HEAD_FILE} beside it: {_MEND}")
+    if fallback is not None:
+        return _given_head(Path(fallback))
+    raise NoHead(f"{file} holds no mask decoder, and there is no {HEAD_FILE} beside it: {_MEND}")
 
 
 def _build(head: _Head, image_size: int) -> SamHead:
     try:
         return build_head(head.state, image_size)
     except CheckpointError as error:
-        raise PredictError(f"{head.source} is {error}; {_MEND}") from error
+        raise DistillError(f"{head.source} is {error}; {_MEND}") from error
 
 
 def _notes(info: Mapping[str, Any], run: Run | None, head: _Head) -> tuple[str, ...]:
@@ -201,7 +208,7 @@ def _notes(info: Mapping[str, Any], run: Run | None, head: _Head) -> tuple[str, 
 def read_head(path: Path) -> dict[str, Tensor]:
     """The head in a store, a safetensors file or a SAM checkpoint, float32; other tensors in it don't matter.
 
-    Raises PredictError, DistillError, StoreError or CheckpointError when there is none, or the file is missing or
+    Raises DistillError, DistillError, StoreError or CheckpointError when there is none, or the file is missing or
     damaged.
     """
     return _given_head(path).state
@@ -218,7 +225,7 @@ def _given_head(path: Path) -> _Head:
                 store.spec.checkpoint_sha256,
             )
     if not path.is_file():
-        raise PredictError(f"there is no file or store {shown(str(path))}; {_MEND}")
+        raise DistillError(f"there is no file or store {shown(str(path))}; {_MEND}")
     if _is_safetensors(path):
         return _Head(_read_safetensors(path), str(path))
     return _Head(_only_head(read_state(path), path), str(path))
@@ -236,7 +243,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _readable(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
-            raise PredictError(
+            raise DistillError(
                 f"{path} is damaged: a header of {length:,} bytes, {MAX_HEADER:,} at most; {_MEND}"
             )
     try:
@@ -246,7 +253,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             names = [name for name in opened.keys() if name.startswith(HEAD_PREFIXES)]  # noqa: SIM118 - not a dict
             return _only_head({name: opened.get_tensor(name) for name in names}, path)
     except SafetensorError as error:
-        raise PredictError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
+        raise DistillError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
 
 
 @contextmanager
@@ -254,7 +261,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PredictError(f"{path} can't be read: {error.strerror or error}") from error
+        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -262,16 +269,16 @@ def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
     try:
         return _only_head(load(data), path)
     except SafetensorError as error:
-        raise PredictError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
+        raise DistillError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
 
 
 def _only_head(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     if not head:
-        raise PredictError(f"{path} holds no mask decoder; {_MEND}")
+        raise DistillError(f"{path} holds no mask decoder; {_MEND}")
     for key, value in head.items():
         if not value.is_floating_point():
-            raise PredictError(f"{path} is no SAM head: {key[:80]} holds {value.dtype} numbers; {_MEND}")
+            raise DistillError(f"{path} is no SAM head: {key[:80]} holds {value.dtype} numbers; {_MEND}")
         if not bool(torch.isfinite(value.float()).all()):
-            raise PredictError(f"{path} holds values that aren't finite, in {key[:80]}; {_MEND}")
+            raise DistillError(f"{path} holds values that aren't finite, in {key[:80]}; {_MEND}")
     return {key: value.float() for key, value in head.items()}

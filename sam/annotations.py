@@ -1,0 +1,226 @@
+"""The objects of an image: masks that people or SAM have drawn, in SA-1B's JSON beside each image."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .decode import MAX_PIXELS
+from .errors import AnnotationError
+from .rle import BadAnnotation, checked_runs, write_runs
+from .sources import shown
+from .tars import TarMember, scan_tar, split_tar_key
+
+SUFFIX = ".json"
+
+MAX_JSON = 16 * 2**20
+"""Largest annotation file that is read, in bytes: SA-1B's have some hundred KB. What JSON holds takes up to thirty
+times its length in memory."""
+
+MOST_OBJECTS = 10_000
+"""Of one image: SA-1B has 100 on average."""
+
+BOX_MARGIN = 1.0
+"""Pixels that a box may reach beyond its image: some writers count edges, others pixels."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Annotations:
+    """The object masks of one image, each kept compressed until it is asked for.
+
+    Objects without a pixel are left out. Every mask was checked when it was read: `mask` can't fail.
+    """
+
+    source: str
+    """Where they come from, fit to be shown."""
+    size: tuple[int, int]
+    """Height and width of the image, and of each mask."""
+    counts: tuple[str, ...]
+    """COCO's compressed runs, one for each object."""
+    boxes_N4: npt.NDArray[np.float64]
+    """x0, y0, x1, y1 in pixels, as the file has them."""
+    areas_N: npt.NDArray[np.int64]
+    """Pixels in each mask, counted."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def rle(self, index: int) -> dict[str, Any]:
+        """One mask as pycocotools takes it: `size` [height, width] and compressed `counts`."""
+        return {"size": list(self.size), "counts": self.counts[index]}
+
+    def mask(self, index: int) -> npt.NDArray[np.bool_]:
+        """One mask, bool (H, W), decoded now."""
+        from pycocotools import mask as coco
+
+        return coco.decode(self.rle(index)).view(np.bool_)
+
+
+class AnnotationFiles:
+    """SA-1B's JSON files below one root: each beside its image, under its name, in a folder or in the same tar.
+
+    Threads may share it. A tar's headers are read once, when the first of its members is asked for; a copy that was
+    pickled reads them again.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self._lock = threading.Lock()
+        self._tars: dict[str, _TarIndex] = {}
+
+    def __reduce__(self) -> tuple[type[AnnotationFiles], tuple[Path]]:
+        return AnnotationFiles, (self.root,)
+
+    def read(self, key: str, *, size: tuple[int, int] | None = None) -> Annotations | None:
+        """The masks of the image `key`, as `list_images` names it; None where no file lies beside it.
+
+        `size` is the image's height and width, where the caller knows them. Raises AnnotationError, with one line
+        that names the image, where the file is there and isn't what it should be: unreadable, too large, not SA-1B's
+        layout, of an image of another size, with a mask that doesn't decode to that size or a box that isn't in it.
+        """
+        try:
+            data = self._data(key)
+            if data is None:
+                return None
+            return _parsed(data, shown(_beside(key)), size)
+        except BadAnnotation as error:
+            raise AnnotationError(f"{shown(key)}: its annotations can't be used: {error}") from error
+
+    def _data(self, key: str) -> bytes | None:
+        found = split_tar_key(self.root, key)
+        try:
+            if found is None:
+                with open(self.root / _beside(key), "rb") as file:
+                    return _read(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+            member = self._index(found[0]).member(_beside(found[1]))
+            if member is None:
+                return None
+            with open(found[0], "rb") as file:
+                return _read(file.fileno(), member.size, member.offset)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadAnnotation(f"they can't be read: {error.strerror or error}") from error
+
+    def _index(self, tar: str) -> _TarIndex:
+        with self._lock:
+            if tar not in self._tars:
+                self._tars[tar] = _TarIndex(tar)
+            return self._tars[tar]
+
+
+class _TarIndex:
+    """Where a tar's JSON members lie. Raises OSError where it can't be read."""
+
+    def __init__(self, tar: str) -> None:
+        contents = scan_tar(tar)
+        self._members = {name: member for name, member in contents.members.items() if name.endswith(SUFFIX)}
+        self._unusable = frozenset(contents.unusable)
+        self._problem = contents.problem
+
+    def member(self, name: str) -> TarMember | None:
+        """None where the tar has no such member; BadAnnotation where it may have had one."""
+        if name in self._unusable:
+            raise BadAnnotation("a link or sparse file in a tar can't be read in place")
+        member = self._members.get(name)
+        if member is None and self._problem is not None:
+            raise BadAnnotation(f"its tar is {self._problem}")
+        return member
+
+
+def _beside(key: str) -> str:
+    """The name of an image's annotations: its own, with another suffix."""
+    return key.rpartition(".")[0] + SUFFIX
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    if size > MAX_JSON:
+        raise BadAnnotation(f"they have {size:,} bytes, at most {MAX_JSON:,} are read")
+    data = os.pread(descriptor, size, offset)
+    if len(data) != size:
+        raise BadAnnotation(f"only {len(data):,} of their {size:,} bytes are there")
+    return data
+
+
+def _parsed(data: bytes, source: str, size: tuple[int, int] | None) -> Annotations:
+    content = parse_json(data)
+    if not isinstance(content, dict):
+        raise BadAnnotation("not an object of JSON")
+    image, objects = content.get("image"), content.get("annotations")
+    if not isinstance(image, dict) or not isinstance(objects, list):
+        raise BadAnnotation("no image and annotations in it, as SA-1B's files have them")
+    return build_annotations(source, image, objects, size)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON's values; BadAnnotation for anything else."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadAnnotation(f"not JSON ({str(error)[:80]})") from error
+
+
+def build_annotations(
+    source: str, image: Mapping[str, Any], objects: Sequence[Any], size: tuple[int, int] | None
+) -> Annotations:
+    """Checks one image's objects, given as COCO's and SA-1B's `image` and annotations, and packs them.
+
+    Raises BadAnnotation.
+    """
+    own = _own_size(image)
+    if size is not None and own != tuple(size):
+        raise BadAnnotation(f"they are of an image of {own[1]} x {own[0]}, this one is {size[1]} x {size[0]}")
+    if len(objects) > MOST_OBJECTS:
+        raise BadAnnotation(f"{len(objects):,} objects, at most {MOST_OBJECTS:,} are read")
+    counts, boxes, areas = [], [], []
+    for index, one in enumerate(objects):
+        try:
+            if not isinstance(one, dict) or not {"segmentation", "bbox"} <= one.keys():
+                raise BadAnnotation("no segmentation and bbox in it")
+            runs = checked_runs(one["segmentation"], own)
+            box = _corners(one["bbox"], own)
+        except BadAnnotation as error:
+            raise BadAnnotation(f"annotation {index}: {error}") from error
+        if area := int(runs[1::2].sum()):
+            counts.append(write_runs(runs))
+            boxes.append(box)
+            areas.append(area)
+    return Annotations(
+        source=source,
+        size=own,
+        counts=tuple(counts),
+        boxes_N4=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        areas_N=np.array(areas, dtype=np.int64),
+    )
+
+
+def _own_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    height, width = image.get("height"), image.get("width")
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise BadAnnotation("its image has no height and width in pixels")
+    if height > MAX_PIXELS or width > MAX_PIXELS or height * width > MAX_PIXELS:
+        raise BadAnnotation(
+            f"its image is {str(width)[:20]} x {str(height)[:20]}, the limit is {MAX_PIXELS:,} pixels"
+        )
+    return height, width
+
+
+def _corners(bbox: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """x0, y0, x1, y1 of COCO's x, y, width, height."""
+    if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
+        raise BadAnnotation("a bbox is not four numbers")
+    # Before they become floats: JSON's integers have any length. NaN is in no range.
+    if not all(-BOX_MARGIN <= value <= max(size) + BOX_MARGIN for value in bbox):
+        raise BadAnnotation(f"bbox {str(bbox)[:80]} is not in the image")
+    x, y, width, height = map(float, bbox)
+    if min(width, height) < 0 or x + width > size[1] + BOX_MARGIN or y + height > size[0] + BOX_MARGIN:
+        raise BadAnnotation(f"bbox {str(bbox)[:80]} is not in the image")
+    return x, y, x + width, y + height

@@ -1,0 +1,147 @@
+"""COCO's run-length encoding of masks, checked here before pycocotools' C code, which checks nothing, sees it.
+
+A mask's pixels are read column by column; its runs are the lengths of zeros, ones, zeros and so on. Compressed, each
+run from the fourth on is written as its difference from the run two before, five bits to a letter, the lowest first,
+with a sixth bit on where more follow and the sign extended from the last (source: pycocotools, maskApi.c).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Runs = npt.NDArray[np.int64]
+
+MOST_LETTERS = 6
+"""Letters of one run: enough for 2 ** 28 pixels, and the most that maskApi.c shifts within an int."""
+
+SCALE = 5
+"""maskApi.c draws polygons at five times the resolution."""
+
+MOST_STEPS = 10_000_000
+"""Of an object's polygons at that resolution: 100,000 would be a long outline, and each step takes memory."""
+
+
+MOST_RUNS = 2**20
+"""Of one mask. An outline has a few thousand; a million is noise, and arrays of them take memory."""
+
+
+class BadAnnotation(ValueError):
+    """Something about an image's objects is wrong: the fact alone, without the image's name."""
+
+
+def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
+    """The runs, int64 (n,), of what COCO calls a segmentation: compressed or uncompressed RLE, or polygons.
+
+    They add up to height * width of `size`. Raises BadAnnotation for anything else.
+    """
+    if isinstance(segmentation, list):
+        return _polygon_runs(segmentation, size)
+    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
+        raise BadAnnotation("a segmentation is neither RLE with size and counts nor polygons")
+    if segmentation["size"] != list(size):
+        raise BadAnnotation(f"RLE of size {str(segmentation['size'])[:40]}, the image is {list(size)}")
+    counts = segmentation["counts"]
+    if isinstance(counts, str):
+        runs = read_runs(counts)
+    elif isinstance(counts, list):
+        runs = _listed_runs(counts)
+    else:
+        raise BadAnnotation(f"RLE counts are a {type(counts).__name__}")
+    return _fitting(runs, size)
+
+
+def read_runs(counts: str) -> Runs:
+    """The runs of compressed counts; damaged ones may be negative. Raises BadAnnotation where they don't decode."""
+    if len(counts) > MOST_RUNS * MOST_LETTERS:
+        raise BadAnnotation(
+            f"RLE counts of {len(counts):,} letters, at most {MOST_RUNS * MOST_LETTERS:,} are read"
+        )
+    letters = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(letters) or letters.min() < 0 or letters.max() > 63:
+        raise BadAnnotation(
+            "RLE counts hold other letters than RLE has" if len(letters) else "RLE counts are empty"
+        )
+    ends = np.flatnonzero(letters & 32 == 0)
+    lengths = np.diff(ends, prepend=-1)
+    if not len(ends) or ends[-1] != len(letters) - 1:
+        raise BadAnnotation("RLE counts end within a run")
+    if lengths.max() > MOST_LETTERS:
+        raise BadAnnotation(
+            f"RLE counts have a run of {lengths.max()} letters, at most {MOST_LETTERS} are read"
+        )
+    starts = ends - lengths + 1
+    places = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 31) << places, starts)
+    runs -= np.where(letters[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on they are differences: to the run two before, so each parity adds up by itself.
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def write_runs(runs: Runs) -> str:
+    """Compressed counts of runs of fewer than 2 ** 28 pixels, letter for letter as pycocotools writes them."""
+    steps = runs.copy()
+    steps[3:] -= runs[1:-2]
+    places = np.arange(MOST_LETTERS)
+    parts_NP = steps[:, None] >> (5 * places)
+    # A run ends with the letter after which only its sign is left, and that letter's highest bit says it.
+    rest_NP, sign_NP = parts_NP >> 5, (parts_NP >> 4) & 1
+    more_NP = rest_NP != -sign_NP
+    letters_NP = (parts_NP & 31) + 32 * more_NP + 48
+    used_NP = places <= (~more_NP).argmax(axis=1)[:, None]
+    return letters_NP[used_NP].astype(np.uint8).tobytes().decode("ascii")
+
+
+def _listed_runs(counts: list[Any]) -> Runs:
+    if not counts:
+        raise BadAnnotation("RLE counts are empty")
+    if any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+        raise BadAnnotation("RLE counts hold other things than pixel numbers")
+    return np.array(counts, dtype=np.int64)
+
+
+def _fitting(runs: Runs, size: tuple[int, int]) -> Runs:
+    if len(runs) > MOST_RUNS:
+        raise BadAnnotation(f"{len(runs):,} runs in a mask, at most {MOST_RUNS:,} are read")
+    if runs.min() < 0:
+        raise BadAnnotation(f"RLE counts have a run of {runs.min():,} pixels")
+    if (total := int(runs.sum())) != size[0] * size[1]:
+        raise BadAnnotation(f"RLE counts add up to {total:,} pixels, the image has {size[0] * size[1]:,}")
+    return runs
+
+
+def _polygon_runs(polygons: list[Any], size: tuple[int, int]) -> Runs:
+    """All polygons of one object in one mask."""
+    from pycocotools import mask as coco
+
+    if not polygons:
+        raise BadAnnotation("a segmentation has no polygon")
+    steps, checked = 0.0, []
+    for polygon in polygons:
+        corners_N2 = _corners(polygon, size)
+        moves_N2 = np.abs(corners_N2 - np.roll(corners_N2, -1, axis=0))
+        steps += SCALE * float(moves_N2.max(axis=1).sum()) + len(moves_N2)
+        checked.append(corners_N2.ravel().tolist())
+    if steps > MOST_STEPS:
+        raise BadAnnotation(f"polygons whose boundaries are {steps / SCALE:,.0f} pixels long")
+    merged = coco.merge(coco.frPyObjects(checked, *size))
+    return _fitting(read_runs(merged["counts"].decode("ascii")), size)
+
+
+def _corners(polygon: object, size: tuple[int, int]) -> npt.NDArray[np.float64]:
+    """x and y of each corner, float64 (n, 2). Beyond the image by its longest side at most: C's ints are narrow."""
+    numbers = polygon if isinstance(polygon, list) else []
+    if len(numbers) < 6 or len(numbers) % 2 or any(type(number) not in (int, float) for number in numbers):
+        raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each")
+    try:
+        corners_N2 = np.array(numbers, dtype=np.float64).reshape(-1, 2)
+    except OverflowError:
+        raise BadAnnotation("a polygon has a corner far outside the image") from None
+    margin = max(size)
+    if not bool(np.all((corners_N2 >= -margin) & (corners_N2 <= np.array(size[::-1]) + margin))):
+        raise BadAnnotation("a polygon has a corner far outside the image")
+    return corners_N2
