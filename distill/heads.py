@@ -22,14 +22,10 @@ def store_head(store: EmbeddingStore, device: torch.device) -> SamHead:
         state = {key: value.float() for key, value in load(store.read_head()).items()}
         head = build_head(state, store.spec.image_size)
     except (CheckpointError, SafetensorError) as error:
-        raise DistillError(
-            f"{store.head_path} is not a SAM head ({str(error)[:100]}), so it gives no masks"
-        ) from error
+        raise DistillError(f"{store.head_path} is not a SAM head ({str(error)[:100]})") from error
     broken = next((key for key, value in state.items() if not bool(torch.isfinite(value).all())), None)
     if broken is not None:
-        raise DistillError(
-            f"{store.head_path} holds values that aren't finite, in {broken}: it gives no masks"
-        )
+        raise DistillError(f"{store.head_path} holds values that aren't finite, in {broken}")
     return head.to(device)
 
 

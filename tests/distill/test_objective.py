@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobilesam.distill.objective import decoupled_loss, loss_elements
+from mobilesam.distill.decoupled import decoupled_loss, loss_elements
 from mobilesam.distill.sampler import split_batches
 
 
