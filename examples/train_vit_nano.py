@@ -223,6 +223,7 @@ def validate(
 ) -> dict[str, float]:
     """The IoU of picked masks for one point, the averaged weights on held-out pictures."""
     found = {}
+    averaged = {key: nn.Parameter(value, requires_grad=False) for key, value in run.average.items()}
     for side in sizes:
         pictures = VALIDATION_PICTURES * 256 // side
         futures = [pool.submit(make_sample, HELD_OUT_SEED, i, side, 6) for i in range(pictures)]
@@ -232,7 +233,7 @@ def validate(
         for sample in samples:
             pixels, objects = collate([sample], side)
             points = MaskTraining(rounds=1, boxes=0.0)
-            _, picked = call(at_sizes, run.average, side, points, pixels, objects, generator)
+            _, picked = call(at_sizes, averaged, side, points, pixels, objects, generator)
             total, objects_seen = total + float(picked), objects_seen + len(objects.image_P)
         found[f"held_out_picked_iou_{side}"] = total / objects_seen
     return found

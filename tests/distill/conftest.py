@@ -48,7 +48,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     """make_store(images, ...) -> a store of the images in a folder, committed without precompute.
 
     `embeddings` (n, 256, g, g), in the order of the sorted file names, are random where None. Rows named in `failed`
-    are committed as failed; with `commit=False` everything stays pending.
+    are committed as failed; with `commit=False` everything stays pending. `head` is none that works where None.
     """
 
     def make(
@@ -59,6 +59,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         dtype: str = "float16",
         failed: Sequence[int] = (),
         commit: bool = True,
+        head: dict[str, np.ndarray] | None = None,
     ) -> Path:
         path = tmp_path_factory.mktemp("store") / "store.zarr"
         if embeddings is None:
@@ -67,7 +68,7 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
         make_photo_store(
             path,
             images,
-            head={"mask_decoder.w": np.zeros(3, np.float32)},
+            head=head or {"mask_decoder.w": np.zeros(3, np.float32)},
             embeddings=embeddings,
             image_size=image_size,
             dtype=dtype,
