@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__
 from ..sam import preprocessing_recipe
 from ..sam.allocator import keep_freed_memory
-from ..sam.precision import resolve_device, resolve_precision
+from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
 from ..store.durable import explained
 from .config import DistillConfig
+from .description import describe, student_metadata
 from .digests import digest
 from .errors import DistillError
 from .folder import prepared_folder
 from .initial import InitialWeights, read_initial
 from .labels import Labels
 from .loader import Loader
-from .mask_objectives import MaskOptions
-from .memory import measure_mask_bytes, measure_training_bytes
-from .objectives import build_objective, mask_options
+from .objectives import build_objective
 from .progress import Progress
 from .replicas import Replicas, joined_replicas
-from .run import FORMAT, RUNS, Run, point_latest
+from .run import RUNS, Run, point_latest
 from .split import split_rows
 from .stop import StopFlag, stopped_by_signals
-from .students import StudentInfo, build_student, student_info
+from .students import build_student
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-# What of a GPU's free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
-# for TinyViT) and fragmentation.
-MEMORY_SHARE = 0.8
 
 
 def distill(
@@ -75,7 +67,7 @@ def distill(
             initial = read_initial(config.init, config.student, store.spec.image_size)
             if config.objective == "decoder":
                 _check_finished(initial, config.student)
-        description = _describe(config, store, records, initial, replicas)
+        description = describe(config, store, records, initial, replicas)
         # No colon in a folder's name: rsync and scp take what is before it for a host.
         label = config.student.replace(":", "-")
         name = f"{label}-{digest(description['identity'], description['data'])}"
@@ -160,7 +152,7 @@ def _train(
             device=device,
             precision=resolved["precision"],
             micro_batch=resolved["micro_batch"],
-            student_info=_student_metadata(run),
+            student_info=student_metadata(run),
             objective=objective,
             replicas=replicas,
             stop=stop,
@@ -234,102 +226,6 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
     if store.spec.untrained:
         logger.warning("untrained teacher %s: good for trials, not for masks", store.spec.teacher)
     return records
-
-
-def _describe(
-    config: DistillConfig,
-    store: EmbeddingStore,
-    records: Sequence[ImageRecord],
-    initial: InitialWeights | None,
-    replicas: Replicas,
-) -> dict[str, Any]:
-    """The content of config.json for a run begun now."""
-    info = student_info(config.student)
-    device = resolve_device(replicas.device(config.device))
-    precision = resolve_precision(config.precision, device)
-    micro_batch = config.micro_batch or default_micro_batch(
-        info,
-        -(-config.batch_size // replicas.count),
-        store.spec.image_size,
-        precision,
-        device,
-        masks=None if config.objective == "decoupled" else mask_options(config),
-    )
-    counts = store.counts()
-    rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
-    return {
-        "format": FORMAT,
-        "student": config.student,
-        "image_size": store.spec.image_size,
-        "config": config.to_json(),
-        "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
-        **({"init": initial.report()} if initial else {}),
-        "data": {"store_id": store.spec.store_id, "rows": len(records), "rows_digest": digest(rows)},
-        "resolved": {
-            "device": str(device),
-            "precision": precision,
-            "micro_batch": micro_batch,
-            "processes": replicas.count,
-        },
-        "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
-        "image_root": _image_root(config, store),
-        "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
-        "untrained_teacher": store.spec.untrained,
-        "versions": {
-            "mobilesam": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "pillow")},
-        },
-    }
-
-
-def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
-    """The folder of the images that are learned from; None for those that the store keeps."""
-    if config.images is None and store.spec.kept_images is not None:
-        if config.labels == "annotations":
-            raise DistillError(
-                f"{store.path} keeps images but no annotations: say where both are with --images DIR"
-            )
-        return None
-    root = config.images or Path(store.spec.image_root)
-    if not root.is_dir():
-        raise DistillError(
-            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
-        )
-    return str(root.resolve())
-
-
-def _student_metadata(run: Run) -> dict[str, Any]:
-    spec = run.config["store"]["spec"]
-    kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
-    return {
-        **{name: spec[name] for name in kept},
-        "untrained_teacher": run.config["untrained_teacher"],
-        **({"init": run.config["init"]} if "init" in run.config else {}),
-        "run": run.path.name,
-        "run_id": run.id,
-        "versions": run.config["versions"],
-    }
-
-
-def default_micro_batch(
-    info: StudentInfo,
-    batch_size: int,
-    image_size: int,
-    precision: str,
-    device: torch.device,
-    masks: MaskOptions | None = None,
-) -> int:
-    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds; at most `batch_size`."""
-    if device.type != "cuda":
-        return min(2, batch_size)
-    free, _ = torch.cuda.mem_get_info(device)
-    known = info.training_bytes
-    at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
-    if masks is not None:
-        at_1024 += measure_mask_bytes(masks, image_size)
-    an_image = at_1024 * (image_size / 1024) ** 2
-    return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
 
 
 def default_workers(device: torch.device) -> int:

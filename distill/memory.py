@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
     from .students import StudentInfo
 
 MEASURED_SIZE = 256
+
+# What of a GPU's free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
+# for TinyViT) and fragmentation.
+MEMORY_SHARE = 0.8
+
+
+def default_micro_batch(
+    info: StudentInfo,
+    batch_size: int,
+    image_size: int,
+    precision: str,
+    device: torch.device,
+    masks: MaskOptions | None = None,
+) -> int:
+    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds; at most `batch_size`."""
+    if device.type != "cuda":
+        return min(2, batch_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    known = info.training_bytes
+    at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
+    if masks is not None:
+        at_1024 += measure_mask_bytes(masks, image_size)
+    an_image = at_1024 * (image_size / 1024) ** 2
+    return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
 
 
 def measure_training_bytes(
@@ -36,23 +61,25 @@ def measure_training_bytes(
 
 
 def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
-    """Bytes that the masks of one training image take at 1024 x 1024 pixels; measured and scaled as above."""
+    """Bytes that the masks of one training image take at 1024 x 1024 pixels beside the head, at least 1; measured and
+    scaled as above, by twice the objects and once."""
     size = min(image_size, MEASURED_SIZE)
     with torch.random.fork_rng(devices=[]):
         head = SamHead(size)
-    side, count = mask_side(size), options.objects
-    objects = Objects(
-        masks_PMM=torch.ones(count, side, side, dtype=torch.bool),
-        image_P=torch.zeros(count, dtype=torch.long),
-        inside_BMM=torch.ones(1, side, side, dtype=torch.bool),
-        weight_P=torch.ones(count),
-    )
     emb_1CHW = torch.zeros(1, EMBEDDING_CHANNELS, size // 16, size // 16, requires_grad=True)
 
-    def look() -> None:
+    def look(count: int) -> None:
+        side = mask_side(size)
+        objects = Objects(
+            masks_PMM=torch.ones(count, side, side, dtype=torch.bool),
+            image_P=torch.zeros(count, dtype=torch.long),
+            inside_BMM=torch.ones(1, side, side, dtype=torch.bool),
+            weight_P=torch.ones(count),
+        )
         options.training.loss(head, emb_1CHW, objects, torch.Generator().manual_seed(0))
 
-    return max(1, round(_kept_bytes(look) * (1024 / size) ** 2))
+    once, twice = (_kept_bytes(partial(look, count * options.objects)) for count in (1, 2))
+    return max(1, round((twice - once) * (1024 / size) ** 2))
 
 
 def _saved_bytes(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..sam.head import SamHead
+from .loader import Batch
 
 HEAD_LR_SHARE = 0.1
 """Of the learning rate, for a head that is trained: it begins as the teacher's, which was trained long."""
@@ -47,6 +49,31 @@ class Part:
     masks_BKMM: Tensor | None = None
     known_BK: Tensor | None = None
     annotated_B: Tensor | None = None
+
+
+def part_of(batch: Batch, student_BCHW: Tensor, teacher_BCHW: Tensor, generator: torch.Generator) -> Part:
+    """A loader's batch whose embeddings are on the device, with the rest of it there, too."""
+    device = teacher_BCHW.device
+    masks_BKMM, known_BK = (
+        None if one is None else one.to(device, non_blocking=True)
+        for one in (batch.masks_BKMM, batch.known_BK)
+    )
+    return Part(
+        student_BCHW=student_BCHW,
+        teacher_BCHW=teacher_BCHW,
+        valid_BHW=batch.valid_BHW.to(device, non_blocking=True),
+        sizes_B2=batch.sizes_B2,
+        generator=generator,
+        masks_BKMM=masks_BKMM,
+        known_BK=known_BK,
+        annotated_B=batch.annotated_B,
+    )
+
+
+def part_generator(seed: int, epoch: int, row: int) -> torch.Generator:
+    """The random numbers of the micro-batch that begins with `row`: the same whoever computes it, and when."""
+    words = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 class Objective(ABC):

@@ -10,7 +10,6 @@ from contextlib import ExitStack, closing
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +22,7 @@ from .evaluation import embed
 from .heads import head_state
 from .loader import Batch, Loader
 from .meter import Meter
-from .objective import HEAD_LR_SHARE, Objective, Part, WholeBatch
+from .objective import HEAD_LR_SHARE, Objective, Part, WholeBatch, part_generator, part_of
 from .parameter_groups import parameter_groups
 from .progress import Progress
 from .recorder import Recorder
@@ -193,20 +192,8 @@ class Trainer:
             self.batch_norms.prepare(state.micro_steps, frozen=frozen)
         with torch.set_grad_enabled(trains):
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.device, self.precision)
-        masks_BKMM, known_BK = (
-            None if one is None else one.to(self.device, non_blocking=True)
-            for one in (batch.masks_BKMM, batch.known_BK)
-        )
-        return Part(
-            student_BCHW=student_BCHW,
-            teacher_BCHW=teacher_BCHW,
-            valid_BHW=batch.valid_BHW.to(self.device, non_blocking=True),
-            sizes_B2=batch.sizes_B2,
-            generator=part_generator(self.config.seed, state.epoch, batch.rows[0]),
-            masks_BKMM=masks_BKMM,
-            known_BK=known_BK,
-            annotated_B=batch.annotated_B,
-        )
+        generator = part_generator(self.config.seed, state.epoch, batch.rows[0])
+        return part_of(batch, student_BCHW, teacher_BCHW, generator)
 
     def after_step(self, *, last: bool) -> None:
         """Logs, shows, saves, stops: whatever is due."""
@@ -362,9 +349,3 @@ class Trainer:
                 eta_seconds=left / rate if rate else 0.0,
             )
         )
-
-
-def part_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """The random numbers of the micro-batch that begins with `row`: the same whoever computes it, and when."""
-    words = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))

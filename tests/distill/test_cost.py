@@ -11,8 +11,9 @@ from torch import nn
 
 from mobilesam.distill import STUDENTS, DistillError, students_lines, students_table
 from mobilesam.distill.cost import count_macs
-from mobilesam.distill.job import default_micro_batch
-from mobilesam.distill.memory import measure_training_bytes
+from mobilesam.distill.mask_objectives import MaskOptions
+from mobilesam.distill.mask_training import MaskTraining
+from mobilesam.distill.memory import default_micro_batch, measure_mask_bytes, measure_training_bytes
 from mobilesam.distill.students import StudentInfo, outline_student, student_info
 from mobilesam.sam import SamError
 
@@ -100,13 +101,31 @@ def test_measured_memory_is_that_counted_by_hand_for_one_convolution() -> None:
 
 
 def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.job.measure_training_bytes", None)
+    monkeypatch.setattr("mobilesam.distill.memory.measure_training_bytes", None)
     assert default_micro_batch(student_info("deit_tiny"), 8, 64, "float32", torch.device("cpu")) == 2
 
 
 def test_on_a_gpu_the_measure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.job.measure_training_bytes", lambda *_: 1_000_000_000)
+    monkeypatch.setattr("mobilesam.distill.memory.measure_training_bytes", lambda *_: 1_000_000_000)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10_000_000_000, 0))
     info = student_info("tiny_vit_11m")
     assert default_micro_batch(info, 64, 1024, "float32", torch.device("cuda")) == 8
     assert default_micro_batch(info, 64, 512, "float32", torch.device("cuda")) == 32
+
+
+def test_masks_take_memory_by_objects_and_rounds() -> None:
+    def masks(objects: int, rounds: int) -> MaskOptions:
+        return MaskOptions(training=MaskTraining(rounds=rounds), objects=objects, mse=0.0, region="all")
+
+    one, more, rounds = (measure_mask_bytes(masks(*asked), 64) for asked in ((2, 1), (4, 1), (2, 2)))
+    assert 1.5 * one < more < 2.5 * one
+    assert 1.5 * one < rounds < 2.5 * one
+
+
+def test_masks_make_a_gpus_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobilesam.distill.memory.measure_mask_bytes", lambda *_: 1_600_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_500_000_000, 0))
+    asked = (student_info("tiny_vit"), 64, 1024, "float32", torch.device("cuda"))
+    masks = MaskOptions(training=MaskTraining(), objects=2, mse=0.0, region="all")
+    assert default_micro_batch(*asked) == 3
+    assert default_micro_batch(*asked, masks=masks) == 2

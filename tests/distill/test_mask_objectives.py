@@ -33,10 +33,9 @@ from mobilesam.distill.mask_objectives import (
     teacher_masks,
 )
 from mobilesam.distill.mask_training import MaskTraining, Objects
-from mobilesam.distill.objective import Part, WholeBatch
+from mobilesam.distill.objective import Part, WholeBatch, part_generator
 from mobilesam.distill.prompt_sampling import to_square, uniform_pixel
 from mobilesam.distill.student_file import trained_head
-from mobilesam.distill.trainer import part_generator
 from mobilesam.sam.head import HEAD_PREFIXES, SamHead, build_head
 from mobilesam.sam.teachers import load_head
 

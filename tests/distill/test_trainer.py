@@ -20,7 +20,8 @@ from mobilesam.distill import (
     embed,
 )
 from mobilesam.distill.batch_norms import batch_norm_momentum
-from mobilesam.distill.job import default_micro_batch, default_workers
+from mobilesam.distill.job import default_workers
+from mobilesam.distill.memory import default_micro_batch
 from mobilesam.distill.parameter_groups import parameter_groups
 from mobilesam.distill.sampler import split_batches
 from mobilesam.distill.students import STUDENTS

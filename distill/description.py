@@ -1,0 +1,98 @@
+"""What config.json says of a run, and what its student's file says of it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..sam.precision import resolve_device, resolve_precision
+from ..store import EmbeddingStore, ImageRecord
+from .config import DistillConfig
+from .digests import digest
+from .errors import DistillError
+from .initial import InitialWeights
+from .memory import default_micro_batch
+from .objectives import mask_options
+from .replicas import Replicas
+from .run import FORMAT, Run
+from .students import student_info
+
+
+def describe(
+    config: DistillConfig,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    replicas: Replicas,
+) -> dict[str, Any]:
+    """The content of config.json for a run begun now."""
+    info = student_info(config.student)
+    device = resolve_device(replicas.device(config.device))
+    precision = resolve_precision(config.precision, device)
+    micro_batch = config.micro_batch or default_micro_batch(
+        info,
+        -(-config.batch_size // replicas.count),
+        store.spec.image_size,
+        precision,
+        device,
+        masks=None if config.objective == "decoupled" else mask_options(config),
+    )
+    counts = store.counts()
+    rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
+    return {
+        "format": FORMAT,
+        "student": config.student,
+        "image_size": store.spec.image_size,
+        "config": config.to_json(),
+        "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
+        **({"init": initial.report()} if initial else {}),
+        "data": {"store_id": store.spec.store_id, "rows": len(records), "rows_digest": digest(rows)},
+        "resolved": {
+            "device": str(device),
+            "precision": precision,
+            "micro_batch": micro_batch,
+            "processes": replicas.count,
+        },
+        "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
+        "image_root": _image_root(config, store),
+        "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
+        "untrained_teacher": store.spec.untrained,
+        "versions": {
+            "mobilesam": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "pillow")},
+        },
+    }
+
+
+def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
+    """The folder of the images that are learned from; None for those that the store keeps."""
+    if config.images is None and store.spec.kept_images is not None:
+        if config.labels == "annotations":
+            raise DistillError(
+                f"{store.path} keeps images but no annotations: say where both are with --images DIR"
+            )
+        return None
+    root = config.images or Path(store.spec.image_root)
+    if not root.is_dir():
+        raise DistillError(
+            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
+        )
+    return str(root.resolve())
+
+
+def student_metadata(run: Run) -> dict[str, Any]:
+    spec = run.config["store"]["spec"]
+    kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
+    return {
+        **{name: spec[name] for name in kept},
+        "untrained_teacher": run.config["untrained_teacher"],
+        **({"init": run.config["init"]} if "init" in run.config else {}),
+        "run": run.path.name,
+        "run_id": run.id,
+        "versions": run.config["versions"],
+    }
