@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..distill import Run
 from ..sam import AnnotationFiles, Annotations, CocoInstances, preprocessing_recipe
 from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
@@ -85,16 +86,17 @@ def _of_store(
         raise VerifyError(
             f"{path} was made with another preprocessing than this version's: precompute it again"
         )
-    root = _image_root(config, store)
     opener = Opener(device=device, image_size=config.image_size or size, store=path)
     models = [opener.open(name, value) for name, value in config.models]
+    own = [run for run in (opened.run for opened in models) if run is not None and _is_of(run, store)]
+    root = _image_root(config, store, own)
     for opened in models:
         if root is None and opened.needs_photos:
             raise VerifyError(
                 f"--model {opened.contender.name} takes whole photos, {path} keeps resized ones: say where the "
                 "photos are with --images DIR"
             )
-    records, split = _records(config, store, models)
+    records, split = _records(config, store, own)
     scenes = StoreScenes(store, records[: config.limit], root)
     reference = {
         "teacher": store.spec.teacher,
@@ -126,11 +128,17 @@ def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | Coc
     return AnnotationFiles(scenes.root)
 
 
-def _image_root(config: EvaluateConfig, store: EmbeddingStore) -> Path | None:
+def _is_of(run: Run, store: EmbeddingStore) -> bool:
+    """Whether a run was trained on this store."""
+    return run.config["data"]["store_id"] == store.spec.store_id
+
+
+def _image_root(config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]) -> Path | None:
     """The folder of the images; None for those that the store keeps."""
     if config.images is None and store.spec.kept_images is not None:
         return None
-    root = config.images or Path(store.spec.image_root)
+    moved = next((run.image_root for run in own if run.image_root is not None), None)
+    root = config.images or moved or Path(store.spec.image_root)
     if not root.is_dir():
         raise VerifyError(
             f"the images of {store.path} are not at {root}; say where they are with --images DIR"
@@ -139,12 +147,10 @@ def _image_root(config: EvaluateConfig, store: EmbeddingStore) -> Path | None:
 
 
 def _records(
-    config: EvaluateConfig, store: EmbeddingStore, models: Sequence[Opened]
+    config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]
 ) -> tuple[Sequence[ImageRecord], str]:
-    """The rows to look at, and which split they are."""
+    """The rows to look at, and which split they are; `own` are the runs that were trained on the store."""
     records = store.records("done")
-    runs = [opened.run for opened in models if opened.run is not None]
-    own = [run for run in runs if run.config["data"]["store_id"] == store.spec.store_id]
     if config.split == "val" and not own:
         raise VerifyError(
             f"no model is a run that was trained on {store.path}, so nothing is held out there: give --split all"
