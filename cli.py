@@ -192,6 +192,7 @@ def main() -> None:
     mobilesam precompute --images DIR --out store.zarr    run the teacher once, into a Zarr store
     mobilesam distill --epochs 8                          fit the student to the store
     mobilesam verify                                      how close student and teacher are
+    mobilesam evaluate --store S --model NAME=FILE        any models' masks, with the teacher's and with labels
     mobilesam inspect store.zarr --check                  what a store is, and whether it is whole
     mobilesam segment photo.jpg --point 320 240           masks of one image
     mobilesam export --out exported                       files for MobileSAM's own code and for onnxruntime
@@ -610,3 +611,74 @@ def export(as_json: bool, **options: Any) -> None:
         _ = config.kind
     result = run(config)
     _print(as_json, result, export_lines(result))
+
+
+# fmt: off
+_evaluate_options = _options(
+    click.option("--model", "models", multiple=True, metavar="NAME=FILE",
+                 help="May be repeated. FILE is a run, an export, a student's file, mobile_sam.pt, a checkpoint of "
+                 "vit_b, vit_l or vit_h, or vit_nano; fastsam:FILE (or the name fastsam) is FastSAM, through "
+                 "ultralytics, whose licence is AGPL-3.0; PREDICTOR:FILE is for packages with an entry point in "
+                 "mobilesam.predictors."),
+    click.option("--store", type=_PATH, help="Its images and its teacher's embeddings."),
+    click.option("--images", type=_PATH, metavar="DIR|TAR",
+                 help="Without a store: the images. With one: where they are now, if they moved."),
+    click.option("--teacher", type=click.Choice(TEACHERS), help="To be run on --images."),
+    click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights."),
+    click.option("--coco", type=_PATH, metavar="FILE.json",
+                 help="Labels: a COCO instances file [default: SA-1B's JSON beside each image]"),
+    click.option("--points", type=int, default=4, show_default=True, metavar="N",
+                 help="N x N points in each image against the teacher; 0 leaves that out."),
+    click.option("--distances", default="100,200,300,400,500", show_default=True, metavar="PX,PX,...",
+                 help="Between a foreground and a background point; none leaves pairs out."),
+    click.option("--max-objects", type=int, default=64, show_default=True, metavar="N",
+                 help="At most so many labelled objects an image, drawn."),
+    click.option("--split", type=click.Choice(["auto", "val", "all"]), default="auto", show_default=True,
+                 help="Of a store; auto is what no run among the models was trained on."),
+    click.option("--limit", type=int, metavar="N", help="At most this many images."),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--image-size", type=int, metavar="PX",
+                 help="For files that don't say theirs [default: the store's, else 1024]"),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--report", type=_PATH, metavar="FILE.html",
+                 help="Write one self-contained page with everybody's masks side by side."),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_evaluate_options
+@_common
+def evaluate(models: tuple[str, ...], distances: str, as_json: bool, **options: Any) -> None:
+    """Compare models by their masks: with the teacher's, with labels, and by what they cost.
+
+    The same prompts go to all of them. A broken image or label fails that image alone; exit code 3 when there was
+    nothing to compare.
+
+    \b
+    Examples:
+      mobilesam evaluate --store store.zarr --model mine=runs/latest --model nano=vit_nano --report masks.html
+      mobilesam evaluate --images sa_000020.tar --teacher vit_h --model mobile=mobile_sam.pt --model mine=exported
+      mobilesam evaluate --images photos --teacher vit_h --checkpoint vit_h.pth --model fastsam=FastSAM-s.pt
+      mobilesam evaluate --images val2017 --coco instances_val2017.json --model b=vit_b.pth --max-objects 20
+      mobilesam evaluate --store store.zarr --model mine=runs/latest --split val --points 8 --distances 50,100
+      mobilesam evaluate --images photos --model other=their_predictor:weights.pt --limit 100 --seed 1 --json
+      mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
+    """
+    from .verify import EvaluateConfig, evaluate_masks, evaluation_lines
+
+    with _usage():
+        pairs = tuple((name, value) for name, _, value in (model.partition("=") for model in models))
+        config = EvaluateConfig(models=pairs, distances=_pixels(distances), **options)
+    with Reporter("evaluate") as reporter:
+        result = evaluate_masks(config, progress=reporter.comparison, download=reporter.download)
+    _print(as_json, result, evaluation_lines(result))
+    if not result["evaluated"]:
+        click.get_current_context().exit(INPUT)
+
+
+def _pixels(distances: str) -> tuple[int, ...]:
+    try:
+        return () if distances == "none" else tuple(map(int, distances.split(",")))
+    except ValueError:
+        raise click.UsageError(f"--distances {distances!r}: give pixels, such as 100,200, or none") from None

@@ -18,7 +18,7 @@ from mobilesam.distill import DistillConfig
 from mobilesam.precompute import PrecomputeConfig
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-COMMANDS = ["precompute", "distill", "verify", "inspect", "students", "segment", "export"]
+COMMANDS = ["precompute", "distill", "verify", "inspect", "students", "segment", "export", "evaluate"]
 
 
 def _run(*arguments: object) -> Result:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..sam.sources import shown
 from . import gates
@@ -15,6 +15,9 @@ from .curves import Curves, thin
 from .errors import VerifyError
 from .gallery import Gallery
 from .table import MASK_METRICS, METRICS, masks_compared, number
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +67,15 @@ def _importable(name: str) -> bool:
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Renders `data` and puts it at `path` whole: an interrupted or failed write leaves what was there.
+    """Renders `data` and writes it. Raises as `write_page`."""
+    write_page(path, render(data))
+
+
+def write_page(path: Path, html: str) -> None:
+    """Puts a page at `path` whole: an interrupted or failed write leaves what was there.
 
     Raises VerifyError when the file can't be written.
     """
-    html = render(data)
     partial = _partial(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -87,6 +94,27 @@ def _partial(path: Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The page as text. Names may hold anything: the template engine escapes them."""
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            result=data.result,
+            subject=data.result["subject"],
+            gallery=data.gallery,
+            metrics=METRICS,
+            mask_metrics=MASK_METRICS if "miou" in data.result else (),
+            masks_compared=masks_compared(data.result),
+            checks=gates.run_checks(data.result, data.result["subject"]["thresholds"]),
+            describe=gates.describe,
+            distinguishable=gates.distinguishable,
+            charts=_charts(data),
+        )
+    )
+
+
+def page_environment() -> Environment:
+    """What renders this room's templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     # Every expression passes through _printable: a name may hold a newline or bytes that no encoding can write.
@@ -99,19 +127,7 @@ def render(data: ReportData) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        result=data.result,
-        subject=data.result["subject"],
-        gallery=data.gallery,
-        metrics=METRICS,
-        mask_metrics=MASK_METRICS if "miou" in data.result else (),
-        masks_compared=masks_compared(data.result),
-        checks=gates.run_checks(data.result, data.result["subject"]["thresholds"]),
-        describe=gates.describe,
-        distinguishable=gates.distinguishable,
-        charts=_charts(data),
-    )
+    return environment
 
 
 def _printable(value: Any) -> Any:

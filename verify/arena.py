@@ -1,0 +1,177 @@
+"""Everything that an evaluation needs, opened: images, labels, the teacher, the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..distill import Run
+from ..sam import AnnotationFiles, Annotations, CocoInstances, preprocessing_recipe
+from ..sam.precision import resolve_device
+from ..store import EmbeddingStore, ImageRecord
+from .contender import Contender
+from .errors import VerifyError
+from .evaluation_config import DEFAULT_IMAGE_SIZE, EvaluateConfig
+from .masks import open_head
+from .opening import Opened, Opener
+from .sam_contenders import SamContender, StoreContender
+from .scenes import FolderScenes, Scene, Scenes, StoreScenes
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arena:
+    """What is compared, where, and with what."""
+
+    scenes: Scenes
+    labels: AnnotationFiles | CocoInstances | None
+    teacher: Contender | None
+    reference: dict[str, Any] | None
+    """What the teacher is, as JSON values."""
+    models: Sequence[Opened]
+    device: torch.device
+    split: str
+    notes: list[str]
+
+    @property
+    def embedding(self) -> list[SamContender]:
+        """Those that embed resized images."""
+        all_of_them = [opened.contender for opened in self.models] + ([self.teacher] if self.teacher else [])
+        return [contender for contender in all_of_them if isinstance(contender, SamContender)]
+
+    def labels_of(self, scene: Scene) -> Annotations | None:
+        """The objects of an image; None where nothing is said of it. Raises AnnotationError."""
+        return None if self.labels is None else self.labels.read(scene.key, size=scene.original_size)
+
+
+def open_arena(config: EvaluateConfig, stack: ExitStack, download: Progress | None = None) -> Arena:
+    """Opens what `config` names; what has to be closed goes on `stack`. The models come last, as they take longest.
+
+    Raises VerifyError, and the other rooms' errors for what is missing or damaged.
+    """
+    device = resolve_device(config.device)
+    coco = None if config.coco is None else CocoInstances(config.coco)
+    if config.store is not None:
+        return _of_store(config, config.store, stack, device, coco)
+    assert config.images is not None, "the config has one of them"
+    scenes = FolderScenes(config.images, config.limit)
+    opener = Opener(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE)
+    teacher = None
+    if config.teacher is not None:
+        teacher = opener.teacher(config.teacher, config.teacher, config.checkpoint, download)
+    return Arena(
+        scenes=scenes,
+        labels=_labels(coco, scenes),
+        teacher=None if teacher is None else teacher.contender,
+        reference=None if teacher is None else {"teacher": config.teacher, "store": None, **_known(teacher)},
+        models=[opener.open(name, value) for name, value in config.models],
+        device=device,
+        split="all",
+        notes=[f"not read: {problem}" for problem in scenes.problems],
+    )
+
+
+def _of_store(
+    config: EvaluateConfig, path: Path, stack: ExitStack, device: torch.device, coco: CocoInstances | None
+) -> Arena:
+    store = stack.enter_context(EmbeddingStore.open(path))
+    size = store.spec.image_size
+    if store.spec.preprocessing != preprocessing_recipe(size):
+        raise VerifyError(
+            f"{path} was made with another preprocessing than this version's: precompute it again"
+        )
+    opener = Opener(device=device, image_size=config.image_size or size, store=path)
+    models = [opener.open(name, value) for name, value in config.models]
+    own = [run for run in (opened.run for opened in models) if run is not None and _is_of(run, store)]
+    root = _image_root(config, store, own)
+    for opened in models:
+        if root is None and opened.needs_photos:
+            raise VerifyError(
+                f"--model {opened.contender.name} takes whole photos, {path} keeps resized ones: say where the "
+                "photos are with --images DIR"
+            )
+    records, split = _records(config, store, own)
+    scenes = StoreScenes(store, records[: config.limit], root)
+    reference = {
+        "teacher": store.spec.teacher,
+        "store": str(path),
+        "file": store.spec.checkpoint,
+        "image_size": size,
+        "untrained_teacher": store.spec.untrained,
+    }
+    return Arena(
+        scenes=scenes,
+        labels=_labels(coco, scenes),
+        teacher=StoreContender(store, open_head(store, device), device) if config.points else None,
+        reference=reference,
+        models=models,
+        device=device,
+        split=split,
+        notes=_notes(store),
+    )
+
+
+def _known(teacher: Opened) -> dict[str, Any]:
+    names = teacher.names()
+    return {key: names[key] for key in ("file", "image_size", "untrained_teacher")}
+
+
+def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | CocoInstances | None:
+    if coco is not None or scenes.root is None:
+        return coco
+    return AnnotationFiles(scenes.root)
+
+
+def _is_of(run: Run, store: EmbeddingStore) -> bool:
+    """Whether a run was trained on this store."""
+    return run.config["data"]["store_id"] == store.spec.store_id
+
+
+def _image_root(config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]) -> Path | None:
+    """The folder of the images; None for those that the store keeps."""
+    if config.images is None and store.spec.kept_images is not None:
+        return None
+    moved = next((run.image_root for run in own if run.image_root is not None), None)
+    root = config.images or moved or Path(store.spec.image_root)
+    if not root.is_dir():
+        raise VerifyError(
+            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
+        )
+    return root.resolve()
+
+
+def _records(
+    config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]
+) -> tuple[Sequence[ImageRecord], str]:
+    """The rows to look at, and which split they are; `own` are the runs that were trained on the store."""
+    records = store.records("done")
+    if config.split == "val" and not own:
+        raise VerifyError(
+            f"no model is a run that was trained on {store.path}, so nothing is held out there: give --split all"
+        )
+    if config.split == "all" or not own:
+        split = "all"
+    else:
+        split = "val"
+        held_out = set.intersection(*(set(run.split.val) for run in own))
+        records = [record for record in records if record.row in held_out]
+    if not records:
+        counts = store.counts()
+        raise VerifyError(
+            f"{store.path} has no row to look at (split {split}; {counts.done} done, {counts.pending} pending, "
+            f"{counts.failed} failed): run precompute to the end, or give --split all"
+        )
+    return records, split
+
+
+def _notes(store: EmbeddingStore) -> list[str]:
+    counts = store.counts()
+    if counts.pending or counts.failed:
+        return [f"the store lacks {counts.pending} pending and {counts.failed} failed images"]
+    return []

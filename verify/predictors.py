@@ -1,0 +1,121 @@
+"""Models of others that have the interface of SAM's predictor, found by the entry points of installed packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ..distill.cost import median_seconds
+from .contender import LIMIT, Answer, Cost, Floats
+from .errors import VerifyError
+from .protocols import Prompts
+from .scenes import Scene
+
+GROUP = "mobilesam.predictors"
+"""Of entry points: each is a function of a file (Path) and a device ("cpu", "cuda:0") that gives a predictor."""
+
+
+def installed_predictors() -> Mapping[str, EntryPoint]:
+    """Entry points by name."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.device) -> PredictorContender:
+    """Loads what the entry point names and has it open the file. Raises VerifyError for whatever it raises."""
+    with named(f"--model {name}: the entry point {point.name} of {GROUP}"):
+        predictor = point.load()(file, str(device))
+    for method in ("set_image", "predict"):
+        if not callable(getattr(predictor, method, None)):
+            raise VerifyError(
+                f"--model {name}: what the entry point {point.name} gives has no {method}: it has to be like "
+                "segment_anything.SamPredictor"
+            )
+    return PredictorContender(name, predictor)
+
+
+class PredictorContender:
+    """A model with the interface of `segment_anything.SamPredictor`: `set_image(image)` and `predict(...)`.
+
+    Of `predict` the arguments point_coords, point_labels, box and multimask_output are given, by name, and of what it
+    returns the masks (C, H, W) and the scores (C,) are looked at. Its parameters are those of its attribute `model`,
+    if that is a torch module.
+    """
+
+    several = True
+
+    def __init__(self, name: str, predictor: Any) -> None:
+        self.name = name
+        self._predictor = predictor
+        self._size = (0, 0)
+
+    def look(self, scene: Scene) -> bool:
+        """Hands over the picture as it is in its file."""
+        image_HWC = scene.pixels().copy()
+        self._size = image_HWC.shape[0], image_HWC.shape[1]
+        with self._named("set_image"):
+            self._predictor.set_image(image_HWC)
+        return True
+
+    def answer(self, prompts: Prompts, several: bool) -> list[Answer]:
+        """Asks for each prompt by itself. Raises VerifyError for masks or scores of another shape."""
+        answers = []
+        for index in range(len(prompts)):
+            points, labels, boxes = prompts.points_NP2, prompts.labels_NP, prompts.boxes_N4
+            with self._named("predict"):
+                masks, scores, *_ = self._predictor.predict(
+                    point_coords=None if points is None else points[index],
+                    point_labels=None if labels is None else labels[index],
+                    box=None if boxes is None else boxes[index],
+                    multimask_output=several,
+                )
+            answers.append(self._checked(np.asarray(masks), np.asarray(scores, dtype=np.float64)))
+        return answers
+
+    def cost(self) -> Cost:
+        """Times both calls on a grey picture of 1024 x 1024."""
+        image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
+        cpu = torch.device("cpu")
+        point = {"point_coords": np.array([[512.0, 512.0]]), "point_labels": np.array([1]), "box": None}
+        with self._named("set_image"):
+            looking = median_seconds(lambda: self._predictor.set_image(image_HWC), cpu, LIMIT)
+        with self._named("predict"):
+            answering = median_seconds(
+                lambda: self._predictor.predict(**point, multimask_output=False), cpu, LIMIT
+            )
+        model = getattr(self._predictor, "model", None)
+        parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else None
+        return Cost(parameters=parameters, encoder_ms=1000 * looking, decoder_ms=1000 * answering)
+
+    def _checked(self, masks: npt.NDArray, scores: Floats) -> Answer:
+        if (
+            masks.ndim != 3
+            or not len(masks)
+            or masks.shape[1:] != self._size
+            or scores.shape != masks.shape[:1]
+        ):
+            wanted = f"masks (C, {self._size[0]}, {self._size[1]}) and scores (C,)"
+            raise VerifyError(
+                f"{self.name}'s predict gave masks {masks.shape} and scores {scores.shape}, not {wanted}"
+            )
+        return Answer(masks_CHW=torch.from_numpy(np.ascontiguousarray(masks.astype(bool))), scores_C=scores)
+
+    def _named(self, call: str) -> AbstractContextManager[None]:
+        return named(f"{self.name}'s {call}")
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Whatever another's code raises, as a VerifyError that says whose code it was."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise VerifyError(f"{what} failed with {type(error).__name__}: {told}") from error
