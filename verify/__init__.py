@@ -3,6 +3,9 @@
 In the order of a run: config, subject (what is compared), compare, masks, gates (thresholds), table (the terminal),
 report with its gallery, pictures and charts.
 
+An evaluation of any number of models: evaluation_config, arena (what is compared: opening, scenes, contender and its
+kinds sam_contenders, predictors, fastsam), evaluate (protocols, centres, tally), evaluation_table, evaluation_report.
+
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from mobilesam.cli import main
 from mobilesam.distill import DistillError, build_student, cost, save_student
+from mobilesam.distill.student_file import TRAINED_HEAD
 from mobilesam.distill.students import outline_student, student_info
 from mobilesam.distill.whole import load_model, load_teacher_model
 from mobilesam.sam import SamError, image_pixels, load_image
@@ -151,18 +153,18 @@ def test_every_number_is_what_upstreams_predictor_gives_prompt_by_prompt(labelle
     # The decoder's batch moves a few pixels on the edges.
     for name in ("point", "pair_20", "pair_40"):
         means = [np.mean(ious) for ious in wanted[name]]
-        assert model["teacher"][name]["miou"] == pytest.approx(np.mean(means), abs=2e-3)
+        assert model["teacher"][name]["miou"] == pytest.approx(np.mean(means), abs=5e-4)
         assert model["teacher"][name]["prompts"] == sum(map(len, wanted[name]))
         assert 0 < model["teacher"][name]["miou"] < 0.95
     for name in ("box", "center", "center_picked", "center_oracle"):
-        assert model["labels"][name]["miou"] == pytest.approx(np.mean(wanted[name]), abs=2e-3)
+        assert model["labels"][name]["miou"] == pytest.approx(np.mean(wanted[name]), abs=5e-4)
         assert model["labels"][name]["prompts"] == 9
     assert model["labels"]["center_oracle"]["miou"] > model["labels"]["center_picked"]["miou"] > 0
     assert model["teacher"]["pair_300"] is None
     assert "pair_300" not in wanted
     assert result["left_out"]["pair_300"] == 3 * 4
     means = [np.mean(ious) for ious in wanted["point"]]
-    assert [one["miou"]["mine"] for one in result["per_image"]] == pytest.approx(means, abs=5e-3)
+    assert [one["miou"]["mine"] for one in result["per_image"]] == pytest.approx(means, abs=2e-3)
     json.dumps(result, allow_nan=False)
 
 
@@ -188,7 +190,7 @@ def test_a_teacher_on_the_fly_is_upstreams_and_agrees_with_itself(labelled: Any)
                 masks.append(ask(predictor, False, point_coords=points, point_labels=np.array([1]))[0][0])
             ious.append(overlap_of(*masks))
         means.append(np.mean(ious))
-    assert mine["teacher"]["point"]["miou"] == pytest.approx(np.mean(means), abs=2e-3)
+    assert mine["teacher"]["point"]["miou"] == pytest.approx(np.mean(means), abs=5e-4)
     assert (result["reference"]["teacher"], result["reference"]["image_size"]) == ("vit_nano", 128)
 
 
@@ -255,7 +257,7 @@ def test_a_broken_image_or_label_fails_alone_and_by_name(labelled: Any) -> None:
     assert [one["key"] for one in folder["failed"]] == ["photo0.bmp", "photo1.bmp", "photo2.bmp"]
 
 
-def test_coco_labels_are_taken_for_images_by_name(world: Any, tmp_path: Path) -> None:
+def test_labels_of_coco_of_a_folder_and_of_a_tar_give_the_same_numbers(world: Any, tmp_path: Path) -> None:
     images, objects = [], []
     for seed, photo in enumerate(sorted(world.photos.glob("*.bmp"))[:2]):
         with Image.open(photo) as image:
@@ -268,10 +270,15 @@ def test_coco_labels_are_taken_for_images_by_name(world: Any, tmp_path: Path) ->
     options = {"points": 0, "image_size": 128, "device": "cpu", "models": (("nano", "vit_nano"),)}
     result = evaluate_masks(EvaluateConfig(images=world.photos, coco=path, **options))
     assert (result["images"], result["evaluated"], result["labelled"]) == (6, 2, 2)
-    for seed, photo in enumerate(sorted(world.photos.glob("*.bmp"))[:2]):
-        label(photo, seed)
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for seed, photo in enumerate(sorted(world.photos.glob("*.bmp"))[:2]):
+            label(photo, seed)
+            tar.add(photo, photo.name)
+            tar.add(photo.with_suffix(".json"), f"{photo.stem}.json")
     beside = evaluate_masks(EvaluateConfig(images=world.photos, **options))
     assert beside["models"][0]["labels"] == result["models"][0]["labels"]
+    in_tar = evaluate_masks(EvaluateConfig(images=tmp_path / "set.tar", **options))
+    assert in_tar["models"][0]["labels"] == result["models"][0]["labels"]
     fewer = evaluate_masks(EvaluateConfig(images=world.photos, max_objects=1, **options))
     assert fewer["models"][0]["labels"]["box"]["prompts"] == 2
 
@@ -302,13 +309,22 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
     lone = tmp_path / "student.safetensors"
     save_student(build_student("deit_tiny", 64, seed=0), lone, "deit_tiny", 64, {})
     options = {"points": 1, "distances": (), "limit": 1, "device": "cpu"}
-    models = (("a", str(tmp_path / "some.bin")), ("b", str(lone)), ("c", str(world.run.student_path)))
+    own = tmp_path / "own" / "student.safetensors"
+    own.parent.mkdir()
+    head = {key: value * 1.01 for key, value in load_head("vit_nano", None).items()}
+    save_student(build_student("tiny_vit", 64, seed=0), own, "tiny_vit", 64, {TRAINED_HEAD: True}, head=head)
+    models = (
+        ("a", str(tmp_path / "some.bin")),
+        ("b", str(lone)),
+        ("c", str(world.run.student_path)),
+        ("d", str(own.parent)),
+    )
     found = evaluate_masks(EvaluateConfig(models=models, store=world.store, **options))["models"]
     assert [(one["kind"], one["image_size"]) for one in found] == [
-        ("tiny_vit", 128), ("deit_tiny", 64), ("tiny_vit", 128),
+        ("tiny_vit", 128), ("deit_tiny", 64), ("tiny_vit", 128), ("tiny_vit", 64),
     ]  # fmt: skip
     assert [one["head"] for one in found] == [
-        str(tmp_path / "some.bin"), str(world.store), str(world.run.head_path),
+        str(tmp_path / "some.bin"), str(world.store), str(world.run.head_path), str(own),
     ]  # fmt: skip
     assert found[2]["run"] == world.run.path.name
     with pytest.raises(VerifyError, match=r"--model b: .* lies without a mask decoder: .* --store"):
