@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from ..distill import Run
@@ -16,10 +17,11 @@ from ..distill.whole import Model, NoHead, load_model, load_teacher_model
 from ..sam import CheckpointError
 from ..sam.catalog import EMBEDDED_TEACHER
 from ..sam.download import Progress
+from ..sam.head import WIDTH
 from ..sam.sources import shown
 from ..sam.teachers import TEACHERS
 from ..sam.torch_file import in_torch_format
-from ..sam.vit import VITS, build_vit
+from ..sam.vit import VITS, ViTConfig
 from ..sam.weights import looks_like, read_state
 from .contender import Contender
 from .errors import VerifyError
@@ -126,7 +128,7 @@ class Opener:
         return None if path.is_dir() or not _in_torch_format(path) else self.image_size
 
     def _of_model(self, name: str, model: Model) -> Opened:
-        outline = partial(_outline, model.student, model.image_size)
+        outline = partial(outline_encoder, model.student, model.image_size)
         return Opened(
             contender=SamContender(name, model.sam, outline, self.device),
             kind=model.student,
@@ -149,12 +151,28 @@ class Opener:
         )
 
 
-def _outline(kind: str, image_size: int) -> nn.Module:
+def outline_encoder(kind: str, image_size: int) -> nn.Module:
     """An encoder without its memory, to be counted. In a teacher's place mobile_sam is called so, too."""
     if kind in VITS:
+        # SAM's own class: ours does the same with other multiplications, and published counts are of the former.
         with torch.device("meta"):
-            return build_vit(kind, image_size)
+            return _upstream_vit(VITS[kind], image_size)
     return outline_student(student_info("tiny_vit" if kind in TEACHERS else kind), image_size)
+
+
+def _upstream_vit(config: ViTConfig, image_size: int) -> ImageEncoderViT:
+    """Source: segment_anything/build_sam.py."""
+    return ImageEncoderViT(
+        img_size=image_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        out_chans=WIDTH,
+        qkv_bias=True,
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=config.global_blocks,
+    )
 
 
 def _checkpoint(name: str, path: Path) -> str | None:

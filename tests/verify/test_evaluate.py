@@ -28,6 +28,7 @@ from mobilesam.sam.vit import build_vit
 from mobilesam.store import EmbeddingStore
 from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
 from mobilesam.verify.centres import centre_of_mask
+from mobilesam.verify.opening import outline_encoder
 from mobilesam.verify.protocols import pair_prompts, point_prompts
 
 DISTANCES = (20, 40, 300)
@@ -210,6 +211,25 @@ def test_costs_are_those_of_the_networks(labelled: Any) -> None:
         assert model["decoder_ms"] > 0
     assert mine["encoder_macs"] == cost.count_macs(outline_student(student_info("tiny_vit"), 128), 128)
     assert 0 < nano["encoder_macs"] < mine["encoder_macs"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "macs"),
+    [("vit_b", 89_670_912, 0.49e12), ("vit_h", 637_026_048, 2.98e12), ("mobile_sam", 5_743_892, 38.8e9)],
+)
+def test_published_encoders_have_their_published_costs(kind: str, parameters: int, macs: float) -> None:
+    outline = outline_encoder(kind, 1024)
+    assert sum(parameter.numel() for parameter in outline.parameters()) == parameters
+    assert cost.count_macs(outline, 1024) == pytest.approx(macs, rel=0.01)
+
+
+def test_a_median_is_of_the_calls_after_the_first_within_a_limit() -> None:
+    calls: list[int] = []
+    assert cost.median_seconds(lambda: calls.append(0), torch.device("cpu")) >= 0
+    assert len(calls) == 1 + cost.FORWARDS
+    calls.clear()
+    cost.median_seconds(lambda: calls.append(0), torch.device("cpu"), limit=0.0)
+    assert len(calls) == 2
 
 
 def test_a_store_shows_what_was_held_out_of_every_run(world: Any) -> None:
