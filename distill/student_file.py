@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sam.head import HEAD_PREFIXES, head_shapes
+from ..sam.head_shapes import HEAD_PREFIXES, head_shapes
 from ..sam.teachers import load_head, load_teacher
 from ..sam.torch_file import in_torch_format
 from .errors import DistillError
