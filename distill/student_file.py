@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..sam.head import HEAD_PREFIXES, head_shapes
+from ..sam.head_shapes import HEAD_PREFIXES, head_shapes
 from ..sam.teachers import load_head, load_teacher
 from ..sam.torch_file import in_torch_format
 from .errors import DistillError

@@ -9,9 +9,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-
-HEAD_PREFIXES = ("prompt_encoder.", "mask_decoder.")
-WIDTH = 256
+from .head_shapes import HEAD_PREFIXES as HEAD_PREFIXES
+from .head_shapes import WIDTH
 
 
 class SamHead(nn.Module):
@@ -34,12 +33,6 @@ class SamHead(nn.Module):
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         )
-
-
-def head_shapes() -> dict[str, torch.Size]:
-    """Every key of the head's state and its shape; no image size changes them."""
-    with torch.device("meta"):
-        return {key: value.shape for key, value in SamHead(1024).state_dict().items()}
 
 
 def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:

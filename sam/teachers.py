@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .catalog import TEACHERS, TeacherInfo
 from .checkpoints import file_sha256
 from .errors import CheckpointError, SamError
-from .head import HEAD_PREFIXES, SamHead, build_head, head_shapes
+from .head_shapes import HEAD_PREFIXES, head_shapes
 from .precision import resolve_device, resolve_precision
 from .tiny_vit import TinyViT
 from .vit import VITS, build_vit, fit_positions
@@ -19,7 +19,7 @@ from .vit_encoder import ViTEncoder
 from .vit_nano import STORED_IMAGE_SIZE, untrained_sha256, untrained_state
 from .weights import ENCODER_PREFIX, check_state, read_state
 
-__all__ = ["TEACHERS", "SamHead", "Teacher", "TeacherInfo", "build_head", "load_head", "load_teacher"]
+__all__ = ["TEACHERS", "Teacher", "TeacherInfo", "load_head", "load_teacher"]
 
 # The side that the official checkpoints' position tables are for.
 TRAINED_IMAGE_SIZE = 1024

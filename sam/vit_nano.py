@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .head import head_shapes
+from .head_shapes import head_shapes
 from .vit import build_vit
 
 # The grid that the position tables are stored for: between the 16 of 256 px and the 64 of 1024 px, so that

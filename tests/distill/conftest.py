@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from photo_store import make_photo_store
 from PIL import Image
+from small_student import registered_small_student
 
 from mobilesam.distill import DistillConfig
 
@@ -101,3 +102,10 @@ def options() -> Callable[..., DistillConfig]:
         return DistillConfig(store=store, **values)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[str]:
+    """The name of a student that costs nothing, for tests in which any student would do."""
+    with registered_small_student() as name:
+        yield name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import socket
 import subprocess
@@ -39,10 +41,20 @@ def embedding(student: nn.Module, image_size: int) -> torch.Tensor:
     return found
 
 
+@pytest.fixture(scope="module")
+def built() -> Callable[[str], nn.Module]:
+    """built(name) -> a student for 64 pixels of seed 0, to be changed: drawing its weights takes longest here, and is
+    done once."""
+    once = functools.cache(lambda name: build_student(name, 64, seed=0))
+    return lambda name: copy.deepcopy(once(name))
+
+
 @pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("image_size", [64, 112])
-def test_the_embedding_has_a_sixteenth_of_the_image_as_grid(name: str, image_size: int) -> None:
-    student = build_student(name, image_size, seed=0).eval()
+def test_the_embedding_has_a_sixteenth_of_the_image_as_grid(
+    name: str, image_size: int, built: Callable[[str], nn.Module]
+) -> None:
+    student = (built(name) if image_size == 64 else build_student(name, image_size, seed=0)).eval()
     assert embedding(student, image_size).shape == (1, 256, image_size // 16, image_size // 16)
 
 
@@ -52,8 +64,10 @@ def test_at_1024_pixels_the_grid_is_64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_every_parameter_learns_and_nothing_is_dropped_at_random(name: str) -> None:
-    student = build_student(name, 64, seed=0).train()
+def test_every_parameter_learns_and_nothing_is_dropped_at_random(
+    name: str, built: Callable[[str], nn.Module]
+) -> None:
+    student = built(name).train()
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     first = student(pixels)
     first.square().mean().backward()
@@ -72,16 +86,18 @@ def test_a_recipes_stochastic_depth_is_switched_off() -> None:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_the_seed_alone_decides_the_weights(name: str) -> None:
-    first = build_student(name, 64, seed=1).state_dict()
+def test_the_seed_alone_decides_the_weights(name: str, built: Callable[[str], nn.Module]) -> None:
+    first = built(name).state_dict()
     torch.manual_seed(5)
-    second, other = build_student(name, 64, seed=1).state_dict(), build_student(name, 64, seed=2).state_dict()
+    second, other = build_student(name, 64, seed=0).state_dict(), build_student(name, 64, seed=2).state_dict()
     assert all(torch.equal(second[key], value) for key, value in first.items())
     assert any(not torch.equal(other[key], value) for key, value in first.items())
 
 
-def test_the_maps_of_both_strides_are_projected_brought_to_one_grid_and_summed() -> None:
-    student = build_student("timm:resnet18", 64, seed=0).eval()
+def test_the_maps_of_both_strides_are_projected_brought_to_one_grid_and_summed(
+    built: Callable[[str], nn.Module],
+) -> None:
+    student = built("timm:resnet18").eval()
     assert isinstance(student, TimmStudent)
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -94,8 +110,8 @@ def test_the_maps_of_both_strides_are_projected_brought_to_one_grid_and_summed()
         torch.testing.assert_close(student(pixels), student.neck(joined), rtol=1e-4, atol=1e-5)
 
 
-def test_a_map_that_is_channels_last_in_timm_is_turned() -> None:
-    student = build_student("timm:swin_tiny_patch4_window7_224", 64, seed=0)
+def test_a_map_that_is_channels_last_in_timm_is_turned(built: Callable[[str], nn.Module]) -> None:
+    student = built("timm:swin_tiny_patch4_window7_224")
     assert isinstance(student, TimmStudent)
     assert student.channels_last
     assert student.backbone(torch.zeros(1, 3, 64, 64))[0].shape == (1, 4, 4, 384)
@@ -108,9 +124,11 @@ def test_deit_has_no_class_token_and_a_position_for_each_cell() -> None:
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_pixels_of_another_size_are_refused_with_both_sizes(name: str) -> None:
+def test_pixels_of_another_size_are_refused_with_both_sizes(
+    name: str, built: Callable[[str], nn.Module]
+) -> None:
     with pytest.raises(ValueError, match=r"\(1, 3, 96, 96\).*64"):
-        build_student(name, 64, seed=0)(torch.zeros(1, 3, 96, 96))
+        built(name)(torch.zeros(1, 3, 96, 96))
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "timm:resnet18"])
@@ -185,7 +203,7 @@ def test_a_run_of_each_kind_rebuilds_its_student_which_computes_the_same(
 ) -> None:
     hashes, folders = set(), set()
     for name in ("tiny_vit", "deit_tiny", "timm:resnet18"):
-        result = distill(options(store, student=name))
+        result = distill(options(store, student=name, epochs=1))
         folder = Path(result["run"])
         folders.add(folder.name)
         assert folder.name.startswith(name.replace(":", "-") + "-")
@@ -198,13 +216,13 @@ def test_a_run_of_each_kind_rebuilds_its_student_which_computes_the_same(
         fresh.load_state_dict(first.state_dict())
         assert torch.equal(embedding(first, 64), embedding(fresh, 64))
         assert result["val"]["mse"] > 0
-        assert distill(options(store, student=name)) == result
+        assert distill(options(store, student=name, epochs=1)) == result
     assert len(hashes) == len(folders) == 3
 
 
 @pytest.mark.parametrize("name", STUDENTS)
-def test_a_student_of_each_kind_learns_one_batch(name: str) -> None:
-    student = build_student(name, 64, seed=0).train()
+def test_a_student_of_each_kind_learns_one_batch(name: str, built: Callable[[str], nn.Module]) -> None:
+    student = built(name).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     target = torch.randn(2, 256, 4, 4, generator=torch.Generator().manual_seed(2))

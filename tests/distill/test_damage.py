@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from flips import flipped
-from torch import nn
 
 from mobilesam.distill import (
     DistillConfig,
@@ -21,24 +20,13 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
-from mobilesam.distill.students import STUDENTS, StudentInfo
 from mobilesam.distill.tensor_file import load_tensors
 
 Options = Callable[..., DistillConfig]
 CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run")
 
 
-def small_student(image_size: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 256, 1))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_student() -> Iterator[None]:
-    """A student whose runs take a tenth of a second and whose files can be flipped bit by bit."""
-    with pytest.MonkeyPatch.context() as patch:
-        info = StudentInfo(name="small", summary="", build=small_student, training_bytes={"float32": 1})
-        patch.setitem(STUDENTS, "small", info)  # type: ignore[arg-type]
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def content(run: Path) -> tuple[list[dict], list[dict[str, bytes]]]:

@@ -389,15 +389,15 @@ def test_a_run_starts_from_the_file_and_remembers_it(
 
 
 def test_another_file_is_another_run_and_the_same_content_elsewhere_is_not(
-    store: Path, options: Options, tmp_path: Path
+    store: Path, options: Options, tmp_path: Path, small: str
 ) -> None:
     files = [tmp_path / name for name in ("a.pth", "b.pth", "c.pth")]
-    torch.save(deit_state(), files[0])
-    torch.save(deit_state(seed=6), files[1])
+    for seed, file in zip((5, 6), files, strict=False):
+        torch.save(build_student(small, 64, seed).state_dict(), file)
     files[2].write_bytes(files[0].read_bytes())
 
     def run(**changes: Any) -> str:
-        return distill(options(store, student="deit_tiny", epochs=1, **changes))["run"]
+        return distill(options(store, student=small, epochs=1, **changes))["run"]
 
     first, second, third, without = (*(run(init=file) for file in files), run())
     assert len({first, second, without}) == 3
@@ -409,12 +409,12 @@ def test_another_file_is_another_run_and_the_same_content_elsewhere_is_not(
 
 
 def test_going_on_does_not_start_from_the_file_again(
-    store: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Path, options: Options, tmp_path: Path, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mobilesam.distill import DistillInterrupted, Progress, StopFlag
 
-    torch.save(deit_state(), tmp_path / "deit.pth")
-    config = options(store, student="deit_tiny", init=tmp_path / "deit.pth", epochs=2)
+    torch.save(build_student(small, 64, seed=5).state_dict(), tmp_path / "small.pth")
+    config = options(store, student=small, init=tmp_path / "small.pth", epochs=2)
     whole = distill(config)["val"]
     applied: list[InitialWeights] = []
     apply = InitialWeights.apply
@@ -427,7 +427,7 @@ def test_going_on_does_not_start_from_the_file_again(
         if progress.step == 2:
             stop.signum = 15
 
-    config = options(store, student="deit_tiny", init=tmp_path / "deit.pth", epochs=2, out=tmp_path / "again")
+    config = options(store, student=small, init=tmp_path / "small.pth", epochs=2, out=tmp_path / "again")
     with pytest.raises(DistillInterrupted):
         distill(config, progress=after_two_steps, stop=stop)
     assert distill(config)["val"] == whole

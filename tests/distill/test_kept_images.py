@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from mobilesam.store import EmbeddingStore, StoreDamaged
 from mobilesam.verify import VerifyConfig, verify
 
 Options = Callable[..., DistillConfig]
+
+
+@pytest.fixture
+def options(options: Options, small: str) -> Options:
+    """Of the smallest student: where its images come from is the same for all."""
+    return partial(options, student=small)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mobilesam.distill import DistillConfig, Run, distill
@@ -35,7 +34,6 @@ def train(store: Path, **options: object) -> Run:
 
 def overfitted(tmp_path: Path, make_store: Callable[..., Path], image_size: int, epochs: int) -> float:
     """The skill on its twelve training photos of a student that saw them again and again."""
-    torch.set_num_threads(2)
     folder = tmp_path / "photos"
     folder.mkdir()
     photos = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png"))[:12]

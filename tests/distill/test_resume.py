@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,19 @@ def interrupted_at(step: int, phase: str, config: DistillConfig) -> DistillInter
 
 
 @pytest.fixture(scope="module")
-def whole(store: Path, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_options(options: Options, small: str) -> Options:
+    """Options of runs by the smallest student: what a run saves and finds again is the same for all."""
+    return partial(options, student=small)
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, small_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run: 5 training images, 3 steps an epoch, the last one of a single image."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     before = Path.cwd()
     os.chdir(folder.parent)
     try:
-        distill(options(store, out=folder))
+        distill(small_options(store, out=folder))
     finally:
         os.chdir(before)
     return folder
@@ -75,16 +82,16 @@ def whole(store: Path, options: Options, tmp_path_factory: pytest.TempPathFactor
     [(2, "train"), (3, "validate"), (4, "train"), (6, "evaluate")],
 )
 def test_resumed_and_uninterrupted_runs_are_equal_to_the_bit(
-    store: Path, options: Options, whole: Path, step: int, phase: str
+    store: Path, small_options: Options, whole: Path, step: int, phase: str
 ) -> None:
-    error = interrupted_at(step, phase, options(store, out="run"))
+    error = interrupted_at(step, phase, small_options(store, out="run"))
     assert error.signum == signal.SIGTERM
     assert f"after step {step} of 6" in str(error)
-    distill(options(store, out="run"))
+    distill(small_options(store, out="run"))
     assert_same_run(Path("run"), whole)
 
 
-def test_so_it_is_at_256_pixels_after_several_interruptions(
+def test_so_it_is_with_tiny_vit_at_256_pixels_after_several_interruptions(
     save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
 ) -> None:
     store = make_store(
@@ -99,32 +106,32 @@ def test_so_it_is_at_256_pixels_after_several_interruptions(
 
 
 def test_what_was_logged_after_the_last_checkpoint_is_cut_off(
-    store: Path, options: Options, whole: Path
+    store: Path, small_options: Options, whole: Path
 ) -> None:
-    interrupted_at(2, "train", options(store, out="run"))
+    interrupted_at(2, "train", small_options(store, out="run"))
     with open("run/metrics.jsonl", "a") as file:
         file.write('{"kind":"train","epoch":1,"step":3,"loss":77}\n{"kind":"tra')
-    distill(options(store, out="run"))
+    distill(small_options(store, out="run"))
     assert_same_run(Path("run"), whole)
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
-    store: Path, options: Options, whole: Path
+    store: Path, small_options: Options, whole: Path
 ) -> None:
-    interrupted_at(1, "train", options(store, out="run"))
+    interrupted_at(1, "train", small_options(store, out="run"))
     Path("run/last.pt").unlink()
-    distill(options(store, out="run"))
+    distill(small_options(store, out="run"))
     assert_same_run(Path("run"), whole)
 
 
-def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, options: Options) -> None:
-    interrupted_at(1, "train", options(store, out="run", epochs=1, precision="auto"))
+def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, small_options: Options) -> None:
+    interrupted_at(1, "train", small_options(store, out="run", epochs=1, precision="auto"))
     config = read_sealed(Path("run/config.json"))
     config["resolved"].update(precision="bfloat16", micro_batch=1)
     write_sealed(Path("run/config.json"), config)
     phases = []
     distill(
-        options(store, out="run", epochs=1, precision="auto"),
+        small_options(store, out="run", epochs=1, precision="auto"),
         progress=lambda progress: phases.append(progress.phase),
     )
     # One image at a time: the five training rows are judged in five batches, not in three.
@@ -132,22 +139,22 @@ def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, optio
     assert Run.open("run").config["resolved"]["precision"] == "bfloat16"
 
 
-def test_a_checkpoint_is_written_every_so_often(store: Path, options: Options) -> None:
+def test_a_checkpoint_is_written_every_so_often(store: Path, small_options: Options) -> None:
     seen = []
 
     def watch(progress: Progress) -> None:
         if progress.phase == "train":
             seen.append(Path("run/last.pt").exists())
 
-    distill(options(store, out="run", epochs=1, checkpoint_seconds=1e-9), progress=watch)
+    distill(small_options(store, out="run", epochs=1, checkpoint_seconds=1e-9), progress=watch)
     assert seen == [False, True, True]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "pickle", "other"])
 def test_a_damaged_checkpoint_is_one_clear_error_and_runs_no_code(
-    store: Path, options: Options, damage: str
+    store: Path, small_options: Options, damage: str
 ) -> None:
-    interrupted_at(1, "train", options(store, out="run"))
+    interrupted_at(1, "train", small_options(store, out="run"))
     path = Path("run/last.pt")
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:1000])
@@ -156,10 +163,10 @@ def test_a_damaged_checkpoint_is_one_clear_error_and_runs_no_code(
     else:
         torch.save({"format": 1, "student": {}, "optimizer": {}, "state": {}, "rng": {}}, path)
     with pytest.raises(DistillError, match="--restart"):
-        distill(options(store, out="run"))
+        distill(small_options(store, out="run"))
 
 
-def test_a_signal_saves_and_names_itself(store: Path, options: Options) -> None:
+def test_a_signal_saves_and_names_itself(store: Path, small_options: Options) -> None:
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
     def watch(progress: Progress) -> None:
@@ -167,7 +174,7 @@ def test_a_signal_saves_and_names_itself(store: Path, options: Options) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(DistillInterrupted) as caught:
-        distill(options(store, out="run"), progress=watch)
+        distill(small_options(store, out="run"), progress=watch)
     assert caught.value.signum == signal.SIGINT
     saved = torch.load("run/last.pt", weights_only=True)
     assert saved["state"]["step"] == 2
@@ -175,14 +182,14 @@ def test_a_signal_saves_and_names_itself(store: Path, options: Options) -> None:
 
 
 def test_images_that_changed_during_a_pause_stop_the_run_by_name(
-    save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
+    save_images: Callable[..., Path], make_store: Callable[..., Path], small_options: Options
 ) -> None:
     images = save_images([(64, 64), (50, 64), (64, 20)])
     store = make_store(images)
-    interrupted_at(1, "train", options(store, out="run"))
+    interrupted_at(1, "train", small_options(store, out="run"))
     for file in images.iterdir():
         data = bytearray(file.read_bytes())
         data[-16] ^= 1
         file.write_bytes(data)
     with pytest.raises(ImageError, match="changed since precompute"):
-        distill(options(store, out="run"))
+        distill(small_options(store, out="run"))

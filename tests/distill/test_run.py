@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,10 @@ def test_other_data_under_the_same_folder_is_refused(
         distill(options(make_store(images), micro_batch=1, loss_region="valid", out=run.path))
 
 
-def test_restart_keeps_the_old_run_whole_beside_the_new_one(store: Path, options: Options) -> None:
+def test_restart_keeps_the_old_run_whole_beside_the_new_one(
+    store: Path, options: Options, small: str
+) -> None:
+    options = partial(options, student=small)
     first = Path(distill(options(store, epochs=1, out="here"))["run"])
     weights = (first / "student.safetensors").read_bytes()
     again = Path(distill(options(store, epochs=1, out="here", seed=5, restart=True))["run"])
@@ -197,10 +201,14 @@ def test_a_store_without_finished_rows_is_refused(
 
 
 def test_failed_rows_are_left_out_and_said(
-    images: Path, make_store: Callable[..., Path], options: Options, caplog: pytest.LogCaptureFixture
+    images: Path,
+    make_store: Callable[..., Path],
+    options: Options,
+    small: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        distill(options(make_store(images, failed=[1, 4]), epochs=1))
+        distill(options(make_store(images, failed=[1, 4]), epochs=1, student=small))
     assert "the 4 rows that are done; 0 are pending, 2 failed" in caplog.text
     assert "untrained teacher" in caplog.text
     run = Run.open()
@@ -209,25 +217,29 @@ def test_failed_rows_are_left_out_and_said(
 
 
 def test_a_store_out_of_its_audits_tolerance_is_told_before_training(
-    images: Path, make_store: Callable[..., Path], options: Options, caplog: pytest.LogCaptureFixture
+    images: Path,
+    make_store: Callable[..., Path],
+    options: Options,
+    small: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = make_store(images)
     with EmbeddingStore.open(path, writable=True) as store:
         store.record_audits([Audit(row=0, cosine=0.3, relative_mse=2.0)])
     with caplog.at_level(logging.WARNING):
-        distill(options(path, epochs=1))
+        distill(options(path, epochs=1, student=small))
     assert "1 of its audited rows are not what the teacher computes" in caplog.text
 
 
 def test_moved_images_are_named_and_found_again(
-    save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
+    save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options, small: str
 ) -> None:
     images = save_images([(64, 64), (30, 64)])
     store = make_store(images)
     moved = images.rename(images.with_name("moved"))
     with pytest.raises(DistillError, match="--images"):
-        distill(options(store, epochs=1))
-    distill(options(store, epochs=1, images=moved))
+        distill(options(store, epochs=1, student=small))
+    distill(options(store, epochs=1, student=small, images=moved))
     assert Run.open().image_root == moved
 
 

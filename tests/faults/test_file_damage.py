@@ -32,7 +32,7 @@ from mobilesam.distill.parameter_groups import parameter_groups
 from mobilesam.distill.students import build_student
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.sam import SamError
-from mobilesam.sam.head import head_shapes
+from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.teachers import load_head, load_teacher
 from mobilesam.sam.tiny_vit import TinyViT
 from mobilesam.store import StoreMismatch

@@ -21,7 +21,7 @@ from faults.recovery import Snapshot, missing_rows, wrong_reads
 
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.distill.tensor_file import _digest
-from mobilesam.sam.head import head_shapes
+from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.tiny_vit import TinyViT
 
 pytestmark = pytest.mark.fault

@@ -15,7 +15,7 @@ from faults.recovery import Snapshot, missing_rows, wrong_reads
 
 from mobilesam.precompute import PrecomputeError
 from mobilesam.sam import SamError
-from mobilesam.sam.head import head_shapes
+from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.tiny_vit import TinyViT
 from mobilesam.store import StoreError, StoreMismatch
 

@@ -6,10 +6,10 @@ import torch
 from segment_anything import SamPredictor
 
 from mobilesam.sam import masks, resized_size
-from mobilesam.sam.head import SamHead
+from mobilesam.sam.head import SamHead, build_head
 from mobilesam.sam.masks import mask_chunks, point_masks
 from mobilesam.sam.model import assemble
-from mobilesam.sam.teachers import build_head, load_head
+from mobilesam.sam.teachers import load_head
 
 SIZE = 128
 PHOTO = (150, 225)

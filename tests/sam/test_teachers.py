@@ -10,7 +10,8 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 
 from mobilesam.sam.errors import CheckpointError, SamError
-from mobilesam.sam.teachers import TEACHERS, Teacher, build_head, load_head, load_teacher
+from mobilesam.sam.head import build_head
+from mobilesam.sam.teachers import TEACHERS, Teacher, load_head, load_teacher
 from mobilesam.sam.tiny_vit import TinyViT
 from mobilesam.sam.vit import VITS, build_vit
 

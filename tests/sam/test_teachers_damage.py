@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mobilesam.sam.errors import CheckpointError
-from mobilesam.sam.head import head_shapes
+from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.teachers import load_head, load_teacher
 from mobilesam.sam.tiny_vit import TinyViT
 from mobilesam.sam.vit import VITS, build_vit

@@ -8,7 +8,7 @@ import pytest
 import torch
 from segment_anything import sam_model_registry
 
-from mobilesam.sam.head import head_shapes
+from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.teachers import load_teacher, positions_interpolated
 from mobilesam.sam.vit import VITS, build_vit, fit_positions
 from mobilesam.sam.vit_nano import shapes, state_sha256, untrained_sha256, untrained_state

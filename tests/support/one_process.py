@@ -6,18 +6,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+import torch
 from distributed import LocalCluster
 
-from mobilesam.precompute import PrecomputeConfig, precompute
+from mobilesam.precompute import PrecomputeConfig, precompute, worker
+from mobilesam.precompute.tasks import TeacherSetup
+from mobilesam.sam.teachers import Teacher
 
 
 @contextmanager
 def one_process_cluster() -> Iterator[LocalCluster]:
-    """The cluster, for as long as the context lasts."""
-    with LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
-        dashboard_address="127.0.0.1:0",
-    ) as cluster:  # fmt: skip
+    """The cluster, for as long as the context lasts. Its teacher computes with this process's own number of threads,
+    for the tests beside it to have theirs."""
+    load = worker._load
+
+    def load_for_this_process(setup: TeacherSetup, device: str, _threads: int) -> Teacher:
+        return load(setup, device, torch.get_num_threads())
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+    ):  # fmt: skip
+        patch.setattr(worker, "_load", load_for_this_process)
         yield cluster
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -201,15 +200,6 @@ def mobile_sam_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return folder / "store.zarr", folder / "mobile_sam.pt"
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As many as the worker of `one_process_cluster` has: another number adds up in another order."""
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-@pytest.mark.usefixtures("two_threads")
 def test_the_teachers_own_file_as_student_is_the_teacher(mobile_sam_store):
     store, file = mobile_sam_store
     result = verify(

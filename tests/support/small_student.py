@@ -1,0 +1,27 @@
+"""A student whose runs take a tenth of a second and whose files can be flipped bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from torch import nn
+
+from mobilesam.distill.students import STUDENTS, StudentInfo
+
+SMALL = "small"
+
+
+@contextmanager
+def registered_small_student() -> Iterator[str]:
+    """Its name, known to the registry for as long as the context lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        info = StudentInfo(name=SMALL, summary="", build=build, training_bytes={"float32": 1, "bfloat16": 1})
+        patch.setitem(STUDENTS, SMALL, info)  # type: ignore[arg-type]
+        yield SMALL
+
+
+def build(_image_size: int) -> nn.Module:
+    """With a batch norm, whose statistics depend on what was computed before."""
+    return nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 256, 1))
