@@ -17,7 +17,7 @@ from ..distill.whole import Model, NoHead, load_model, load_teacher_model
 from ..sam import CheckpointError
 from ..sam.catalog import EMBEDDED_TEACHER
 from ..sam.download import Progress
-from ..sam.head import WIDTH
+from ..sam.head_shapes import WIDTH
 from ..sam.sources import shown
 from ..sam.teachers import TEACHERS
 from ..sam.torch_file import in_torch_format
