@@ -118,19 +118,27 @@ def test_two_processes_train_student_and_head_by_masks_as_one_does(
 ) -> None:
     head = {key: value.numpy() for key, value in load_head("vit_nano", None).items()}
     store = make_store(ten_images, head=head)
-    # One round: a correction's place depends on which side of 0 each logit lies, and so on rounding.
-    options = ("--student", "deit_tiny", "--objective", "coupled", "--objects", "2", "--rounds", "1")
+    # One round, since a correction's place depends on which side of 0 each logit lies, and so on rounding; and steps so
+    # small that AdamW, which divides each gradient by its own size, can't make much of the smallest ones' rounding.
+    options = (
+        "--student",
+        "deit_tiny",
+        "--objective",
+        "coupled",
+        "--objects",
+        "2",
+        "--rounds",
+        "1",
+        "--lr",
+        "1e-9",
+    )
     one, many = trained(store, "one", *options), trained(store, "many", *options, processes=2)
-    pairs = list(zip(lines("one", "train"), lines("many", "train"), strict=True))
-    # The same loss and gradient, but for the order of sums. AdamW's first step divides each gradient by its own size,
-    # the smallest ones' rounding included, and this head's gradients have a norm of hundreds.
-    for line, other in pairs[:2]:
-        for name in ("loss", "grad_norm"):
-            tolerance = 2e-5 if line["step"] == 1 else 2e-3
-            assert other[name] == pytest.approx(line[name], rel=tolerance), (line["step"], name)
+    assert_same_training("one", "many")
+    assert_same_weights("one", "many", buffers=True)
+    assert many["val"]["miou"] == pytest.approx(one["val"]["miou"], abs=1e-4)
+    assert many["val"]["prompts"] == one["val"]["prompts"] == 16
     assert trained_head("one") is not None
     assert trained_head("many") is not None
-    assert many["val"]["miou"] == pytest.approx(one["val"]["miou"], abs=0.05)
 
 
 @pytest.mark.long
