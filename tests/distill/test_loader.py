@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,14 +177,20 @@ def test_waiting_for_data_is_measured(
     opened: Callable[..., tuple[EmbeddingStore, Loader]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, loader = opened(workers=1)
-    release = threading.Event()
+    waiting, now = threading.Event(), [0.0]
     decode = loader._decode
 
-    def waiting(record: object) -> object:
-        release.wait(30)
+    def clock() -> float:
+        seconds = now[0]
+        waiting.set()
+        return seconds
+
+    def slow(record: object) -> object:
+        assert waiting.wait(30)
+        now[0] += 0.25
         return decode(record)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loader, "_decode", waiting)
-    threading.Timer(0.2, release.set).start()
+    monkeypatch.setattr(loader, "_decode", slow)
+    monkeypatch.setattr("mobilesam.distill.loader.time", SimpleNamespace(perf_counter=clock))
     list(loader.batches([[0]]))
-    assert loader.waited > 0.15
+    assert loader.waited == 0.25

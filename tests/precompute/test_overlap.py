@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from distributed import Client
 
+from mobilesam.precompute import shard as shard_module
 from mobilesam.precompute.shard import compute_shard
 from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
 from mobilesam.precompute.worker import TeacherPlugin
@@ -23,9 +24,12 @@ SHARDS, SIZE, SIDE = 5, 3, 256
 
 @pytest.fixture
 def results(
-    scheduler: str, shared_photos: Path, tmp_path: Path
+    scheduler: str, shared_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[list[ShardResult], list[dict]]]:
     """Five shards computed by one worker, and what dask's task stream says of them."""
+    # A teacher that takes a while: the smallest could be through before another thread gets a turn.
+    embed = shard_module.embed
+    monkeypatch.setattr(shard_module, "embed", lambda *what: (time.sleep(0.05), embed(*what))[1])
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=untrained_sha256(), image_size=SIDE,
         precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,

@@ -20,15 +20,19 @@ from mobilesam.store import EmbeddingStore
 DASK = Path(sys.executable).with_name("dask")
 
 
-# dask runs a preload more than once in a process: what these wrap is the original every time.
-SLOW_IMAGES = """
-import time
+# After three images the worker waits for a file. dask runs a preload more than once in a process: what these wrap is
+# the original every time.
+WAITING = """
+import itertools, pathlib, time
 import mobilesam.precompute.decoding as decoding
 from mobilesam.sam import load_image
-def slowly(data, image_size):
-    time.sleep(0.4)
+count = itertools.count()
+def waiting(data, image_size):
+    if next(count) >= 3:
+        while not pathlib.Path({gate!r}).exists():
+            time.sleep(0.02)
     return load_image(data, image_size)
-decoding.load_image = slowly
+decoding.load_image = waiting
 """
 
 
@@ -40,13 +44,13 @@ def test_an_interrupted_run_goes_on_where_it_was(
     shared_photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, signum: int, code: int
 ) -> None:
     photos, options = shared_photos, ("--shard-size", "1")
-    out = tmp_path / "store.zarr"
+    out, gate = tmp_path / "store.zarr", tmp_path / "gate"
     process = subprocess.Popen(
         command_of(photos, out, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | preload(tmp_path, SLOW_IMAGES),
+        env=os.environ | preload(tmp_path, WAITING.format(gate=str(gate))),
         start_new_session=True,
     )
     while committed(out) < 2:
@@ -54,6 +58,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         time.sleep(0.02)
     # As a terminal does it: the whole process group is told, workers included.
     os.killpg(process.pid, signum)
+    gate.touch()
     output, errors = process.communicate()
     assert process.returncode == code, errors
     assert output == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,8 @@ class Leaving(Listener):
         if snapshot.computed and not self._left:
             self._left = True
             self._cluster.scale(0)
+            while self._cluster.scheduler.workers:
+                time.sleep(0.01)  # else the rest could be computed first
 
 
 def test_a_run_goes_on_when_workers_return_to_a_scheduler_that_had_none(
