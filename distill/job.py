@@ -42,6 +42,7 @@ def distill(
     *,
     progress: Callable[[Progress], None] | None = None,
     stop: StopFlag | None = None,
+    latest: bool = True,
 ) -> dict[str, Any]:
     """Fits a student to a store's embeddings and returns the run's result.
 
@@ -51,7 +52,7 @@ def distill(
     rows after the last epoch), `untrained_teacher`.
 
     Started by torchrun, every process calls this with the same configuration, and gets the same result; the first one
-    alone writes.
+    alone writes. With `latest`, runs/latest is made to point at the run.
 
     In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
     DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
@@ -79,7 +80,8 @@ def distill(
             run = stack.enter_context(
                 prepared_folder(folder, description, split, head, restart=config.restart)
             )
-            point_latest(run.path)
+            if latest:
+                point_latest(run.path)
             begun = run.path, _finished(run)
         path, finished = replicas.shared(begun)
         if not replicas.first:

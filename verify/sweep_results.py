@@ -1,0 +1,70 @@
+"""What the runs of a sweep have come to, on disk: results.json, written anew whenever a run ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..distill.run import LOCK_FILE
+from ..store.durable import write_atomic
+from .errors import VerifyError
+from .trials import RUNS
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+FORMAT = 1
+
+
+class Results:
+    """Outcomes by the trials' names, as `run_trial` returns them.
+
+    The runs' own folders are the truth: what is lost here is found or measured again.
+    """
+
+    def __init__(self, folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+        self.path = folder / RESULTS_FILE
+        self.outcomes: dict[str, Mapping[str, Any]] = dict(known)
+
+    @classmethod
+    def open(cls, folder: Path) -> Results:
+        """The results in a sweep's folder; none where there are none, or where they are damaged."""
+        path = folder / RESULTS_FILE
+        try:
+            value = json.loads(path.read_bytes())
+            if value["format"] != FORMAT:
+                raise ValueError(f"format {value['format']}, this version's is {FORMAT}")
+            return cls(folder, {outcome["name"]: outcome for outcome in value["runs"]})
+        except FileNotFoundError:
+            return cls(folder, {})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            logger.warning("%s is damaged (%s): made anew from the runs", path, error)
+            return cls(folder, {})
+
+    def add(self, outcome: Mapping[str, Any]) -> None:
+        """Takes up an outcome, in the place of an earlier one, and writes all."""
+        self.outcomes[outcome["name"]] = outcome
+        self._write()
+
+    def of(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The outcomes that there are of these trials, in this order."""
+        return [self.outcomes[name] for name in names if name in self.outcomes]
+
+    def _write(self) -> None:
+        value = {"format": FORMAT, "runs": list(self.outcomes.values())}
+        write_atomic(self.path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def check_folder(folder: Path) -> None:
+    """VerifyError when a sweep can't be written into `folder`: it holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise VerifyError(f"{folder} is a file; give another --out")
+    if not folder.exists() or (folder / RESULTS_FILE).exists():
+        return
+    others = [path.name for path in folder.iterdir() if path.name not in (RUNS, LOCK_FILE)]
+    others = [name for name in others if not name.endswith(".partial")]
+    if others:
+        raise VerifyError(f"{folder} holds {len(others)} other file(s) and no sweep; give another --out")

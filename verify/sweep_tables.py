@@ -1,0 +1,155 @@
+"""The tables of a sweep, in the shape of the paper's (arXiv 2306.14289): batch and epochs (its Table 4), and ways to
+distil (its Table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..sam.sources import shown
+from .spread import Group, Spread, grouped, judged_by, varying
+from .trial import FAILED
+
+_LENGTH = ("batch_size", "epochs")
+_NOT_TOLD = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as text: `numeric` says of each column whether its cells are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    numeric: Sequence[bool]
+    rows: Sequence[Sequence[str]]
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        return [self.title, *(self._line(row, widths) for row in (self.columns, *self.rows))]
+
+    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
+        cells = zip(row, widths, self.numeric, strict=True)
+        return "  ".join(f"{cell:>{w}}" if number else f"{cell:<{w}}" for cell, w, number in cells).rstrip()
+
+    def markdown(self) -> list[str]:
+        """For a document."""
+        rule = ["---:" if number else "---" for number in self.numeric]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows)]
+        return [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Batch and epochs always, ways to distil where there are several. None where nothing is done."""
+    groups = grouped(outcomes)
+    if not groups:
+        return []
+    tables = [_length_table(groups)]
+    if len({group.options.get("objective") for group in groups}) > 1:
+        tables.append(_objective_table(groups))
+    return tables
+
+
+def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers are of, in words."""
+    done = [outcome for outcome in outcomes if "val" in outcome]
+    if not done:
+        return "nothing was measured"
+    split = judged_by(done)
+    numbers = done[0][split]
+    where = "held-out images" if split == "val" else f"images of {Path(done[0]['judged']['test_store']).name}"
+    return f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
+
+
+def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each run that failed."""
+    return [
+        shown(f"FAILED  {outcome['name']}: {' '.join(str(outcome['error']).split())}")
+        for outcome in outcomes
+        if outcome["status"] == FAILED
+    ]
+
+
+def others(groups: Sequence[Group]) -> list[str]:
+    """Options in which the groups differ besides batch, epochs and objective."""
+    return [name for name in varying(groups) if name not in (*_LENGTH, "objective")]
+
+
+def _length_table(groups: Sequence[Group]) -> Table:
+    named = [name for name in varying(groups) if name not in _LENGTH]
+    ordered = sorted(groups, key=lambda group: (_placed(groups, group, named), _length(group)))
+    columns = [*named, "batch", "epochs", "iterations", "seeds", "mIoU", "lowest", "highest", "skill", "cosine"]
+    rows = [[*_values(group, named), *_length_cells(group)] for group in ordered]
+    numeric = [False] * len(named) + [True] * (len(columns) - len(named))
+    return Table(title="Batch, epochs and iterations", columns=_headings(columns), numeric=numeric, rows=rows)
+
+
+def _length_cells(group: Group) -> list[str]:
+    miou = group.judged("miou")
+    return [
+        *(str(value) for value in _length(group)),
+        _text(group.spread("steps"), ",.0f"),
+        str(len(group.outcomes)),
+        _text(miou, ".4f"),
+        _NOT_TOLD if miou is None else f"{miou.lowest:.4f}",
+        _NOT_TOLD if miou is None else f"{miou.highest:.4f}",
+        _text(group.judged("skill_valid"), ".4f"),
+        _text(group.judged("cosine_valid", "mean"), ".4f"),
+    ]
+
+
+def _objective_table(groups: Sequence[Group]) -> Table:
+    named = ["objective", *others(groups)]
+    ordered = sorted(groups, key=lambda group: (_length(group), _placed(groups, group, named)))
+    columns = [*named, "mIoU", "batch", "iterations", "images", "epochs", "seeds", "seconds"]
+    rows = []
+    for group in ordered:
+        batch, epochs = _length(group)
+        cells = [
+            _text(group.judged("miou"), ".4f"),
+            str(batch),
+            _text(group.spread("steps"), ",.0f"),
+            _text(group.spread("images", "train"), ",.0f"),
+            str(epochs),
+            str(len(group.outcomes)),
+            _text(group.spread("seconds"), ",.0f"),
+        ]
+        rows.append([*_values(group, named), *cells])
+    numeric = [False] * len(named) + [True] * (len(columns) - len(named))
+    return Table(title="Ways to distil", columns=_headings(columns), numeric=numeric, rows=rows)
+
+
+def _length(group: Group) -> tuple[int, int]:
+    return group.options["batch_size"], group.options["epochs"]
+
+
+def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
+    """Where a group's values come among the values, each in the order in which they were asked for."""
+    return [
+        list(dict.fromkeys(repr(each.options[name]) for each in groups)).index(repr(group.options[name]))
+        for name in named
+    ]
+
+
+def _values(group: Group, named: Sequence[str]) -> list[str]:
+    return [shown(value_text(group.options[name])) for name in named]
+
+
+def value_text(value: Any) -> str:
+    """An option's value for people: a file by its name."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else Path(value).name if "/" in str(value) else str(value)
+
+
+def _headings(columns: Sequence[str]) -> list[str]:
+    return [column.replace("_", " ") for column in columns]
+
+
+def _text(spread: Spread | None, digits: str) -> str:
+    """Means alone where all seeds agree: iterations are the same, seconds are not."""
+    if spread is None:
+        return _NOT_TOLD
+    return format(spread.mean, digits) if spread.lowest == spread.highest else spread.text(digits)

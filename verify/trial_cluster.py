@@ -1,0 +1,185 @@
+"""The runs of a sweep on a dask cluster that exists: at most one at a time on each worker."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from distributed import Client, Future, wait
+from distributed.comm import get_address_host_port
+
+from .. import __version__
+from ..distill import DistillInterrupted, StopFlag
+from .errors import VerifyError
+from .trial import INTERRUPTED, Judging, failed
+from .trial_loop import Outcome, without_start
+from .trial_tasks import stop_tasks, trial_task, worker_version
+from .trials import Trial
+
+CONNECT_SECONDS = 30
+LOOK_SECONDS = 1.0
+"""Between two looks at who is there and whether to stop."""
+DEATHS_ALLOWED = 2
+"""Deaths of a worker under one run that are taken for bad luck."""
+
+_DASK_CLIENT_LOG = logging.getLogger("distributed.client")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """The cluster at an address. VerifyError when there is none, or its workers can't run this version's sweep."""
+    try:
+        get_address_host_port(address if "://" in address else f"tcp://{address}")
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise VerifyError(
+            f"no dask scheduler at {address} ({error}): start one with `dask scheduler`, or leave out --scheduler"
+        ) from error
+    level = _DASK_CLIENT_LOG.level
+    try:
+        with client:
+            _check_workers(client, address)
+            yield client
+    finally:
+        _DASK_CLIENT_LOG.setLevel(level)
+
+
+def _check_workers(client: Client, address: str) -> None:
+    try:
+        client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        versions = set(client.run(worker_version).values())
+    except TimeoutError as error:
+        raise VerifyError(
+            f"the scheduler at {address} has no workers after {CONNECT_SECONDS} s: start some with "
+            f"`dask worker {address}`"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise VerifyError(f"the cluster's workers lack {error.name}: install mobilesam there") from error
+    if versions != {__version__}:
+        raise VerifyError(
+            f"the cluster's workers have mobilesam {', '.join(sorted(versions))}, this is {__version__}: install "
+            "the same everywhere"
+        )
+
+
+class ClusterRuns:
+    """Places trials on workers as these are free, and collects the outcomes.
+
+    Which worker takes what is decided here: dask would put as many runs on a worker as it has threads. A worker
+    that goes away is no failure of its run, which goes on elsewhere from its checkpoint, unless it happens again and
+    again.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        trials: Sequence[Trial],
+        judging: Judging,
+        known: Mapping[str, Outcome],
+        message: Callable[[str], None],
+    ) -> None:
+        self.client, self.judging, self.known, self.message = client, judging, known, message
+        self.sweep = uuid.uuid4().hex
+        self.trials = {trial.name: trial for trial in trials}
+        self.waiting = list(trials)
+        self.running: dict[Future, tuple[Trial, str]] = {}
+        self.deaths: dict[str, int] = {}
+        self.outcomes: dict[str, Outcome] = {}
+
+    def outcomes_as_they_come(self, stop: StopFlag) -> Iterator[Outcome]:
+        """Every trial's outcome. When `stop` is set, those that run save first; then DistillInterrupted."""
+        stop.saves = True
+        while self.waiting or self.running:
+            if self.client.status != "running":
+                _DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
+                raise VerifyError(
+                    "the connection to the dask scheduler was lost; runs that were saved go on from there with the "
+                    "same command"
+                )
+            self._take_back_lost()
+            if stop.signum is not None:
+                # Every time: a worker may only now have begun what it was given before.
+                self.waiting = []
+                self.client.run(stop_tasks, self.sweep, stop.signum, on_error="ignore")
+            self._place()
+            yield from self._take(self._finished() + self._hopeless())
+        if stop.signum is not None:
+            raise DistillInterrupted(
+                "stopped, with what was trained saved; run the same command again to go on", stop.signum
+            )
+
+    def _workers(self) -> set[str]:
+        return set(self.client.scheduler_info(n_workers=-1)["workers"])
+
+    def _place(self) -> None:
+        """Gives each free worker the first trial that can begin."""
+        free = self._workers() - {worker for _, worker in self.running.values()}
+        for worker in sorted(free):
+            able = (trial for trial in self.waiting if trial.after is None or trial.after in self.outcomes)
+            trial = next((trial for trial in able if without_start(trial, self.outcomes) is None), None)
+            if trial is None:
+                return
+            self.waiting.remove(trial)
+            known = self.known.get(trial.name)
+            future = self.client.submit(
+                trial_task, self.sweep, trial, self.judging, known, workers=[worker], pure=False, retries=0
+            )
+            self.running[future] = trial, worker
+            begun = len(self.outcomes) + len(self.running)
+            self.message(f"run {begun} of {len(self.trials)}: {trial.name} on {worker}")
+
+    def _take_back_lost(self) -> None:
+        """Those whose worker is gone wait again."""
+        there = self._workers()
+        for future, (trial, worker) in list(self.running.items()):
+            if worker not in there and not future.done():
+                del self.running[future]
+                future.cancel()
+                self.deaths[trial.name] = self.deaths.get(trial.name, 0) + 1
+                self.message(f"{worker} is gone: {trial.name} goes on elsewhere")
+                self.waiting.insert(0, trial)
+
+    def _hopeless(self) -> list[Outcome]:
+        """Outcomes of those waiting that can't begin, or that worker after worker died of."""
+        given_up = []
+        for trial in list(self.waiting):
+            outcome = None
+            if trial.after in self.outcomes:
+                outcome = without_start(trial, self.outcomes)
+            if self.deaths.get(trial.name, 0) > DEATHS_ALLOWED:
+                deaths = self.deaths[trial.name]
+                outcome = failed(trial, f"{deaths} workers went away under it: is their memory enough?")
+            if outcome is not None:
+                self.waiting.remove(trial)
+                given_up.append(outcome)
+        return given_up
+
+    def _finished(self) -> list[Outcome]:
+        if not self.running:
+            time.sleep(0 if self._workers() else LOOK_SECONDS)
+            return []
+        try:
+            wait(list(self.running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED")
+        except TimeoutError:
+            return []
+        outcomes = []
+        for future in [future for future in self.running if future.done()]:
+            trial, _ = self.running.pop(future)
+            error = future.exception() if future.status == "error" else None
+            if error is not None:
+                outcomes.append(failed(trial, f"{type(error).__name__}: {error}"))
+            elif future.status == "finished":
+                outcomes.append(future.result())
+            else:
+                outcomes.append(failed(trial, f"its task was {future.status} by somebody else"))
+            future.release()
+        return outcomes
+
+    def _take(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
+        for outcome in outcomes:
+            if outcome["status"] != INTERRUPTED:
+                self.outcomes[outcome["name"]] = outcome
+                yield outcome

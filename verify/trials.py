@@ -1,0 +1,100 @@
+"""The runs of a sweep: every combination of its axes, made to fit its objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+from typing import Any
+
+from ..distill import DistillConfig
+from ..distill.digests import digest
+from .errors import VerifyError
+from .sweep_config import AXES, SweepConfig
+
+RUNS = "runs"
+DECOUPLED, DECODER = "decoupled", "decoder"
+THE_DECOUPLED_RUN = "the decoupled run"
+OF_MASKS = frozenset(
+    {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
+)
+"""What the decoupled objective doesn't take."""
+MOST_TRIALS = 10_000
+"""More are a mistake."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run of a sweep. `options` are the values of all AXES, as JSON has them; `after` names the trial whose student
+    this one begins with."""
+
+    name: str
+    config: DistillConfig
+    options: Mapping[str, Any]
+    after: str | None = None
+
+
+def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
+    """All distinct runs, one that begins with another's student after that one.
+
+    An option that an objective doesn't take is left out of its runs. `training_rows` translates iterations to epochs.
+    Raises VerifyError when decoder runs lack what they would finetune, DistillError for a value that distill refuses.
+    """
+    lengths: Mapping[str, tuple[Any, ...]] = {"iterations": config.iterations} if config.iterations else {}
+    axes = {**config.axes, **lengths}
+    count = 1
+    for values in axes.values():
+        count *= len(values)
+    if count > MOST_TRIALS:
+        raise VerifyError(f"{count:,} runs are more than {MOST_TRIALS:,}: give fewer values")
+    combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    for options in combinations:
+        if "iterations" in options:
+            steps = ceil(training_rows / options.get("batch_size", config.base.batch_size))
+            options["epochs"] = max(1, round(options.pop("iterations") / steps))
+    trained = [options for options in combinations if _objective(config, options) != DECODER]
+    trials = {trial.name: trial for trial in (_trial(config, options) for options in trained)}
+    for options in combinations:
+        if _objective(config, options) == DECODER:
+            trial = _decoder_trial(config, options, trials)
+            trials[trial.name] = trial
+    return list(trials.values())
+
+
+def _objective(config: SweepConfig, options: Mapping[str, Any]) -> str:
+    return str(options.get("objective", getattr(config.base, "objective", DECOUPLED)))
+
+
+def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:
+    if _objective(config, options) == DECOUPLED:
+        options = {name: value for name, value in options.items() if name not in OF_MASKS}
+    unnamed = dataclasses.replace(config.base, **options)
+    told = dict(unnamed.to_json())
+    if after is not None:
+        told["init"] = THE_DECOUPLED_RUN
+    parts = [unnamed.student.replace(":", "-"), *([options["objective"]] if "objective" in options else [])]
+    parts += [f"b{unnamed.batch_size}", f"e{unnamed.epochs}", f"s{unnamed.seed}"]
+    name = "-".join([*parts, digest(unnamed.identity(), told["init"], after)])
+    return Trial(
+        name=name,
+        config=dataclasses.replace(unnamed, out=config.out / RUNS / name),
+        options={axis: told[axis] for axis in AXES},
+        after=after,
+    )
+
+
+def _decoder_trial(config: SweepConfig, options: Mapping[str, Any], trials: Mapping[str, Trial]) -> Trial:
+    """Finetuning is of the file that `init` names, or else of the student that the same options gave decoupled."""
+    options = {name: value for name, value in options.items() if name != "mse_weight"}
+    if options.get("init", config.base.init) is not None:
+        return _trial(config, options)
+    before = _trial(config, {**options, "objective": DECOUPLED})
+    if before.name not in trials:
+        raise VerifyError(
+            "the decoder objective finetunes finished students: add decoupled to the objectives, or name a run or "
+            "file with --init"
+        )
+    start = {**options, "init": before.config.out}
+    return _trial(config, start, after=before.name)
