@@ -197,6 +197,7 @@ def main() -> None:
     mobilesam segment photo.jpg --point 320 240           masks of one image
     mobilesam export --out exported                       files for MobileSAM's own code and for onnxruntime
     mobilesam students                                    what there is to distil into, and what it costs
+    mobilesam sweep --epochs 2,4,8 --seed 0,1,2           a grid of students, side by side
     """
     # Only our own: a handler at the root would print what dask and matplotlib say to themselves.
     logger = logging.getLogger(__package__)
@@ -682,3 +683,98 @@ def _pixels(distances: str) -> tuple[int, ...]:
         return () if distances == "none" else tuple(map(int, distances.split(",")))
     except ValueError:
         raise click.UsageError(f"--distances {distances!r}: give pixels, such as 100,200, or none") from None
+
+
+def _axis(name: str, help_text: str) -> Callable:
+    """An option of sweep that takes several values, with commas between."""
+    return click.option(f"--{name.replace('_', '-')}", name, metavar="V,...", help=help_text)
+
+
+# fmt: off
+_sweep_options = _options(
+    click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
+                  help="What precompute made."),
+    click.option("--images", type=_PATH, metavar="DIR", help="Where the images are now, if they moved."),
+    _axis("student", "As distill has it, and so on; each without its values has distill's default."),
+    _axis("init", "Files or runs to start from."),
+    _axis("objective", "decoupled, semi_coupled, coupled; decoder finetunes what decoupled has made, or --init."),
+    _axis("batch_size", "Images that one optimizer step is made of."),
+    _axis("epochs", "[default: 8]"),
+    _axis("iterations", "In place of --epochs: optimizer steps, to the nearest number of epochs."),
+    _axis("lr", "Highest learning rates."),
+    _axis("weight_decay", "Of AdamW."),
+    _axis("warmup", "Shares of the steps in which the rate rises."),
+    _axis("loss_region", "all, valid"),
+    _axis("labels", "teacher, annotations. This and the next are of masks, and left out where decoupled."),
+    _axis("objects", "Objects of each image that a step asks for."),
+    _axis("rounds", "Prompts of each object."),
+    _axis("boxes", "Shares of the objects asked for by a box first."),
+    _axis("mse_weight", "Of the embeddings' error beside the masks'."),
+    _axis("focal_weight", "Of the masks' focal loss."),
+    _axis("dice_weight", "Of their dice loss."),
+    _axis("iou_weight", "Of the error of predicted IoUs."),
+    _axis("seed", "Several show the spread."),
+    click.option("--micro-batch", type=int, metavar="M", help="Images in memory at once [default: as distill]"),
+    click.option("--val-fraction", type=float, default=_DISTILL["val_fraction"], show_default=True,
+                  help="Share of the images held out, the same ones in all runs."),
+    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
+                  show_default=True),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    click.option("--compile", is_flag=True, default=None, help="Have torch.compile translate the students."),
+    click.option("--points", type=int, default=4, show_default=True, metavar="N",
+                  help="Compare the masks of N x N points in each image."),
+    click.option("--test-store", type=_PATH, metavar="STORE",
+                  help="Judge the students by all images of another store, too."),
+    click.option("--test-images", type=_PATH, metavar="DIR", help="Where those are now, if they moved."),
+    click.option("--scheduler", metavar="ADDRESS",
+                  help="Train on the dask cluster at this address, one run a worker [default: all here, in turn]"),
+    click.option("--out", type=_PATH, default="sweeps/latest", show_default=True, metavar="sweeps/NAME"),
+)
+# fmt: on
+
+
+@main.command(cls=RoomCommand)
+@_sweep_options
+@_common
+def sweep(as_json: bool, **options: Any) -> None:
+    """Train and verify a grid of students: every combination of the values given, with commas between.
+
+    Leaves tables in the shape of the paper's, results.json and report.html in --out. A rerun of the same command goes
+    on where it was; further values add their runs. Exit code 1 when a run failed, which doesn't stop the others.
+
+    \b
+    Examples:
+      mobilesam sweep --batch-size 4,8 --epochs 2,4,8 --seed 0,1,2 --out sweeps/length
+      mobilesam sweep --objective decoupled,semi_coupled,coupled,decoder --iterations 5000 --objects 4,8
+      mobilesam sweep --student tiny_vit,deit_tiny --lr 5e-4,1e-3 --weight-decay 0,0.01 --warmup 0.05 --init a.pt
+      mobilesam sweep --objective semi_coupled --labels teacher,annotations --rounds 1,2 --boxes 0,0.5 --mse-weight 1
+      mobilesam sweep --objective coupled --focal-weight 5,20 --dice-weight 1,5 --iou-weight 1 --json
+      mobilesam sweep --store store.zarr --images /data/photos --loss-region all,valid --val-fraction 0.1 --points 8
+      mobilesam sweep --test-store other.zarr --test-images /data/other --precision float32 --device cpu
+      mobilesam sweep --seed 0,1,2,3 --scheduler tcp://10.0.0.1:8786 --micro-batch 8 --compile --debug
+    """
+    from .distill.students import student_info
+    from .verify import SweepConfig
+    from .verify import sweep as run
+    from .verify.sweep_config import AXES, parse_axis
+    from .verify.sweep_job import summary_lines
+    from .verify.trials import plan_trials
+
+    common = {name: options.pop(name) for name in (
+        "store", "images", "micro_batch", "val_fraction", "precision", "device", "compile"
+    )}  # fmt: skip
+    with _usage():
+        texts = _given(**{name: options.pop(name) for name in (*AXES, "iterations")})
+        axes = {name: parse_axis(name, text) for name, text in texts.items()}
+        iterations = axes.pop("iterations", ())
+        config = SweepConfig(
+            base=DistillConfig(**_given(**common)), axes=axes, iterations=iterations, **options
+        )
+        plan_trials(config, training_rows=1)
+        for student in axes.get("student", ()):
+            student_info(student)
+    with Reporter("sweep") as reporter:
+        result = run(config, message=reporter.message, progress=reporter.training)
+    _print(as_json, result, summary_lines(result))
+    if result["failed"]:
+        click.get_current_context().exit(FAILED_CHECK)

@@ -20,7 +20,7 @@ _NOT_IDENTITY = frozenset(
     {"store", "images", "init", "out", "restart", "device", "workers", "compile", "checkpoint_seconds"}
 )
 # What only objectives that look at masks use; of another objective it says nothing.
-_OF_MASKS = frozenset(
+OF_MASKS = frozenset(
     {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
 )
 
@@ -111,7 +111,7 @@ class DistillConfig:
 
     def _check_objective(self) -> None:
         if self.objective == "decoupled":
-            given = [name for name in sorted(_OF_MASKS) if getattr(self, name) != _default(name)]
+            given = [name for name in sorted(OF_MASKS) if getattr(self, name) != _default(name)]
             if given:
                 raise DistillError(
                     f"{given[0].replace('_', ' ')} is {getattr(self, given[0])!r}, but the decoupled objective looks "
@@ -135,7 +135,7 @@ class DistillConfig:
         """The options that decide what the student learns; a run goes on only with the same ones."""
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
-            left_out |= _OF_MASKS | {"objective"}  # as runs had it that were begun before there were others
+            left_out |= OF_MASKS | {"objective"}  # as runs had it that were begun before there were others
         return {name: v for name, v in self.to_json().items() if name not in left_out}
 
 

@@ -18,7 +18,17 @@ from mobilesam.distill import DistillConfig
 from mobilesam.precompute import PrecomputeConfig
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-COMMANDS = ["precompute", "distill", "verify", "inspect", "students", "segment", "export", "evaluate"]
+COMMANDS = [
+    "precompute",
+    "distill",
+    "verify",
+    "inspect",
+    "students",
+    "segment",
+    "export",
+    "evaluate",
+    "sweep",
+]
 
 
 def _run(*arguments: object) -> Result:

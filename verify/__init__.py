@@ -6,6 +6,10 @@ report with its gallery, pictures and charts.
 An evaluation of any number of models: evaluation_config, arena (what is compared: opening, scenes, contender and its
 kinds sam_contenders, predictors, fastsam), evaluate (protocols, centres, tally), evaluation_table, evaluation_report.
 
+And of a sweep: sweep_config, trials (its runs), sweep_job, trial (one run), trial_loop (all of them here) or
+trial_cluster with trial_tasks (on dask), sweep_results, spread (over seeds), sweep_tables, sweep_page and
+sweep_charts.
+
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """
 

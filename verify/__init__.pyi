@@ -4,4 +4,6 @@ from .errors import VerifyError as VerifyError
 from .evaluate import evaluate_masks as evaluate_masks
 from .evaluation_config import EvaluateConfig as EvaluateConfig
 from .evaluation_table import evaluation_lines as evaluation_lines
+from .sweep_config import SweepConfig as SweepConfig
+from .sweep_job import sweep as sweep
 from .table import table_lines as table_lines

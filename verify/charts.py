@@ -21,7 +21,12 @@ COLOURS = {
     "rule": "#070809",
     "series-1": "#0a0b0c",
     "series-2": "#0d0e0f",
+    "series-3": "#101112",
+    "series-4": "#131415",
+    "series-5": "#161718",
+    "series-6": "#191a1b",
 }
+SIZE = (4.1, 2.75)
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Label -> (x values, y values)."""
 
@@ -33,7 +38,7 @@ def line_chart(name: str, series: Series, *, xlabel: str, markers: Sequence[str]
     """
     from matplotlib.ticker import MaxNLocator
 
-    with _axes(name) as (figure, axes):
+    with chart_axes(name) as (figure, axes):
         for (label, (x, y)), colour in zip(series.items(), ("series-1", "series-2"), strict=False):
             style = (
                 {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
@@ -42,19 +47,19 @@ def line_chart(name: str, series: Series, *, xlabel: str, markers: Sequence[str]
             )
             axes.plot(x, y, color=COLOURS[colour], label=label, **style)
         values = np.concatenate([np.asarray(y, dtype=float) for _, y in series.values()])
-        _scale_y(axes, values[np.isfinite(values)])
+        scale_y(axes, values[np.isfinite(values)])
         axes.set_xlabel(xlabel, loc="right")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(series) > 1:
             _legend(figure)
-        return _svg(figure, name)
+        return chart_svg(figure, name)
 
 
 def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *, xlabel: str) -> str:
     """How many of `values` fall where, as SVG text, with a labelled vertical line for each of `marks`."""
     from matplotlib.ticker import MaxNLocator
 
-    with _axes(name) as (figure, axes):
+    with chart_axes(name) as (figure, axes):
         bins = int(np.clip(np.sqrt(len(values)) * 2, 6, 40))
         axes.hist(
             values,
@@ -73,7 +78,7 @@ def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *,
         axes.set_ylabel("images")
         axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         _legend(figure)
-        return _svg(figure, name)
+        return chart_svg(figure, name)
 
 
 def bin_range(values: Sequence[float], least: float = 1e-4) -> tuple[float, float]:
@@ -89,7 +94,8 @@ def _legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
 
 
-def _scale_y(axes: Axes, values: np.ndarray) -> None:
+def scale_y(axes: Axes, values: np.ndarray) -> None:
+    """A logarithmic y axis where the values, all of them finite, are positive and span 5 times."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if len(values) and values.min() > 0 and values.max() / values.min() >= 5:
@@ -102,8 +108,11 @@ def _scale_y(axes: Axes, values: np.ndarray) -> None:
 
 
 @contextmanager
-def _axes(name: str) -> Iterator[tuple[Figure, Axes]]:
-    """An empty chart in the page's stand-in colours; matplotlib's global settings return to what they were."""
+def chart_axes(name: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Figure, Axes]]:
+    """An empty chart of `size` inches in the page's stand-in colours.
+
+    Matplotlib's global settings return to what they were.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -130,11 +139,11 @@ def _axes(name: str) -> Iterator[tuple[Figure, Axes]]:
         "figure.constrained_layout.use": True,
     }
     with rc_context(settings):
-        figure = Figure(figsize=(4.1, 2.75))
+        figure = Figure(figsize=size)
         yield figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, name: str) -> str:
+def chart_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element without fixed size, background, metadata or ids that another chart has."""
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))

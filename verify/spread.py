@@ -82,9 +82,12 @@ def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
-    """The options in which the groups differ."""
-    names = groups[0].options if groups else ()
-    return [name for name in names if len({repr(group.options[name]) for group in groups}) > 1]
+    """The options in which the groups differ, among those for which they mean something."""
+    values: dict[str, set[str]] = {}
+    for group in groups:
+        for name, value in group.options.items():
+            values.setdefault(name, set()).add(repr(value))
+    return [name for name, different in values.items() if len(different) > 1]
 
 
 def _followed(value: Any, path: Sequence[str]) -> float | None:

@@ -13,30 +13,27 @@ from ..distill.config import DistillConfig
 from .config import MOST_POINTS
 from .errors import VerifyError
 
-_WANTED: Mapping[str, type] = {
-    "seed": int,
-    "student": str,
-    "init": Path,
-    "objective": str,
-    "labels": str,
-    "objects": int,
-    "rounds": int,
-    "boxes": float,
-    "mse_weight": float,
-    "focal_weight": float,
-    "dice_weight": float,
-    "iou_weight": float,
-    "lr": float,
-    "weight_decay": float,
-    "warmup": float,
-    "loss_region": str,
-    "batch_size": int,
-    "epochs": int,
-}
-_FIELDS = {each.name for each in dataclasses.fields(DistillConfig)}
-
 AXES: Mapping[str, type] = MappingProxyType(
-    {name: kind for name, kind in _WANTED.items() if name in _FIELDS}
+    {
+        "seed": int,
+        "student": str,
+        "init": Path,
+        "objective": str,
+        "labels": str,
+        "objects": int,
+        "rounds": int,
+        "boxes": float,
+        "mse_weight": float,
+        "focal_weight": float,
+        "dice_weight": float,
+        "iou_weight": float,
+        "lr": float,
+        "weight_decay": float,
+        "warmup": float,
+        "loss_region": str,
+        "batch_size": int,
+        "epochs": int,
+    }
 )
 """The options of distill that may have several values in a sweep, with the type of a value. The first varies slowest:
 all combinations of one seed come before those of the next, so that a sweep is of use before it ends."""
@@ -68,7 +65,9 @@ class SweepConfig:
     def __post_init__(self) -> None:
         for name in ("out", "test_store", "test_images"):
             object.__setattr__(self, name, _absolute(getattr(self, name)))
-        places = {name: _absolute(getattr(self.base, name)) for name in ("store", "images", "init")}
+        places: dict[str, Any] = {
+            name: _absolute(getattr(self.base, name)) for name in ("store", "images", "init")
+        }
         object.__setattr__(self, "base", dataclasses.replace(self.base, out=None, restart=False, **places))
         _require(self.axes.keys() <= AXES.keys(), "axes", sorted(self.axes), f"some of {', '.join(AXES)}")
         axes = {name: tuple(dict.fromkeys(self.axes[name])) for name in AXES if name in self.axes}

@@ -47,7 +47,7 @@ def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
     if not groups:
         return []
     tables = [_length_table(groups)]
-    if len({group.options.get("objective") for group in groups}) > 1:
+    if len({group.options["objective"] for group in groups}) > 1:
         tables.append(_objective_table(groups))
     return tables
 
@@ -60,7 +60,9 @@ def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
     split = judged_by(done)
     numbers = done[0][split]
     where = "held-out images" if split == "val" else f"images of {Path(done[0]['judged']['test_store']).name}"
-    return f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
+    return (
+        f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
+    )
 
 
 def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -80,7 +82,18 @@ def others(groups: Sequence[Group]) -> list[str]:
 def _length_table(groups: Sequence[Group]) -> Table:
     named = [name for name in varying(groups) if name not in _LENGTH]
     ordered = sorted(groups, key=lambda group: (_placed(groups, group, named), _length(group)))
-    columns = [*named, "batch", "epochs", "iterations", "seeds", "mIoU", "lowest", "highest", "skill", "cosine"]
+    columns = [
+        *named,
+        "batch",
+        "epochs",
+        "iterations",
+        "seeds",
+        "mIoU",
+        "lowest",
+        "highest",
+        "skill",
+        "cosine",
+    ]
     rows = [[*_values(group, named), *_length_cells(group)] for group in ordered]
     numeric = [False] * len(named) + [True] * (len(columns) - len(named))
     return Table(title="Batch, epochs and iterations", columns=_headings(columns), numeric=numeric, rows=rows)
@@ -128,13 +141,15 @@ def _length(group: Group) -> tuple[int, int]:
 def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
     """Where a group's values come among the values, each in the order in which they were asked for."""
     return [
-        list(dict.fromkeys(repr(each.options[name]) for each in groups)).index(repr(group.options[name]))
+        list(dict.fromkeys(repr(each.options.get(name)) for each in groups)).index(
+            repr(group.options.get(name))
+        )
         for name in named
     ]
 
 
 def _values(group: Group, named: Sequence[str]) -> list[str]:
-    return [shown(value_text(group.options[name])) for name in named]
+    return [shown(value_text(group.options[name])) if name in group.options else _NOT_TOLD for name in named]
 
 
 def value_text(value: Any) -> str:

@@ -46,7 +46,10 @@ class Judging:
 
     def to_json(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        return {"points": self.points, "test_store": None if self.test_store is None else str(self.test_store)}
+        return {
+            "points": self.points,
+            "test_store": None if self.test_store is None else str(self.test_store),
+        }
 
 
 def run_trial(
@@ -61,8 +64,8 @@ def run_trial(
 
     The keys: `name`, `run` (its folder), `options`, `status`; of one that is done also `steps`, `epochs`, `images`
     {train, val}, `seconds` (of training), `images_per_second`, `val` and, with a test store, `test` (what verify
-    says, without its subject), `curve` (what the trainer measured after each epoch), `untrained_teacher`, `judged` (what
-    the numbers are of). One that failed has `error`, and raises nothing: the others of the sweep go on. `known` is an
+    says, without its subject), `judged` (what these are of), `curve` (what the trainer measured after each epoch),
+    `untrained_teacher`. One that failed has `error`, and raises nothing: the others of the sweep go on. `known` is an
     earlier outcome, whose numbers are taken over if they are of the same student.
 
     Raises DistillInterrupted once the training is saved, when it was asked to stop.
@@ -109,7 +112,7 @@ def _judgement(run: Run, judging: Judging, known: Mapping[str, Any]) -> dict[str
     if known.get("judged") == judged:
         return {name: known[name] for name in ("val", "test", "judged", "judged_seconds") if name in known}
     begun = time.monotonic()
-    common = {"student": run.path, "device": judging.device, "points": judging.points}
+    common: dict[str, Any] = {"student": run.path, "device": judging.device, "points": judging.points}
     numbers = {"val": _numbers(VerifyConfig(**common, images=judging.images))}
     if judging.test_store is not None:
         tested = VerifyConfig(**common, store=judging.test_store, images=judging.test_images, split="all")

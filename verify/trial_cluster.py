@@ -144,7 +144,7 @@ class ClusterRuns:
 
     def _hopeless(self) -> list[Outcome]:
         """Outcomes of those waiting that can't begin, or that worker after worker died of."""
-        given_up = []
+        given_up: list[Outcome] = []
         for trial in list(self.waiting):
             outcome = None
             if trial.after in self.outcomes:
@@ -162,10 +162,11 @@ class ClusterRuns:
             time.sleep(0 if self._workers() else LOOK_SECONDS)
             return []
         try:
-            wait(list(self.running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED")
+            with self.client.as_current():
+                wait(list(self.running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED")
         except TimeoutError:
             return []
-        outcomes = []
+        outcomes: list[Outcome] = []
         for future in [future for future in self.running if future.done()]:
             trial, _ = self.running.pop(future)
             error = future.exception() if future.status == "error" else None

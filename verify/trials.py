@@ -9,26 +9,21 @@ from itertools import product
 from math import ceil
 from typing import Any
 
-from ..distill import DistillConfig
+from ..distill.config import OF_MASKS, DistillConfig
 from ..distill.digests import digest
 from .errors import VerifyError
 from .sweep_config import AXES, SweepConfig
 
 RUNS = "runs"
 DECOUPLED, DECODER = "decoupled", "decoder"
-THE_DECOUPLED_RUN = "the decoupled run"
-OF_MASKS = frozenset(
-    {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
-)
-"""What the decoupled objective doesn't take."""
 MOST_TRIALS = 10_000
 """More are a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of a sweep. `options` are the values of all AXES, as JSON has them; `after` names the trial whose student
-    this one begins with."""
+    """One run of a sweep. `options` are the values of the AXES that mean something for it, as JSON has them; `after`
+    names the trial with whose student this one begins."""
 
     name: str
     config: DistillConfig
@@ -64,7 +59,7 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
 
 
 def _objective(config: SweepConfig, options: Mapping[str, Any]) -> str:
-    return str(options.get("objective", getattr(config.base, "objective", DECOUPLED)))
+    return str(options.get("objective", config.base.objective))
 
 
 def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:
@@ -72,15 +67,17 @@ def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = 
         options = {name: value for name, value in options.items() if name not in OF_MASKS}
     unnamed = dataclasses.replace(config.base, **options)
     told = dict(unnamed.to_json())
+    meaningless = set(OF_MASKS) if unnamed.objective == DECOUPLED else set()
     if after is not None:
-        told["init"] = THE_DECOUPLED_RUN
-    parts = [unnamed.student.replace(":", "-"), *([options["objective"]] if "objective" in options else [])]
-    parts += [f"b{unnamed.batch_size}", f"e{unnamed.epochs}", f"s{unnamed.seed}"]
-    name = "-".join([*parts, digest(unnamed.identity(), told["init"], after)])
+        meaningless.add("init")
+    # Of what is asked for alone, not of the axes, so that a grid can be widened.
+    label = f"{unnamed.student.replace(':', '-')}-{unnamed.objective}"
+    length = f"b{unnamed.batch_size}-e{unnamed.epochs}-s{unnamed.seed}"
+    name = "-".join([label, length, digest(unnamed.identity(), after or told["init"])])
     return Trial(
         name=name,
         config=dataclasses.replace(unnamed, out=config.out / RUNS / name),
-        options={axis: told[axis] for axis in AXES},
+        options={axis: told[axis] for axis in AXES if axis not in meaningless},
         after=after,
     )
 

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from mobilesam.verify.spread import Spread, grouped, varying
+from mobilesam.verify.sweep_tables import failure_lines, judged_on, sweep_tables
+
+
+def outcome(miou: float | None, seed: int = 0, test: float | None = None, **options: Any) -> dict[str, Any]:
+    numbers = {"miou": miou, "skill_valid": 0.5, "cosine_valid": {"mean": 0.9}, "prompts": 16, "images": 7}
+    shared = {"student": "tiny_vit", "objective": "decoupled", "batch_size": 8, "epochs": 4}
+    return {
+        "name": f"{seed}-{options}",
+        "options": {**shared, **options, "seed": seed},
+        "status": "done",
+        "steps": 1200,
+        "seconds": 60.0 + seed,
+        "images": {"train": 90, "val": 10},
+        "val": numbers,
+        "judged": {"test_store": None if test is None else "/data/held-out.zarr"},
+        **({} if test is None else {"test": {**numbers, "miou": test, "images": 30}}),
+    }
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.1, 0.4], [0.3, 0.3, 0.9, 1.0]])
+def test_a_spread_is_what_the_standard_library_says(values: list[float]) -> None:
+    spread = Spread.of(values)
+    assert spread is not None
+    assert spread.mean == pytest.approx(statistics.mean(values))
+    assert (spread.lowest, spread.highest, spread.count) == (min(values), max(values), len(values))
+    if len(values) == 1:
+        assert spread.deviation is None
+    else:
+        assert spread.deviation == pytest.approx(statistics.stdev(values))
+
+
+def test_undefined_numbers_have_no_part_in_a_spread() -> None:
+    assert Spread.of([None, 0.25, float("nan")]) == Spread.of([0.25])
+    assert Spread.of([None]) is None
+
+
+def test_runs_that_differ_by_seed_alone_are_a_group() -> None:
+    groups = grouped([outcome(0.5, 0), outcome(0.6, 0, lr=1.0), outcome(0.7, 1), {"status": "failed"}])
+    assert [[each["options"]["seed"] for each in group.outcomes] for group in groups] == [[0, 1], [0]]
+
+
+def test_an_option_that_means_nothing_for_some_runs_does_not_tell_them_apart() -> None:
+    groups = grouped([outcome(0.5), outcome(0.5, objective="coupled", objects=4)])
+    assert varying(groups) == ["objective"]
+
+
+def test_the_table_of_lengths_has_a_row_for_each_batch_and_number_of_epochs() -> None:
+    runs = [
+        outcome(0.1 * b + 0.01 * s, s, batch_size=b, epochs=e) for s in (0, 1) for b in (8, 4) for e in (2, 1)
+    ]
+    (table,) = sweep_tables(runs)
+    assert list(table.columns[:5]) == ["batch", "epochs", "iterations", "seeds", "mIoU"]
+    assert [tuple(row[:2]) for row in table.rows] == [("4", "1"), ("4", "2"), ("8", "1"), ("8", "2")]
+    assert table.rows[0][2:7] == ["1,200", "2", "0.4050 ± 0.0071", "0.4000", "0.4100"]
+
+
+def test_the_table_of_objectives_is_there_when_there_are_several() -> None:
+    table = sweep_tables([outcome(0.7), outcome(0.6, objective="coupled"), outcome(0.8, 1)])[1]
+    assert list(table.columns) == [
+        "objective",
+        "mIoU",
+        "batch",
+        "iterations",
+        "images",
+        "epochs",
+        "seeds",
+        "seconds",
+    ]
+    assert table.rows[0] == ["decoupled", "0.7500 ± 0.0707", "8", "1,200", "90", "4", "2", "60 ± 1"]
+    assert table.rows[1][:2] == ["coupled", "0.6000"]
+
+
+def test_the_test_stores_numbers_count_where_there_are_any() -> None:
+    runs = [outcome(0.7, test=0.4), outcome(0.8, 1, test=0.5)]
+    assert sweep_tables(runs)[0].rows[0][4].startswith("0.4500")
+    assert judged_on(runs) == "mIoU with the teacher's masks, 16 points an image, 30 images of held-out.zarr"
+
+
+def test_an_undefined_number_is_a_dash() -> None:
+    assert sweep_tables([outcome(None)])[0].rows[0][4:7] == ["-", "-", "-"]
+
+
+def test_the_lines_and_the_markdown_have_the_same_cells() -> None:
+    (table,) = sweep_tables([outcome(0.7), outcome(0.8, lr=0.5)])
+    for row, line, marked in zip(table.rows, table.lines()[2:], table.markdown()[4:], strict=True):
+        assert line.split() == " ".join(row).split()
+        assert [cell.strip() for cell in marked.strip("|").split("|")] == list(row)
+
+
+def test_nothing_done_has_no_table_and_failures_are_one_line_each() -> None:
+    broken = {"name": "a", "status": "failed", "error": "no\nroom"}
+    assert sweep_tables([broken]) == []
+    assert failure_lines([broken]) == ["FAILED  a: no room"]
+    assert judged_on([broken]) == "nothing was measured"
