@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from small_store import compute, embeddings, images, picture
 from mobilesam.store import EmbeddingStore, Selection, StoreDamaged, StoreError, StoreMismatch
 from mobilesam.store.inspection import inspect_store
 from mobilesam.store.kept_images import FOLDER
+from mobilesam.store.places import MANIFEST
 from mobilesam.store.summary import inspection_lines
 
 NewStore = Callable[..., EmbeddingStore]
@@ -113,6 +117,19 @@ def test_missing_cut_and_swapped_tars_are_found_and_mended(store: EmbeddingStore
         compute(again, embeddings(), failed=[FAILED])
     assert _found(store) == []
     assert (whole.stat().st_ino, whole.read_bytes()) == before
+
+
+@pytest.mark.parametrize(("damaged", "size"), [(1, 1000), (3, 0)])
+def test_a_tar_cut_below_its_own_end_is_found_where_the_listing_is_damaged_too(
+    store: EmbeddingStore, damaged: int, size: int
+) -> None:
+    store.close()
+    with closing(sqlite3.connect(store.path / MANIFEST)) as connection, connection:
+        connection.execute("UPDATE results SET width = width + 1 WHERE row < ?", (damaged,))
+    os.truncate(_tar(store, 0), size)
+    listing = [("listing", 0, row) for row in range(damaged)]
+    images = [("checksum", 0, row) for row in range(damaged, 3)]
+    assert _found(store) == [*listing, *images, ("checksum", 0, None)]
 
 
 def test_a_tar_of_another_shard_is_told(store: EmbeddingStore) -> None:
