@@ -35,7 +35,7 @@ class TarCheck(FileCheck):
         else:
             for record, image in kept:
                 yield from self._compare(descriptor, record, image)
-            if any(os.pread(descriptor, len(END), size - len(END))):
+            if os.pread(descriptor, len(END), size - len(END)) != END:
                 yield self._of_file("checksum", "the tar's end is damaged, though its images may be whole")
 
     def _compare(self, descriptor: int, record: ImageRecord, image: KeptImage) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from distributed import LocalCluster
 from distributed.comm import CommClosedError
+from precompute_command import committed
 
 from mobilesam.precompute import PrecomputeError, Snapshot, dry_run
 from mobilesam.precompute.config import PrecomputeConfig
@@ -46,11 +47,11 @@ def test_shard_and_batch_size_are_chosen_by_the_clusters_workers(
 class _Closing(Silent):
     """Closes a cluster as soon as something is committed."""
 
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: LocalCluster, store: Path) -> None:
+        self._cluster, self._store = cluster, store
 
     def progress(self, snapshot: Snapshot) -> None:
-        if snapshot.computed:
+        if snapshot.computed and committed(self._store):  # what was computed may yet have to be committed
             self._cluster.close()
 
 
@@ -61,7 +62,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_and_what_is_committed_stays(
     with pytest.raises(
         PrecomputeError, match=f"connection to the dask scheduler at {address} was lost; what is"
     ):
-        run(scheduler=address, shard_size=1, observer=_Closing(own_cluster))
+        run(scheduler=address, shard_size=1, observer=_Closing(own_cluster, tmp_path / "store.zarr"))
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
         done = store.counts().done
     assert 1 <= done < 7

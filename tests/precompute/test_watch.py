@@ -86,7 +86,7 @@ def test_a_local_cluster_whose_workers_are_not_replaced_ends_the_run() -> None:
 
 
 class Leaving(Listener):
-    """Sends a cluster's workers away once something is committed, and has one come when that is told."""
+    """Sends a cluster's workers away once something is computed, and has one come when that is told."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         super().__init__()
