@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo test test-long faults bench lint format clean
+.PHONY: demo paper test test-long faults bench lint format clean
 
 # The three commands on the example photos at 1024 x 1024, in the folder $(DEMO); see README.md.
 demo: $(STAMP)
@@ -15,6 +15,13 @@ demo: $(STAMP)
 	cd $(DEMO) && ../$(BIN)/mobilesam distill --epochs 8
 	cd $(DEMO) && ../$(BIN)/mobilesam verify --split all --report report.html
 	@echo "Look at $(DEMO)/report.html in a browser."
+
+# The paper's comparisons in miniature, in the folder $(PAPER), into docs/PAPER.md. SCALE=small takes minutes, in
+# paper-small, and leaves the document as it is.
+PAPER ?= paper$(if $(SCALE),-$(SCALE))
+paper: $(STAMP)
+	$(BIN)/python examples/paper.py --out $(PAPER)$(if $(SCALE), --scale $(SCALE))
+	$(if $(SCALE),,$(BIN)/python examples/paper.py --out $(PAPER) --write-docs)
 
 # Two processes, a file's tests in one of them; files in order, since an early one takes longest.
 test: lint

@@ -1,0 +1,235 @@
+"""The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
+
+    python examples/paper.py                    # what `make paper` does: folder paper/, an hour or two on 2 cores
+    python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
+    python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
+    python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
+
+Pictures are made, and embedded by vit_nano; students are distilled from them for several batches and epochs, in each
+of the ways that the paper compares, and from embeddings of other pictures than their own, as a control. All are
+judged by the masks that they make of pictures of another seed, against vit_nano's. A rerun goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from generate_pictures import write as write_pictures
+from paper_tables import document, result_lines
+from shuffled_store import shuffle_store
+
+from mobilesam.distill import DistillConfig, DistillInterrupted, Progress
+from mobilesam.precompute import PrecomputeConfig, precompute
+from mobilesam.precompute.errors import PrecomputeInterrupted
+from mobilesam.verify import SweepConfig, sweep
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "PAPER.md"
+TRAIN_SEED, TEST_SEED = 101, 102
+SHUFFLE_SEED = 0
+WAYS = ("decoupled", "semi_coupled", "coupled", "decoder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
+    `way` is the one at which the ways to distil are compared; `longer` epochs, at the batch of `way`, are given to
+    one more student of the first seed, 0 to none. `side` is the longer side of a picture, in pixels, as `image_size`.
+    """
+
+    pictures: int
+    test_pictures: int
+    side: int
+    image_size: int
+    lengths: tuple[tuple[int, int], ...]
+    way: tuple[int, int]
+    longer: int
+    seeds: tuple[int, ...]
+
+
+SCALES: Mapping[str, Scale] = {
+    "full": Scale(
+        pictures=400,
+        test_pictures=60,
+        side=256,
+        image_size=256,
+        lengths=((4, 2), (8, 4), (8, 8)),
+        way=(8, 4),
+        longer=24,
+        seeds=(0, 1, 2),
+    ),
+    "small": Scale(
+        pictures=14,
+        test_pictures=4,
+        side=128,
+        image_size=128,
+        lengths=((4, 1), (8, 2), (8, 4)),
+        way=(8, 2),
+        longer=0,
+        seeds=(0, 1),
+    ),
+}
+
+
+class Paper:
+    """The stages, each of which is done once: what is in `out` already is not made again."""
+
+    def __init__(self, scale: Scale, out: Path) -> None:
+        self.scale, self.out = scale, out
+
+    def run(self) -> dict[str, Any]:
+        """All stages; what is written to results.json."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._refuse_another_scale()
+        train = self.store("train", self.scale.pictures, TRAIN_SEED)
+        test = self.store("test", self.scale.test_pictures, TEST_SEED)
+        shuffled = self.out / "shuffled.zarr"
+        if not shuffled.exists():
+            say("giving each picture the embedding of another one, for the control")
+            shuffle_store(train, shuffled, SHUFFLE_SEED)
+        seeds = self.scale.seeds
+        results: dict[str, Any] = {"scale": asdict(self.scale), "cores": len(os.sched_getaffinity(0))}
+        results["lengths"] = [
+            outcome
+            for length in self.scale.lengths
+            for outcome in self.sweep("students", train, test, length, seeds, WAYS[:1])
+        ]
+        results["ways"] = self.sweep("students", train, test, self.scale.way, seeds, WAYS)
+        results["control"] = self.sweep("control", shuffled, test, self.scale.way, seeds, WAYS[:1])
+        results["longer"] = []
+        if self.scale.longer:
+            length = (self.scale.way[0], self.scale.longer)
+            results["longer"] = self.sweep("students", train, test, length, seeds[:1], WAYS[:1])
+        draft = self.out / "results.json.partial"
+        draft.write_text(json.dumps(results, indent=1) + "\n")
+        draft.rename(self.out / "results.json")
+        return results
+
+    def _refuse_another_scale(self) -> None:
+        """Another scale has other pictures: its figures can't stand beside these."""
+        file, asked = self.out / "scale.json", json.loads(json.dumps(asdict(self.scale)))
+        if file.exists() and (found := json.loads(file.read_text())) != asked:
+            told = [
+                f"{name}: {found.get(name)} then, {asked[name]} now"
+                for name in asked
+                if found.get(name) != asked[name]
+            ]
+            sys.exit(
+                f"{self.out} was begun differently ({'; '.join(told)}); ask for the same, or give another --out"
+            )
+        file.write_text(json.dumps(asked) + "\n")
+
+    def store(self, name: str, count: int, seed: int) -> Path:
+        """Pictures of a seed, and vit_nano's embeddings of them."""
+        pictures, store = self.out / f"pictures-{name}", self.out / f"{name}.zarr"
+        if not pictures.exists():
+            say(f"making {count} pictures")
+            draft = self.out / f"pictures-{name}.draft"
+            shutil.rmtree(draft, ignore_errors=True)
+            write_pictures(draft, seed, count, self.scale.side)
+            draft.rename(pictures)
+        say(f"embedding {count} pictures")
+        result = precompute(
+            PrecomputeConfig(
+                images=(pictures,), out=store, teacher="vit_nano", image_size=self.scale.image_size
+            )
+        )
+        if result["failed"]:
+            sys.exit(f"{result['failed']} of {count} pictures in {pictures} could not be embedded")
+        return store
+
+    def sweep(
+        self,
+        name: str,
+        store: Path,
+        test: Path,
+        length: tuple[int, int],
+        seeds: Sequence[int],
+        ways: Sequence[str],
+    ) -> list[Mapping[str, Any]]:
+        """The outcomes of students of these ways, batch and epochs; the folder `name` may hold others already."""
+        batch, epochs = length
+        config = SweepConfig(
+            out=self.out / name,
+            base=DistillConfig(store=store),
+            axes={
+                "seed": tuple(seeds),
+                "objective": tuple(ways),
+                "batch_size": (batch,),
+                "epochs": (epochs,),
+            },
+            test_store=test,
+        )
+        result = sweep(config, message=say, progress=Ticker())
+        if result["failed"]:
+            sys.exit(
+                f"{result['failed']} runs failed; mend what is told above, and run the same command again"
+            )
+        return list(result["runs"])
+
+
+class Ticker:
+    """A line after each epoch of a run."""
+
+    def __init__(self) -> None:
+        self._last = (0, 0)
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.phase == "validate" and (progress.epoch, progress.steps) != self._last:
+            self._last = (progress.epoch, progress.steps)
+            loss = "" if progress.loss is None else f", loss {progress.loss:.4g}"
+            say(
+                f"  epoch {progress.epoch} of {progress.epochs}{loss}, {progress.images_per_second:.3g} images/s"
+            )
+
+
+def say(text: str) -> None:
+    """To people: standard output is for the tables."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=sorted(SCALES), default="full")
+    parser.add_argument("--pictures", type=int, metavar="N", help="to train on, in place of the scale's")
+    parser.add_argument("--test-pictures", type=int, metavar="N")
+    parser.add_argument("--longer", type=int, metavar="EPOCHS", help="of one more student; 0 for none")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="S")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="[default: paper, or paper-small]")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="only put what was found into docs/PAPER.md"
+    )
+    parser.add_argument("--document", type=Path, default=DOCUMENT, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    out = options.out or Path("paper" if options.scale == "full" else f"paper-{options.scale}")
+    if options.write_docs:
+        found = out / "results.json"
+        if not found.exists():
+            sys.exit(f"{found} does not exist: run this without --write-docs first")
+        text = document(options.document.read_text(), json.loads(found.read_text()))
+        options.document.write_text(text)
+        say(f"wrote {options.document}")
+        return
+    names = ("pictures", "test_pictures", "longer", "seeds")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if "seeds" in given:
+        given["seeds"] = tuple(given["seeds"])
+    try:
+        results = Paper(replace(SCALES[options.scale], **given), out).run()
+    except (DistillInterrupted, PrecomputeInterrupted) as error:
+        say(str(error))
+        sys.exit(128 + error.signum)
+    print("\n".join(result_lines(results)))
+
+
+if __name__ == "__main__":  # precompute starts processes, which import this file
+    main()

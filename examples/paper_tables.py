@@ -1,0 +1,162 @@
+"""Our figures next to the paper's, as lines of Markdown, from what examples/paper.py has measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from mobilesam.verify.spread import Group, Spread, grouped
+
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+
+# Table 4 of the paper: batch, epochs, iterations, mIoU.
+PAPER_LENGTHS = ((4, 2, "50k", 0.7057), (8, 4, "50k", 0.7286), (8, 8, "100k", 0.7447))
+# Table 2: mIoU, and what it took.
+PAPER_WAYS = {
+    "decoupled": (0.75, "batch 4, 55k iterations, 11K images, 2 GPUs"),
+    "coupled": (0.72, "batch 128, 180k iterations, 11M images, 128 GPUs"),
+}
+CLEAR = 2.0
+"""Standard errors of the difference of two means, from which they are told apart."""
+
+Results = Mapping[str, Any]
+
+
+def result_lines(results: Results) -> list[str]:
+    """Everything that was found."""
+    lengths, ways = grouped(results["lengths"]), grouped(results["ways"])
+    lines = [
+        *_setting(results),
+        "",
+        "### Table 4: batch, epochs, iterations",
+        "",
+        *_length_table(lengths),
+        "",
+    ]
+    lines += [
+        f"- {line}"
+        for line in _order(lengths, [row[3] for row in PAPER_LENGTHS], [_length(g) for g in lengths])
+    ]
+    lines += ["", "### Table 2: ways to distil", "", *_way_table(ways), ""]
+    known = [group for group in ways if group.options["objective"] in PAPER_WAYS]
+    known.sort(key=lambda group: PAPER_WAYS[group.options["objective"]][0])
+    names = [group.options["objective"] for group in known]
+    lines += [f"- {line}" for line in _order(known, [PAPER_WAYS[name][0] for name in names], names)]
+    lines += [
+        "",
+        "### What a student gets that learns nothing of its own pictures, and what a longer training gives",
+        "",
+    ]
+    return [*lines, *_reference_table(results)]
+
+
+def document(text: str, results: Results) -> str:
+    """The text with the figures between its markers. ValueError where it hasn't each of them once, in this order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the document needs the markers {BEGIN} and {END}, once each, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n" + "\n".join(result_lines(results)) + f"\n\n{END}{rest.split(END)[1]}"
+
+
+def _setting(results: Results) -> list[str]:
+    scale, runs = (
+        results["scale"],
+        [*results["lengths"], *results["ways"], *results["control"], *results["longer"]],
+    )
+    different = {run["run"]: run for run in runs}
+    seconds = sum(run["seconds"] + run["judged_seconds"] for run in different.values())
+    one = runs[0]
+    seeds = ", ".join(map(str, scale["seeds"]))
+    lines = [
+        f"{one['images']['train']} pictures to train on, {one['test']['images']} of another seed to judge by, at "
+        f"image size {scale['image_size']}, {one['test']['prompts']} points a picture, seeds {seeds}. "
+        f"{len(different)} runs took {seconds / 3600:.2f} hours of training and judging on {results['cores']} cores. "
+        "mIoU is with the masks of vit_nano, the teacher; means over seeds, ± their standard deviation."
+    ]
+    if any(run["untrained_teacher"] for run in runs):
+        lines += [
+            "",
+            "**The teacher was untrained: these figures show that the commands work, and nothing else.**",
+        ]
+    return lines
+
+
+def _length_table(groups: Sequence[Group]) -> list[str]:
+    rows = [
+        [f"{batch} / {epochs} / {iterations}", f"{miou:.4f}", *_ours(group, _length(group))]
+        for (batch, epochs, iterations, miou), group in zip(PAPER_LENGTHS, groups, strict=True)
+    ]
+    return _table(
+        ["paper: batch / epochs / iterations", "its mIoU", "ours", "our mIoU", "lowest", "highest"], rows
+    )
+
+
+def _way_table(groups: Sequence[Group]) -> list[str]:
+    rows = []
+    for group in groups:
+        name = group.options["objective"]
+        miou, took = PAPER_WAYS.get(name, (None, "not in the table"))
+        paper = "" if miou is None else f"{miou:.2f}"
+        seconds = group.spread("seconds")
+        assert seconds is not None
+        rows.append([name, paper, took, *_ours(group, _length(group)), f"{seconds.mean:,.0f} s"])
+    columns = ["", "paper's mIoU", "what it took", "ours", "our mIoU", "lowest", "highest", "training"]
+    return _table(columns, rows)
+
+
+def _reference_table(results: Results) -> list[str]:
+    control, longer = grouped(results["control"]), grouped(results["longer"])
+    rows = [["embeddings of other pictures", *_ours(group, _length(group))] for group in control]
+    rows += [["its own embeddings, longer", *_ours(group, _length(group))] for group in longer]
+    return _table(["trained on", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows)
+
+
+def _ours(group: Group, length: str) -> list[str]:
+    miou = _miou(group)
+    return [length, miou.text(".4f"), f"{miou.lowest:.4f}", f"{miou.highest:.4f}"]
+
+
+def _length(group: Group) -> str:
+    steps = group.spread("steps")
+    assert steps is not None, "only finished runs are grouped"
+    return f"{group.options['batch_size']} / {group.options['epochs']} / {steps.mean:,.0f}"
+
+
+def _miou(group: Group) -> Spread:
+    miou = group.judged("miou")
+    if miou is None:
+        raise ValueError(
+            f"no run of {dict(group.options)} has masks to compare: its embeddings aren't finite"
+        )
+    return miou
+
+
+def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]) -> list[str]:
+    """Neighbours in the paper's order, the lower first: whether ours come in the same order."""
+    lines = []
+    neighbours = zip(pairwise(groups), pairwise(paper), pairwise(names), strict=True)
+    for (low, high), (paper_low, paper_high), (one, other) in neighbours:
+        difference = _miou(high).mean - _miou(low).mean
+        lines.append(
+            f"{other} against {one}: {paper_high - paper_low:+.4f} in the paper, {difference:+.4f} here: "
+            f"{_verdict(_miou(low), _miou(high))}"
+        )
+    return lines
+
+
+def _verdict(low: Spread, high: Spread) -> str:
+    """Of two means that should differ, by the standard error of their difference."""
+    if low.deviation is None or high.deviation is None:
+        return "one seed, so that nothing tells how much of it is chance"
+    error = math.sqrt(low.deviation**2 / low.count + high.deviation**2 / high.count)
+    difference = high.mean - low.mean
+    if abs(difference) <= CLEAR * error:
+        return f"too close to tell, the standard error being {error:.4f}"
+    told = "the same order" if difference > 0 else "the opposite order"
+    return f"{told}, at {abs(difference) / error:.1f} standard errors" if error else told
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
