@@ -194,7 +194,7 @@ def test_a_dry_run_tells_what_is_needed_and_changes_nothing(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The three commands in an empty folder, on ten photos at 256 pixels; what each printed with --json."""
+    """The three commands in an empty folder, on twelve photos at 128 pixels; what each printed with --json."""
     names = ["precompute", "distill", "verify", "report", "gates", "inspect", "check"]
     folder = tmp_path_factory.mktemp("empty")
     photos = folder.with_name("photos")
@@ -203,7 +203,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         results = [
-            _run("precompute", "--images", photos, "--teacher", "vit_nano", "--image-size", "256", "--json"),
+            _run("precompute", "--images", photos, "--teacher", "vit_nano", "--image-size", "128", "--json"),
             _run("distill", "--epochs", "2", "--batch-size", "4", "--json"),
             _run("verify", "--json"),
             _run("verify", "--split", "all", "--report", "report.html"),

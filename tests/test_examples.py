@@ -23,7 +23,7 @@ POINT = ("210", "160")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    student = save_lively(folder / "student.safetensors", image_size=128, teacher="vit_h")
+    student = save_lively(folder / "student.safetensors", "timm:resnet18", image_size=128, teacher="vit_h")
     export(ExportConfig(student=student, out=folder / "out"))
     return folder / "out"
 

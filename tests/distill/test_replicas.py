@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mobilesam.distill import DistillError, Metrics, Run
+from mobilesam.distill import DistillConfig, DistillError, Metrics, Run, distill
 from mobilesam.distill.metrics import merge
 from mobilesam.distill.replicas import Replicas, joined_replicas
 from mobilesam.distill.student_file import trained_head
@@ -86,7 +86,13 @@ def assert_same_weights(one: str, many: str, *, buffers: bool) -> None:
 def test_a_student_without_batch_norm_learns_the_same_from_one_global_batch(
     ten_rows: Path, processes: int
 ) -> None:
-    trained(ten_rows, "one", "--student", "deit_tiny")
+    # The command's options, in this process.
+    distill(
+        DistillConfig(
+            store=ten_rows, out=Path("one"), epochs=2, batch_size=4, micro_batch=1, device="cpu",
+            precision="float32", student="deit_tiny",
+        )
+    )  # fmt: skip
     result = trained(ten_rows, "many", "--student", "deit_tiny", processes=processes)
     assert_same_training("one", "many")
     assert_same_weights("one", "many", buffers=True)
@@ -179,7 +185,7 @@ def test_what_stops_one_process_stops_all_and_is_told(ten_images: Path, make_sto
     victim = images / "03.png"
     victim.write_bytes(victim.read_bytes() + b"more")
     done = subprocess.run(
-        command(store, "broken", "--student", "deit_tiny", processes=2),
+        command(store, "broken", processes=2),
         env=environment(),
         capture_output=True,
         text=True,

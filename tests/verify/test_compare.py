@@ -17,6 +17,11 @@ from mobilesam.verify import VerifyConfig, VerifyError, table_lines, verify
 PIXELS = 128
 
 
+def asked(**options: object) -> VerifyConfig:
+    """With masks at one point an image, since hardly anything here is about them."""
+    return VerifyConfig(**{"points": 1} | options)
+
+
 def metrics(result: dict) -> dict:
     wanted = ("mse", "relative_mse", "cosine", "skill")
     return {name: value for name, value in result.items() if name.removesuffix("_valid") in wanted}
@@ -43,13 +48,13 @@ def test_the_latest_run_and_its_store_are_the_default(world):
 @pytest.mark.parametrize(("split", "kind"), [("val", "val"), ("train", "train_eval")])
 def test_the_numbers_are_those_that_the_trainer_logged(world, split, kind):
     logged = world.run.last(kind)
-    result = verify(VerifyConfig(split=split, batch_size=3))
+    result = verify(asked(split=split, batch_size=3))
     assert result["images"] == logged["rows"]
     assert_same(result, logged)
 
 
 def test_the_numbers_agree_with_a_computation_by_hand(world):
-    result = verify(VerifyConfig(split="all"))
+    result = verify(asked(split="all"))
     student, _ = load_student(world.run.path)
     with EmbeddingStore.open(world.store) as store:
         records = store.records()
@@ -84,7 +89,7 @@ def test_the_numbers_agree_with_a_computation_by_hand(world):
 
 
 def test_a_missed_threshold_fails_with_both_numbers(world):
-    result = verify(VerifyConfig(min_skill=1.0, min_cosine=-1.0))
+    result = verify(asked(min_skill=1.0, min_cosine=-1.0))
     assert result["passed"] is False
     assert result["failed_checks"] == [
         {"check": "min_skill", "metric": "skill_valid", "value": result["skill_valid"], "threshold": 1.0}
@@ -96,41 +101,39 @@ def test_a_missed_threshold_fails_with_both_numbers(world):
 
 def test_progress_counts_every_image(world):
     seen = []
-    verify(VerifyConfig(split="all", batch_size=4), progress=lambda done, total: seen.append((done, total)))
+    verify(asked(split="all", batch_size=4), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(4, 6), (6, 6)]
 
 
 def test_an_untrained_teacher_is_named_in_every_output(world, tmp_path):
     report = tmp_path / "report.html"
-    result = verify(VerifyConfig(report=report))
+    result = verify(asked(report=report))
     assert result["subject"]["untrained_teacher"] is True
     assert any("untrained teacher" in line for line in table_lines(result))
     assert "Untrained teacher" in report.read_text(encoding="utf-8")
 
 
 def test_a_student_file_in_its_run_knows_its_split(world):
-    assert verify(VerifyConfig(student=world.run.student_path)) == verify(
-        VerifyConfig(student=world.run.path)
-    )
+    assert verify(asked(student=world.run.student_path)) == verify(asked(student=world.run.path))
 
 
 def test_a_student_file_alone_has_no_split_and_says_what_its_skill_means(world, tmp_path):
     alone = shutil.copy(world.run.student_path, tmp_path / "mine.safetensors")
     with pytest.raises(VerifyError, match="val rows aren't known: give --split all"):
-        verify(VerifyConfig(student=alone))
-    result = verify(VerifyConfig(student=alone, split="all"))
+        verify(asked(student=alone))
+    result = verify(asked(student=alone, split="all"))
     assert result["subject"]["run"] is None
     assert result["subject"]["mean_embedding"] == "all committed rows of the store"
     assert any("mean of all rows of the store" in line for line in table_lines(result))
     # Against the mean of the very rows it is judged on, a student looks worse than against the training rows'.
-    assert result["skill"] < verify(VerifyConfig(split="all"))["skill"]
-    assert result["mse"] == pytest.approx(verify(VerifyConfig(split="all"))["mse"], rel=1e-6)
+    assert result["skill"] < verify(asked(split="all"))["skill"]
+    assert result["mse"] == pytest.approx(verify(asked(split="all"))["mse"], rel=1e-6)
 
 
 def test_a_store_that_moved_is_the_same_store(world, tmp_path):
-    expected = verify(VerifyConfig())
+    expected = verify(asked())
     moved = shutil.move(world.store, tmp_path / "moved.zarr")
-    result = verify(VerifyConfig(store=moved))
+    result = verify(asked(store=moved))
     assert_same(result, expected)
     assert result["subject"]["notes"] == []
 
@@ -138,8 +141,8 @@ def test_a_store_that_moved_is_the_same_store(world, tmp_path):
 def test_another_store_can_only_be_compared_as_a_whole(world, other_store):
     other = other_store(store_id="0" * 32)
     with pytest.raises(VerifyError, match=r"other\.zarr is not the store .* --split all"):
-        verify(VerifyConfig(store=other))
-    result = verify(VerifyConfig(store=other, split="all"))
+        verify(asked(store=other))
+    result = verify(asked(store=other, split="all"))
     assert result["images"] == 6
     assert result["subject"]["mean_embedding"] == "the run's training rows"
     assert any("not the store that the student was trained on" in note for note in result["subject"]["notes"])
@@ -147,29 +150,29 @@ def test_another_store_can_only_be_compared_as_a_whole(world, other_store):
 
 
 def test_another_teacher_is_noted(world, other_store):
-    result = verify(VerifyConfig(store=other_store(checkpoint_sha256="cd" * 32), split="all"))
+    result = verify(asked(store=other_store(checkpoint_sha256="cd" * 32), split="all"))
     assert any("another teacher" in note and "cdcdcdcd" in note for note in result["subject"]["notes"])
 
 
 def test_a_store_of_another_image_size_is_refused_with_both(world, other_store):
     other = other_store(image_size=64)
     with pytest.raises(VerifyError, match=r"128 pixels.*embeddings of 64"):
-        verify(VerifyConfig(store=other, split="all"))
+        verify(asked(store=other, split="all"))
 
 
 def test_a_store_of_another_preprocessing_is_refused(world, other_store):
     other = other_store(preprocessing={"filter": "nearest"})
     with pytest.raises(VerifyError, match="another preprocessing"):
-        verify(VerifyConfig(store=other, split="all"))
+        verify(asked(store=other, split="all"))
 
 
 def test_rows_that_are_no_longer_committed_are_counted(world):
     with EmbeddingStore.open(world.store, writable=True) as store:
         store.withdraw(range(2))
     with pytest.raises(VerifyError, match=r"0 done, 6 pending.*run precompute"):
-        verify(VerifyConfig(split="all"))
+        verify(asked(split="all"))
     with pytest.raises(VerifyError, match=rf"lacks {len(world.run.split.train)} of the rows"):
-        verify(VerifyConfig(split="train"))
+        verify(asked(split="train"))
 
 
 def test_an_image_that_changed_stops_by_name(world):
@@ -179,34 +182,34 @@ def test_an_image_that_changed_stops_by_name(world):
     content[-20] ^= 1
     (world.photos / key).write_bytes(content)
     with pytest.raises(ImageError, match=f"{key} changed since precompute"):
-        verify(VerifyConfig())
+        verify(asked())
 
 
 def test_images_that_moved_are_asked_for(world, tmp_path):
-    expected = verify(VerifyConfig())
+    expected = verify(asked())
     moved = shutil.move(world.photos, tmp_path / "elsewhere")
     with pytest.raises(VerifyError, match="photos-0; say where they are with --images"):
-        verify(VerifyConfig())
-    assert_same(verify(VerifyConfig(images=moved)), expected)
+        verify(asked())
+    assert_same(verify(asked(images=moved)), expected)
 
 
 def test_an_explicit_precision_overrides_the_runs(world):
-    result = verify(VerifyConfig(precision="bfloat16"))
+    result = verify(asked(precision="bfloat16"))
     assert result["subject"]["precision"] == "bfloat16"
-    assert verify(VerifyConfig())["subject"]["precision"] == "float32"
-    assert result["mse"] != verify(VerifyConfig())["mse"]
-    assert result["mse"] == pytest.approx(verify(VerifyConfig())["mse"], rel=0.05)
+    assert verify(asked())["subject"]["precision"] == "float32"
+    assert result["mse"] != verify(asked())["mse"]
+    assert result["mse"] == pytest.approx(verify(asked())["mse"], rel=0.05)
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_path, monkeypatch):
     monkeypatch.setattr("mobilesam.verify.compare.open_subject", lambda _: pytest.fail("work was begun"))
     with pytest.raises(VerifyError, match="does not exist"):
-        verify(VerifyConfig(report=tmp_path / "absent" / "report.html"))
+        verify(asked(report=tmp_path / "absent" / "report.html"))
 
 
 def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
     report = tmp_path / "report.html"
-    result = verify(VerifyConfig(split="all", report=report, min_cosine=0.9))
+    result = verify(asked(split="all", report=report, min_cosine=0.9))
     pictures: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: pictures.append(dict(attrs)["alt"]) if tag == "img" else None  # type: ignore[method-assign]
@@ -251,12 +254,12 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_store_that_fails_its_audit_fails_the_verification_and_the_report_says_so(world):
-    whole = verify(VerifyConfig(split="all"))
+    whole = verify(asked(split="all"))
     assert (whole["passed"], whole["subject"]["audit"]) == (True, None)
     with EmbeddingStore.open(world.store, writable=True) as store:
         store.record_audits([Audit(row=1, cosine=0.4, relative_mse=1.2)])
     report = world.path / "report.html"
-    result = verify(VerifyConfig(split="all", report=report))
+    result = verify(asked(split="all", report=report))
     assert not result["passed"]
     assert [check["check"] for check in result["failed_checks"]] == ["audit", "audit"]
     assert any(line.startswith("FAILED  the store's audit: cosine 0.4") for line in table_lines(result))
@@ -271,7 +274,7 @@ def test_an_audit_that_gave_no_number_fails_too_and_stays_plain_json(world):
         store.record_audits(
             [Audit(row=row, cosine=value, relative_mse=0.0) for row, value in ((0, 1.0), (1, np.nan))]
         )
-    result = verify(VerifyConfig(split="all", report=world.path / "report.html"))
+    result = verify(asked(split="all", report=world.path / "report.html"))
     assert [(check["metric"], check["value"]) for check in result["failed_checks"]] == [("cosine_min", None)]
     assert any("cosine undefined" in line for line in table_lines(result))
     assert "cosine at least undefined" in (world.path / "report.html").read_text()
