@@ -1,6 +1,6 @@
 """The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
 
-    python examples/paper.py                    # what `make paper` does: folder paper/, an hour or two on 2 cores
+    python examples/paper.py                    # what `make paper` does: folder paper/, about two hours on 2 cores
     python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
     python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
@@ -41,7 +41,8 @@ WAYS = ("decoupled", "semi_coupled", "coupled", "decoder")
 class Scale:
     """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
     `way` is the one at which the ways to distil are compared; `longer` epochs, at the batch of `way`, are given to
-    one more student of the first seed, 0 to none. `side` is the longer side of a picture, in pixels, as `image_size`.
+    one more student of the first seed (0: there is none). `side` is the longer side of a picture, in pixels, as
+    `image_size`.
     """
 
     pictures: int
@@ -56,13 +57,13 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "full": Scale(
-        pictures=400,
+        pictures=300,
         test_pictures=60,
         side=256,
         image_size=256,
         lengths=((4, 2), (8, 4), (8, 8)),
-        way=(8, 4),
-        longer=24,
+        way=(4, 2),
+        longer=16,
         seeds=(0, 1, 2),
     ),
     "small": Scale(
