@@ -42,7 +42,7 @@ class Scale:
     """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
     `way` is the one at which the ways to distil are compared; `longer` epochs, at the batch of `way`, are given to
     one more student of the first seed (0: there is none). `side` is the longer side of a picture, in pixels, as
-    `image_size`.
+    `image_size` is that of the teacher's square.
     """
 
     pictures: int
