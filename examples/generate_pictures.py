@@ -265,15 +265,18 @@ def _annotations(picture: Picture) -> Iterator[dict[str, object]]:
 
 
 def write(folder: Path, seed: int, number: int, side: int, quality: int = 95) -> None:
-    """Writes pictures 1 to `number` of `seed` into `folder`; what is there is left as it is."""
+    """Writes pictures 1 to `number` of `seed` into `folder`; what is there is left as it is, and always whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for image_id in range(1, number + 1):
         image_path, labels_path = folder / f"sa_{image_id}.jpg", folder / f"sa_{image_id}.json"
         if image_path.exists() and labels_path.exists():
             continue
         picture = generate(seed, image_id, side)
-        labels_path.write_text(json.dumps(annotations(picture, image_id)))
-        Image.fromarray(picture.pixels_HWC).save(image_path, quality=quality)
+        draft = folder / "draft"
+        draft.write_text(json.dumps(annotations(picture, image_id)))
+        draft.replace(labels_path)
+        Image.fromarray(picture.pixels_HWC).save(draft, format="JPEG", quality=quality)
+        draft.replace(image_path)
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -130,12 +129,8 @@ class Paper:
     def store(self, name: str, count: int, seed: int) -> Path:
         """Pictures of a seed, and vit_nano's embeddings of them."""
         pictures, store = self.out / f"pictures-{name}", self.out / f"{name}.zarr"
-        if not pictures.exists():
-            say(f"making {count} pictures")
-            draft = self.out / f"pictures-{name}.draft"
-            shutil.rmtree(draft, ignore_errors=True)
-            write_pictures(draft, seed, count, self.scale.side)
-            draft.rename(pictures)
+        say(f"making {count} pictures")
+        write_pictures(pictures, seed, count, self.scale.side)
         say(f"embedding {count} pictures")
         result = precompute(
             PrecomputeConfig(

@@ -24,11 +24,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from generate_pictures import generate
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mobilesam.distill.labels import to_square_mask
+from mobilesam.distill.mask_objectives import inside_square
 from mobilesam.distill.mask_training import MaskTraining, Objects, mask_side
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.head import SamHead
@@ -64,28 +65,20 @@ def make_sample(seed: int, index: int, side: int, objects: int) -> Sample:
     canvas_HWC = np.zeros((side, side, 3), np.uint8)
     canvas_HWC[:height, :width] = picture.pixels_HWC
     chosen = np.random.default_rng([seed, index]).permutation(len(picture.masks))[:objects]
-    masks = [_at_mask_side(picture.masks[i], side) for i in chosen]
+    masks = [to_square_mask(picture.masks[i], mask_side(side)) for i in chosen]
     return Sample(canvas_HWC, (height, width), np.stack([mask for mask in masks if mask.any()]))
-
-
-def _at_mask_side(mask_HW: np.ndarray, side: int) -> np.ndarray:
-    square_HW = np.zeros((side, side), np.uint8)
-    square_HW[: mask_HW.shape[0], : mask_HW.shape[1]] = mask_HW * np.uint8(255)
-    small = Image.fromarray(square_HW).resize((mask_side(side),) * 2, Image.Resampling.BOX)
-    return np.asarray(small) > 127
 
 
 def collate(samples: list[Sample], side: int) -> tuple[Tensor, Objects]:
     """Normalised pixels (B, 3, S, S) and the objects of all samples."""
     sizes_B2 = torch.tensor([sample.size for sample in samples])
     pixels_BCHW = normalize_and_pad(torch.from_numpy(np.stack([s.canvas_HWC for s in samples])), sizes_B2)
-    places = torch.arange(mask_side(side)) * (side // mask_side(side))
-    inside = (places[:, None] < sizes_B2[:, 0, None, None]) & (places < sizes_B2[:, 1, None, None])
+    inside_BMM = inside_square(sizes_B2, side, mask_side(side))
     counts = torch.tensor([len(s.masks_KMM) for s in samples])
     masks = torch.from_numpy(np.concatenate([s.masks_KMM for s in samples]))
     image_P = torch.arange(len(samples)).repeat_interleave(counts)
     weight_P = torch.ones(len(masks))
-    return pixels_BCHW, Objects(masks_PMM=masks, image_P=image_P, inside_BMM=inside, weight_P=weight_P)
+    return pixels_BCHW, Objects(masks_PMM=masks, image_P=image_P, inside_BMM=inside_BMM, weight_P=weight_P)
 
 
 class Sam(nn.Module):
