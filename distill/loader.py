@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -20,6 +20,27 @@ from .labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledObjects:
+    """Objects of B images, at most K of each, M the side of their masks over the encoder's square.
+
+    masks_BKMM, known_BK: bool, the objects, and which of the places have one.
+    annotated_B: bool, on the CPU and never pinned, which images have annotations at all.
+    """
+
+    masks_BKMM: Tensor
+    known_BK: Tensor
+    annotated_B: Tensor
+
+    def to(self, device: torch.device) -> LabelledObjects:
+        """The same with the masks on a device, without waiting where they are pinned."""
+        return replace(
+            self,
+            masks_BKMM=self.masks_BKMM.to(device, non_blocking=True),
+            known_BK=self.known_BK.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Rows of a store with their images, on the CPU (pinned where the loader was asked to).
 
@@ -27,8 +48,7 @@ class Batch:
     sizes_B2: int64 (B, 2), height and width of the image on its canvas.
     valid_BHW: bool (B, g, g), cells of the embedding whose centre is image.
     values_BCHW: (B, 256, g, g) in the store's dtype; scales_BC: float32 (B, 256) for int8, else None.
-    masks_BKMM, known_BK: bool, the objects drawn from annotations and which of the K places have one; annotated_B:
-        bool, never pinned, which images have annotations. None where no labels are read.
+    objects: drawn from annotations; None where no labels are read.
     """
 
     rows: list[int]
@@ -37,9 +57,7 @@ class Batch:
     valid_BHW: Tensor
     values_BCHW: Tensor
     scales_BC: Tensor | None
-    masks_BKMM: Tensor | None = None
-    known_BK: Tensor | None = None
-    annotated_B: Tensor | None = None
+    objects: LabelledObjects | None = None
 
 
 class Loader:
@@ -148,16 +166,16 @@ class Loader:
             valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
             values_BCHW=values_BCHW,
             scales_BC=scales_BC,
-            **({} if labels is None else self._empty_masks(len(rows), labels)),
+            objects=None if labels is None else self._no_objects(len(rows), labels),
         )
 
-    def _empty_masks(self, rows: int, labels: Labels) -> dict[str, Tensor]:
+    def _no_objects(self, rows: int, labels: Labels) -> LabelledObjects:
         count, side, pin = labels.objects, labels.side, self._pin_memory
-        return {
-            "masks_BKMM": torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
-            "known_BK": torch.zeros(rows, count, dtype=torch.bool, pin_memory=pin),
-            "annotated_B": torch.zeros(rows, dtype=torch.bool),
-        }
+        return LabelledObjects(
+            masks_BKMM=torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
+            known_BK=torch.zeros(rows, count, dtype=torch.bool, pin_memory=pin),
+            annotated_B=torch.zeros(rows, dtype=torch.bool),
+        )
 
     def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Values and scales to be read into: both pinned and other memory starts at a page here."""
@@ -182,19 +200,18 @@ class Loader:
         here = slice(place, place + 1)
         scales = None if batch.scales_BC is None else batch.scales_BC[here].numpy()
         self._store.read([row], StoredBatch(batch.values_BCHW[here].numpy(), scales))
-        if labels is not None:
-            self._fill_masks(labels, batch, place, epoch)
+        if labels is not None and batch.objects is not None:
+            self._draw(labels, batch.objects, place, self.records[row], epoch)
 
-    def _fill_masks(self, labels: Labels, batch: Batch, place: int, epoch: int) -> None:
-        masks = labels.draw(self.records[batch.rows[place]], epoch)
+    def _draw(
+        self, labels: Labels, objects: LabelledObjects, place: int, record: ImageRecord, epoch: int
+    ) -> None:
+        masks = labels.draw(record, epoch)
         if masks is None:
             return
-        assert batch.masks_BKMM is not None
-        assert batch.known_BK is not None
-        assert batch.annotated_B is not None
-        batch.annotated_B[place] = True
-        batch.known_BK[place, : len(masks)] = True
-        batch.masks_BKMM[place, : len(masks)] = torch.from_numpy(masks)
+        objects.annotated_B[place] = True
+        objects.known_BK[place, : len(masks)] = True
+        objects.masks_BKMM[place, : len(masks)] = torch.from_numpy(masks)
 
     def _decode(self, record: ImageRecord) -> DecodedImage:
         data = self._read(record)

@@ -94,23 +94,18 @@ def batch_objects(teacher_head: SamHead, part: Part, count: int) -> Objects:
     sizes_B2 = part.sizes_B2.to(device, non_blocking=True)
     inside_BMM = inside_square(sizes_B2, teacher_head.image_size, side)
     image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
-    annotated_B = part.annotated_B
+    labelled = part.objects
     # On the CPU, so that a GPU isn't waited for.
-    if annotated_B is not None and bool(annotated_B.all()):
-        assert part.masks_BKMM is not None
-        assert part.known_BK is not None
-        masks_PMM, known_P = part.masks_BKMM.flatten(0, 1), part.known_BK.flatten()
+    if labelled is not None and bool(labelled.annotated_B.all()):
+        masks_PMM, known_P = labelled.masks_BKMM.flatten(0, 1), labelled.known_BK.flatten()
     else:
-        masks_PMM = teacher_masks(
-            teacher_head, part.teacher_BCHW[image_P], inside_BMM[image_P], part.generator
-        )
+        emb_PCHW, inside_PMM = part.teacher_BCHW[image_P], inside_BMM[image_P]
+        masks_PMM = teacher_masks(teacher_head, emb_PCHW, inside_PMM, part.generator)
         known_P = masks_PMM.flatten(1).any(dim=1)
-        if annotated_B is not None:
-            assert part.masks_BKMM is not None
-            assert part.known_BK is not None
-            own_P = annotated_B.to(device, non_blocking=True)[image_P]
-            masks_PMM = torch.where(own_P[:, None, None], part.masks_BKMM.flatten(0, 1), masks_PMM)
-            known_P = torch.where(own_P, part.known_BK.flatten(), known_P)
+        if labelled is not None:
+            own_P = labelled.annotated_B.to(device, non_blocking=True)[image_P]
+            masks_PMM = torch.where(own_P[:, None, None], labelled.masks_BKMM.flatten(0, 1), masks_PMM)
+            known_P = torch.where(own_P, labelled.known_BK.flatten(), known_P)
     return Objects(masks_PMM=masks_PMM, image_P=image_P, inside_BMM=inside_BMM, weight_P=known_P.float())
 
 

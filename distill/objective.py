@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..sam.head import SamHead
-from .loader import Batch
+from .loader import Batch, LabelledObjects
 
 HEAD_LR_SHARE = 0.1
 """Of the learning rate, for a head that is trained: it begins as the teacher's, which was trained long."""
@@ -30,14 +30,12 @@ class WholeBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A micro-batch on the device: B images, g the embedding's grid, M the side of masks.
+    """A micro-batch on the device: B images, g the embedding's grid.
 
     student_BCHW, teacher_BCHW: float32 (B, 256, g, g), the first with gradients where the encoder is trained.
     valid_BHW: bool (B, g, g), cells whose centre is image.
     sizes_B2: int64 (B, 2) on the CPU, height and width of the image in the encoder's square.
-    masks_BKMM: bool, objects that annotations name, or None where none are read.
-    known_BK: bool, which of those there are.
-    annotated_B: bool on the CPU, which images have annotations.
+    objects: those of annotations, on the device, or None where none are read.
     generator: on the CPU, of this part's own random numbers.
     """
 
@@ -46,27 +44,19 @@ class Part:
     valid_BHW: Tensor
     sizes_B2: Tensor
     generator: torch.Generator
-    masks_BKMM: Tensor | None = None
-    known_BK: Tensor | None = None
-    annotated_B: Tensor | None = None
+    objects: LabelledObjects | None = None
 
 
 def part_of(batch: Batch, student_BCHW: Tensor, teacher_BCHW: Tensor, generator: torch.Generator) -> Part:
     """A loader's batch whose embeddings are on the device, with the rest of it there, too."""
     device = teacher_BCHW.device
-    masks_BKMM, known_BK = (
-        None if one is None else one.to(device, non_blocking=True)
-        for one in (batch.masks_BKMM, batch.known_BK)
-    )
     return Part(
         student_BCHW=student_BCHW,
         teacher_BCHW=teacher_BCHW,
         valid_BHW=batch.valid_BHW.to(device, non_blocking=True),
         sizes_B2=batch.sizes_B2,
         generator=generator,
-        masks_BKMM=masks_BKMM,
-        known_BK=known_BK,
-        annotated_B=batch.annotated_B,
+        objects=None if batch.objects is None else batch.objects.to(device),
     )
 
 
@@ -89,8 +79,3 @@ class Objective(ABC):
     def trained(self, student: nn.Module) -> nn.Module:
         """What a checkpoint has to hold: the student, and the head where one is trained."""
         return student if self.head is None else nn.ModuleDict({"student": student, "head": self.head})
-
-    @property
-    def student_head(self) -> SamHead | None:
-        """The head that the finished student needs, where it is not the teacher's."""
-        return self.head

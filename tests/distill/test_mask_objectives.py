@@ -24,6 +24,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
+from mobilesam.distill.loader import LabelledObjects
 from mobilesam.distill.mask_loss import MaskLossWeights
 from mobilesam.distill.mask_objectives import (
     MaskOptions,
@@ -36,6 +37,7 @@ from mobilesam.distill.mask_training import MaskTraining, Objects
 from mobilesam.distill.objective import Part, WholeBatch, part_generator
 from mobilesam.distill.prompt_sampling import to_square, uniform_pixel
 from mobilesam.distill.student_file import trained_head
+from mobilesam.sam import valid_cells
 from mobilesam.sam.head import HEAD_PREFIXES, SamHead, build_head
 from mobilesam.sam.teachers import load_head
 
@@ -129,6 +131,11 @@ def test_an_image_lies_in_its_part_of_the_square():
     assert inside[1].sum() == 32  # never nothing
 
 
+@pytest.mark.parametrize("size", [(64, 64), (1, 64), (64, 7), (8, 9), (40, 63)])
+def test_at_the_grids_own_side_that_part_is_the_cells_that_count_as_image(size: tuple[int, int]):
+    assert np.array_equal(inside_square(torch.tensor([size]), 64, 4)[0].numpy(), valid_cells(size, 64))
+
+
 def make_part(annotated: list[bool]) -> Part:
     generator = torch.Generator().manual_seed(1)
     count = len(annotated)
@@ -142,9 +149,7 @@ def make_part(annotated: list[bool]) -> Part:
         valid_BHW=torch.ones(count, 4, 4, dtype=torch.bool),
         sizes_B2=torch.full((count, 2), 64),
         generator=torch.Generator().manual_seed(2),
-        masks_BKMM=masks,
-        known_BK=known,
-        annotated_B=torch.tensor(annotated),
+        objects=LabelledObjects(masks_BKMM=masks, known_BK=known, annotated_B=torch.tensor(annotated)),
     )
 
 
@@ -152,7 +157,7 @@ def test_annotations_count_where_an_image_has_them_and_the_teachers_masks_elsewh
     mixed = batch_objects(head, make_part([True, False, True]), 2)
     assert mixed.image_P.tolist() == [0, 0, 1, 1, 2, 2]
     assert mixed.weight_P[[0, 1, 4, 5]].tolist() == [1, 0, 1, 0]
-    assert torch.equal(mixed.masks_PMM[0], make_part([True]).masks_BKMM[0, 0])
+    assert torch.equal(mixed.masks_PMM[0], make_part([True]).objects.masks_BKMM[0, 0])
     teachers = batch_objects(head, make_part([False, False, False]), 2)
     assert torch.equal(mixed.masks_PMM[2:4], teachers.masks_PMM[2:4])
     own = batch_objects(head, make_part([True, True, True]), 2)
