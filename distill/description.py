@@ -19,6 +19,7 @@ from .memory import default_micro_batch
 from .objectives import mask_options
 from .replicas import Replicas
 from .run import FORMAT, Run
+from .store_images import image_root
 from .students import student_info
 
 
@@ -71,18 +72,12 @@ def describe(
 
 def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
     """The folder of the images that are learned from; None for those that the store keeps."""
-    if config.images is None and store.spec.kept_images is not None:
-        if config.labels == "annotations":
-            raise DistillError(
-                f"{store.path} keeps images but no annotations: say where both are with --images DIR"
-            )
-        return None
-    root = config.images or Path(store.spec.image_root)
-    if not root.is_dir():
+    root = image_root(store, config.images)
+    if root is None and config.labels == "annotations":
         raise DistillError(
-            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
+            f"{store.path} keeps images but no annotations: say where both are with --images DIR"
         )
-    return str(root.resolve())
+    return None if root is None else str(root)
 
 
 def student_metadata(run: Run) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sam import preprocessing_recipe
 from ..sam.allocator import keep_freed_memory
 from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
@@ -31,6 +30,7 @@ from .replicas import Replicas, joined_replicas
 from .run import RUNS, Run, point_latest
 from .split import split_rows
 from .stop import StopFlag, stopped_by_signals
+from .store_images import check_preprocessing
 from .students import build_student
 from .trainer import Trainer
 
@@ -207,10 +207,7 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
             "to the end first"
         )
-    if dict(store.spec.preprocessing) != preprocessing_recipe(store.spec.image_size):
-        raise DistillError(
-            f"{store.path} was made with another preprocessing than this version's: precompute it again"
-        )
+    check_preprocessing(store)
     if counts.pending or counts.failed:
         logger.warning(
             "%s: learning from the %d rows that are done; %d are pending, %d failed",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,11 @@ class Run:
     def save_mean_embedding(self, mean_CHW: Tensor) -> None:
         """Writes what `mean_embedding` reads."""
         save_tensors(self.path / MEAN_FILE, {MEAN_KEY: mean_CHW}, {"run_id": self.id})
+
+    def unfinished(self, info: Mapping[str, Any]) -> list[str]:
+        """A note on the student, by its description, where the run hasn't come to its end; else none."""
+        done, wanted = info.get("epoch"), self.config["config"]["epochs"]
+        return [f"the run isn't finished: epoch {done} of {wanted}"] if (done or 0) < wanted else []
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, in order; `kind` tells them apart: train, val, train_eval, result."""

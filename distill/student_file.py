@@ -134,7 +134,7 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
         raise DistillError(f"{file} is damaged ({str(error)[:100]}); {MEND}") from error
     if metadata.get("format") != FORMAT or not _read_metadata(file, metadata).get(TRAINED_HEAD):
         return None
-    return {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
+    return load_own_head(file)
 
 
 def student_path(path: Path | str) -> Path:

@@ -193,9 +193,9 @@ def _build(head: _Head, image_size: int) -> SamHead:
 
 
 def _notes(info: Mapping[str, Any], run: Run | None, head: _Head) -> tuple[str, ...]:
-    notes = []
-    if run is not None and info.get("epoch", 0) < run.config["config"]["epochs"]:
-        notes.append(f"the run isn't finished: epoch {info.get('epoch')} of {run.config['config']['epochs']}")
+    notes: list[str] = []
+    if run is not None:
+        notes += run.unfinished(info)
     learned, own = info.get("checkpoint_sha256"), head.checkpoint_sha256
     if None not in (learned, own) and learned != own:
         notes.append(
@@ -208,7 +208,7 @@ def _notes(info: Mapping[str, Any], run: Run | None, head: _Head) -> tuple[str, 
 def read_head(path: Path) -> dict[str, Tensor]:
     """The head in a store, a safetensors file or a SAM checkpoint, float32; other tensors in it don't matter.
 
-    Raises DistillError, DistillError, StoreError or CheckpointError when there is none, or the file is missing or
+    Raises DistillError, StoreError or CheckpointError when there is none, or the file is missing or
     damaged.
     """
     return _given_head(path).state

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..distill import Run
-from ..sam import AnnotationFiles, Annotations, CocoInstances, preprocessing_recipe
+from ..distill.store_images import check_preprocessing, image_root
+from ..sam import AnnotationFiles, Annotations, CocoInstances
 from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
 from .contender import Contender
@@ -82,14 +83,12 @@ def _of_store(
 ) -> Arena:
     store = stack.enter_context(EmbeddingStore.open(path))
     size = store.spec.image_size
-    if store.spec.preprocessing != preprocessing_recipe(size):
-        raise VerifyError(
-            f"{path} was made with another preprocessing than this version's: precompute it again"
-        )
+    check_preprocessing(store, refusal=VerifyError)
     opener = Opener(device=device, image_size=config.image_size or size, store=path)
     models = [opener.open(name, value) for name, value in config.models]
     own = [run for run in (opened.run for opened in models) if run is not None and _is_of(run, store)]
-    root = _image_root(config, store, own)
+    last = next((run.image_root for run in own if run.image_root is not None), None)
+    root = image_root(store, config.images, last, refusal=VerifyError)
     for opened in models:
         if root is None and opened.needs_photos:
             raise VerifyError(
@@ -131,19 +130,6 @@ def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | Coc
 def _is_of(run: Run, store: EmbeddingStore) -> bool:
     """Whether a run was trained on this store."""
     return run.config["data"]["store_id"] == store.spec.store_id
-
-
-def _image_root(config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]) -> Path | None:
-    """The folder of the images; None for those that the store keeps."""
-    if config.images is None and store.spec.kept_images is not None:
-        return None
-    moved = next((run.image_root for run in own if run.image_root is not None), None)
-    root = config.images or moved or Path(store.spec.image_root)
-    if not root.is_dir():
-        raise VerifyError(
-            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
-        )
-    return root.resolve()
 
 
 def _records(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..distill import Run, load_student, mean_embedding
 from ..distill.run import CONFIG_FILE
+from ..distill.store_images import check_preprocessing, image_root
 from ..distill.student_file import STUDENT_FILE, lacks_image_size
-from ..sam import preprocessing_recipe
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore
 from .config import VerifyConfig
@@ -92,7 +92,12 @@ def open_subject(config: VerifyConfig) -> Subject:
             file=file,
             run=run,
             store=store,
-            image_root=_image_root(config, run if own_store else None, store),
+            image_root=image_root(
+                store,
+                config.images,
+                run.image_root if run is not None and own_store else None,
+                refusal=VerifyError,
+            ),
             rows=rows,
             mean_CHW=mean_CHW,
             mean_source=mean_source,
@@ -128,10 +133,7 @@ def _check_fit(info: Mapping[str, Any], store: EmbeddingStore) -> None:
             f"the student takes images of {info['image_size']} pixels, {store.path} holds embeddings of {size}: "
             "give a store of the student's size with --store"
         )
-    if store.spec.preprocessing != preprocessing_recipe(size):
-        raise VerifyError(
-            f"{store.path} was made with another preprocessing than this version's: precompute it again"
-        )
+    check_preprocessing(store, refusal=VerifyError)
 
 
 def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_store: bool) -> Sequence[int]:
@@ -160,18 +162,6 @@ def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_stor
     return rows
 
 
-def _image_root(config: VerifyConfig, run: Run | None, store: EmbeddingStore) -> Path | None:
-    """The folder of the images; None for those that the store keeps."""
-    if config.images is None and store.spec.kept_images is not None:
-        return None
-    root = config.images or (run and run.image_root) or Path(store.spec.image_root)
-    if not root.is_dir():
-        raise VerifyError(
-            f"the images of {store.path} are not at {root}; say where they are with --images DIR"
-        )
-    return root.resolve()
-
-
 def _precision(config: VerifyConfig, run: Run | None, device: torch.device) -> str:
     """As asked, else the run's, so that the numbers are those the trainer logged, else the device's."""
     if config.precision == "auto" and run is not None:
@@ -186,7 +176,7 @@ def _memory_format(run: Run | None, precision: str) -> torch.memory_format:
 
 
 def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_store: bool) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if run is None:
         notes.append("the student came without its run: skill is against the mean of all rows of the store")
     elif not own_store:
@@ -198,8 +188,8 @@ def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_
             f"the student was trained on another teacher, {info.get('teacher')} with checkpoint "
             f"{str(info['checkpoint_sha256'])[:12]}..., this store's is {store.spec.checkpoint_sha256[:12]}..."
         )
-    if run is not None and info.get("epoch", 0) < run.config["config"]["epochs"]:
-        notes.append(f"the run isn't finished: epoch {info.get('epoch')} of {run.config['config']['epochs']}")
+    if run is not None:
+        notes += run.unfinished(info)
     counts = store.counts()
     if counts.pending or counts.failed:
         notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
