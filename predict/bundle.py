@@ -12,11 +12,11 @@ from typing import Any
 
 from ..distill import DistillError, save_student
 from ..distill.student_file import KEY_PREFIX, MODEL_FILE
+from ..distill.whole import Model
 from ..sam import preprocessing_recipe, shown
 from ..sam.head import HEAD_PREFIXES
 from .card import card
 from .errors import PredictError
-from .models import Model
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import versions

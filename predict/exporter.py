@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..distill.whole import Model, load_model
 from ..sam import shown
 from .bundle import check_folder, describe, write_bundle
 from .config import MAX_IMAGE_SIZE
 from .errors import PredictError
-from .models import Model, load_model
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import OnnxFile, check_tools

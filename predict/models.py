@@ -1,4 +1,4 @@
-"""The models that this room uses, under its own name; `distill/whole.py` opens them."""
+"""The names of `distill/whole.py` that this room offers: its list of public names is of its own modules alone."""
 
 from __future__ import annotations
 

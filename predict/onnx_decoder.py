@@ -15,8 +15,8 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import Tensor, nn
 
+from ..distill.whole import Model
 from ..sam import resized_size
-from .models import Model
 from .onnx_encoder import made_up_pixels
 from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, rename_axes, to_onnx
 

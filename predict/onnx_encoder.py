@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distill.whole import Model
 from ..sam import normalize_and_pad
-from .models import Model
 from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, to_onnx
 
 LIMIT = 1e-4

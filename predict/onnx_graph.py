@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import __version__
+from ..distill.whole import Model
 from ..sam import preprocessing_recipe
 from .errors import PredictError
-from .models import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**20

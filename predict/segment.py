@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..distill.whole import Model, load_model, load_teacher_model
 from ..sam import ImageError, decode_image, read_image, resized_size, shown
 from ..sam.download import Progress
 from .config import SegmentConfig
 from .errors import PredictError
 from .mask_files import add_masks, check_masks_folder, encode_rle, mask_name
 from .masks import Mask
-from .models import Model, load_model, load_teacher_model
 from .outputs import Outputs, check_file
 from .overlay import check_format, draw_overlay, encode_picture
 from .prediction import Prediction, predict

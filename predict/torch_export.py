@@ -8,10 +8,10 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from ..distill.whole import Model
 from ..sam.tiny_vit import VARIANTS
 from ..sam.weights import ENCODER_PREFIX
 from .errors import PredictError
-from .models import Model
 
 UPSTREAM_STUDENT = "tiny_vit"
 UPSTREAM_IMAGE_SIZE = 1024

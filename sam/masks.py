@@ -69,7 +69,7 @@ def mask_chunks(
             ]
             size = pairs[0][0].image_size
             for parts in zip(*(logits_n1hw.split(at_once) for logits_n1hw in logits), strict=True):
-                yield [_upscale(part, size, original_size, resized_size) for part in parts]
+                yield [upscale_masks(part, size, original_size, resized_size) for part in parts]
 
 
 def _low_res_logits(
@@ -80,9 +80,7 @@ def _low_res_logits(
     resized_size: tuple[int, int],
 ) -> Tensor:
     """Logits (n, 1, 4g, 4g) over the encoder's whole square."""
-    # In float64, as ResizeLongestSide.apply_coords does it.
-    scale_2 = np.array([resized_size[1] / original_size[1], resized_size[0] / original_size[0]])
-    coords_n12 = torch.as_tensor(points_n2 * scale_2, dtype=torch.float32, device=emb_1CHW.device)[:, None]
+    coords_n12 = to_square(points_n2, original_size, resized_size).to(emb_1CHW.device)[:, None]
     labels_n1 = torch.ones(len(coords_n12), 1, dtype=torch.int, device=emb_1CHW.device)
     sparse, dense = head.prompt_encoder(points=(coords_n12, labels_n1), boxes=None, masks=None)
     logits_n1hw, _ = head.mask_decoder(
@@ -96,10 +94,21 @@ def _low_res_logits(
     return logits_n1hw
 
 
-def _upscale(
+def to_square(
+    points: npt.NDArray[np.floating], original_size: tuple[int, int], resized_size: tuple[int, int]
+) -> Tensor:
+    """Points (..., 2), x and y in pixels of an image of `original_size`, in those of the encoder's square, float32.
+
+    In float64 until then, as ResizeLongestSide.apply_coords does it.
+    """
+    scale_2 = np.array([resized_size[1] / original_size[1], resized_size[0] / original_size[0]])
+    return torch.as_tensor(points * scale_2, dtype=torch.float32)
+
+
+def upscale_masks(
     logits_n1hw: Tensor, image_size: int, original_size: tuple[int, int], resized_size: tuple[int, int]
 ) -> Tensor:
-    """Masks at the original size, in the two steps of Sam.postprocess_masks."""
+    """Masks at the original size, bool (n, H, W), in the two steps of Sam.postprocess_masks."""
     square = F.interpolate(logits_n1hw, (image_size, image_size), mode="bilinear", align_corners=False)
     inside = square[..., : resized_size[0], : resized_size[1]]
     full = F.interpolate(inside, original_size, mode="bilinear", align_corners=False)

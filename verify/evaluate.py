@@ -18,8 +18,9 @@ from .arena import Arena, open_arena
 from .centres import centre_of_mask
 from .contender import Answer, Contender
 from .evaluation_config import EvaluateConfig
-from .evaluation_report import check_evaluation_report, write_evaluation_report
+from .evaluation_report import write_evaluation_report
 from .protocols import Prompts, choose_objects, pair_prompts, point_prompts
+from .report import check_report
 from .sam_contenders import prompts_at_once
 from .scenes import Scene
 from .tally import Tally
@@ -47,7 +48,7 @@ def evaluate_masks(
     Raises VerifyError, and the other rooms' errors for a model or store that is missing or damaged.
     """
     if config.report is not None:
-        check_evaluation_report(config.report)
+        check_report(config.report)
     with ExitStack() as stack:
         arena = open_arena(config, stack, download)
         evaluation = _Evaluation(arena=arena, config=config)

@@ -21,7 +21,7 @@ from .gallery import pick_extremes
 from .mask_pictures import COLOURS, LONGEST, choose_points, paint_masks
 from .pictures import Bools, Floats, Rgb, thumbnail_uri
 from .protocols import Prompts, choose_objects, point_prompts
-from .report import check_report, page_environment, write_page
+from .report import page_environment, write_page
 from .sam_contenders import prompts_at_once
 from .scenes import Scene
 from .tally import first_iou
@@ -61,11 +61,6 @@ class Exhibit:
     strips: Sequence[Strip]
     figures: Sequence[tuple[str, float | None]]
     """Each model's mean over the image's prompts."""
-
-
-def check_evaluation_report(path: Path) -> None:
-    """As `check_report`."""
-    check_report(path)
 
 
 def write_evaluation_report(

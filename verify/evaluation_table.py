@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ..sam.sources import shown
 from . import tally
 from .table import number
+from .text_table import Table
 
 ABSENT = "-"
 MOST_NAMED = 10
 """Failed images that the terminal names; `--json` and the report name all."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Columns' headings, and a row of texts for each model; the first column is the model's name."""
-
-    title: str
-    note: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 LABEL_HEADINGS = {
@@ -52,7 +42,8 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
                 title=f"mIoU with labels, {objects:,} objects in {images}",
                 note="Single masks for the object's box and for its innermost point, and for that point the mask of "
                 "three that the model itself rates best, and the best one. Mean over objects.",
-                headings=["model", *headings],
+                columns=["model", *headings],
+                numeric=[False, *(True for _ in headings)],
                 rows=[[model["name"], *_ious(model["labels"], tally.LABEL_PROTOCOLS)] for model in models],
             )
         )
@@ -77,7 +68,8 @@ def _costs(models: Sequence[Mapping[str, Any]]) -> Table:
         title="Cost on this machine",
         note="Parameters of encoder and decoder; multiply-accumulates of the encoder; milliseconds for an image and "
         "for one prompt, medians. FastSAM's are those of everything, from pixels to masks.",
-        headings=["model", "kind", "parameters", "MACs", "encoder ms", "decoder ms"],
+        columns=["model", "kind", "parameters", "MACs", "encoder ms", "decoder ms"],
+        numeric=[False, False, True, True, True, True],
         rows=rows,
     )
 
@@ -93,10 +85,11 @@ def _teacher(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
         f"{images:,} image{_s(images)}",
         note="One foreground point; then one foreground and one background point so many pixels apart. Mean over an "
         f"image's prompts, then over images.{fit}",
-        headings=[
+        columns=[
             "model",
             *(name.replace("pair_", "+- ") + (" px" if "pair" in name else "") for name in protocols),
         ],
+        numeric=[False, *(True for _ in protocols)],
         rows=[[model["name"], *_ious(model["teacher"], protocols)] for model in models],
     )
 
@@ -121,7 +114,7 @@ def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
             lines.append(f"licence of {model['name']}: {model['licence']}")
         lines += [f"note on {model['name']}: {note}" for note in model["notes"]]
     for table in tables(result):
-        lines += ["", table.title, *_aligned(table), table.note]
+        lines += ["", *table.lines()]
     failed = result["failed"]
     if failed:
         lines += ["", f"{len(failed):,} image{_s(len(failed))} failed:"]
@@ -141,19 +134,6 @@ def nothing_told(result: Mapping[str, Any]) -> str:
     if result["failed"]:
         return "nothing could be evaluated: every image failed, or has nothing to be compared with"
     return "nothing to compare with: give --store, --teacher, or labels (--coco, or SA-1B's JSON beside each image)"
-
-
-def _aligned(table: Table) -> list[str]:
-    rows = [list(table.headings), *(list(map(shown, row)) for row in table.rows)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.headings))]
-    left = 2 if table.headings[1] == "kind" else 1
-    return [
-        "  ".join(
-            text.ljust(width) if column < left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _s(count: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..distill.cost import count_macs, median_seconds
 from ..sam import image_pixels
 from ..sam.head import SamHead
-from ..sam.masks import MASK_THRESHOLD, PIXELS_AT_ONCE, PROMPTS_AT_ONCE
+from ..sam.masks import PIXELS_AT_ONCE, PROMPTS_AT_ONCE, to_square, upscale_masks
 from ..sam.model import assemble
 from ..store import EmbeddingStore
 from .contender import LIMIT, Answer, Cost, Floats
@@ -74,19 +74,13 @@ class SamMasks:
                 multimask_output=several,
             )
 
-    def _to_square(self, points_NP2: Floats) -> Tensor:
-        # In float64, as ResizeLongestSide.apply_coords does it.
-        (height, width), (low, narrow) = self._original_size, self._resized_size
-        return torch.as_tensor(points_NP2 * np.array([narrow / width, low / height]), dtype=torch.float32)
+    def _to_square(self, points: Floats) -> Tensor:
+        return to_square(points, self._original_size, self._resized_size)
 
     def _upscale(self, logits_Chw: Tensor) -> Tensor:
         """One by one, since logits at an image's full size take four bytes a pixel."""
-        full = [
-            self.sam.postprocess_masks(one_1hw[None], self._resized_size, self._original_size)[0, 0]
-            > MASK_THRESHOLD
-            for one_1hw in logits_Chw.split(1)
-        ]
-        return torch.stack(full)
+        sizes = self.image_size, self._original_size, self._resized_size
+        return torch.cat([upscale_masks(one_1hw[None], *sizes) for one_1hw in logits_Chw.split(1)])
 
 
 class SamContender(SamMasks):

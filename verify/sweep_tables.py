@@ -4,41 +4,16 @@ distil (its Table 2)."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..sam.sources import shown
 from .spread import Group, Spread, grouped, judged_by, varying
+from .text_table import Table
 from .trial import FAILED
 
 _LENGTH = ("batch_size", "epochs")
 _NOT_TOLD = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table as text: `numeric` says of each column whether its cells are numbers."""
-
-    title: str
-    columns: Sequence[str]
-    numeric: Sequence[bool]
-    rows: Sequence[Sequence[str]]
-
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        return [self.title, *(self._line(row, widths) for row in (self.columns, *self.rows))]
-
-    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
-        cells = zip(row, widths, self.numeric, strict=True)
-        return "  ".join(f"{cell:>{w}}" if number else f"{cell:<{w}}" for cell, w, number in cells).rstrip()
-
-    def markdown(self) -> list[str]:
-        """For a document."""
-        rule = ["---:" if number else "---" for number in self.numeric]
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows)]
-        return [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -83,7 +83,8 @@ MASK_METRICS = (
         path=("miou",),
         digits=".4f",
         definition="Intersection over union of student's and teacher's mask for the same point, both through the "
-        "store's head, at the image's own resolution; mean over an image's points, then over images.",
+        "store's head (the student's through its own, where one was trained with it), at the image's own "
+        "resolution; mean over an image's points, then over images.",
     ),
     Metric(
         label="mIoU, minimum",

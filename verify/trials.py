@@ -66,7 +66,7 @@ def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = 
     if _objective(config, options) == DECOUPLED:
         options = {name: value for name, value in options.items() if name not in OF_MASKS}
     unnamed = dataclasses.replace(config.base, **options)
-    told = dict(unnamed.to_json())
+    told = unnamed.to_json()
     meaningless = set(OF_MASKS) if unnamed.objective == DECOUPLED else set()
     if after is not None:
         meaningless.add("init")
