@@ -34,6 +34,13 @@ TEACHERS = ("vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano")
 # Whether a path can be read is for the rooms to say: that is input, not usage.
 _PATH = click.Path(path_type=Path, readable=False)
 
+# Options that several commands have, with the same meaning.
+_device = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+_moved_images = click.option(
+    "--images", type=_PATH, metavar="DIR", help="Where the images are now, if they moved."
+)
+_checkpoint = click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights.")
+
 
 class RoomCommand(click.Command):
     """A command whose rooms' errors become one or two lines and an exit code."""
@@ -226,7 +233,7 @@ _precompute_options = _options(
                   help="Of the stored embeddings [default: the store's, else float16]"),
     click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
                   help="Of the teacher's arithmetic; auto is bfloat16 where the hardware accelerates it."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--workers", type=int, metavar="N", help="Worker processes [default: one a GPU; 1 on a CPU]"),
     click.option("--scheduler", metavar="ADDRESS", help="Use the dask cluster at this address."),
     click.option("--shard-size", default="auto", show_default=True, metavar="S",
@@ -312,8 +319,7 @@ _DISTILL = {field.name: field.default for field in fields(DistillConfig)}
 _distill_options = _options(
     click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
                   help="What precompute made."),
-    click.option("--images", type=_PATH, metavar="DIR",
-                  help="Where the images are now, if they moved."),
+    _moved_images,
     click.option("--student", default=_DISTILL["student"], show_default=True, metavar="NAME",
                   help="tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, or timm:NAME for a backbone of timm's."),
     click.option("--init", type=_PATH, metavar="FILE",
@@ -361,7 +367,7 @@ _distill_options = _options(
         default=_DISTILL["precision"],
         show_default=True,
     ),
-    click.option("--device", default=_DISTILL["device"], show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--compile", is_flag=True, default=None,
                   help="Have torch.compile translate the student first: minutes at the start, then faster on GPUs."),
     click.option("--resume/--restart", default=True, show_default=True,
@@ -414,12 +420,11 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
 _verify_options = _options(
     click.option("--student", type=_PATH, metavar="RUN_OR_FILE", help="[default: runs/latest]"),
     click.option("--store", type=_PATH, help="[default: the run's]"),
-    click.option("--images", type=_PATH, metavar="DIR",
-                  help="Where the images are now, if they moved."),
+    _moved_images,
     click.option("--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True),
     click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
                   help="Of the student's arithmetic; auto is what it was trained in."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--batch-size", type=int, metavar="B", help="[default: by device]"),
     click.option("--report", type=_PATH, metavar="FILE.html",
                   help="Write one self-contained page with curves and pictures."),
@@ -490,7 +495,7 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
 @main.command(cls=RoomCommand)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--image-size", type=int, default=1024, show_default=True, metavar="PX")
-@click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
+@_device
 @click.option(
     "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True
 )
@@ -525,7 +530,7 @@ _segment_options = _options(
     click.option("--head", type=_PATH, metavar="STORE_OR_FILE",
                   help="SAM's mask decoder, where the student lies without it."),
     click.option("--teacher", type=click.Choice(TEACHERS), help="In a student's place."),
-    click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights."),
+    _checkpoint,
     click.option("--point", "points", type=float, nargs=2, multiple=True, metavar="X Y",
                   help="On the object, in pixels of the image; may be repeated."),
     click.option("--negative-point", "negative_points", type=float, nargs=2, multiple=True, metavar="X Y",
@@ -537,7 +542,7 @@ _segment_options = _options(
                   help="The picture with the masks drawn in, PNG or JPEG."),
     click.option("--masks", type=_PATH, metavar="DIR", help="Write each mask as a PNG, 255 on the object."),
     click.option("--rle", type=_PATH, metavar="FILE", help="Write the masks as SA-1B does, in COCO's RLE."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--image-size", type=int, metavar="PX",
                   help="For teachers and files like mobile_sam.pt, which don't say [default: 1024]"),
 )
@@ -625,7 +630,7 @@ _evaluate_options = _options(
     click.option("--images", type=_PATH, metavar="DIR|TAR",
                  help="Without a store: the images. With one: where they are now, if they moved."),
     click.option("--teacher", type=click.Choice(TEACHERS), help="To be run on --images."),
-    click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights."),
+    _checkpoint,
     click.option("--coco", type=_PATH, metavar="FILE.json",
                  help="Labels: a COCO instances file [default: SA-1B's JSON beside each image]"),
     click.option("--points", type=int, default=4, show_default=True, metavar="N",
@@ -640,7 +645,7 @@ _evaluate_options = _options(
     click.option("--seed", type=int, default=0, show_default=True),
     click.option("--image-size", type=int, metavar="PX",
                  help="For files that don't say theirs [default: the store's, else 1024]"),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--report", type=_PATH, metavar="FILE.html",
                  help="Write one self-contained page with everybody's masks side by side."),
 )
@@ -694,7 +699,7 @@ def _axis(name: str, help_text: str) -> Callable:
 _sweep_options = _options(
     click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
                   help="What precompute made."),
-    click.option("--images", type=_PATH, metavar="DIR", help="Where the images are now, if they moved."),
+    _moved_images,
     _axis("student", "As distill has it, and so on; each without its values has distill's default."),
     _axis("init", "Files or runs to start from."),
     _axis("objective", "decoupled, semi_coupled, coupled; decoder finetunes what decoupled has made, or --init."),
@@ -719,7 +724,7 @@ _sweep_options = _options(
                   help="Share of the images held out, the same ones in all runs."),
     click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
                   show_default=True),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]"),
+    _device,
     click.option("--compile", is_flag=True, default=None, help="Have torch.compile translate the students."),
     click.option("--points", type=int, default=4, show_default=True, metavar="N",
                   help="Compare the masks of N x N points in each image."),
