@@ -45,7 +45,7 @@ def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditAnswer]:
                 audit = None
                 if reason is None:
                     with plugin.limited(task.batch_timeout):
-                        fresh_CHW = _embed(teacher, batch.images[0])
+                        fresh_CHW = plugin.compute(_embed, teacher, batch.images[0])
                     stored_CHW = store.read([record.row]).to_float32()[0]
                     audit = compare(record.row, stored_CHW, fresh_CHW)
                 answers.append(AuditAnswer(row=record.row, key=record.key, audit=audit, reason=reason))

@@ -37,6 +37,14 @@ LOGGED = 20
 """Messages, events and state changes that each part of a local cluster remembers, for dask's developers. With dask's
 own 1,000, memory grew by 1 KB an image for 64,000 images: a shard's messages hold a line for each of its images."""
 
+_QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "500ms",
+    "distributed.admin.system-monitor.interval": "2s",
+}
+"""Dask's processes look at themselves a hundred times a second. On a CPU that takes time from the teacher, and more
+than its own: where a product is divided among all cores, all of them wait for the one that was disturbed."""
+
 _SILENT = logging.CRITICAL + 1
 """For a local cluster's log: what is wrong with it is raised here, and dask logs it in tracebacks, as critical."""
 
@@ -145,8 +153,9 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         "distributed.scheduler.worker-ttl": f"{config.image_timeout + SILENCE_SECONDS}s",
         "distributed.worker.daemon": True,
     }
-    if config.performance_report is None:  # which is drawn from what is remembered
+    if config.performance_report is None:  # which is drawn from what is remembered and profiled
         settings["distributed.admin.low-level-log-length"] = LOGGED
+        settings |= _QUIET
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
         stack.enter_context(dask.config.set(settings))

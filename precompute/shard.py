@@ -102,7 +102,7 @@ class _Line:
         if not self._launched:
             self._busy = Stopwatch()
         with self._plugin.limited(self._task.batch_timeout):
-            self._launched.append((batch, embed(teacher, batch)))
+            self._launched.append((batch, self._plugin.compute(embed, teacher, batch)))
         if len(self._launched) > LAUNCHED_AHEAD[teacher.device.type]:
             self._collect()
 
@@ -200,5 +200,5 @@ def probe(task: ShardTask, plugin_name: str) -> bool:
     plugin: TeacherPlugin = get_worker().plugins[plugin_name]
     for batch in _batches(task, 1):
         with plugin.teacher() as teacher, plugin.limited(task.batch_timeout):
-            embed(teacher, batch).numpy()
+            plugin.compute(embed, teacher, batch).numpy()
     return True

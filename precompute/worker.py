@@ -7,12 +7,13 @@ decoded and another written while it computes a third's batches.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from distributed import Worker, WorkerPlugin, get_worker
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from .. import __version__
 from ..sam.allocator import keep_freed_memory
@@ -23,6 +24,9 @@ from .tasks import MESSAGE_TOPIC, TeacherSetup
 
 if TYPE_CHECKING:
     from ..sam.teachers import Teacher
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 TASKS_PER_WORKER = 2
 """Shard tasks that a worker runs at a time: one under the teacher, one decoding or writing."""
@@ -49,6 +53,21 @@ class TeacherPlugin(WorkerPlugin):
         self._device = self._setup.devices[place % len(self._setup.devices)]
         if self._device == "cpu":
             keep_freed_memory()  # while the threads that run tasks are still to come
+        # Of daemons, as dask's own are: a teacher that hangs keeps no process from ending.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+
+    def teardown(self, worker: Worker) -> None:
+        """Let the teacher's thread go; called by dask."""
+        self._thread.shutdown(wait=False)
+
+    def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in the one thread in which everything of the teacher is computed.
+
+        A thread that uses OpenMP has a team of threads of its own for it. Two teams are more threads than cores, and
+        all of them would then sleep at each barrier instead of waiting awake: a tenth of the teacher's time on a CPU.
+        """
+        result: T = self._thread.submit(function, *args, **kwargs).result()
+        return result
 
     @contextmanager
     def teacher(self) -> Iterator[Teacher]:
@@ -61,10 +80,10 @@ class TeacherPlugin(WorkerPlugin):
     def _ready(self) -> Teacher:
         from .sizing import compile_timeout
 
-        teacher = _load(self._setup, self._device, self.threads)
+        teacher = self.compute(_load, self._setup, self._device, self.threads)
         if batch_size := self._setup.compiled_batch:
             with self.limited(compile_timeout(batch_size), "torch.compile"):
-                compile_teacher(teacher, batch_size)
+                self.compute(compile_teacher, teacher, batch_size)
         return teacher
 
     @contextmanager
@@ -73,7 +92,8 @@ class TeacherPlugin(WorkerPlugin):
         memory."""
         with self._lock:
             self._teacher = None
-            yield _load(replace(self._setup, precision="float32"), self._device, self.threads)
+            setup = replace(self._setup, precision="float32")
+            yield self.compute(_load, setup, self._device, self.threads)
 
     @contextmanager
     def limited(self, seconds: float, what: str = "a batch") -> Iterator[None]:

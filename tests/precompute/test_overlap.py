@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from distributed import Client
 
 from mobilesam.precompute import shard as shard_module
+from mobilesam.precompute.embedding import Embeddings
 from mobilesam.precompute.shard import compute_shard
 from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
 from mobilesam.precompute.worker import TeacherPlugin
@@ -21,6 +24,9 @@ from mobilesam.store import array_layouts
 
 SHARDS, SIZE, SIDE = 5, 3, 256
 
+THREADS: set[int] = set()
+"""Those that the teacher computed in."""
+
 
 @pytest.fixture
 def results(
@@ -29,7 +35,14 @@ def results(
     """Five shards computed by one worker, and what dask's task stream says of them."""
     # A teacher that takes a while: the smallest could be through before another thread gets a turn.
     embed = shard_module.embed
-    monkeypatch.setattr(shard_module, "embed", lambda *what: (time.sleep(0.05), embed(*what))[1])
+    THREADS.clear()
+
+    def slowly(*what: Any) -> Embeddings:
+        THREADS.add(threading.get_ident())
+        time.sleep(0.05)
+        return embed(*what)
+
+    monkeypatch.setattr(shard_module, "embed", slowly)
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=untrained_sha256(), image_size=SIDE,
         precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,
@@ -85,6 +98,7 @@ def test_decoding_and_writing_happen_under_the_teacher_of_another_shard(
     assert _under(_spans(computed, "write"), teacher)
     ordered = sorted((span for _, span in teacher), key=lambda span: span.start)
     assert all(a.stop <= b.start for a, b in itertools.pairwise(ordered)), "one batch at a time"
+    assert len(THREADS) == 1, "and all of them in one thread"
     actions = [{part["action"] for part in entry["startstops"]} for entry in stream]
     assert len(actions) == SHARDS
     assert all({"compute", "disk-read", "disk-write"} <= found for found in actions)
