@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused_linear import linear, linear_gelu, linear_plus
 from .images import PATCH
 from .neck import EMBEDDING_CHANNELS, neck_convolution, neck_projection
 from .relative_attention import attend
@@ -109,28 +110,25 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_BYXC: Tensor) -> Tensor:
-        # Adding in place saves a pass over memory; nothing else holds a linear layer's result.
-        attended = self.attn(self.norm1(x_BYXC))
-        attended += x_BYXC
-        out = self.mlp(self.norm2(attended))
-        out += attended
-        return out
+        attended = self.attn(self.norm1(x_BYXC), x_BYXC)
+        return self.mlp(self.norm2(attended), attended)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between them."""
+    """Two linear layers with an exact GELU between them, and a residual."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.lin1 = nn.Linear(width, width * MLP_RATIO)
         self.lin2 = nn.Linear(width * MLP_RATIO, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lin2(F.gelu(self.lin1(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return linear_plus(linear_gelu(x, self.lin1), self.lin2, residual)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size."""
+    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size, and
+    a residual."""
 
     def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
         super().__init__()
@@ -142,14 +140,15 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
 
-    def forward(self, x_BYXC: Tensor) -> Tensor:
-        qkv_BYXC = self.qkv(x_BYXC)
+    def forward(self, x_BYXC: Tensor, residual_BYXC: Tensor) -> Tensor:
+        qkv_BYXC = linear(x_BYXC, self.qkv)
         if not self.windowed:
-            return self.proj(self._attend(qkv_BYXC))
+            return linear_plus(self._attend(qkv_BYXC), self.proj, residual_BYXC)
         # A border window's cells beyond the grid are zeros to the linear layer (which makes them its bias) and take
         # part in the attention, as keys.
         windows_WYXC = into_windows(qkv_BYXC, self.side, self.qkv.bias)
-        return self.proj(out_of_windows(self._attend(windows_WYXC), x_BYXC.shape[:3]))
+        attended_BYXC = out_of_windows(self._attend(windows_WYXC), x_BYXC.shape[:3])
+        return linear_plus(attended_BYXC, self.proj, residual_BYXC)
 
     def _attend(self, qkv_BYXC: Tensor) -> Tensor:
         q, k, v = (
