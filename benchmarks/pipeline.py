@@ -41,7 +41,7 @@ COMPARED = 4
 @click.option("--photos", default=24, show_default=True, help="How many are made and embedded.")
 @click.option("--teacher", type=click.Choice(["vit_h", "vit_l", "vit_b", "vit_nano"]), default="vit_b")
 @click.option(
-    "--rounds", default=3, show_default=True, help="Images for the teacher alone, before and after."
+    "--rounds", default=6, show_default=True, help="Images for the teacher alone, before and after."
 )
 @click.option("--shard-size", type=int, help="Photos of a shard; else precompute chooses.")
 @click.option("--height", default=1500, show_default=True, help="Of the photos in pixels; three halves wide.")

@@ -161,7 +161,7 @@ class Loader:
         values_BCHW, scales_BC = self._empty_embeddings(len(rows))
         return Batch(
             rows=rows,
-            canvas_BHWC=torch.zeros(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pin),
+            canvas_BHWC=torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pin),
             sizes_B2=torch.tensor([self._resized_size(row) for row in rows], pin_memory=pin),
             valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
             values_BCHW=values_BCHW,

@@ -70,9 +70,11 @@ def load_image(data: bytes, image_size: int = 1024) -> DecodedImage:
 
 
 def place_on_canvas(image: DecodedImage, canvas_HWC: np.ndarray) -> None:
-    """Copy the pixels into the top-left corner of a uint8 canvas (S, S, 3); the rest of it stays as it is."""
+    """Write a whole uint8 canvas (S, S, 3): the pixels in its top-left corner, black beyond them."""
     height, width = image.resized_size
     canvas_HWC[:height, :width] = image.pixels_HWC
+    canvas_HWC[:height, width:] = 0
+    canvas_HWC[height:] = 0
 
 
 def valid_cells(resized_size: tuple[int, int], image_size: int = 1024) -> np.ndarray:

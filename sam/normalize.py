@@ -12,7 +12,7 @@ from .images import PIXEL_MEAN, PIXEL_STD, DecodedImage, place_on_canvas
 
 def image_pixels(image: DecodedImage, image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """One image as encoders take it: float32 (1, 3, S, S) on `device`, S being `image_size`."""
-    canvas_HWC = np.zeros((image_size, image_size, 3), dtype=np.uint8)
+    canvas_HWC = np.empty((image_size, image_size, 3), dtype=np.uint8)
     place_on_canvas(image, canvas_HWC)
     sizes_12 = torch.tensor([image.resized_size]).to(device)
     return normalize_and_pad(torch.from_numpy(canvas_HWC)[None].to(device), sizes_12)

@@ -36,7 +36,8 @@ def upstream_pixels(image_HWC: np.ndarray, image_size: int) -> torch.Tensor:
 
 def our_pixels(image: DecodedImage, image_size: int, background: int = 0) -> torch.Tensor:
     canvas = np.full((image_size, image_size, 3), background, np.uint8)
-    place_on_canvas(image, canvas)
+    height, width = image.resized_size
+    canvas[:height, :width] = image.pixels_HWC
     return normalize_and_pad(torch.from_numpy(canvas)[None], torch.tensor([image.resized_size]))
 
 
@@ -131,12 +132,13 @@ def test_normalising_leaves_the_canvas_alone() -> None:
     assert (canvas == 7).all()
 
 
-def test_placing_touches_nothing_outside_the_image() -> None:
+@pytest.mark.parametrize("size", [(2, 8), (8, 2)])
+def test_placing_writes_the_image_and_black_beyond_it(size: tuple[int, int]) -> None:
     canvas = np.full((8, 8, 3), 5, np.uint8)
-    pixels = np.ones((2, 8, 3), np.uint8)
-    place_on_canvas(DecodedImage(pixels_HWC=pixels, original_size=(4, 16), resized_size=(2, 8)), canvas)
-    assert (canvas[:2] == 1).all()
-    assert (canvas[2:] == 5).all()
+    pixels = np.ones((*size, 3), np.uint8)
+    place_on_canvas(DecodedImage(pixels_HWC=pixels, original_size=size, resized_size=size), canvas)
+    assert (canvas[: size[0], : size[1]] == 1).all()
+    assert canvas.sum() == pixels.sum()
 
 
 def test_the_recipe_survives_json_and_tells_image_sizes_apart() -> None:
