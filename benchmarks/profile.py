@@ -26,7 +26,8 @@ GROUPS = (
 
 def shares(name: str, call: Callable[[], object]) -> list[str]:
     """One line for each group of operators that took part of a call's time: its share of the time in operators, which
-    on a GPU is the GPU's."""
+    on a GPU is the GPU's. The first call, which fills caches and allocators, isn't looked at."""
+    call()
     activities = [ProfilerActivity.CPU]
     on_gpu = torch.cuda.is_available()
     if on_gpu:
