@@ -1,13 +1,18 @@
 """Trains vit_nano, encoder and head together, on generated pictures at several resolutions.
 
-    python examples/train_vit_nano.py --work nano --until 3000 --sizes 256
-    python examples/train_vit_nano.py --work nano --until 4000 --sizes 256 512 1024
-    python examples/train_vit_nano.py --work nano --until 4500 --sizes 256 512 1024 --final-lr 0
+    python examples/train_vit_nano.py --work nano --until 1200 --sizes 128
+    python examples/train_vit_nano.py --work nano --until 6000 --sizes 256
+    python examples/train_vit_nano.py --work nano --until 8000 --sizes 256 512 1024
+    python examples/train_vit_nano.py --work nano --until 9000 --sizes 256 512 1024 --final-lr 0
     python examples/train_vit_nano.py --work nano --save weights.safetensors
 
-Each command goes on where the last one ended (or was ended). The rate goes from where it is to --final-lr along a
-straight line; the weights that are kept are a moving average. Loss, prompts and their rules are those of
-`mobilesam distill --objective coupled`.
+Each command goes on where the last one ended (or was ended); a new folder may --start from saved weights. The rate
+goes from where it is to --final-lr along a straight line; the weights that are kept are a moving average. Loss,
+prompts and their rules are those of `mobilesam distill --objective coupled`. Nothing else should run beside it: its
+threads wait for each other, and on busy cores take twice as long.
+
+Two short stages come first, without which a fresh head answers nothing for hundreds of steps: the encoder alone
+learns to give cells of one object like embeddings, then the head alone learns to read them.
 """
 
 from __future__ import annotations
@@ -16,73 +21,201 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from generate_pictures import generate
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mobilesam.distill.labels import to_square_mask
+from mobilesam.distill.mask_loss import MaskLossWeights
 from mobilesam.distill.mask_objectives import inside_square
 from mobilesam.distill.mask_training import MaskTraining, Objects, mask_side
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.head import SamHead
 from mobilesam.sam.normalize import normalize_and_pad
+from mobilesam.sam.precision import cpu_accelerates_bfloat16
 from mobilesam.sam.vit import VITS, build_vit, fit_positions
 from mobilesam.sam.vit_nano import STORED_IMAGE_SIZE
 
 SEED = 1
 HELD_OUT_SEED = 2
 # Pictures and objects of each in one step, by image size in pixels, and how often a size comes up.
-BATCHES = {256: (8, 4), 512: (3, 5), 1024: (1, 6)}
-SHARES = {256: 0.7, 512: 0.2, 1024: 0.1}
-TWO_ROUNDS = 0.2
+BATCHES = {128: (16, 6), 256: (8, 5), 512: (3, 5), 1024: (1, 6)}
+SHARES = {128: 0.5, 256: 0.7, 512: 0.2, 1024: 0.1}
+# How many pictures there are of a size. They come again turned and mirrored, with other objects and prompts.
+PICTURES = {128: 8192, 256: 8192, 512: 1024, 1024: 256}
+TWO_ROUNDS = 0.1
 """Share of the steps in which a correction follows the first prompt."""
-LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 1e-3, 200, 0.02, 1.0
+FOCAL = 5.0
+"""Focal : dice is 20 : 1 in SAM; here most of a picture is not the object, and 20 teaches to answer nothing."""
+ENCODER_STEPS, HEAD_STEPS = 250, 300
+ATTENTION_GAIN = 4.0
+SHARPNESS = 10.0
+LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 5e-4, 50, 0.02, 1.0
+MUON_LR = 5.0
+"""Muon's rate, in AdamW's: how far a matrix moves in a step."""
 AVERAGE = 0.998
-VALIDATION_PICTURES = 32
+VALIDATION_PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """canvas_HWC uint8 (S, S, 3), size (height, width), masks_KMM bool."""
+    """canvas_HWC uint8 (S, S, 3), size (height, width), segments_MM uint8: 0 is background, n the object n."""
 
     canvas_HWC: np.ndarray
     size: tuple[int, int]
-    masks_KMM: np.ndarray
+    segments_MM: np.ndarray
+    chosen: tuple[int, ...]
 
 
-def make_sample(seed: int, index: int, side: int, objects: int) -> Sample:
-    """A picture with up to `objects` of its objects, chosen at random; runs in a process of its own."""
+@dataclass(frozen=True)
+class Pictures:
+    """N pictures: canvas_NHWC uint8, sizes_N2 int64 (height, width), segments_NMM uint8 as in a sample."""
+
+    canvas_NHWC: np.ndarray
+    sizes_N2: np.ndarray
+    segments_NMM: np.ndarray
+
+    def sample(self, index: int, objects: int, rng: np.random.Generator, turn: int = 0) -> Sample:
+        """A picture in one of its eight positions, with up to `objects` of its objects, chosen at random."""
+        side, height, width = self.canvas_NHWC.shape[1], *self.sizes_N2[index].tolist()
+        rows, columns = (round(length * mask_side(side) / side) for length in (height, width))
+        pixels_HWC = _turned(self.canvas_NHWC[index, :height, :width], turn)
+        inside = _turned(self.segments_NMM[index, :rows, :columns], turn)
+        canvas_HWC = np.zeros((side, side, 3), np.uint8)
+        canvas_HWC[: pixels_HWC.shape[0], : pixels_HWC.shape[1]] = pixels_HWC
+        segments_MM = np.zeros((mask_side(side),) * 2, np.uint8)
+        segments_MM[: inside.shape[0], : inside.shape[1]] = inside
+        seen = np.flatnonzero(np.bincount(segments_MM.ravel())[1:]) + 1
+        chosen = tuple(rng.permutation(seen)[:objects].tolist())
+        return Sample(canvas_HWC, pixels_HWC.shape[:2], segments_MM, chosen)
+
+
+def training_pictures(folder: Path, side: int) -> Pictures:
+    """The pictures to train on, made at the first call by all cores, and kept in `folder`: made while the training
+    runs they would cost twice as much, since its threads wait for each other."""
+    number, masks = PICTURES[side], mask_side(side)
+    shapes = {
+        "canvas": ((number, side, side, 3), np.uint8),
+        "sizes": ((number, 2), np.int64),
+        "segments": ((number, masks, masks), np.uint8),
+    }
+    kept = folder / f"pictures-{side}"
+    if not kept.exists():
+        draft = folder / f"draft-{side}"
+        draft.mkdir(exist_ok=True)
+        for name, (shape, dtype) in shapes.items():
+            np.lib.format.open_memmap(draft / f"{name}.npy", "w+", dtype, shape).flush()
+        step = -(-number // 64)
+        with ProcessPoolExecutor() as pool:
+            parts = [range(first, min(number, first + step)) for first in range(0, number, step)]
+            list(pool.map(make_pictures, [draft] * len(parts), [side] * len(parts), parts))
+        draft.rename(kept)
+    return Pictures(*(np.load(kept / f"{name}.npy", "r") for name in shapes))
+
+
+def make_pictures(folder: Path, side: int, indices: range) -> None:
+    """Fill in some of the arrays in `folder`; runs in a process of its own."""
+    canvas, sizes, segments = (
+        np.load(folder / f"{name}.npy", "r+") for name in ("canvas", "sizes", "segments")
+    )
+    for index in indices:
+        fill_in(Pictures(canvas, sizes, segments), index, SEED, index)
+
+
+def fill_in(pictures: Pictures, place: int, seed: int, index: int) -> None:
+    """Put the picture number `index` of `seed` into a place."""
+    side = pictures.canvas_NHWC.shape[1]
     picture = generate(seed, index, side)
     height, width = picture.pixels_HWC.shape[:2]
-    canvas_HWC = np.zeros((side, side, 3), np.uint8)
-    canvas_HWC[:height, :width] = picture.pixels_HWC
-    chosen = np.random.default_rng([seed, index]).permutation(len(picture.masks))[:objects]
-    masks = [to_square_mask(picture.masks[i], mask_side(side)) for i in chosen]
-    return Sample(canvas_HWC, (height, width), np.stack([mask for mask in masks if mask.any()]))
+    pictures.canvas_NHWC[place, :height, :width] = picture.pixels_HWC
+    pictures.sizes_N2[place] = height, width
+    for number, mask in enumerate(picture.masks, 1):
+        pictures.segments_NMM[place][to_square_mask(mask, mask_side(side))] = number
 
 
-def collate(samples: list[Sample], side: int) -> tuple[Tensor, Objects]:
-    """Normalised pixels (B, 3, S, S) and the objects of all samples."""
+@cache
+def held_out_pictures(side: int) -> Pictures:
+    """Pictures of another seed, to measure on."""
+    number, masks = VALIDATION_PICTURES * 256 // side, mask_side(side)
+    pictures = Pictures(
+        np.zeros((number, side, side, 3), np.uint8),
+        np.zeros((number, 2), np.int64),
+        np.zeros((number, masks, masks), np.uint8),
+    )
+    for index in range(number):
+        fill_in(pictures, index, HELD_OUT_SEED, index)
+    return pictures
+
+
+def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
+    turned = np.rot90(pixels, turn % 4)
+    return turned if turn < 4 else turned[:, ::-1]
+
+
+def collate(samples: list[Sample], side: int) -> tuple[Tensor, Objects, Tensor]:
+    """Normalised pixels (B, 3, S, S), the chosen objects of all samples, and segments int64 (B, M, M)."""
     sizes_B2 = torch.tensor([sample.size for sample in samples])
     pixels_BCHW = normalize_and_pad(torch.from_numpy(np.stack([s.canvas_HWC for s in samples])), sizes_B2)
     inside_BMM = inside_square(sizes_B2, side, mask_side(side))
-    counts = torch.tensor([len(s.masks_KMM) for s in samples])
-    masks = torch.from_numpy(np.concatenate([s.masks_KMM for s in samples]))
-    image_P = torch.arange(len(samples)).repeat_interleave(counts)
-    weight_P = torch.ones(len(masks))
-    return pixels_BCHW, Objects(masks_PMM=masks, image_P=image_P, inside_BMM=inside_BMM, weight_P=weight_P)
+    segments_BMM = torch.from_numpy(np.stack([s.segments_MM for s in samples])).long()
+    image_P = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.chosen) for s in samples]))
+    numbers_P = torch.tensor([number for s in samples for number in s.chosen])
+    objects = Objects(
+        masks_PMM=segments_BMM[image_P] == numbers_P[:, None, None],
+        image_P=image_P,
+        inside_BMM=inside_BMM,
+        weight_P=torch.ones(len(image_P)),
+    )
+    return pixels_BCHW, objects, segments_BMM
+
+
+def likeness_loss(emb_BCHW: Tensor, segments_BMM: Tensor, inside_BMM: Tensor) -> Tensor:
+    """How badly a cell tells cells of its own segment from the others': supervised contrastive loss over cosines.
+
+    A cell is of the segment that most of its pixels are of. Source: arXiv 2004.11362, equation 3 (L_in).
+    """
+    size = segments_BMM.shape[-1] // emb_BCHW.shape[-1]
+    cells_BL = (
+        segments_BMM.unfold(1, size, size).unfold(2, size, size).flatten(3).mode(dim=3).values.flatten(1)
+    )
+    inside_BL = F.avg_pool2d(inside_BMM[:, None].float(), size).flatten(1) > 0.5
+    unit_BLC = F.normalize(emb_BCHW.flatten(2).transpose(1, 2), dim=2)
+    cosine_BLL = SHARPNESS * unit_BLC @ unit_BLC.transpose(1, 2)
+    others_BLL = inside_BL[:, None, :] & ~torch.eye(cells_BL.shape[1], dtype=torch.bool)
+    own_BLL = (cells_BL[:, :, None] == cells_BL[:, None, :]) & others_BLL
+    own_BL, others_BL = (
+        torch.logsumexp(cosine_BLL.masked_fill(~pairs_BLL, -1e4), dim=2)
+        for pairs_BLL in (own_BLL, others_BLL)
+    )
+    counted_BL = own_BLL.any(dim=2) & inside_BL
+    return ((others_BL - own_BL) * counted_BL).sum() / counted_BL.sum()
+
+
+Stage = Literal["encoder", "head", "coupled"]
+
+
+def stage_of(step: int) -> tuple[Stage, int]:
+    """What a step trains, and the first step of that stage."""
+    if step < ENCODER_STEPS:
+        return "encoder", 0
+    if step < ENCODER_STEPS + HEAD_STEPS:
+        return "head", ENCODER_STEPS
+    return "coupled", ENCODER_STEPS + HEAD_STEPS
 
 
 class Sam(nn.Module):
-    """Encoder and head of one image size; `forward` is the loss."""
+    """Encoder and head of one image size; `forward` is a stage's loss, summed over objects, and the picked IoU."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -90,9 +223,32 @@ class Sam(nn.Module):
         self.head = SamHead(image_size)
 
     def forward(
-        self, training: MaskTraining, pixels: Tensor, objects: Objects, generator: torch.Generator
+        self,
+        stage: Stage,
+        training: MaskTraining,
+        batch: tuple[Tensor, Objects, Tensor],
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        return training.loss(self.head, self.image_encoder(pixels), objects, generator)
+        pixels_BCHW, objects, segments_BMM = batch
+        emb_BCHW = self.image_encoder(pixels_BCHW)
+        if stage == "encoder":
+            loss = likeness_loss(emb_BCHW, segments_BMM, objects.inside_BMM) * len(objects.image_P)
+            return loss, loss.new_zeros(())
+        emb_BCHW = emb_BCHW.detach() if stage == "head" else emb_BCHW
+        return training.loss(self.head, emb_BCHW, objects, generator)
+
+
+@torch.no_grad()
+def look_at_the_place(head: SamHead) -> None:
+    """Makes a fresh head's cross attention look where a point is, instead of everywhere alike: a query and a key that
+    are equal get a high score when both are projected by one matrix."""
+    transformer = head.mask_decoder.transformer
+    layers = [
+        (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token) for layer in transformer.layers
+    ]
+    for attention in [*(each for pair in layers for each in pair), transformer.final_attn_token_to_image]:
+        attention.q_proj.weight.mul_(ATTENTION_GAIN)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
 def call(
@@ -106,25 +262,85 @@ def call(
     return functional_call(sizes[side], at_size, arguments)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are made equal, for matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon).
+
+    What torch.optim.Muon does, in float32 where the CPU has no bfloat16: emulated, it takes 15 s a step.
+    """
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        super().__init__(matrices, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 0.05)
+                update = _orthogonal(matrix.grad.lerp(momentum, 0.95))
+                matrix.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                # As far as AdamW would move it (arXiv 2502.16982, section 2.2).
+                matrix.sub_(update, alpha=group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of a matrix U S V^T, by five Newton-Schulz steps."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return _orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    if cpu_accelerates_bfloat16():
+        x = x.bfloat16()
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.float()
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon takes it: what multiplies activations, no table of positions or tokens."""
+    tables = ("rel_pos", "pos_embed", "point_embed", "token", "not_a_point", "no_mask")
+    return parameter.ndim == 2 and not any(table in name for table in tables)
+
+
 class Run:
     """The state of a training, in a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Path | None = None) -> None:
+        """A training goes on where its folder has it, else from `weights`, if any are given."""
         self.folder = folder
         torch.manual_seed(SEED)
         self.sam = Sam(STORED_IMAGE_SIZE)
         nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
-        decayed = [p for p in self.sam.parameters() if p.ndim > 1]
-        others = [p for p in self.sam.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))
+        look_at_the_place(self.sam.head)
+        named = list(self.sam.named_parameters())
+        others = [parameter for name, parameter in named if not is_hidden_matrix(name, parameter)]
+        groups = [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))
+        self.muon = Muon([parameter for name, parameter in named if is_hidden_matrix(name, parameter)])
         self.average = {key: value.detach().clone() for key, value in self.sam.state_dict().items()}
         self.step, self.lr = 0, LR
+        if not self.path.exists() and weights is not None:
+            self._start_from(weights)
+        self.warm_from = self.step
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             self.sam.load_state_dict(state["sam"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.adamw.load_state_dict(state["adamw"])
+            self.muon.load_state_dict(state["muon"])
             self.average, self.step, self.lr = state["average"], state["step"], state["lr"]
+            self.warm_from = state.get("warm_from", 0)
+
+    def _start_from(self, weights: Path) -> None:
+        with safe_open(weights, "pt") as file:
+            self.step = int(file.metadata()["step"])
+            for name, value in self.sam.state_dict().items():
+                value.copy_(file.get_tensor(name.removeprefix("head.")))
+                self.average[name].copy_(value)
 
     @property
     def path(self) -> Path:
@@ -133,10 +349,12 @@ class Run:
     def save(self) -> None:
         state = {
             "sam": self.sam.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "adamw": self.adamw.state_dict(),
+            "muon": self.muon.state_dict(),
             "average": self.average,
             "step": self.step,
             "lr": self.lr,
+            "warm_from": self.warm_from,
         }
         partial = self.path.with_suffix(".partial")
         torch.save(state, partial)
@@ -152,40 +370,45 @@ def plan(step: int, sizes: list[int]) -> tuple[int, MaskTraining, torch.Generato
     shares = torch.tensor([SHARES[size] for size in sizes])
     side = sizes[int(torch.multinomial(shares, 1, generator=generator))]
     rounds = 2 if float(torch.rand((), generator=generator)) < TWO_ROUNDS else 1
-    return side, MaskTraining(rounds=rounds), generator
+    return side, MaskTraining(rounds=rounds, weights=MaskLossWeights(focal=FOCAL)), generator
 
 
-def batches(
-    pool: ProcessPoolExecutor, steps: range, sizes: list[int]
-) -> Iterator[tuple[int, MaskTraining, torch.Generator, list[Sample]]]:
-    """The steps' batches, two of them made ahead."""
-    waiting = []
-    for step in [*steps, None, None]:
-        if step is not None:
-            side, training, generator = plan(step, sizes)
-            pictures, objects = BATCHES[side]
-            futures = [pool.submit(make_sample, SEED, step * 16 + i, side, objects) for i in range(pictures)]
-            waiting.append((side, training, generator, futures))
-        if (len(waiting) > 2 or step is None) and waiting:
-            side, training, generator, futures = waiting.pop(0)
-            yield side, training, generator, [future.result() for future in futures]
+def samples_of(step: int, pictures: Pictures, generator: torch.Generator) -> list[Sample]:
+    """The samples of a step: pictures in turn, each time in another position and with other objects."""
+    side = pictures.canvas_NHWC.shape[1]
+    number, objects = BATCHES[side]
+    rng = np.random.default_rng([SEED, step])
+    places = (np.arange(number) + step * number) % len(pictures.canvas_NHWC)
+    turns = torch.randint(8, (number,), generator=generator).tolist()
+    return [
+        pictures.sample(place, objects, rng, turn) for place, turn in zip(places.tolist(), turns, strict=True)
+    ]
 
 
-def train(run: Run, until: int, sizes: list[int], final_lr: float, pool: ProcessPoolExecutor) -> None:
+def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
+    pictures = {side: training_pictures(run.folder, side) for side in sizes}
     at_sizes = {side: Sam(side) for side in BATCHES}
     first, started_lr = run.step, run.lr
     log = (run.folder / "log.jsonl").open("a")
     start, window = time.monotonic(), {"loss": 0.0, "picked": 0.0, "objects": 0}
-    for side, training, generator, samples in batches(pool, range(first, until), sizes):
+    for step in range(first, until):
+        side, training, generator = plan(step, sizes)
+        samples = samples_of(step, pictures[side], generator)
+        stage, stage_start = stage_of(run.step)
         run.lr = started_lr + (final_lr - started_lr) * (run.step - first) / (until - first)
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.lr * min(1, (run.step + 1) / WARMUP_STEPS)
-        pixels, objects = collate(samples, side)
-        loss, picked = call(at_sizes, run.weights(), side, training, pixels, objects, generator)
+        warm_steps = run.step - max(stage_start, run.warm_from) + 1
+        rate = run.lr * min(1, warm_steps / WARMUP_STEPS)
+        for optimizer, gain in ((run.adamw, 1.0), (run.muon, MUON_LR)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * gain
+        batch = collate(samples, side)
+        objects = batch[1]
+        loss, picked = call(at_sizes, run.weights(), side, stage, training, batch, generator)
         (loss / len(objects.image_P)).backward()
         nn.utils.clip_grad_norm_(run.sam.parameters(), CLIP)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.adamw.step()
+        run.muon.step()
+        run.sam.zero_grad(set_to_none=True)
         run.step += 1
         keep = min(AVERAGE, run.step / (run.step + 10))
         for key, value in run.sam.state_dict().items():
@@ -196,13 +419,14 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float, pool: Process
         if run.step % 50 == 0 or run.step == until:
             line = {
                 "step": run.step,
+                "stage": stage,
                 "lr": run.lr,
                 "loss": window["loss"] / window["objects"],
                 "picked_iou": window["picked"] / window["objects"],
                 "seconds": round(time.monotonic() - start),
             }
             if run.step % 500 == 0 or run.step == until:
-                line |= validate(run, at_sizes, sizes, pool)
+                line |= validate(run, at_sizes, sizes)
             print(json.dumps(line), flush=True)
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -211,23 +435,20 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float, pool: Process
 
 
 @torch.no_grad()
-def validate(
-    run: Run, at_sizes: dict[int, Sam], sizes: list[int], pool: ProcessPoolExecutor
-) -> dict[str, float]:
+def validate(run: Run, at_sizes: dict[int, Sam], sizes: list[int]) -> dict[str, float]:
     """The IoU of picked masks for one point, the averaged weights on held-out pictures."""
     found = {}
     averaged = {key: nn.Parameter(value, requires_grad=False) for key, value in run.average.items()}
     for side in sizes:
-        pictures = VALIDATION_PICTURES * 256 // side
-        futures = [pool.submit(make_sample, HELD_OUT_SEED, i, side, 6) for i in range(pictures)]
-        samples = [future.result() for future in futures]
+        pictures, rng = held_out_pictures(side), np.random.default_rng(HELD_OUT_SEED)
+        samples = [pictures.sample(index, 6, rng) for index in range(len(pictures.sizes_N2))]
         total, objects_seen = 0.0, 0
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+        points = MaskTraining(rounds=1, boxes=0.0)
         for sample in samples:
-            pixels, objects = collate([sample], side)
-            points = MaskTraining(rounds=1, boxes=0.0)
-            _, picked = call(at_sizes, averaged, side, points, pixels, objects, generator)
-            total, objects_seen = total + float(picked), objects_seen + len(objects.image_P)
+            batch = collate([sample], side)
+            _, picked = call(at_sizes, averaged, side, "coupled", points, batch, generator)
+            total, objects_seen = total + float(picked), objects_seen + len(sample.chosen)
         found[f"held_out_picked_iou_{side}"] = total / objects_seen
     return found
 
@@ -248,13 +469,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], choices=sorted(BATCHES), metavar="PX")
     parser.add_argument("--final-lr", type=float, default=LR, metavar="X")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the averaged weights")
+    parser.add_argument(
+        "--start", type=Path, metavar="FILE", help="begin with these weights, as --save wrote them"
+    )
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)
-    run = Run(options.work)
+    run = Run(options.work, options.start)
     if options.until is not None and options.until > run.step:
-        with ProcessPoolExecutor(1) as pool:
-            train(run, options.until, options.sizes, options.final_lr, pool)
+        train(run, options.until, options.sizes, options.final_lr)
     if options.save is not None:
         save(run, options.save)
         print(f"weights as of step {run.step} in {options.save}")
