@@ -121,7 +121,11 @@ def test_the_teachers_masks_are_those_of_upstreams_decoder(head: SamHead):
                 emb_PCHW[p][None], head.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
             )
         large = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
-        assert torch.equal(found[p], (large[0, iou[0].argmax()] > 0) & inside[p])
+        picked = large[0, iou[0].argmax()]
+        # All at once or one by one is rounded differently on some processors: a logit of 0 falls to either side.
+        clear = picked.abs() > 1e-4
+        assert clear.float().mean() > 0.99
+        assert torch.equal(found[p][clear], ((picked > 0) & inside[p])[clear])
 
 
 def test_an_image_lies_in_its_part_of_the_square():
