@@ -121,11 +121,11 @@ def test_the_teachers_masks_are_those_of_upstreams_decoder(head: SamHead):
                 emb_PCHW[p][None], head.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
             )
         large = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
-        picked = large[0, iou[0].argmax()]
-        # All at once or one by one is rounded differently on some processors, and an untrained head makes 3e-3 of it.
-        clear = picked.abs() > 0.02
-        assert clear.float().mean() > 0.95
-        assert torch.equal(found[p][clear], ((picked > 0) & inside[p])[clear])
+        expected = (large[0, iou[0].argmax()] > 0) & inside[p]
+        others = [(logit > 0) & inside[p] for logit in large[0]]
+        # All at once or one by one is rounded differently, and an untrained head may make a tenth of a logit of it.
+        assert (found[p] == expected).float().mean() >= 0.98
+        assert sorted(float((found[p] == other).float().mean()) for other in others)[-2] < 0.95
 
 
 def test_an_image_lies_in_its_part_of_the_square():
