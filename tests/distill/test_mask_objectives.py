@@ -107,7 +107,10 @@ def run_of(result: dict[str, Any]) -> Path:
     return Path(result["run"])
 
 
-def test_the_teachers_masks_are_those_of_upstreams_decoder(head: SamHead):
+def test_the_teachers_masks_are_those_of_upstreams_decoder():
+    # As torch draws it: vit_nano's head makes a tenth of a logit of how a processor rounds several images at once.
+    torch.manual_seed(0)
+    head = SamHead(64).eval()
     emb_PCHW = torch.randn(4, 256, 4, 4, generator=torch.Generator().manual_seed(0))
     inside = inside_square(torch.tensor([[64, 64], [64, 40], [20, 64], [64, 64]]), 64, 32)
     found = teacher_masks(head, emb_PCHW, inside, torch.Generator().manual_seed(5))
@@ -121,11 +124,7 @@ def test_the_teachers_masks_are_those_of_upstreams_decoder(head: SamHead):
                 emb_PCHW[p][None], head.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
             )
         large = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
-        expected = (large[0, iou[0].argmax()] > 0) & inside[p]
-        others = [(logit > 0) & inside[p] for logit in large[0]]
-        # All at once or one by one is rounded differently, and an untrained head may make a tenth of a logit of it.
-        assert (found[p] == expected).float().mean() >= 0.98
-        assert sorted(float((found[p] == other).float().mean()) for other in others)[-2] < 0.95
+        assert torch.equal(found[p], (large[0, iou[0].argmax()] > 0) & inside[p])
 
 
 def test_an_image_lies_in_its_part_of_the_square():
