@@ -24,10 +24,11 @@ GROUPS = (
 """Groups in the order in which an operator's name is looked for in them."""
 
 
-def shares(name: str, call: Callable[[], object]) -> list[str]:
+def shares(name: str, call: Callable[[], object], warm_calls: int = 1) -> list[str]:
     """One line for each group of operators that took part of a call's time: its share of the time in operators, which
-    on a GPU is the GPU's. The first call, which fills caches and allocators, isn't looked at."""
-    call()
+    on a GPU is the GPU's. The first `warm_calls`, which fill caches and allocators, aren't looked at."""
+    for _ in range(warm_calls):
+        call()
     activities = [ProfilerActivity.CPU]
     on_gpu = torch.cuda.is_available()
     if on_gpu:

@@ -57,9 +57,7 @@ def step_seconds(side: Side, store: Path, images: int, device: torch.device) -> 
 def step_shares(side: Side, store: Path, images: int, device: torch.device) -> list[str]:
     """Which operators a step's time goes to, as lines."""
     with _step(side, store, images, device) as step:
-        for _ in range(WARM_STEPS):
-            step()
-        return shares(side.name, step)
+        return shares(side.name, step, WARM_STEPS)
 
 
 @contextmanager

@@ -125,10 +125,13 @@ def _listed_size(image: TaskImage) -> int | None:
 
 
 def _assemble(loaded: Sequence[LoadedImage], image_size: int, batch_size: int) -> Batch:
-    canvas_BHWC = np.zeros((batch_size, image_size, image_size, 3), dtype=np.uint8)
+    canvas_BHWC = np.empty((batch_size, image_size, image_size, 3), dtype=np.uint8)
+    canvas_BHWC[len(loaded) :] = 0
     sizes_B2 = np.ones((batch_size, 2), dtype=np.int64)
     for slot, item in enumerate(loaded):
-        if item.decoded is not None:
+        if item.decoded is None:
+            canvas_BHWC[slot] = 0
+        else:
             place_on_canvas(item.decoded, canvas_BHWC[slot])
             sizes_B2[slot] = item.decoded.resized_size
     return Batch(images=tuple(loaded), canvas_BHWC=canvas_BHWC, sizes_B2=sizes_B2)
