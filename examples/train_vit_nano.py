@@ -11,6 +11,11 @@ goes from where it is to --final-lr along a straight line; the weights that are 
 prompts and their rules are those of `mobilesam distill --objective coupled`. Nothing else should run beside it: its
 threads wait for each other, and on busy cores take twice as long.
 
+    python examples/generate_pictures.py --out held-out --seed 2 --side 256
+    mobilesam evaluate --images held-out --teacher vit_nano --model nano=vit_nano --image-size 256
+
+measures the masks of the package's weights on pictures that were not trained on: picked and best of three.
+
 Two short stages come first, without which a fresh head answers nothing for hundreds of steps: the encoder alone
 learns to give cells of one object like embeddings, then the head alone learns to read them.
 """
@@ -21,39 +26,31 @@ import argparse
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from generate_pictures import generate
+from muon import Muon
+from nano_pictures import HELD_OUT_SEED, SEED, Pictures, Sample, held_out_pictures, training_pictures
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mobilesam.distill.labels import to_square_mask
 from mobilesam.distill.mask_loss import MaskLossWeights
 from mobilesam.distill.mask_objectives import inside_square
 from mobilesam.distill.mask_training import MaskTraining, Objects, mask_side
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.head import SamHead
 from mobilesam.sam.normalize import normalize_and_pad
-from mobilesam.sam.precision import cpu_accelerates_bfloat16
 from mobilesam.sam.vit import VITS, build_vit, fit_positions
 from mobilesam.sam.vit_nano import STORED_IMAGE_SIZE
 
-SEED = 1
-HELD_OUT_SEED = 2
 # Pictures and objects of each in one step, by image size in pixels, and how often a size comes up.
 BATCHES = {128: (16, 6), 256: (8, 5), 512: (3, 5), 1024: (1, 6)}
 SHARES = {128: 0.5, 256: 0.7, 512: 0.2, 1024: 0.1}
-# How many pictures there are of a size. They come again turned and mirrored, with other objects and prompts.
-PICTURES = {128: 8192, 256: 8192, 512: 1024, 1024: 256}
 TWO_ROUNDS = 0.1
 """Share of the steps in which a correction follows the first prompt."""
 FOCAL = 5.0
@@ -65,102 +62,6 @@ LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 5e-4, 50, 0.02, 1.0
 MUON_LR = 5.0
 """Muon's rate, in AdamW's: how far a matrix moves in a step."""
 AVERAGE = 0.998
-VALIDATION_PICTURES = 64
-
-
-@dataclass(frozen=True)
-class Sample:
-    """canvas_HWC uint8 (S, S, 3), size (height, width), segments_MM uint8: 0 is background, n the object n."""
-
-    canvas_HWC: np.ndarray
-    size: tuple[int, int]
-    segments_MM: np.ndarray
-    chosen: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """N pictures: canvas_NHWC uint8, sizes_N2 int64 (height, width), segments_NMM uint8 as in a sample."""
-
-    canvas_NHWC: np.ndarray
-    sizes_N2: np.ndarray
-    segments_NMM: np.ndarray
-
-    def sample(self, index: int, objects: int, rng: np.random.Generator, turn: int = 0) -> Sample:
-        """A picture in one of its eight positions, with up to `objects` of its objects, chosen at random."""
-        side, height, width = self.canvas_NHWC.shape[1], *self.sizes_N2[index].tolist()
-        rows, columns = (round(length * mask_side(side) / side) for length in (height, width))
-        pixels_HWC = _turned(self.canvas_NHWC[index, :height, :width], turn)
-        inside = _turned(self.segments_NMM[index, :rows, :columns], turn)
-        canvas_HWC = np.zeros((side, side, 3), np.uint8)
-        canvas_HWC[: pixels_HWC.shape[0], : pixels_HWC.shape[1]] = pixels_HWC
-        segments_MM = np.zeros((mask_side(side),) * 2, np.uint8)
-        segments_MM[: inside.shape[0], : inside.shape[1]] = inside
-        seen = np.flatnonzero(np.bincount(segments_MM.ravel())[1:]) + 1
-        chosen = tuple(rng.permutation(seen)[:objects].tolist())
-        return Sample(canvas_HWC, pixels_HWC.shape[:2], segments_MM, chosen)
-
-
-def training_pictures(folder: Path, side: int) -> Pictures:
-    """The pictures to train on, made at the first call by all cores, and kept in `folder`: made while the training
-    runs they would cost twice as much, since its threads wait for each other."""
-    number, masks = PICTURES[side], mask_side(side)
-    shapes = {
-        "canvas": ((number, side, side, 3), np.uint8),
-        "sizes": ((number, 2), np.int64),
-        "segments": ((number, masks, masks), np.uint8),
-    }
-    kept = folder / f"pictures-{side}"
-    if not kept.exists():
-        draft = folder / f"draft-{side}"
-        draft.mkdir(exist_ok=True)
-        for name, (shape, dtype) in shapes.items():
-            np.lib.format.open_memmap(draft / f"{name}.npy", "w+", dtype, shape).flush()
-        step = -(-number // 64)
-        with ProcessPoolExecutor() as pool:
-            parts = [range(first, min(number, first + step)) for first in range(0, number, step)]
-            list(pool.map(make_pictures, [draft] * len(parts), [side] * len(parts), parts))
-        draft.rename(kept)
-    return Pictures(*(np.load(kept / f"{name}.npy", "r") for name in shapes))
-
-
-def make_pictures(folder: Path, side: int, indices: range) -> None:
-    """Fill in some of the arrays in `folder`; runs in a process of its own."""
-    canvas, sizes, segments = (
-        np.load(folder / f"{name}.npy", "r+") for name in ("canvas", "sizes", "segments")
-    )
-    for index in indices:
-        fill_in(Pictures(canvas, sizes, segments), index, SEED, index)
-
-
-def fill_in(pictures: Pictures, place: int, seed: int, index: int) -> None:
-    """Put the picture number `index` of `seed` into a place."""
-    side = pictures.canvas_NHWC.shape[1]
-    picture = generate(seed, index, side)
-    height, width = picture.pixels_HWC.shape[:2]
-    pictures.canvas_NHWC[place, :height, :width] = picture.pixels_HWC
-    pictures.sizes_N2[place] = height, width
-    for number, mask in enumerate(picture.masks, 1):
-        pictures.segments_NMM[place][to_square_mask(mask, mask_side(side))] = number
-
-
-@cache
-def held_out_pictures(side: int) -> Pictures:
-    """Pictures of another seed, to measure on."""
-    number, masks = VALIDATION_PICTURES * 256 // side, mask_side(side)
-    pictures = Pictures(
-        np.zeros((number, side, side, 3), np.uint8),
-        np.zeros((number, 2), np.int64),
-        np.zeros((number, masks, masks), np.uint8),
-    )
-    for index in range(number):
-        fill_in(pictures, index, HELD_OUT_SEED, index)
-    return pictures
-
-
-def _turned(pixels: np.ndarray, turn: int) -> np.ndarray:
-    turned = np.rot90(pixels, turn % 4)
-    return turned if turn < 4 else turned[:, ::-1]
 
 
 def collate(samples: list[Sample], side: int) -> tuple[Tensor, Objects, Tensor]:
@@ -262,42 +163,6 @@ def call(
     return functional_call(sizes[side], at_size, arguments)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are made equal, for matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon).
-
-    What torch.optim.Muon does, in float32 where the CPU has no bfloat16: emulated, it takes 15 s a step.
-    """
-
-    def __init__(self, matrices: list[Tensor]) -> None:
-        super().__init__(matrices, {"lr": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 0.05)
-                update = _orthogonal(matrix.grad.lerp(momentum, 0.95))
-                matrix.mul_(1 - group["lr"] * WEIGHT_DECAY)
-                # As far as AdamW would move it (arXiv 2502.16982, section 2.2).
-                matrix.sub_(update, alpha=group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
-
-
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, by five Newton-Schulz steps."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return _orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
-    if cpu_accelerates_bfloat16():
-        x = x.bfloat16()
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x.float()
-
-
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes it: what multiplies activations, no table of positions or tokens."""
     tables = ("rel_pos", "pos_embed", "point_embed", "token", "not_a_point", "no_mask")
@@ -321,7 +186,9 @@ class Run:
             {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))
-        self.muon = Muon([parameter for name, parameter in named if is_hidden_matrix(name, parameter)])
+        self.muon = Muon(
+            [parameter for name, parameter in named if is_hidden_matrix(name, parameter)], WEIGHT_DECAY
+        )
         self.average = {key: value.detach().clone() for key, value in self.sam.state_dict().items()}
         self.step, self.lr = 0, LR
         if not self.path.exists() and weights is not None:
@@ -333,7 +200,7 @@ class Run:
             self.adamw.load_state_dict(state["adamw"])
             self.muon.load_state_dict(state["muon"])
             self.average, self.step, self.lr = state["average"], state["step"], state["lr"]
-            self.warm_from = state.get("warm_from", 0)
+            self.warm_from = state["warm_from"]
 
     def _start_from(self, weights: Path) -> None:
         with safe_open(weights, "pt") as file:
@@ -394,9 +261,9 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
     for step in range(first, until):
         side, training, generator = plan(step, sizes)
         samples = samples_of(step, pictures[side], generator)
-        stage, stage_start = stage_of(run.step)
-        run.lr = started_lr + (final_lr - started_lr) * (run.step - first) / (until - first)
-        warm_steps = run.step - max(stage_start, run.warm_from) + 1
+        stage, stage_start = stage_of(step)
+        run.lr = started_lr + (final_lr - started_lr) * (step - first) / (until - first)
+        warm_steps = step - max(stage_start, run.warm_from) + 1
         rate = run.lr * min(1, warm_steps / WARMUP_STEPS)
         for optimizer, gain in ((run.adamw, 1.0), (run.muon, MUON_LR)):
             for group in optimizer.param_groups:
