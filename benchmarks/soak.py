@@ -129,7 +129,7 @@ def _add_light_student() -> None:
         build=LightStudent,
         training_bytes={"float32": 1, "bfloat16": 1},
     )
-    STUDENTS[LIGHT_STUDENT] = light  # type: ignore[index]
+    STUDENTS[LIGHT_STUDENT] = light
 
 
 @click.command()

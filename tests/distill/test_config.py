@@ -30,7 +30,7 @@ from mobilesam.distill.digests import digest
 )
 def test_a_value_outside_its_range_is_refused_by_name(option: str, value: object) -> None:
     with pytest.raises(DistillError, match=option.replace("_", " ")):
-        DistillConfig(**{option: value})  # type: ignore[arg-type]
+        DistillConfig(**{option: value})
 
 
 def test_where_things_lie_does_not_change_what_is_learned() -> None:
@@ -42,5 +42,5 @@ def test_where_things_lie_does_not_change_what_is_learned() -> None:
 
 @pytest.mark.parametrize("change", [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}])
 def test_what_changes_the_learning_changes_the_digest(change: dict[str, object]) -> None:
-    changed = DistillConfig(**change)  # type: ignore[arg-type]
+    changed = DistillConfig(**change)
     assert digest(changed.identity()) != digest(DistillConfig().identity())

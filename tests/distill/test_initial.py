@@ -137,9 +137,9 @@ def test_timms_tiny_vit_computes_in_ours_what_it_computes_in_timm(tmp_path: Path
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         wanted = theirs.stages[:3](theirs.patch_embed(x))
-        found = ours.layers[0](ours.patch_embed(x))  # type: ignore[index, operator]
-        found = ours.layers[1](found)  # type: ignore[index]
-        for block in ours.layers[2].blocks:  # type: ignore[index]
+        found = ours.layers[0](ours.patch_embed(x))
+        found = ours.layers[1](found)
+        for block in ours.layers[2].blocks:
             found = block(found)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -196,7 +196,7 @@ def test_deit_with_imagenets_weights_computes_the_patches_that_timm_computes(tmp
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = theirs.eval().forward_features(x)
-        wanted = ours.neck(tokens.transpose(1, 2).reshape(2, 192, 14, 14))  # type: ignore[operator]
+        wanted = ours.neck(tokens.transpose(1, 2).reshape(2, 192, 14, 14))
         torch.testing.assert_close(ours(x), wanted)
 
 
@@ -219,7 +219,7 @@ def test_timms_weights_give_timms_feature_maps(tmp_path: Path, backbone: str) ->
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         _, maps = theirs.forward_intermediates(x)
-        found = student.backbone(x)  # type: ignore[operator]
+        found = student.backbone(x)
     strides = {size // one.shape[-1]: one for one in maps}
     for one in found:
         wanted = strides[size // one.shape[-1]]

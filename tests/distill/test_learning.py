@@ -29,7 +29,7 @@ def teacher_embeddings(images: Path, image_size: int) -> np.ndarray:
 
 def train(store: Path, **options: object) -> Run:
     settings = {"batch_size": 4, "micro_batch": 4, "device": "cpu", "precision": "float32", **options}
-    return Run.open(distill(DistillConfig(store=store, **settings))["run"])  # type: ignore[arg-type]
+    return Run.open(distill(DistillConfig(store=store, **settings))["run"])
 
 
 def overfitted(tmp_path: Path, make_store: Callable[..., Path], image_size: int, epochs: int) -> float:

@@ -98,7 +98,7 @@ def test_it_reads_ahead_but_not_without_bound(
         decoded.append(1)
         if len(decoded) >= 3:
             enough.set()
-        return decode(record)  # type: ignore[arg-type]
+        return decode(record)
 
     monkeypatch.setattr(loader, "_decode", counting)
     with closing(loader.batches([[row % 5] for row in range(50)])) as batches:
@@ -188,7 +188,7 @@ def test_waiting_for_data_is_measured(
     def slow(record: object) -> object:
         assert waiting.wait(30)
         now[0] += 0.25
-        return decode(record)  # type: ignore[arg-type]
+        return decode(record)
 
     monkeypatch.setattr(loader, "_decode", slow)
     monkeypatch.setattr("mobilesam.distill.loader.time", SimpleNamespace(perf_counter=clock))

@@ -37,7 +37,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             super().__init__(**settings)
 
     module = ModuleType("dask_cuda")
-    module.LocalCUDACluster = LocalCUDACluster  # type: ignore[attr-defined]
+    module.LocalCUDACluster = LocalCUDACluster
     monkeypatch.setitem(sys.modules, "dask_cuda", module)
     return calls
 

@@ -339,7 +339,7 @@ def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
 
 def test_one_path_in_place_of_several_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="images is a tuple of paths"):
-        PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")  # type: ignore[arg-type]
+        PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")
 
 
 def test_a_performance_report_that_cannot_be_written_is_told_before_the_work(

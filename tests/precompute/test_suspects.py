@@ -20,7 +20,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 def _killed() -> KilledWorker:
-    return KilledWorker("shard", SimpleNamespace(address="tcp://somewhere:1"), 2)  # type: ignore[arg-type]
+    return KilledWorker("shard", SimpleNamespace(address="tcp://somewhere:1"), 2)
 
 
 def _deadly(task: ShardTask) -> bool:

@@ -41,7 +41,7 @@ class FakeCluster:
 def _watched(local: bool) -> tuple[FakeCluster, Listener, Callable[[float], None]]:
     """A cluster, what is told of it, and a function that looks at it as if some seconds had passed."""
     cluster, listener = FakeCluster(local), Listener()
-    watching = Watch(cluster, "run", listener, StopRequest())  # type: ignore[arg-type]
+    watching = Watch(cluster, "run", listener, StopRequest())
     now = [0.0]
     watching._clock = lambda: now[0]
 

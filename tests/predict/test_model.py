@@ -225,7 +225,7 @@ def test_wrong_kinds_of_head_are_told_in_two_lines(
     if content == "folder":
         path.mkdir()
     elif content is not None:
-        path.write_bytes(content)  # type: ignore[arg-type]
+        path.write_bytes(content)
     with pytest.raises((DistillError, CheckpointError, StoreError), match=told) as raised:
         load_model(lone_student, head=path)
     assert len(str(raised.value).splitlines()) <= 2

@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "SA-1B's": ({"image": {}, "annotations": []}, "no images and annotations"),
     "an image without a name": (instances(images=[{"id": 1}]), "image 0 has no file_name"),
     "an image without an id": (instances(images=[{"file_name": "a"}]), "image 0 has no id"),
-    "an id that is a list": (instances(images=[image([1], "a")]), "image 0 has no id"),  # type: ignore[arg-type]
+    "an id that is a list": (instances(images=[image([1], "a")]), "image 0 has no id"),
     "two images of one id": (instances(images=[image(1, "a"), image(1, "b")]), "two images have one id"),
     "an annotation of no image": (instances(annotations=[{}]), "annotation 0 has no image_id"),
     "an annotation of text": (instances(annotations=["x"]), "annotation 0 has no image_id"),

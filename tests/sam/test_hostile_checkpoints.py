@@ -61,7 +61,7 @@ def state(value: bytes) -> bytes:
 
 def archive(description: bytes, payload: bytes = bytes(16), **options: int) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", **options) as written:  # type: ignore[arg-type]
+    with zipfile.ZipFile(buffer, "w", **options) as written:
         written.writestr("archive/data.pkl", description)
         # Aligned as torch does it: what is wrong with these files is something else.
         entry = zipfile.ZipInfo("archive/data/0")

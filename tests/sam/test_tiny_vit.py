@@ -64,7 +64,7 @@ def any_size(network: torch.nn.Module) -> torch.nn.Module:
     assert source.count(fixed) == 1
     changed: dict[str, types.FunctionType] = {}
     exec(source.replace(fixed, free), vars(upstream), changed)
-    network.forward_features = types.MethodType(changed["forward_features"], network)  # type: ignore[assignment]
+    network.forward_features = types.MethodType(changed["forward_features"], network)
     return network
 
 
@@ -102,7 +102,7 @@ def test_keys_and_shapes_are_upstreams_without_the_classifier(variant: str) -> N
 
 def test_one_forward_at_1024_equals_upstreams_own() -> None:
     theirs, ours = pair(1024)
-    theirs.forward_features = types.MethodType(upstream.TinyViT.forward_features, theirs)  # type: ignore[assignment]
+    theirs.forward_features = types.MethodType(upstream.TinyViT.forward_features, theirs)
     x = pixels(1024)
     with torch.no_grad():
         wanted, found = theirs(x), ours(x)

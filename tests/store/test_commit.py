@@ -218,7 +218,7 @@ def test_sorted_keys_are_all_of_them_ascending_by_bytes(
 
 def test_keys_out_of_order_are_damage_rather_than_a_search_for_ever(full_store: EmbeddingStore) -> None:
     keys = full_store._manifest.query
-    full_store._manifest.query = lambda *arguments: keys(*arguments)[::-1]  # type: ignore[method-assign]
+    full_store._manifest.query = lambda *arguments: keys(*arguments)[::-1]
     with pytest.raises(StoreDamaged, match="keys are out of order"):
         list(full_store.sorted_keys())
 

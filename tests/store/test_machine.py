@@ -213,7 +213,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Let go of what the kernel lets go of, and clean nothing up."""
         store._manifest.close()
         assert store._lock is not None
-        os.close(store._lock._descriptor)  # type: ignore[arg-type]
+        os.close(store._lock._descriptor)
 
     @precondition(lambda self: self._files())
     @rule(which=numbers, byte=numbers, bit=st.integers(0, 7))

@@ -71,12 +71,12 @@ def _assert_whole(store: EmbeddingStore) -> None:
     with EmbeddingStore.open(store.path) as reader:
         assert reader.counts().pending == 0
         reader.read(range(15))
-    assert {name: data for name, (_, _, data) in _state(store).items()} == store.whole  # type: ignore[attr-defined]
+    assert {name: data for name, (_, _, data) in _state(store).items()} == store.whole
 
 
 @pytest.fixture
 def damaged(store: EmbeddingStore) -> EmbeddingStore:
-    store.whole = {name: data for name, (_, _, data) in _state(store).items()}  # type: ignore[attr-defined]
+    store.whole = {name: data for name, (_, _, data) in _state(store).items()}
     _damage(store)
     return store
 

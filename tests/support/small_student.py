@@ -18,7 +18,7 @@ def registered_small_student() -> Iterator[str]:
     """Its name, known to the registry for as long as the context lasts."""
     with pytest.MonkeyPatch.context() as patch:
         info = StudentInfo(name=SMALL, summary="", build=build, training_bytes={"float32": 1, "bfloat16": 1})
-        patch.setitem(STUDENTS, SMALL, info)  # type: ignore[arg-type]
+        patch.setitem(STUDENTS, SMALL, info)
         yield SMALL
 
 

@@ -212,7 +212,7 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
     result = verify(asked(split="all", report=report, min_cosine=0.9))
     pictures: list[str] = []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attrs: pictures.append(dict(attrs)["alt"]) if tag == "img" else None  # type: ignore[method-assign]
+    parser.handle_starttag = lambda tag, attrs: pictures.append(dict(attrs)["alt"]) if tag == "img" else None
     text = report.read_text(encoding="utf-8")
     parser.feed(text)
     photos = [alt for alt in pictures if alt.startswith("photo of ")]

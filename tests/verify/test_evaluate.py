@@ -367,7 +367,7 @@ def test_a_file_that_is_no_model_is_refused_by_name(
     if content == "flat":
         torch.save({"image_encoder.x": torch.zeros(2)}, path)
     elif content is not None:
-        path.write_bytes(content)  # type: ignore[arg-type]
+        path.write_bytes(content)
     with pytest.raises((VerifyError, DistillError, SamError), match=told):
         evaluate_masks(EvaluateConfig(models=(("x", str(path)),), images=world.photos, device="cpu"))
 
