@@ -35,7 +35,6 @@ def made_spec(image_size: int, image_root: Path, dtype: str = "float16") -> tupl
         checkpoint=None,
         checkpoint_sha256="0" * 64,
         head_sha256=head_sha256,
-        untrained=True,
         positions_interpolated=False,
         image_size=image_size,
         preprocessing=preprocessing_recipe(image_size),

@@ -61,7 +61,6 @@ def describe(
         "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
         "image_root": _image_root(config, store),
         "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
-        "untrained_teacher": store.spec.untrained,
         "versions": {
             "mobilesam": __version__,
             "python": platform.python_version(),
@@ -85,7 +84,6 @@ def student_metadata(run: Run) -> dict[str, Any]:
     kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
     return {
         **{name: spec[name] for name in kept},
-        "untrained_teacher": run.config["untrained_teacher"],
         **({"init": run.config["init"]} if "init" in run.config else {}),
         "run": run.path.name,
         "run_id": run.id,

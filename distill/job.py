@@ -49,7 +49,7 @@ def distill(
     A run that was interrupted goes on; one that is finished returns its result without training. The keys:
     `run` (absolute path), `epochs`, `steps`, `seconds` (all sessions of the run), `images_per_second` (images
     trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
-    rows after the last epoch), `untrained_teacher`.
+    rows after the last epoch).
 
     Started by torchrun, every process calls this with the same configuration, and gets the same result; the first one
     alone writes. With `latest`, runs/latest is made to point at the run.
@@ -87,8 +87,8 @@ def distill(
         if not replicas.first:
             run = Run.open(path)
         if finished is not None:
-            return {**finished, "run": str(path), **_note(run)}
-        return {**_train(config, run, store, records, initial, replicas, stop, progress), **_note(run)}
+            return {**finished, "run": str(path)}
+        return _train(config, run, store, records, initial, replicas, stop, progress)
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -110,10 +110,6 @@ def _whole(run: Run) -> bool:
         logger.warning("%s\nthe run's last checkpoint restores it", error)
         return False
     return True
-
-
-def _note(run: Run) -> dict[str, bool]:
-    return {"untrained_teacher": run.config["untrained_teacher"]}
 
 
 def _train(
@@ -222,8 +218,6 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
             store.path,
             len(outside),
         )
-    if store.spec.untrained:
-        logger.warning("untrained teacher %s: good for trials, not for masks", store.spec.teacher)
     return records
 
 

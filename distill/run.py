@@ -41,7 +41,7 @@ class Run:
     """A run that `distill` has begun. Files that are written later are read when they are asked for.
 
     `config` is config.json: `student`, `image_size`, `config` (options as given), `resolved` (micro-batch,
-    precision, device), `store` (path and spec), `image_root`, `counts`, `untrained_teacher`, `versions`.
+    precision, device), `store` (path and spec), `image_root`, `counts`, `versions`.
 
     Whatever is read from the folder is checked against a checksum and against the run it belongs to.
     """

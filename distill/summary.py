@@ -17,6 +17,4 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     if "miou" in val:
         miou = "undefined" if val["miou"] is None else f"{val['miou']:.4f}"
         lines.append(f"held out: mIoU {miou} with the teacher's masks")
-    if result["untrained_teacher"]:
-        lines.append("untrained teacher: good for trials, not for masks")
     return lines

@@ -38,9 +38,8 @@ class Model:
 
     `sam` is segment_anything's class, in evaluation mode, float32, on `device`: `SamPredictor` takes it. `student` is
     the encoder's name in the registry, or the teacher's name. `info` is what the student's file says of itself
-    (`teacher`, `run`, `untrained_teacher`, ...); empty for mobile_sam.pt. `head_source` is where the head came from,
-    and `untrained_head` whether that is a store of an untrained teacher. `notes` are what a user of the masks has to
-    know.
+    (`teacher`, `run`, ...); empty for mobile_sam.pt. `head_source` is where the head came from. `notes` are what a
+    user of the masks has to know.
     """
 
     sam: Sam
@@ -50,18 +49,12 @@ class Model:
     info: Mapping[str, Any]
     head_source: str
     device: torch.device
-    untrained_head: bool = False
     notes: tuple[str, ...] = ()
 
     @property
     def image_size(self) -> int:
         """Side in pixels of the padded square that the encoder takes."""
         return self.sam.image_encoder.img_size
-
-    @property
-    def untrained(self) -> bool:
-        """Whether its masks mean nothing: the teacher behind it or its head was never trained."""
-        return bool(self.info.get("untrained_teacher")) or self.untrained_head
 
 
 class NoHead(DistillError):
@@ -73,7 +66,6 @@ class _Head(NamedTuple):
 
     state: dict[str, Tensor]
     source: str
-    untrained: bool = False
     teacher: str | None = None
     checkpoint_sha256: str | None = None
 
@@ -123,7 +115,6 @@ def load_model(
         info={key: value for key, value in info.items() if key not in ("student", "image_size")},
         head_source=found.source,
         device=where,
-        untrained_head=found.untrained,
         notes=_notes(info, run, found),
     )
 
@@ -148,7 +139,7 @@ def load_teacher_model(
         student=teacher,
         file=file,
         run=None,
-        info={"teacher": teacher, "untrained_teacher": loaded.untrained},
+        info={"teacher": teacher},
         head_source=f"{teacher}'s own",
         device=loaded.device,
     )
@@ -220,7 +211,6 @@ def _given_head(path: Path) -> _Head:
             return _Head(
                 _decode(store.read_head(), store.head_path),
                 str(path),
-                store.spec.untrained,
                 store.spec.teacher,
                 store.spec.checkpoint_sha256,
             )

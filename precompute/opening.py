@@ -11,7 +11,7 @@ from ..sam import KEPT_KIND, ImageFile, preprocessing_recipe
 from ..sam.catalog import TEACHERS
 from ..sam.checkpoints import file_sha256, find_checkpoint
 from ..sam.teachers import load_head, positions_interpolated
-from ..sam.vit_nano import untrained_sha256
+from ..sam.vit_nano import weights_sha256
 from ..store import EmbeddingStore, NewImage, StoreDamaged, StoreSpec, encode_head
 from .errors import PrecomputeError
 from .plan import Plan, Stored
@@ -26,11 +26,6 @@ class TeacherFile:
     name: str
     path: Path | None
     sha256: str
-
-    @property
-    def untrained(self) -> bool:
-        """Whether its embeddings mean nothing (vit_nano, until it is trained)."""
-        return TEACHERS[self.name].embedded
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
@@ -49,7 +44,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         plan.teacher, plan.config.checkpoint, progress=observer.download, download=download
     )
     if path is None:
-        return TeacherFile(name=plan.teacher, path=None, sha256=untrained_sha256())
+        return TeacherFile(name=plan.teacher, path=None, sha256=weights_sha256())
     return TeacherFile(name=plan.teacher, path=path.absolute(), sha256=file_sha256(path))
 
 
@@ -123,7 +118,6 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         checkpoint=None if teacher.path is None else teacher.path.name,
         checkpoint_sha256=teacher.sha256,
         head_sha256=head_sha256,
-        untrained=teacher.untrained,
         image_size=plan.image_size,
         positions_interpolated=positions_interpolated(teacher.name, plan.image_size),
         preprocessing=preprocessing_recipe(plan.image_size),

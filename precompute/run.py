@@ -33,7 +33,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     Returns `images, done, done_before, failed`: rows in all, done, done before this run, and failed; `seconds`:
     wall time of the whole call; `images_per_second`: from the first teacher batch's begin to the last commit (None
     when nothing was computed); `teacher_share`: of that time that teachers were busy; `decode_seconds`: CPU time of
-    reading and decoding; `untrained_teacher`; `audit`: `rows, cosine_min, relative_mse_max, seconds`, or None when
+    reading and decoding; `audit`: `rows, cosine_min, relative_mse_max, seconds`, or None when
     nothing was audited; `out_of_tolerance`: whether the store holds an audited row that misses its tolerance.
 
     Raises PrecomputeError, SamError, StoreError; PrecomputeInterrupted after SIGINT or SIGTERM, with everything
@@ -62,7 +62,6 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "failed": after.failed,
             "seconds": round(time.monotonic() - began, 3),
             **_rates(tally, plan.hardware.workers),
-            "untrained_teacher": store.spec.untrained,
             "audit": audit,
             "out_of_tolerance": auditor.warn_of_audits(store, observer),
         }
@@ -135,10 +134,9 @@ def _check_report_place(path: Path | None) -> None:
 
 def _introduce(store: EmbeddingStore, observer: Observer) -> None:
     spec, counts = store.spec, store.counts()
-    note = ", untrained teacher" if spec.untrained else ""
     observer.message(
         f"{counts.rows:,} images, {counts.done:,} done before; teacher {spec.teacher} at {spec.image_size} px in "
-        f"{spec.precision}{note}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
+        f"{spec.precision}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
     )
 
 

@@ -16,8 +16,6 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
     if result["failed"]:
         line += f", {result['failed']:,} failed (try them again with --retry-failed)"
     lines = [line]
-    if result["untrained_teacher"]:
-        lines.append("untrained teacher: good for trials, not for masks")
     if result["images_per_second"]:
         lines.append(
             f"{result['images_per_second']:.3g} images/s; the teacher was busy {result['teacher_share']:.0%} of "

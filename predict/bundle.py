@@ -125,7 +125,7 @@ def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
     """model.safetensors: what `load_student` and `load_model` rebuild the model from."""
     state = model.sam.state_dict()
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
-    kept = {key: known[key] for key in ("untrained_teacher", "data", "metrics") if known[key] is not None}
+    kept = {key: known[key] for key in ("data", "metrics") if known[key] is not None}
     # save_student writes a file, atomically; here it is one of several that go out together.
     with explained(Path(gettempdir()), "a temporary file"), TemporaryDirectory(prefix="mobilesam-") as folder:
         path = Path(folder) / MODEL_FILE
@@ -161,7 +161,6 @@ def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
         "teacher": None
         if teacher is None
         else {"name": teacher, "checkpoint_sha256": info.get("checkpoint_sha256")},
-        "untrained_teacher": True if model.untrained else info.get("untrained_teacher"),
         # Its name alone: a folder that is passed on need not tell where things lay.
         "head": Path(model.head_source).name,
         "data": data,

@@ -66,10 +66,8 @@ def card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
 
     `description` is that of model.json without `files`; what it holds None for is said to be not recorded.
     """
-    untrained = description["untrained_teacher"]
     parts = [
         f"# {_text(description['student'])}, a student of Segment Anything",
-        "**untrained teacher: good for trials, the masks of this model mean nothing.**" if untrained else "",
         "\n".join(f"- Note: {_text(warning)}" for warning in warnings),
         _facts(description),
         "## How near it comes to the teacher",
@@ -94,13 +92,12 @@ def _text(value: object) -> str:
 def _facts(description: Mapping[str, Any]) -> str:
     teacher, data = description["teacher"] or {}, description["data"] or {}
     sizes = description["parameters"]
-    untrained = " (untrained)" if description["untrained_teacher"] else ""
     held_out = data.get("images_held_out")
     rows = {
         "student": description["student"],
         "parameters": f"{sizes['encoder']:,} in the encoder, {sizes['head']:,} in the head",
         "image size": f"{description['image_size']} pixels",
-        "teacher": f"{teacher['name']}{untrained}" if teacher else None,
+        "teacher": teacher["name"] if teacher else None,
         "teacher's checkpoint, SHA-256": teacher.get("checkpoint_sha256"),
         "head": description["head"],
         "images trained on": data.get("images_trained"),

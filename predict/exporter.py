@@ -77,7 +77,7 @@ class ExportConfig:
 def export(config: ExportConfig) -> dict[str, Any]:
     """Exports a student with its head, and returns what `--json` prints.
 
-    The keys are `out`, `kind`, `student`, `image_size`, `teacher`, `untrained_teacher`, `head`, `files` (name ->
+    The keys are `out`, `kind`, `student`, `image_size`, `teacher`, `head`, `files` (name ->
     `bytes` and `sha256`), `checks` (ONNX file -> `max_relative_difference` from torch, and the `limit` that it stayed
     within), `left_out` (file -> why), `warnings` and `seconds`.
 
@@ -101,7 +101,6 @@ def export(config: ExportConfig) -> dict[str, Any]:
         "student": model.student,
         "image_size": model.image_size,
         "teacher": model.info.get("teacher"),
-        "untrained_teacher": model.untrained,
         "head": model.head_source,
         **made,
         "seconds": time.monotonic() - started,
@@ -129,8 +128,6 @@ def _write_file(model: Model, out: Path, kind: str) -> dict[str, Any]:
 def export_lines(result: Mapping[str, Any]) -> list[str]:
     """The result of `export`, as lines for people."""
     lines = [f"{result['student']} at {result['image_size']} pixels, head from {result['head']}"]
-    if result["untrained_teacher"]:
-        lines.append("untrained teacher: good for trials, these masks mean nothing")
     lines += [f"note: {warning}" for warning in result["warnings"]]
     for name, file in result["files"].items():
         check = result["checks"].get(name)

@@ -130,7 +130,6 @@ def _metadata(model: Model) -> dict[str, str]:
         "image_size": str(model.image_size),
         "preprocessing": json.dumps(preprocessing_recipe(model.image_size)),
         **{key: str(value) for key, value in known.items()},
-        "untrained_teacher": json.dumps(model.untrained),
         "versions": json.dumps(versions()),
     }
 

@@ -25,7 +25,7 @@ def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[
     """Segments one image in float32, draws the masks over it, and returns what `--json` prints.
 
     The keys are `image`, `original_size` (height, width), `student` (its name; None for a teacher), `teacher`,
-    `untrained_teacher`, `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
+    `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
     `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height, `predicted_iou`, `stability_score`,
     `file`), and the places of what was written: `out`, `masks_dir`, `rle`. Masks are in the order of the boxes, or
     for everything by area, the largest first.
@@ -134,7 +134,6 @@ def _result(
         "original_size": list(original_size),
         "student": model.student if config.teacher is None else None,
         "teacher": model.info.get("teacher"),
-        "untrained_teacher": model.untrained,
         "model": None if model.file is None else str(model.file),
         "head": model.head_source,
         "image_size": model.image_size,

@@ -19,8 +19,6 @@ def segment_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{result['image']}: {width} x {height} pixels, {name} at {result['image_size']} on {result['device']}",
     ]
-    if result["untrained_teacher"]:
-        lines.append("untrained teacher: good for trials, these masks mean nothing")
     lines += [f"note: {note}" for note in result["notes"]]
     lines.append(
         f"embedding {result['embedding_seconds']:.2f} s, {len(masks):,} mask{'' if len(masks) == 1 else 's'} "

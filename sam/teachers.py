@@ -16,7 +16,7 @@ from .precision import resolve_device, resolve_precision
 from .tiny_vit import TinyViT
 from .vit import VITS, build_vit, fit_positions
 from .vit_encoder import ViTEncoder
-from .vit_nano import STORED_IMAGE_SIZE, untrained_sha256, untrained_state
+from .vit_nano import STORED_IMAGE_SIZE, read_weights, weights_sha256
 from .weights import ENCODER_PREFIX, check_state, read_state
 
 __all__ = ["TEACHERS", "Teacher", "TeacherInfo", "load_head", "load_teacher"]
@@ -34,8 +34,7 @@ class Teacher:
         image_size: side in pixels of the padded square it takes; the grid is image_size / 16.
         device: where the weights are.
         precision: ``float32`` or ``bfloat16``, as resolved.
-        untrained: its weights were never trained (vit_nano).
-        checkpoint_sha256: of the whole file; for the embedded teacher, of its weights.
+        checkpoint_sha256: of the whole file; for the embedded teacher, of the package's.
         positions_interpolated: its position tables were resampled for ``image_size``.
         image_encoder: the network, in evaluation mode, parameters frozen. A ViT that computes in bfloat16 holds the
             weights of its products in it; all other weights are float32.
@@ -45,7 +44,6 @@ class Teacher:
     image_size: int
     device: torch.device
     precision: str
-    untrained: bool
     checkpoint_sha256: str
     positions_interpolated: bool
     image_encoder: nn.Module
@@ -116,13 +114,12 @@ def load_teacher(
     if isinstance(encoder, ViTEncoder) and resolved == "bfloat16":
         encoder.hold_in_bfloat16()
     if checkpoint_sha256 is None:
-        checkpoint_sha256 = untrained_sha256() if checkpoint is None else file_sha256(checkpoint)
+        checkpoint_sha256 = weights_sha256() if checkpoint is None else file_sha256(checkpoint)
     return Teacher(
         name=name,
         image_size=image_size,
         device=where,
         precision=resolved,
-        untrained=info.embedded,
         checkpoint_sha256=checkpoint_sha256,
         positions_interpolated=interpolated,
         image_encoder=encoder.requires_grad_(False).eval().to(where),
@@ -159,7 +156,7 @@ def _state(info: TeacherInfo, checkpoint: Path | None) -> dict[str, Tensor]:
     if info.embedded:
         if checkpoint is not None:
             raise CheckpointError(f"{info.name} is embedded and takes no checkpoint; leave out {checkpoint}")
-        return untrained_state()
+        return read_weights()
     if checkpoint is None:
         raise CheckpointError(f"{info.name} needs its checkpoint {info.file}; give --checkpoint FILE")
     return check_state(checkpoint, info.name, read_state(checkpoint), _expected_shapes(info.name))

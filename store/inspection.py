@@ -108,7 +108,6 @@ def _description(store: OpenStore) -> dict[str, Any]:
         "rows": {"done": counts.done, "pending": counts.pending, "failed": counts.failed},
         "bytes": _bytes_on_disk(store),
         "teacher": spec.teacher,
-        "untrained_teacher": spec.untrained,
         "checkpoint": spec.checkpoint,
         "checkpoint_sha256": spec.checkpoint_sha256,
         "image_size": spec.image_size,

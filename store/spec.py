@@ -48,7 +48,6 @@ class StoreSpec:
     checkpoint: str | None
     checkpoint_sha256: str
     head_sha256: str
-    untrained: bool
     image_size: int
     positions_interpolated: bool
     preprocessing: Mapping[str, Any]

@@ -21,8 +21,7 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"images        {rows['done']:,} done, {rows['pending']:,} pending, {rows['failed']:,} failed"
     yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {result['shard_size']} images each"
     yield f"bytes         {result['bytes']:,} ({result['bytes'] / 1e9:.2f} GB)"
-    untrained = ", untrained: good for trials, not for masks" if result["untrained_teacher"] else ""
-    yield f"teacher       {result['teacher']}{untrained}"
+    yield f"teacher       {result['teacher']}"
     if result["checkpoint"] is not None:
         yield f"checkpoint    {_shown(result['checkpoint'])}, SHA-256 {result['checkpoint_sha256']}"
     yield f"embeddings    {result['dtype']}, computed in {result['precision']} at {result['image_size']} pixels"

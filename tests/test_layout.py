@@ -131,7 +131,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         name
         for name in _tracked()
         if name in ("__init__.py", "__main__.py", "cli.py", "py.typed")
-        or (name.split("/")[0] in ROOMS and name.endswith((".py", ".pyi", ".j2")))
+        or (name.split("/")[0] in ROOMS and name.endswith((".py", ".pyi", ".j2", ".safetensors")))
     }
     assert package == expected
     assert any(name.endswith("licenses/NOTICE") for name in names)

@@ -42,7 +42,6 @@ def outcome(miou: float, seed: int, objective: str, batch: int, epochs: int, ste
         "seconds": 1800.0,
         "judged_seconds": 0.0,
         "images": {"train": 380, "val": 20},
-        "untrained_teacher": False,
         "test": {"miou": miou, "images": 60, "prompts": 16},
     }
 
@@ -105,13 +104,6 @@ def test_figures_go_between_the_documents_markers(scripts: tuple[ModuleType, Mod
     assert tables.document(once, found) == once
     with pytest.raises(ValueError, match="needs the markers"):
         tables.document("no markers", found)
-
-
-def test_an_untrained_teacher_is_told(scripts: tuple[ModuleType, ModuleType]) -> None:
-    found = results([[0.4], [0.5], [0.6]], WAYS)
-    assert not any("untrained" in line for line in scripts[0].result_lines(found))
-    found["control"][0]["untrained_teacher"] = True
-    assert any("The teacher was untrained" in line for line in scripts[0].result_lines(found))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])

@@ -102,7 +102,6 @@ def _of_store(
         "store": str(path),
         "file": store.spec.checkpoint,
         "image_size": size,
-        "untrained_teacher": store.spec.untrained,
     }
     return Arena(
         scenes=scenes,
@@ -118,7 +117,7 @@ def _of_store(
 
 def _known(teacher: Opened) -> dict[str, Any]:
     names = teacher.names()
-    return {key: names[key] for key in ("file", "image_size", "untrained_teacher")}
+    return {key: names[key] for key in ("file", "image_size")}
 
 
 def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | CocoInstances | None:

@@ -199,7 +199,6 @@ class _Evaluation:
             "labelled": self.labelled,
             "failed": self.failed,
             "reference": arena.reference,
-            "untrained_teacher": bool(arena.reference and arena.reference["untrained_teacher"]),
             "split": arena.split,
             "points": config.points,
             "left_out": self.left_out,

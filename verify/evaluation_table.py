@@ -106,8 +106,6 @@ def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
     if result["reference"] is not None and result["reference"]["store"] is not None:
         what += f", split {result['split']}"
     lines = [what]
-    if result["untrained_teacher"]:
-        lines.append("untrained teacher: these numbers test the pipeline, not a segmenter")
     lines += [f"note: {note}" for note in result["notes"]]
     for model in result["models"]:
         if model["licence"] is not None:

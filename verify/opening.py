@@ -48,7 +48,6 @@ class Opened:
     head: str | None = None
     """Where its mask decoder came from."""
     run: Run | None = None
-    untrained_teacher: bool = False
     licence: str | None = None
     needs_photos: bool = False
     """Whether resized pictures, as a store keeps them, won't do."""
@@ -63,7 +62,6 @@ class Opened:
             "image_size": self.image_size,
             "head": self.head,
             "run": None if self.run is None else self.run.path.name,
-            "untrained_teacher": self.untrained_teacher,
             "licence": self.licence,
             "notes": list(self.notes),
         }
@@ -136,7 +134,6 @@ class Opener:
             image_size=model.image_size,
             head=model.head_source,
             run=model.run,
-            untrained_teacher=model.untrained,
             notes=model.notes,
         )
 

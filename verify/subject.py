@@ -44,11 +44,6 @@ class Subject:
     notes: list[str]
     """What a reader of the numbers has to know."""
 
-    @property
-    def untrained(self) -> bool:
-        """Whether the stored embeddings or the student's teacher mean nothing."""
-        return self.store.spec.untrained or bool(self.info.get("untrained_teacher"))
-
     def names(self) -> dict[str, Any]:
         """What was compared, as plain JSON values."""
         return {
@@ -56,7 +51,6 @@ class Subject:
             "file": str(self.file),
             "run": None if self.run is None else self.run.path.name,
             "teacher": self.store.spec.teacher,
-            "untrained_teacher": self.untrained,
             "store": str(self.store.path),
             "precision": self.precision,
             "device": str(self.device),

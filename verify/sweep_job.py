@@ -76,8 +76,6 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     for table in sweep_tables(outcomes):
         lines += [*table.lines(), ""]
     lines.append(judged_on(outcomes))
-    if any(outcome.get("untrained_teacher") for outcome in outcomes):
-        lines.append("untrained teacher: good for trials, not for masks")
     lines += failure_lines(outcomes)
     counts = f"{len(outcomes)} runs, {result['failed']} failed, {result['seconds']:.0f} s"
     return [*lines, f"{counts}; {result['files']['page']}"]

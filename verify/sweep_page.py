@@ -38,7 +38,6 @@ def page(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
             store=config.base.store.name,
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             done=done,
-            untrained=any(outcome.get("untrained_teacher") for outcome in outcomes),
             failures=[outcome for outcome in outcomes if outcome["status"] == FAILED],
             judged_on=judged_on(outcomes),
             tables=sweep_tables(outcomes),

@@ -112,8 +112,6 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
     subject: Mapping[str, Any] = result["subject"]
     images = f"{result['images']:,} image{'' if result['images'] == 1 else 's'}"
     lines = [f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {images}"]
-    if subject["untrained_teacher"]:
-        lines.append("untrained teacher: these numbers test the pipeline, not a segmenter")
     lines += [f"note: {note}" for note in subject["notes"]]
     lines += ["", f"{'metric':<24}{'valid cells':>14}{'all cells':>14}"]
     for metric in METRICS:

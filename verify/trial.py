@@ -64,8 +64,8 @@ def run_trial(
 
     The keys: `name`, `run` (its folder), `options`, `status`; of one that is done also `steps`, `epochs`, `images`
     {train, val}, `seconds` (of training), `images_per_second`, `val` and, with a test store, `test` (what verify
-    says, without its subject), `judged` (what these are of), `curve` (what the trainer measured after each epoch),
-    `untrained_teacher`. One that failed has `error`, and raises nothing: the others of the sweep go on. `known` is an
+    says, without its subject), `judged` (what these are of), `curve` (what the trainer measured after each epoch).
+    One that failed has `error`, and raises nothing: the others of the sweep go on. `known` is an
     earlier outcome, whose numbers are taken over if they are of the same student.
 
     Raises DistillInterrupted once the training is saved, when it was asked to stop.
@@ -93,7 +93,7 @@ def _named(trial: Trial) -> dict[str, Any]:
 
 
 def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("steps", "epochs", "seconds", "images_per_second", "untrained_teacher")
+    kept = ("steps", "epochs", "seconds", "images_per_second")
     # The masks' IoU is there where the trainer looks at masks.
     columns = ("epoch", "step", "mse_valid", "skill_valid", "miou")
     lines = [line for line in run.history() if line["kind"] == "val"]

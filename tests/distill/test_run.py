@@ -50,8 +50,9 @@ def run(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[str, Any]], run: Run) -> None:
     result = finished[1]
-    names = ["run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "val"]
-    assert list(result) == [*names, "untrained_teacher"]
+    assert list(result) == [
+        *("run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "val")
+    ]
     assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
     assert set(result["val"]) == {
         name + suffix for name in ("mse", "relative_mse", "cosine", "skill") for suffix in ("", "_valid")
@@ -85,7 +86,6 @@ def test_the_runs_description_holds_where_it_came_from(run: Run, store: Path, im
     assert run.store_path == store.resolve()
     assert run.image_root == images.resolve()
     assert run.config["counts"] == {"done": 6, "failed": 0, "pending": 0}
-    assert run.config["untrained_teacher"] is True
     assert run.config["resolved"] == {
         "device": "cpu",
         "precision": "float32",
@@ -113,7 +113,7 @@ def test_the_saved_student_gives_the_numbers_that_were_logged(
     run: Run, store: Path, images: Path, kind: str, rows: str
 ) -> None:
     student, info = load_student(run.path)
-    assert (info["epoch"], info["untrained_teacher"]) == (2, True)
+    assert info["epoch"] == 2
     logged = run.last(kind)
     assert logged is not None
     counted = []
@@ -210,7 +210,6 @@ def test_failed_rows_are_left_out_and_said(
     with caplog.at_level(logging.WARNING):
         distill(options(make_store(images, failed=[1, 4]), epochs=1, student=small))
     assert "the 4 rows that are done; 0 are pending, 2 failed" in caplog.text
-    assert "untrained teacher" in caplog.text
     run = Run.open()
     assert run.config["counts"] == {"done": 4, "failed": 2, "pending": 0}
     assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]

@@ -19,7 +19,7 @@ from mobilesam.precompute.shard import compute_shard
 from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
 from mobilesam.precompute.worker import TeacherPlugin
 from mobilesam.sam import list_images
-from mobilesam.sam.vit_nano import untrained_sha256
+from mobilesam.sam.vit_nano import weights_sha256
 from mobilesam.store import array_layouts
 
 SHARDS, SIZE, SIDE = 5, 3, 256
@@ -44,7 +44,7 @@ def results(
 
     monkeypatch.setattr(shard_module, "embed", slowly)
     setup = TeacherSetup(
-        name="vit_nano", checkpoint=None, checkpoint_sha256=untrained_sha256(), image_size=SIDE,
+        name="vit_nano", checkpoint=None, checkpoint_sha256=weights_sha256(), image_size=SIDE,
         precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,
     )  # fmt: skip
     layouts = array_layouts("float16", SIDE, SIZE)

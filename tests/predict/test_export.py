@@ -128,7 +128,6 @@ def test_a_folder_has_every_file_and_their_digests(run: Path, tmp_path: Path) ->
     assert described["preprocessing"] == preprocessing_recipe(64)
     assert described["student"] == "tiny_vit"
     assert described["teacher"] == {"name": "vit_nano", "checkpoint_sha256": "0" * 64}
-    assert described["untrained_teacher"] is True
     assert result["left_out"] == {}
 
 
@@ -165,7 +164,6 @@ def test_a_folder_loads_as_the_run_did_and_so_does_its_own_export(run: Path, tmp
     original = load_model(run)
     for folder in (tmp_path / "out", tmp_path / "again"):
         model = load_model(folder)
-        assert model.untrained
         assert model.info["run_id"] == original.info["run_id"]
         assert load_student(folder)[1]["student"] == "tiny_vit"
         state = model.sam.state_dict()
@@ -180,8 +178,7 @@ def test_the_card_tells_what_is_known(run: Path, tmp_path: Path) -> None:
     export(ExportConfig(student=run, out=tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     described = json.loads((tmp_path / "out" / "model.json").read_text())
-    assert "**untrained teacher" in card
-    assert "| teacher | vit_nano (untrained) |" in card
+    assert "| teacher | vit_nano |" in card
     assert described["data"]["store_id"] in card
     assert f"| skill | {described['metrics']['skill_valid']:.4g} |" in card
     for name in ("model.pt", "model.safetensors", "encoder.onnx", "decoder.onnx"):
@@ -198,8 +195,6 @@ def test_what_a_plain_mobile_sam_pt_does_not_tell_is_said_to_be_not_recorded(
     for name in ("teacher", "images trained on", "store", "trained for", "run"):
         assert f"| {name} | not recorded |" in card
     assert "metrics were not recorded" in card
-    assert "untrained teacher" not in card
-    assert json.loads((tmp_path / "out" / "model.json").read_text())["untrained_teacher"] is None
     assert str(mobile_sam_pt.parent) not in card
 
 
@@ -287,7 +282,6 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
 @pytest.mark.usefixtures("_quick_onnx")
 def test_people_are_told_what_was_made(run: Path, toy: Path, tmp_path: Path) -> None:
     lines = "\n".join(export_lines(export(ExportConfig(student=run, out=tmp_path / "out"))))
-    assert "untrained teacher" in lines
     assert (
         f"note: model.pt: MobileSAM's own code runs at 1024 pixels always; this student was trained at {IMAGE_SIZE}"
         in lines
@@ -301,5 +295,4 @@ def test_people_are_told_what_was_made(run: Path, toy: Path, tmp_path: Path) -> 
 def test_the_result_is_plain_json(run: Path, tmp_path: Path) -> None:
     result: dict[str, Any] = export(ExportConfig(student=run, out=tmp_path / "x.pt"))
     assert json.loads(json.dumps(result)) == result
-    assert result["untrained_teacher"] is True
     assert result["teacher"] == "vit_nano"

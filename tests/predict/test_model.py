@@ -51,7 +51,7 @@ def test_a_run_is_a_whole_sam_by_its_folder_or_its_students_file(
     for given in (run, run / "student.safetensors", str(run)):
         model = load_model(given)
         assert model.run is not None
-        assert (model.student, model.image_size, model.untrained) == ("tiny_vit", 64, True)
+        assert (model.student, model.image_size) == ("tiny_vit", 64)
         assert same_head(model, head)
         assert not model.sam.training
         assert {value.dtype for value in model.sam.parameters()} == {torch.float32}
@@ -79,7 +79,7 @@ def test_an_exports_folder_or_file_has_its_own_head(tmp_path: Path, head: dict[s
     for given in (tmp_path, tmp_path / "model.safetensors"):
         model = load_model(given)
         assert same_head(model, head)
-        assert (model.info["teacher"], model.untrained) == ("vit_b", False)
+        assert model.info["teacher"] == "vit_b"
     assert read_head(tmp_path / "model.safetensors").keys() == head.keys()
 
 
@@ -102,9 +102,8 @@ def test_an_image_size_is_for_files_that_do_not_say(run: Path, mobile_sam_pt: Pa
         load_model(run, image_size=1024)
 
 
-def test_an_untrained_head_is_told_and_so_is_another_teachers(lone_student: Path, store: Path) -> None:
+def test_a_head_of_another_teacher_is_told(lone_student: Path, store: Path) -> None:
     model = load_model(lone_student, head=store)
-    assert model.untrained
     assert model.notes[0].startswith(
         "the head is another teacher's: vit_nano with checkpoint 000000000000..."
     )
@@ -134,7 +133,7 @@ def test_a_run_without_its_student_or_head_is_an_error_with_the_mend(run: Path) 
 
 def test_a_teacher_is_a_whole_sam() -> None:
     model = load_teacher_model("vit_nano", image_size=64)
-    assert (model.student, model.image_size, model.untrained, model.file) == ("vit_nano", 64, True, None)
+    assert (model.student, model.image_size, model.file) == ("vit_nano", 64, None)
     with pytest.raises(CheckpointError, match="takes no checkpoint"):
         load_teacher_model("vit_nano", Path("x.pth"))
 

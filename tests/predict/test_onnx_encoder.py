@@ -113,7 +113,6 @@ def test_the_file_tells_what_it_is_and_how_images_are_prepared(tmp_path: Path) -
     assert json.loads(told["preprocessing"]) == preprocessing_recipe(IMAGE_SIZE)
     assert (told["student"], told["teacher"], told["image_size"]) == ("toy", "vit_h", str(IMAGE_SIZE))
     assert told["checkpoint_sha256"] == "ab" * 32
-    assert told["untrained_teacher"] == "false"
     versions = json.loads(told["versions"])
     assert versions["mobilesam"] == __version__
     assert versions["onnxruntime"] == onnxruntime.__version__

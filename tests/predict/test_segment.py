@@ -63,11 +63,11 @@ def test_the_result_is_plain_json_with_the_documented_keys(config: Any) -> None:
     result = segment(config())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {
-        *("image", "original_size", "student", "teacher", "untrained_teacher", "model", "head", "image_size"),
+        *("image", "original_size", "student", "teacher", "model", "head", "image_size"),
         *("device", "notes", "embedding_seconds", "mask_seconds", "masks", "out", "masks_dir", "rle"),
     }
     assert result["original_size"] == [60, 90]
-    assert (result["student"], result["teacher"], result["untrained_teacher"]) == ("tiny_vit", None, False)
+    assert (result["student"], result["teacher"]) == ("tiny_vit", None)
     assert result["embedding_seconds"] > 0
     assert result["mask_seconds"] > 0
     assert (result["masks_dir"], result["rle"], result["masks"][0]["file"]) == (None, None, None)
@@ -123,19 +123,15 @@ def test_a_stability_score_is_segment_anythings() -> None:
     assert stability_score(np.full((3, 3), -7.0)) is None
 
 
-def test_an_untrained_teacher_says_so(config: Any) -> None:
+def test_a_teacher_needs_no_student(config: Any) -> None:
     result = segment(config(student=None, teacher="vit_nano"))
-    assert (result["student"], result["teacher"], result["untrained_teacher"]) == (None, "vit_nano", True)
-    assert "untrained teacher" in "\n".join(segment_lines(result))
+    assert (result["student"], result["teacher"]) == (None, "vit_nano")
+    assert "vit_nano at 64" in segment_lines(result)[0]
 
 
-def test_a_run_tells_its_teacher_and_that_it_was_untrained(config: Any, run: Path) -> None:
+def test_a_run_tells_its_teacher(config: Any, run: Path) -> None:
     result = segment(config(student=run, image_size=None))
-    assert (result["student"], result["teacher"], result["untrained_teacher"]) == (
-        "tiny_vit",
-        "vit_nano",
-        True,
-    )
+    assert (result["student"], result["teacher"]) == ("tiny_vit", "vit_nano")
     assert result["model"] == str(run / "student.safetensors")
     assert result["image_size"] == 64
 

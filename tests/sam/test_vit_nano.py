@@ -1,38 +1,40 @@
 from __future__ import annotations
 
 import hashlib
-import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from segment_anything import sam_model_registry
 
 from mobilesam.sam.head_shapes import head_shapes
 from mobilesam.sam.teachers import load_teacher, positions_interpolated
 from mobilesam.sam.vit import VITS, build_vit, fit_positions
-from mobilesam.sam.vit_nano import shapes, state_sha256, untrained_sha256, untrained_state
+from mobilesam.sam.vit_nano import read_weights, shapes, weights_sha256
 
-PINNED = "1dc76d0b89813f57ff67bdcaed701db9585cbdb4d21ac926d00ee8766a1328e4"
-
-
-def test_the_weights_are_the_same_bytes_on_every_machine() -> None:
-    assert untrained_sha256() == PINNED
+WEIGHTS = Path(__file__).parents[2] / "sam" / "vit_nano.safetensors"
 
 
-def test_the_digest_is_of_keys_shapes_and_bytes_in_sorted_order() -> None:
-    state = {"b": torch.tensor([1.0, -2.0]), "a": torch.zeros(1, 1)}
-    content = b"a (1, 1)\n" + bytes(4) + b"b (2,)\n" + np.array([1, -2], "<f4").tobytes()
-    assert state_sha256(state) == hashlib.sha256(content).hexdigest()
+def test_the_digest_is_that_of_the_file() -> None:
+    assert weights_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
-def test_a_weight_can_be_recomputed_from_the_recipe_by_hand() -> None:
-    key = "image_encoder.blocks.0.attn.qkv.weight"
-    seed = int.from_bytes(hashlib.sha256(f"vit_nano/1/{key}".encode()).digest()[:8], "big")
-    integers = [int(value) >> 40 for value in np.random.PCG64(seed).random_raw(3)]
-    bound = np.float32(math.sqrt(3) / math.sqrt(128))
-    wanted = [float(np.float32((value - 2**23) / 2**23) * bound) for value in integers]
-    assert untrained_state()[key].flatten()[:3].tolist() == wanted
+def test_the_file_holds_every_weight_in_float16_and_tells_what_made_it() -> None:
+    with safe_open(WEIGHTS, "pt") as file:
+        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert set(file.metadata()) == {"image_size", "seed", "step"}
+    assert {key: value.shape for key, value in read_weights().items()} == shapes()
+
+
+def test_weights_are_read_as_finite_float32_and_anew_each_time() -> None:
+    state, again = read_weights(), read_weights()
+    for key, value in state.items():
+        assert value.dtype == torch.float32
+        assert bool(value.isfinite().all()), key
+        value.zero_()
+        assert not torch.equal(value, again[key]) or not again[key].any()
 
 
 def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
@@ -40,7 +42,7 @@ def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
         k: v.shape for k, v in sam_model_registry["vit_b"]().state_dict().items() if "image_encoder" not in k
     }
     assert head_shapes() == official
-    state = untrained_state()
+    state = read_weights()
     assert {key: value.shape for key, value in state.items() if "image_encoder" not in key} == official
 
 
@@ -54,43 +56,11 @@ def test_its_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
     assert set(shapes()) == {f"image_encoder.{key}" for key in encoder.state_dict()} | set(head_shapes())
 
 
-def test_norms_start_neutral_and_every_other_weight_is_spread_evenly() -> None:
-    for key, value in untrained_state().items():
-        assert value.dtype == torch.float32
-        if value.dim() == 1 and key.endswith("weight"):
-            assert (value == 1).all(), key
-        elif value.dim() == 1 and not key.endswith("proj.bias"):
-            assert (value == 0).all(), key
-        elif value.numel() >= 5000 and not key.endswith(("patch_embed.proj.weight", "neck.2.weight")):
-            # Uniform: standard deviation is the bound over sqrt(3), the mean is near 0.
-            assert abs(float(value.std() * math.sqrt(3) / value.abs().max()) - 1) < 0.02, key
-            assert abs(float(value.mean() / value.std())) < 0.05, key
-
-
-def test_a_patch_is_seen_as_two_by_two_blocks_of_one_colour() -> None:
-    weight = untrained_state()["image_encoder.patch_embed.proj.weight"]
-    blocks = weight[:, :, ::8, ::8]
-    assert torch.equal(weight, blocks.repeat_interleave(8, dim=2).repeat_interleave(8, dim=3))
-    assert len(blocks.unique()) == blocks.numel()
-
-
-def test_the_necks_cells_speak_mainly_of_themselves() -> None:
-    deviations = untrained_state()["image_encoder.neck.2.weight"].std(dim=(0, 1))
-    wanted = torch.tensor([[1, 4, 1], [4, 16, 4], [1, 4, 1]]) / 16
-    torch.testing.assert_close(deviations / deviations[1, 1], wanted, rtol=0.02, atol=0)
-
-
-def test_no_two_weights_share_their_numbers() -> None:
-    starts = [value.flatten()[:4] for value in untrained_state().values() if value.dim() > 1]
-    normalised = {tuple((start / start[0]).tolist()) for start in starts}
-    assert len(normalised) == len(starts)
-
-
 @pytest.mark.parametrize("image_size", [256, 1024])
 def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) -> None:
     state = {
         key.removeprefix("image_encoder."): value
-        for key, value in untrained_state().items()
+        for key, value in read_weights().items()
         if key.startswith("image_encoder.")
     }
     fitted, resampled = fit_positions(state, VITS["vit_nano"], image_size)
@@ -118,8 +88,7 @@ def test_the_stored_size_needs_no_resampling() -> None:
 @pytest.fixture(scope="module")
 def embeddings(photo_pixels_BCHW: torch.Tensor) -> torch.Tensor:
     teacher = load_teacher("vit_nano", None, image_size=256)
-    assert teacher.untrained
-    assert teacher.checkpoint_sha256 == untrained_sha256()
+    assert teacher.checkpoint_sha256 == weights_sha256()
     return teacher.embed(photo_pixels_BCHW)
 
 

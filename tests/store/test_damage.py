@@ -155,7 +155,7 @@ def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
     [
         ("image_root", "/other"),
         ("precision", "bfloat16"),
-        ("untrained", False),
+        ("teacher", "vit_h"),
         ("shard_size", 4),
         ("shard_size", "3"),
     ],

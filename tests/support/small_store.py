@@ -30,7 +30,6 @@ def make_spec(**changes: object) -> StoreSpec:
         "checkpoint": None,
         "checkpoint_sha256": "ab" * 32,
         "head_sha256": HEAD_SHA256,
-        "untrained": True,
         "image_size": 64,
         "positions_interpolated": True,
         "preprocessing": {"mean": [1.0, 2.0, 3.0], "filter": "bilinear"},

@@ -105,14 +105,6 @@ def test_progress_counts_every_image(world):
     assert seen == [(4, 6), (6, 6)]
 
 
-def test_an_untrained_teacher_is_named_in_every_output(world, tmp_path):
-    report = tmp_path / "report.html"
-    result = verify(asked(report=report))
-    assert result["subject"]["untrained_teacher"] is True
-    assert any("untrained teacher" in line for line in table_lines(result))
-    assert "Untrained teacher" in report.read_text(encoding="utf-8")
-
-
 def test_a_student_file_in_its_run_knows_its_split(world):
     assert verify(asked(student=world.run.student_path)) == verify(asked(student=world.run.path))
 

@@ -69,7 +69,6 @@ def result(**changes: object) -> dict:
         "student": "tiny_vit",
         "run": "tiny_vit-0123abcd",
         "teacher": "vit_b",
-        "untrained_teacher": False,
         "split": "val",
         "notes": [],
         "thresholds": {"min_cosine": None, "min_skill": None},
@@ -178,14 +177,6 @@ def test_the_verdict_says_what_failed_with_both_numbers():
     assert "Passed." in passed.text
     assert "Both thresholds are" in passed.text
     assert "No thresholds set." in Page(render(data())).text
-
-
-def test_an_untrained_teacher_is_named_in_report_and_table():
-    untrained = result(untrained_teacher=True)
-    assert "Untrained teacher" in render(data(result=untrained))
-    assert "Untrained teacher" not in render(data())
-    assert any("untrained teacher" in line for line in table_lines(untrained))
-    assert not any("untrained teacher" in line for line in table_lines(result()))
 
 
 def test_undefined_numbers_are_called_so():

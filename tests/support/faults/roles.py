@@ -27,11 +27,11 @@ def prepare() -> None:
     import mobilesam.distill.job
     import mobilesam.precompute.run
     import mobilesam.precompute.shard  # noqa: F401
-    from mobilesam.sam.vit_nano import untrained_sha256
+    from mobilesam.sam.vit_nano import weights_sha256
 
     torch.set_num_threads(1)
     zarr.create_group({}, zarr_format=3)
-    untrained_sha256()
+    weights_sha256()
     _shrink_head()
     _add_speck()
     stages.watch()
