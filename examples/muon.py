@@ -20,25 +20,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 0.05)
-                update = _orthogonal(matrix.grad.lerp(momentum, 0.95))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                # As far as AdamW would move it (arXiv 2502.16982, section 2.2).
-                matrix.sub_(update, alpha=group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append(matrix)
+            for matrices in by_shape.values():
+                self._move(matrices, group["lr"], group["weight_decay"])
+
+    def _move(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
+        """One step of matrices of one shape."""
+        directions = []
+        for matrix in matrices:
+            momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+            momentum.lerp_(matrix.grad, 0.05)
+            directions.append(matrix.grad.lerp(momentum, 0.95))
+        for matrix, update in zip(matrices, _orthogonal(torch.stack(directions)), strict=True):
+            matrix.mul_(1 - lr * weight_decay)
+            # As far as AdamW would move it (arXiv 2502.16982, section 2.2).
+            matrix.sub_(update, alpha=lr * 0.2 * max(matrix.shape) ** 0.5)
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix U S V^T, by five Newton-Schulz steps."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return _orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
+def _orthogonal(matrices_NRC: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T, by five Newton-Schulz steps."""
+    if matrices_NRC.shape[1] > matrices_NRC.shape[2]:
+        return _orthogonal(matrices_NRC.mT).mT
+    x = matrices_NRC / (torch.linalg.matrix_norm(matrices_NRC, keepdim=True) + 1e-7)
     if cpu_accelerates_bfloat16():
         x = x.bfloat16()
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
     return x.float()

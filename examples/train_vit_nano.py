@@ -1,10 +1,10 @@
 """Trains vit_nano, encoder and head together, on generated pictures at several resolutions.
 
-    python examples/train_vit_nano.py --work nano --until 1200 --sizes 128
-    python examples/train_vit_nano.py --work nano --until 6000 --sizes 256
-    python examples/train_vit_nano.py --work nano --until 8000 --sizes 256 512 1024
-    python examples/train_vit_nano.py --work nano --until 9000 --sizes 256 512 1024 --final-lr 0
-    python examples/train_vit_nano.py --work nano --save weights.safetensors
+    python examples/train_vit_nano.py --work nano --until 1150 --sizes 128
+    python examples/train_vit_nano.py --work nano --until 1850 --sizes 256
+    python examples/train_vit_nano.py --work nano --until 5600 --sizes 256 --final-lr 1.5e-4
+    python examples/train_vit_nano.py --work nano --until 7000 --sizes 256 512 1024 --final-lr 0
+    python examples/train_vit_nano.py --work nano --save sam/vit_nano.safetensors
 
 Each command goes on where the last one ended (or was ended); a new folder may --start from saved weights. The rate
 goes from where it is to --final-lr along a straight line; the weights that are kept are a moving average. Loss,
@@ -17,7 +17,8 @@ threads wait for each other, and on busy cores take twice as long.
 measures the masks of the package's weights on pictures that were not trained on: picked and best of three.
 
 Two short stages come first, without which a fresh head answers nothing for hundreds of steps: the encoder alone
-learns to give cells of one object like embeddings, then the head alone learns to read them.
+learns to give cells of one object like embeddings, then the head alone learns to read them. The encoder's loss stays
+as a part of the last stage's.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ TWO_ROUNDS = 0.1
 """Share of the steps in which a correction follows the first prompt."""
 FOCAL = 5.0
 """Focal : dice is 20 : 1 in SAM; here most of a picture is not the object, and 20 teaches to answer nothing."""
+LIKENESS = 0.5
+"""Weight of the encoder's first loss in the coupled stage: it says at every cell what belongs together."""
 ENCODER_STEPS, HEAD_STEPS = 250, 300
 ATTENTION_GAIN = 4.0
 SHARPNESS = 10.0
@@ -135,8 +138,11 @@ class Sam(nn.Module):
         if stage == "encoder":
             loss = likeness_loss(emb_BCHW, segments_BMM, objects.inside_BMM) * len(objects.image_P)
             return loss, loss.new_zeros(())
-        emb_BCHW = emb_BCHW.detach() if stage == "head" else emb_BCHW
-        return training.loss(self.head, emb_BCHW, objects, generator)
+        if stage == "head":
+            return training.loss(self.head, emb_BCHW.detach(), objects, generator)
+        loss, picked = training.loss(self.head, emb_BCHW, objects, generator)
+        likeness = likeness_loss(emb_BCHW, segments_BMM, objects.inside_BMM)
+        return loss + LIKENESS * likeness * len(objects.image_P), picked
 
 
 @torch.no_grad()
