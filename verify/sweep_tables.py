@@ -35,7 +35,9 @@ def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
     split = judged_by(done)
     numbers = done[0][split]
     image = "image" if numbers["images"] == 1 else "images"
-    where = f"held-out {image}" if split == "val" else f"{image} of {Path(done[0]['judged']['test_store']).name}"
+    where = (
+        f"held-out {image}" if split == "val" else f"{image} of {Path(done[0]['judged']['test_store']).name}"
+    )
     return (
         f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
     )
