@@ -2,8 +2,9 @@
 
     python examples/train_vit_nano.py --work nano --until 1150 --sizes 128
     python examples/train_vit_nano.py --work nano --until 1850 --sizes 256
-    python examples/train_vit_nano.py --work nano --until 5600 --sizes 256 --final-lr 1.5e-4
-    python examples/train_vit_nano.py --work nano --until 7000 --sizes 256 512 1024 --final-lr 0
+    python examples/train_vit_nano.py --work nano --until 3950 --sizes 256 --final-lr 3.04e-4
+    python examples/train_vit_nano.py --work nano --until 5100 --sizes 256 --final-lr 1.2e-4
+    python examples/train_vit_nano.py --work nano --until 6200 --sizes 256 512 1024 --final-lr 0
     python examples/train_vit_nano.py --work nano --save sam/vit_nano.safetensors
 
 Each command goes on where the last one ended (or was ended); a new folder may --start from saved weights. The rate

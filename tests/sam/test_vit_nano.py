@@ -17,8 +17,12 @@ from mobilesam.sam.vit_nano import read_weights, shapes, weights_sha256
 WEIGHTS = Path(__file__).parents[2] / "sam" / "vit_nano.safetensors"
 
 
-def test_the_digest_is_that_of_the_file() -> None:
-    assert weights_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+# What stores of this teacher are of: with other weights none of them could be extended.
+SHA256 = "5cab47dd4448405c11da1a1edaf1f01fa8eb377b5c047c8ee09559de93148499"
+
+
+def test_the_file_is_the_one_that_stores_were_made_with() -> None:
+    assert weights_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == SHA256
 
 
 def test_the_file_holds_every_weight_in_float16_and_tells_what_made_it() -> None:
@@ -107,12 +111,12 @@ def photo_pixels_BCHW(photos: dict[str, bytes]) -> torch.Tensor:
 
 def test_embeddings_vary_over_an_image(embeddings: torch.Tensor) -> None:
     within = embeddings.var(dim=(2, 3), correction=0).mean(dim=1)
-    assert within.min() > 0.1
+    assert within.min() > 0.05
 
 
 def test_photos_differ_by_more_than_what_all_have_in_common(embeddings: torch.Tensor) -> None:
     common = embeddings.mean(dim=0).square().mean() / embeddings.square().mean()
-    assert common < 0.4
+    assert common < 0.5
 
 
 def test_positions_alone_do_not_decide_the_embedding(photo_pixels_BCHW: torch.Tensor) -> None:
