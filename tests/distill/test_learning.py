@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from mobilesam.distill import DistillConfig, Run, distill
 from mobilesam.sam import image_pixels, load_image
@@ -18,26 +20,20 @@ PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 PIECES = 4  # a photo is cut into as many rows and columns
 
 
-def teacher_embeddings(images: Path, image_size: int) -> np.ndarray:
-    """vit_nano's embeddings of a folder, in the order of names."""
-    teacher = load_teacher("vit_nano", None, image_size=image_size)
-    embedded = []
-    for file in sorted(images.iterdir()):
-        image = load_image(file.read_bytes(), image_size)
-        embedded.append(teacher.embed(image_pixels(image, image_size))[0].numpy())
-    return np.stack(embedded)
+def embeddings_by(embed: Callable[[Tensor], Tensor], images: Path, image_size: int) -> np.ndarray:
+    """What `embed` makes of normalised pixels (1, 3, S, S), for each image of a folder in the order of names."""
+    pixels = [
+        image_pixels(load_image(file.read_bytes(), image_size), image_size)
+        for file in sorted(images.iterdir())
+    ]
+    return np.concatenate([embed(pixels_1CHW).numpy() for pixels_1CHW in pixels])
 
 
-def colour_embeddings(images: Path, image_size: int) -> np.ndarray:
+def colours(pixels_1CHW: Tensor) -> Tensor:
     """What a teacher would say who looks at colours alone: a fixed random map of those of each cell's quarters. It
     takes two epochs to learn, where vit_nano's embeddings take dozens."""
-    map_CK = np.random.default_rng(3).standard_normal((256, 12)).astype(np.float32)
-    embedded = []
-    for file in sorted(images.iterdir()):
-        pixels_1CHW = image_pixels(load_image(file.read_bytes(), image_size), image_size)
-        quarters_1KL = F.unfold(F.avg_pool2d(pixels_1CHW, 8), 2, stride=2)
-        embedded.append((map_CK @ quarters_1KL[0].numpy()).reshape(256, image_size // 16, image_size // 16))
-    return np.stack(embedded)
+    map_CKhw = torch.randn(256, 3, 2, 2, generator=torch.Generator().manual_seed(3))
+    return F.conv2d(F.avg_pool2d(pixels_1CHW, 8), map_CKhw, stride=2)
 
 
 def train(store: Path, **options: object) -> Run:
@@ -53,7 +49,9 @@ def overfitted(tmp_path: Path, make_store: Callable[..., Path], image_size: int,
     for file in photos:
         (folder / file.name).write_bytes(file.read_bytes())
     Image.open(photos[1]).convert("RGB").crop((0, 0, 200, 200)).save(folder / "held_out.png")
-    store = make_store(folder, image_size=image_size, embeddings=teacher_embeddings(folder, image_size))
+    teacher = load_teacher("vit_nano", None, image_size=image_size)
+    embeddings = embeddings_by(teacher.embed, folder, image_size)
+    store = make_store(folder, image_size=image_size, embeddings=embeddings)
     run = train(store, epochs=epochs, batch_size=2, micro_batch=2, val_fraction=0.01)
     assert len(run.split.train) == 12
     logged = run.last("train_eval")
@@ -89,7 +87,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pairs_teach_what_holds_for_other_images_and_shuffled_pairs_do_not(
     pieces: Path, make_store: Callable[..., Path]
 ) -> None:
-    embeddings = colour_embeddings(pieces, 128)
+    embeddings = embeddings_by(colours, pieces, 128)
     # By a third of all: every image gets the embedding of a piece of another photo.
     shuffled = np.roll(embeddings, len(embeddings) // 3, axis=0)
     skills = []
