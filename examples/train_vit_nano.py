@@ -261,7 +261,7 @@ def samples_of(step: int, pictures: Pictures, generator: torch.Generator) -> lis
 
 def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
     pictures = {side: training_pictures(run.folder, side) for side in sizes}
-    at_sizes = {side: Sam(side) for side in BATCHES}
+    at_sizes = {side: Sam(side) for side in sizes}
     first, started_lr = run.step, run.lr
     log = (run.folder / "log.jsonl").open("a")
     start, window = time.monotonic(), {"loss": 0.0, "picked": 0.0, "objects": 0}
