@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -264,19 +267,34 @@ def _annotations(picture: Picture) -> Iterator[dict[str, object]]:
         }
 
 
-def write(folder: Path, seed: int, number: int, side: int, quality: int = 95) -> None:
-    """Writes pictures 1 to `number` of `seed` into `folder`; what is there is left as it is, and always whole."""
+def write(folder: Path, seed: int, number: int, side: int, quality: int = 95, workers: int = 1) -> None:
+    """Writes pictures 1 to `number` of `seed` into `folder`; what is there is left as it is, and always whole.
+
+    `workers` processes do it; the pictures are the same for any number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for image_id in range(1, number + 1):
-        image_path, labels_path = folder / f"sa_{image_id}.jpg", folder / f"sa_{image_id}.json"
-        if image_path.exists() and labels_path.exists():
-            continue
-        picture = generate(seed, image_id, side)
-        draft = folder / "draft"
-        draft.write_text(json.dumps(annotations(picture, image_id)))
-        draft.replace(labels_path)
-        Image.fromarray(picture.pixels_HWC).save(draft, format="JPEG", quality=quality)
-        draft.replace(image_path)
+    missing = [
+        image_id
+        for image_id in range(1, number + 1)
+        if not all((folder / f"sa_{image_id}{ending}").exists() for ending in (".jpg", ".json"))
+    ]
+    write_one = partial(_write_one, folder, seed, side, quality)
+    if workers == 1:
+        for image_id in missing:
+            write_one(image_id)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+        for _ in processes.map(write_one, missing, chunksize=16):
+            pass
+
+
+def _write_one(folder: Path, seed: int, side: int, quality: int, image_id: int) -> None:
+    picture = generate(seed, image_id, side)
+    draft = folder / f"{image_id}.draft"
+    draft.write_text(json.dumps(annotations(picture, image_id)))
+    draft.replace(folder / f"sa_{image_id}.json")
+    Image.fromarray(picture.pixels_HWC).save(draft, format="JPEG", quality=quality)
+    draft.replace(folder / f"sa_{image_id}.jpg")
 
 
 def main() -> None:
@@ -290,7 +308,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.count < 1 or options.side < 64:
         parser.error("--count must be at least 1, --side at least 64")
-    write(options.out, options.seed, options.count, options.side)
+    write(options.out, options.seed, options.count, options.side, workers=len(os.sched_getaffinity(0)))
     print(f"{options.count} pictures with their labels in {options.out}")
 
 

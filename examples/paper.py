@@ -6,8 +6,9 @@
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
 
 Pictures are made, and embedded by vit_nano; students are distilled from them for several batches and epochs, in each
-of the ways that the paper compares, and from embeddings of other pictures than their own, as a control. All are
-judged by the masks that they make of pictures of another seed, against vit_nano's. A rerun goes on where it was.
+of the ways that the paper compares, and from embeddings of other pictures than their own, as a control; one more is
+distilled from many more pictures. All are judged by the masks that they make of pictures of another seed, against
+vit_nano's. A rerun goes on where it was.
 """
 
 from __future__ import annotations
@@ -28,20 +29,23 @@ from shuffled_store import shuffle_store
 from mobilesam.distill import DistillConfig, DistillInterrupted, Progress
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.precompute.errors import PrecomputeInterrupted
-from mobilesam.verify import SweepConfig, sweep
+from mobilesam.verify import EvaluateConfig, SweepConfig, evaluate_masks, sweep
+from mobilesam.verify.trials import RUNS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "PAPER.md"
-TRAIN_SEED, TEST_SEED = 101, 102
+TRAIN_SEED, TEST_SEED, MANY_SEED = 101, 102, 103
 SHUFFLE_SEED = 0
 WAYS = ("decoupled", "semi_coupled", "coupled", "decoder")
+BATCH, EPOCHS = DistillConfig().batch_size, DistillConfig().epochs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
-    `way` is the one at which the ways to distil are compared; `longer` epochs, at the batch of `way`, are given to
-    one more student of the first seed (0: there is none). `side` is the longer side of a picture, in pixels, as
-    `image_size` is that of the teacher's square.
+    `way` is the one at which the ways to distil are compared. `many` pictures (0: none) are for one more student of
+    the first seed, distilled as `mobilesam distill` does by itself, and for its control, which stops after one epoch.
+    Both are evaluated by pairs of points `distances` pixels apart. `side` is the longer side of a picture, in pixels,
+    as `image_size` is that of the teacher's square.
     """
 
     pictures: int
@@ -50,7 +54,8 @@ class Scale:
     image_size: int
     lengths: tuple[tuple[int, int], ...]
     way: tuple[int, int]
-    longer: int
+    many: int
+    distances: tuple[int, ...]
     seeds: tuple[int, ...]
 
 
@@ -62,7 +67,8 @@ SCALES: Mapping[str, Scale] = {
         image_size=256,
         lengths=((4, 2), (8, 4), (8, 8)),
         way=(4, 2),
-        longer=16,
+        many=6000,
+        distances=(11, 23, 34, 46, 57),
         seeds=(0, 1, 2),
     ),
     "small": Scale(
@@ -72,7 +78,8 @@ SCALES: Mapping[str, Scale] = {
         image_size=128,
         lengths=((4, 1), (8, 2), (8, 4)),
         way=(8, 2),
-        longer=0,
+        many=16,
+        distances=(6, 11, 17, 23, 28),
         seeds=(0, 1),
     ),
 }
@@ -90,10 +97,7 @@ class Paper:
         self._refuse_another_scale()
         train = self.store("train", self.scale.pictures, TRAIN_SEED)
         test = self.store("test", self.scale.test_pictures, TEST_SEED)
-        shuffled = self.out / "shuffled.zarr"
-        if not shuffled.exists():
-            say("giving each picture the embedding of another one, for the control")
-            shuffle_store(train, shuffled, SHUFFLE_SEED)
+        shuffled = self.shuffled(train)
         seeds = self.scale.seeds
         results: dict[str, Any] = {"scale": asdict(self.scale), "cores": len(os.sched_getaffinity(0))}
         results["lengths"] = [
@@ -103,13 +107,19 @@ class Paper:
         ]
         results["ways"] = self.sweep("students", train, test, self.scale.way, seeds, WAYS)
         results["control"] = self.sweep("control", shuffled, test, self.scale.way, seeds, WAYS[:1])
-        results["longer"] = []
-        if self.scale.longer:
-            length = (self.scale.way[0], self.scale.longer)
-            results["longer"] = self.sweep("students", train, test, length, seeds[:1], WAYS[:1])
-        draft = self.out / "results.json.partial"
-        draft.write_text(json.dumps(results, indent=1) + "\n")
-        draft.rename(self.out / "results.json")
+        results["many"], results["many_control"], results["evaluation"] = [], [], None
+        if self.scale.many:
+            many = self.store("many", self.scale.many, MANY_SEED)
+            results["many"] = self.sweep("many", many, test, (BATCH, EPOCHS), seeds[:1], WAYS[:1])
+            results["many_control"] = self.sweep(
+                "many-control", self.shuffled(many), test, (BATCH, 1), seeds[:1], WAYS[:1]
+            )
+            results["evaluation"] = self.evaluate(
+                test,
+                student=self.out / "many" / RUNS / results["many"][0]["run"],
+                control=self.out / "many-control" / RUNS / results["many_control"][0]["run"],
+            )
+        write_json(self.out / "results.json", results)
         return results
 
     def _refuse_another_scale(self) -> None:
@@ -130,7 +140,7 @@ class Paper:
         """Pictures of a seed, and vit_nano's embeddings of them."""
         pictures, store = self.out / f"pictures-{name}", self.out / f"{name}.zarr"
         say(f"making {count} pictures")
-        write_pictures(pictures, seed, count, self.scale.side)
+        write_pictures(pictures, seed, count, self.scale.side, workers=len(os.sched_getaffinity(0)))
         say(f"embedding {count} pictures")
         result = precompute(
             PrecomputeConfig(
@@ -140,6 +150,14 @@ class Paper:
         if result["failed"]:
             sys.exit(f"{result['failed']} of {count} pictures in {pictures} could not be embedded")
         return store
+
+    def shuffled(self, store: Path) -> Path:
+        """The same pictures, each with the embedding of another one, for the control."""
+        shuffled = store.with_name(f"shuffled-{store.name}")
+        if not shuffled.exists():
+            say("giving each picture the embedding of another one, for the control")
+            shuffle_store(store, shuffled, SHUFFLE_SEED)
+        return shuffled
 
     def sweep(
         self,
@@ -154,7 +172,7 @@ class Paper:
         batch, epochs = length
         config = SweepConfig(
             out=self.out / name,
-            base=DistillConfig(store=store),
+            base=DistillConfig(store=store, micro_batch=batch),
             axes={
                 "seed": tuple(seeds),
                 "objective": tuple(ways),
@@ -169,6 +187,23 @@ class Paper:
                 f"{result['failed']} runs failed; mend what is told above, and run the same command again"
             )
         return list(result["runs"])
+
+    def evaluate(self, test: Path, **students: Path) -> dict[str, Any]:
+        """The students and vit_nano itself by pairs of points, against labels, and by what they cost."""
+        kept = self.out / "evaluation.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        say("evaluating the student of many pictures, its control and vit_nano")
+        found = evaluate_masks(
+            EvaluateConfig(
+                store=test,
+                models=(*((name, str(run)) for name, run in students.items()), ("vit_nano", "vit_nano")),
+                distances=self.scale.distances,
+                report=self.out / "masks.html",
+            )
+        )
+        write_json(kept, found)
+        return found
 
 
 class Ticker:
@@ -186,6 +221,13 @@ class Ticker:
             )
 
 
+def write_json(file: Path, value: Any) -> None:
+    """The whole file, or none."""
+    draft = file.with_name(f"{file.name}.partial")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.rename(file)
+
+
 def say(text: str) -> None:
     """To people: standard output is for the tables."""
     print(text, file=sys.stderr, flush=True)
@@ -198,7 +240,9 @@ def main() -> None:
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--pictures", type=int, metavar="N", help="to train on, in place of the scale's")
     parser.add_argument("--test-pictures", type=int, metavar="N")
-    parser.add_argument("--longer", type=int, metavar="EPOCHS", help="of one more student; 0 for none")
+    parser.add_argument(
+        "--many", type=int, metavar="N", help="for one more student, and its control; 0: none"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[default: paper, or paper-small]")
     parser.add_argument(
@@ -215,7 +259,7 @@ def main() -> None:
         options.document.write_text(text)
         say(f"wrote {options.document}")
         return
-    names = ("pictures", "test_pictures", "longer", "seeds")
+    names = ("pictures", "test_pictures", "many", "seeds")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "seeds" in given:
         given["seeds"] = tuple(given["seeds"])

@@ -18,6 +18,14 @@ PAPER_WAYS = {
     "decoupled": (0.75, "batch 4, 55k iterations, 11K images, 2 GPUs"),
     "coupled": (0.72, "batch 128, 180k iterations, 11M images, 128 GPUs"),
 }
+# Against FastSAM: mIoU with SAM's masks, by the distance of the two points.
+PAPER_DISTANCES = (100, 200, 300, 400, 500)
+PAPER_PAIRS = {
+    "FastSAM, in the paper": (0.27, 0.33, 0.37, 0.41, 0.41),
+    "MobileSAM, in the paper": (0.73, 0.71, 0.74, 0.73, 0.73),
+}
+TEACHER = "vit_nano"
+CALLED = {"student": "our student", "control": "our control"}
 CLEAR = 2.0
 """Standard errors of the difference of two means, from which they are told apart."""
 
@@ -46,10 +54,10 @@ def result_lines(results: Results) -> list[str]:
     lines += [f"- {line}" for line in _order(known, [PAPER_WAYS[name][0] for name in names], names)]
     lines += [
         "",
-        "### What a student gets that learns nothing of its own pictures, and what a longer training gives",
+        "### What a student gets that learns nothing of its own pictures, and what more pictures give",
         "",
     ]
-    return [*lines, *_reference_table(results)]
+    return [*lines, *_reference_table(results), *_evaluation(results)]
 
 
 def document(text: str, results: Results) -> str:
@@ -61,10 +69,8 @@ def document(text: str, results: Results) -> str:
 
 
 def _setting(results: Results) -> list[str]:
-    scale, runs = (
-        results["scale"],
-        [*results["lengths"], *results["ways"], *results["control"], *results["longer"]],
-    )
+    scale = results["scale"]
+    runs = [run for stage in ("lengths", "ways", "control", "many", "many_control") for run in results[stage]]
     different = {run["run"]: run for run in runs}
     seconds = sum(run["seconds"] + run["judged_seconds"] for run in different.values())
     one = runs[0]
@@ -102,10 +108,76 @@ def _way_table(groups: Sequence[Group]) -> list[str]:
 
 
 def _reference_table(results: Results) -> list[str]:
-    control, longer = grouped(results["control"]), grouped(results["longer"])
-    rows = [["embeddings of other pictures", *_ours(group, _length(group))] for group in control]
-    rows += [["its own embeddings, longer", *_ours(group, _length(group))] for group in longer]
-    return _table(["trained on", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows)
+    stages = (
+        ("embeddings of other pictures", "control"),
+        ("its own embeddings", "ways"),
+        ("embeddings of other pictures", "many_control"),
+        ("its own embeddings, by the default recipe", "many"),
+    )
+    rows = [
+        [told, f"{group.outcomes[0]['images']['train']:,}", *_ours(group, _length(group))]
+        for told, stage in stages
+        for group in grouped(results[stage])
+        if group.options["objective"] == "decoupled"
+    ]
+    return _table(
+        ["trained on", "pictures", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows
+    )
+
+
+def _evaluation(results: Results) -> list[str]:
+    """The student of many pictures, its control and the teacher: pairs of points, labels, cost."""
+    found = results["evaluation"]
+    if found is None:
+        return []
+    distances, models = results["scale"]["distances"], found["models"]
+    names = ["point", *(f"pair_{distance}" for distance in distances)]
+    pairs = [[name, "", *(f"{miou:.2f}" for miou in mious)] for name, mious in PAPER_PAIRS.items()]
+    pairs += [
+        [_called(model), *(_miou_text(model["teacher"][name]) for name in names)]
+        for model in models
+        if model["name"] != TEACHER
+    ]
+    far = [
+        f"{of} px" if of == here else f"{of} px, {here} here"
+        for of, here in zip(PAPER_DISTANCES, distances, strict=True)
+    ]
+    labels = [[_called(model), *map(_miou_text, model["labels"].values())] for model in models]
+    cost = [
+        [
+            _called(model),
+            f"{model['encoder_parameters']:,}",
+            f"{model['encoder_macs'] / 1e9:.3g} G",
+            f"{model['encoder_ms']:,.1f}",
+            f"{model['decoder_ms']:,.1f}",
+        ]
+        for model in models
+    ]
+    return [
+        "",
+        "### Against FastSAM: a foreground and a background point",
+        "",
+        *_table(["mIoU with the teacher's masks", "one point", *far], pairs),
+        "",
+        "### Against labels",
+        "",
+        f"{found['labelled']} pictures, all objects that a picture shows; an object's box, its innermost point, and "
+        "for that point the mask of three that the model rates best, and the best one.",
+        "",
+        *_table(["", "box", "point", "picked of 3", "best of 3"], labels),
+        "",
+        "### Table 1: what they cost",
+        "",
+        *_table(["", "encoder's parameters", "multiply-accumulates", "encoder ms", "decoder ms"], cost),
+    ]
+
+
+def _called(model: Results) -> str:
+    return CALLED.get(model["name"], model["name"])
+
+
+def _miou_text(found: Results | None) -> str:
+    return "" if found is None else f"{found['miou']:.4f}"
 
 
 def _ours(group: Group, length: str) -> list[str]:

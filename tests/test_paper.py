@@ -59,7 +59,9 @@ def results(lengths: list[list[float]], ways: dict[str, list[float]]) -> dict[st
             outcome(m, s, name, 8, 4, 500) for name, values in ways.items() for s, m in enumerate(values)
         ],
         "control": [{**outcome(0.25, 0, "decoupled", 8, 4, 500), "run": "control"}],
-        "longer": [],
+        "many": [{**outcome(0.75, 0, "decoupled", 8, 8, 5700), "run": "many"}],
+        "evaluation": None,
+        "many_control": [{**outcome(0.27, 0, "decoupled", 8, 1, 713), "run": "many control"}],
     }
 
 
@@ -72,9 +74,43 @@ def test_ours_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) ->
     assert any(
         line.startswith("| coupled | 0.72 | batch 128") and "0.6100 ± 0.0141" in line for line in lines
     )
-    assert "| embeddings of other pictures | 8 / 4 / 500 | 0.2500 | 0.2500 | 0.2500 |" in lines
+    assert "| embeddings of other pictures | 380 | 8 / 4 / 500 | 0.2500 | 0.2500 | 0.2500 |" in lines
+    assert "| its own embeddings | 380 | 8 / 4 / 500 | 0.5100 ± 0.0141 | 0.5000 | 0.5200 |" in lines
+    assert (
+        "| its own embeddings, by the default recipe | 380 | 8 / 8 / 5,700 | 0.7500 | 0.7500 | 0.7500 |"
+        in lines
+    )
+    assert not any(line.startswith("| its own embeddings | 380 | 8 / 4 / 500 | 0.6") for line in lines)
     # Two runs appear among lengths and ways alike, and are counted once.
-    assert "9 runs took 4.50 hours of training and judging on 2 cores" in lines[0]
+    assert "11 runs took 5.50 hours of training and judging on 2 cores" in lines[0]
+
+
+def test_pairs_labels_and_cost_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) -> None:
+    found = results([[0.4], [0.5], [0.6]], WAYS)
+    found["scale"]["distances"] = [11, 23, 34, 46, 57]
+    costs = {"encoder_parameters": 5_740_000, "encoder_macs": 2.5e9, "encoder_ms": 21.0, "decoder_ms": 4.0}
+    labels = {name: {"miou": 0.5} for name in ("box", "center", "center_picked", "center_oracle")}
+    pairs = {f"pair_{distance}": {"miou": 0.71} for distance in (11, 23, 34, 46)}
+    teacher = {"point": {"miou": 0.7512}, **pairs, "pair_57": None}
+    found["evaluation"] = {
+        "labelled": 60,
+        "models": [
+            {"name": "student", "teacher": teacher, "labels": labels, **costs},
+            {"name": "vit_nano", "teacher": teacher, "labels": labels, **costs},
+        ],
+    }
+    lines = scripts[0].result_lines(found)
+    assert "| MobileSAM, in the paper |  | 0.73 | 0.71 | 0.74 | 0.73 | 0.73 |" in lines
+    assert "| our student | 0.7512 | 0.7100 | 0.7100 | 0.7100 | 0.7100 |  |" in lines
+    assert any(
+        line.endswith(
+            "| 100 px, 11 here | 200 px, 23 here | 300 px, 34 here | 400 px, 46 here | 500 px, 57 here |"
+        )
+        for line in lines
+    )
+    assert "| vit_nano | 0.5000 | 0.5000 | 0.5000 | 0.5000 |" in lines
+    assert "| our student | 5,740,000 | 2.5 G | 21.0 | 4.0 |" in lines
+    assert not any(line.startswith("| vit_nano | 0.75") for line in lines)
 
 
 @pytest.mark.parametrize(
