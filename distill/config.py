@@ -30,16 +30,18 @@ class DistillConfig:
     """All options of one distillation, checked where they are made.
 
     `init` is a file of weights to start from (None: all are drawn from `seed`). `batch_size` is the effective
-    batch of one optimizer step; `micro_batch` (None: by device and free memory) only bounds memory. `warmup` is
-    the share of all steps over which the rate rises linearly to `lr`, before it falls along a half cosine.
-    `clip` bounds the norm of the gradient. `freeze_norm` is the share of all steps after which batch norms keep
-    the statistics they have (1: never). `val_fraction` is a share of image contents, not of rows. `workers`
+    batch of one optimizer step; `micro_batch` (None: by device and free memory) bounds memory, batch norms average
+    over it, and random prompts are drawn for it. `warmup` is the share of all steps over which the rate rises
+    linearly to `lr`, before it falls along a half cosine; a head that is trained has a tenth of the rate. `clip`
+    bounds the norm of the gradient. `freeze_norm` is the share of all steps after which batch norms keep the
+    statistics they have (1: never). `val_fraction` is a share of image contents, not of rows. `workers`
     counts decoding threads (None: by device and processors). `compile` hands the student to torch.compile.
 
     `objective` is one of OBJECTIVES. All but decoupled compare masks: `objects` of each image a step, taken from the
     teacher's masks or, with `labels` "annotations", from SA-1B's JSON files beside the images where they exist; asked
     for by a box (a share of `boxes`) or a point, and corrected by further points for `rounds` in all. Their loss is
-    the sum of focal, dice and IoU loss by their weights, to which the decoupled loss is added times `mse_weight`.
+    the sum of focal, dice and IoU loss by their weights, its mean over an image's objects and then over images, to
+    which the decoupled loss is added times `mse_weight`.
     "decoder" trains the head alone, for the finished student that `init` names.
 
     Raises DistillError when a value is outside its range.

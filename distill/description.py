@@ -15,6 +15,7 @@ from .config import DistillConfig
 from .digests import digest
 from .errors import DistillError
 from .initial import InitialWeights
+from .labels import count_annotated
 from .memory import default_micro_batch
 from .objectives import mask_options
 from .replicas import Replicas
@@ -43,6 +44,7 @@ def describe(
         masks=None if config.objective == "decoupled" else mask_options(config),
     )
     counts = store.counts()
+    root = _image_root(config, store)
     rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
     return {
         "format": FORMAT,
@@ -51,7 +53,12 @@ def describe(
         "config": config.to_json(),
         "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
         **({"init": initial.report()} if initial else {}),
-        "data": {"store_id": store.spec.store_id, "rows": len(records), "rows_digest": digest(rows)},
+        "data": {
+            "store_id": store.spec.store_id,
+            "rows": len(records),
+            "rows_digest": digest(rows),
+            **({"annotated": _annotated(root, records)} if config.labels == "annotations" else {}),
+        },
         "resolved": {
             "device": str(device),
             "precision": precision,
@@ -59,7 +66,7 @@ def describe(
             "processes": replicas.count,
         },
         "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
-        "image_root": _image_root(config, store),
+        "image_root": root,
         "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
         "versions": {
             "mobilesam": __version__,
@@ -77,6 +84,18 @@ def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
             f"{store.path} keeps images but no annotations: say where both are with --images DIR"
         )
     return None if root is None else str(root)
+
+
+def _annotated(root: str | None, records: Sequence[ImageRecord]) -> int:
+    """How many of the images have annotations beside them; DistillError where none has."""
+    assert root is not None, "_image_root has seen to it"
+    count = count_annotated(Path(root), records)
+    if not count:
+        raise DistillError(
+            f"none of the {len(records):,} images in {root} has annotations beside it, as 1.json is beside 1.jpg: "
+            "say with --images where there are some, or learn from the teacher's masks with --labels teacher"
+        )
+    return count
 
 
 def student_metadata(run: Run) -> dict[str, Any]:

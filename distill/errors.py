@@ -13,3 +13,7 @@ class DistillInterrupted(DistillError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+class RunLocked(DistillError):
+    """Another process is training the run."""

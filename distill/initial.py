@@ -17,7 +17,7 @@ from ..sam.torch_file import in_torch_format
 from ..sam.weights import read_state
 from .errors import DistillError
 from .naming import NAMINGS, grouped, renamed
-from .student_file import student_path, trained_head
+from .student_file import lacks_image_size, student_path, trained_head, whole_head
 from .students import outline_student, student_info
 from .tables import resized_table
 from .tensor_file import MAX_HEADER, check_tensors, load_tensors
@@ -48,7 +48,7 @@ class InitialWeights:
     parameters: dict[str, int]
     tensors: dict[str, Tensor] = field(repr=False)
     head: dict[str, Tensor] | None = field(repr=False, default=None)
-    """SAM's head, float32, where the file is a student's that was trained with it."""
+    """SAM's head, float32, where the file is a student's that was trained with it, or in mobile_sam.pt's format."""
 
     def report(self) -> dict[str, Any]:
         """JSON values: `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}, `resized` (keys);
@@ -113,6 +113,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
             raise DistillError(
                 f"{path} holds values that aren't finite, in {best.theirs[key][:80]}; give a whole one"
             )
+    head = whole_head(state) if lacks_image_size(path) else trained_head(path)
     used = {best.theirs[key] for key in best.tensors}
     return InitialWeights(
         path=path,
@@ -124,7 +125,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
         unused=[key for key in state if key not in used],
         parameters=parameters,
         tensors=best.tensors,
-        head=trained_head(path),
+        head=head,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,26 @@ logger = logging.getLogger(__name__)
 Masks = npt.NDArray[np.bool_]
 
 
+def count_annotated(root: Path, records: Iterable[ImageRecord]) -> int:
+    """How many of the images have a JSON file beside them, whether or not it can be used."""
+    files = AnnotationFiles(root)
+    return sum(files.beside(record.key) for record in records)
+
+
 class Labels:
     """SA-1B's JSON files beside the images of `root`, read when an image's turn comes. Threads may share it.
 
     `objects` are drawn of each image, others in every epoch. An image whose annotations can't be used is named once,
-    in a warning, and has no objects from then on; `broken` are their keys.
+    in a warning, and has no objects: for good where they are wrong, this time where they couldn't be read. `broken`
+    has their keys and what is wrong, `empty` the keys of those whose annotations have no object.
     """
 
     def __init__(self, root: Path, image_size: int, objects: int, seed: int) -> None:
         self.objects = objects
         self.side = mask_side(image_size)
-        self.broken: set[str] = set()
+        self.broken: dict[str, str] = {}
+        self.empty: set[str] = set()
+        self._wrong: set[str] = set()
         self._files = AnnotationFiles(root)
         self._seed = seed
         self._lock = threading.Lock()
@@ -38,18 +49,39 @@ class Labels:
     def draw(self, record: ImageRecord, epoch: int) -> Masks | None:
         """Up to `objects` masks (n, M, M) of the encoder's square; None where the image has no annotations."""
         with self._lock:
-            if record.key in self.broken:
-                return np.zeros((0, self.side, self.side), np.bool_)
+            if record.key in self._wrong:
+                return self._none()
         try:
             annotations = self._files.read(record.key, size=record.original_size)
         except AnnotationError as error:
-            self._note(record.key, error)
-            return np.zeros((0, self.side, self.side), np.bool_)
-        return None if annotations is None else self._drawn(annotations, record.row, epoch)
+            self.note(record.key, str(error))
+            unreadable = error.__cause__ is not None and isinstance(error.__cause__.__cause__, OSError)
+            if not unreadable:
+                with self._lock:
+                    self._wrong.add(record.key)
+            return self._none()
+        if annotations is None:
+            return None
+        if not len(annotations):
+            with self._lock:
+                self.empty.add(record.key)
+        return self._drawn(annotations, record.row, epoch)
+
+    def note(self, key: str, reason: str) -> None:
+        """Names an image whose annotations can't be used, unless that was done."""
+        with self._lock:
+            if key in self.broken:
+                return
+            self.broken[key] = reason
+        logger.warning("%s; the image is trained without masks", reason)
+
+    def _none(self) -> Masks:
+        return np.zeros((0, self.side, self.side), np.bool_)
 
     def _drawn(self, annotations: Annotations, row: int, epoch: int) -> Masks:
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch, row])))
-        order = rng.permutation(len(annotations))
+        # As in epoch_order: the same whatever numpy's version.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, row]))
+        order = np.argsort(bits.random_raw(len(annotations)), kind="stable")
         found = np.zeros((self.objects, self.side, self.side), np.bool_)
         place = 0
         for index in order:
@@ -60,18 +92,18 @@ class Labels:
             place += bool(found[place].any())
         return found[:place]
 
-    def _note(self, key: str, error: AnnotationError) -> None:
-        with self._lock:
-            if key in self.broken:
-                return
-            self.broken.add(key)
-        logger.warning("%s; the image is trained without masks", error)
-
 
 def to_square_mask(mask_HW: Masks, side: int) -> Masks:
     """A mask over its image, brought to (side, side) over the encoder's square: set where at least half of it is."""
     height, width = mask_HW.shape
     longest = max(height, width)
-    square = Image.new("L", (longest, longest))
-    square.paste(Image.fromarray(mask_HW.astype(np.uint8) * np.uint8(255)), (0, 0))
-    return np.asarray(square.resize((side, side), Image.Resampling.BOX)) >= 128
+    # Only the part of the square that the image reaches is made: panoramas are thousands of times as long as high.
+    rows, columns = ceil(height * side / longest), ceil(width * side / longest)
+    reach = (columns * longest / side, rows * longest / side)
+    canvas = Image.new("L", (min(longest, ceil(reach[0])), min(longest, ceil(reach[1]))))
+    canvas.paste(Image.fromarray(mask_HW.astype(np.uint8) * np.uint8(255)), (0, 0))
+    reach = (min(reach[0], canvas.width), min(reach[1], canvas.height))
+    small = canvas.resize((columns, rows), Image.Resampling.BOX, box=(0, 0, *reach))
+    square_MM = np.zeros((side, side), np.bool_)
+    square_MM[:rows, :columns] = np.asarray(small) >= 128
+    return square_MM

@@ -81,7 +81,7 @@ class Loader:
         labels: Labels | None = None,
     ) -> None:
         self.epoch = 0
-        self._labels = labels
+        self.labels = labels
         self._store = store
         self.records = {record.row: record for record in records}
         self._image_root = image_root
@@ -117,7 +117,7 @@ class Loader:
         not the one the store knows, StoreDamaged naming a row, DistillError naming one that doesn't decode.
         """
         coming = iter(row_lists)
-        labels = self._labels if with_masks else None
+        labels = self.labels if with_masks else None
         begun: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             self._top_up(begun, coming, labels)

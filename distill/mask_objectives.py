@@ -23,7 +23,8 @@ from .prompt_sampling import to_square, uniform_pixel
 
 @dataclass(frozen=True, kw_only=True)
 class MaskOptions:
-    """`objects` of each image are asked for in a step. `mse` weighs the decoupled loss that is added, of `region`."""
+    """`objects` of each image are asked for in a step; an image's loss is the mean over those that it has. `mse`
+    weighs the decoupled loss that is added, of `region`."""
 
     training: MaskTraining
     objects: int
@@ -44,7 +45,7 @@ class MaskObjective(Objective):
         with torch.autocast(part.student_BCHW.device.type, enabled=False):
             objects = batch_objects(self.teacher_head, part, options.objects)
             masks, _ = options.training.loss(head, part.student_BCHW, objects, part.generator)
-        loss = masks / (whole.images * options.objects)
+        loss = masks / whole.images
         if options.mse:
             mse = decoupled_loss(
                 part.student_BCHW, part.teacher_BCHW, part.valid_BHW, whole.elements, options.region
@@ -87,7 +88,8 @@ def inside_square(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
 def batch_objects(teacher_head: SamHead, part: Part, count: int) -> Objects:
     """`count` objects of each image: those of its annotations where it has them, else the teacher's.
 
-    Where there are fewer, places are left without an object, and weigh nothing.
+    Where there are fewer, places are left without an object, and weigh nothing; those of an image that has any weigh
+    1 together.
     """
     device = part.teacher_BCHW.device
     side = mask_side(teacher_head.image_size)
@@ -97,16 +99,17 @@ def batch_objects(teacher_head: SamHead, part: Part, count: int) -> Objects:
     labelled = part.objects
     # On the CPU, so that a GPU isn't waited for.
     if labelled is not None and bool(labelled.annotated_B.all()):
-        masks_PMM, known_P = labelled.masks_BKMM.flatten(0, 1), labelled.known_BK.flatten()
+        masks_PMM = labelled.masks_BKMM.flatten(0, 1) & inside_BMM[image_P]
     else:
         emb_PCHW, inside_PMM = part.teacher_BCHW[image_P], inside_BMM[image_P]
         masks_PMM = teacher_masks(teacher_head, emb_PCHW, inside_PMM, part.generator)
-        known_P = masks_PMM.flatten(1).any(dim=1)
         if labelled is not None:
             own_P = labelled.annotated_B.to(device, non_blocking=True)[image_P]
-            masks_PMM = torch.where(own_P[:, None, None], labelled.masks_BKMM.flatten(0, 1), masks_PMM)
-            known_P = torch.where(own_P, labelled.known_BK.flatten(), known_P)
-    return Objects(masks_PMM=masks_PMM, image_P=image_P, inside_BMM=inside_BMM, weight_P=known_P.float())
+            own_PMM = labelled.masks_BKMM.flatten(0, 1) & inside_PMM
+            masks_PMM = torch.where(own_P[:, None, None], own_PMM, masks_PMM)
+    known_BK = masks_PMM.flatten(1).any(dim=1).view(-1, count)
+    weight_BK = known_BK / known_BK.sum(dim=1, keepdim=True).clamp(min=1)
+    return Objects(masks_PMM=masks_PMM, image_P=image_P, inside_BMM=inside_BMM, weight_P=weight_BK.flatten())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 MEASURED_SIZE = 256
 
-# What of a GPU's free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
+# What of the free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
 # for TinyViT) and fragmentation.
 MEMORY_SHARE = 0.8
 
@@ -32,10 +33,14 @@ def default_micro_batch(
     device: torch.device,
     masks: MaskOptions | None = None,
 ) -> int:
-    """Images in a forward pass: 2 on a CPU; on a GPU as many as its free memory holds; at most `batch_size`."""
-    if device.type != "cuda":
+    """Images in a forward pass: 2 on a CPU, or 1 where masks leave no memory for more; on a GPU as many as its free
+    memory holds; at most `batch_size`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif masks is None:
         return min(2, batch_size)
-    free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free, batch_size = psutil.virtual_memory().available, min(2, batch_size)
     known = info.training_bytes
     at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
     if masks is not None:

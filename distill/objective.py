@@ -1,7 +1,7 @@
 """What a student is taught by: a loss, and which weights it trains.
 
 An objective gets a batch in parts, its micro-batches. Its losses of them add up to the batch's loss, so that the size
-of a micro-batch decides nothing but memory.
+of a micro-batch decides nothing but memory, what batch norms average over, and which prompts are drawn.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
     """
     flat_PL = regions_PHW.flatten(1)
     counts_P = flat_PL.sum(dim=1)
-    uniform_P = torch.rand(len(flat_PL), generator=generator, dtype=torch.float64).to(flat_PL.device)
+    uniform_P = torch.rand(len(flat_PL), generator=generator, dtype=torch.float64)
     # The n-th pixel of a region is the first at which n + 1 of them have been counted.
+    uniform_P = uniform_P.to(flat_PL.device, non_blocking=True)
     nth_P = torch.minimum((uniform_P * counts_P).long(), (counts_P - 1).clamp(min=0))
     place_P = torch.searchsorted(flat_PL.cumsum(dim=1), nth_P[:, None] + 1)[:, 0]
     place_P = torch.where(counts_P > 0, place_P, 0)
@@ -60,10 +61,11 @@ def noisy_box(masks_PHW: Tensor, generator: torch.Generator, noise_pixels: float
         ends.append(torch.where(seen_PL, places_L + 1, 0).amax(dim=1))
     box_P4 = torch.stack((*starts, *ends), dim=1).float()
     sides_P2 = (box_P4[:, 2:] - box_P4[:, :2]).repeat(1, 2)
-    noise_P4 = torch.randn(len(box_P4), 4, generator=generator).to(box_P4.device) * BOX_NOISE * sides_P2
+    normal_P4 = torch.randn(len(box_P4), 4, generator=generator).to(box_P4.device, non_blocking=True)
+    noise_P4 = normal_P4 * BOX_NOISE * sides_P2
     noisy_P4 = box_P4 + noise_P4.clamp(-noise_pixels, noise_pixels)
-    ends_4 = torch.tensor([width, height, width, height], device=box_P4.device)
-    return torch.minimum(noisy_P4.clamp(min=0), ends_4)
+    x_P2, y_P2 = noisy_P4[:, 0::2].clamp(0, width), noisy_P4[:, 1::2].clamp(0, height)
+    return torch.stack((x_P2, y_P2), dim=2).flatten(1)
 
 
 def to_square(places: Tensor, image_size: int, side: int) -> Tensor:

@@ -64,7 +64,7 @@ class Replicas:
         gradients = []
         for parameter in student.parameters():
             if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                assert parameter.grad is not None, "fill_gradients has seen to it"
                 gradients.append(parameter.grad)
         _as_one([loss, *gradients], dist.all_reduce)
 

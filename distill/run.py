@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..store.durable import make_folder
 from .checkpoint import Checkpoints
 from .digests import digest, json_sha256
-from .errors import DistillError
+from .errors import DistillError, RunLocked
 from .sealed import decode_line, read_sealed
 from .split import Split
 from .student_file import MEND, STUDENT_FILE, load_student
@@ -217,7 +217,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise DistillError(
+            raise RunLocked(
                 f"{folder} is being trained by {owner}; wait for it, or give another --out"
             ) from None
         file.truncate(0)

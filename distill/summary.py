@@ -14,6 +14,11 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
         f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
         f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
     ]
+    if "labels" in result:
+        labels = result["labels"]
+        fact = f"annotations beside {labels['annotated']:,} of {labels['images']:,} images"
+        unused = [f"{labels[kind]:,} {kind}" for kind in ("empty", "broken") if labels[kind]]
+        lines.append(f"{fact}, {', '.join(unused)}" if unused else fact)
     if "miou" in val:
         miou = "undefined" if val["miou"] is None else f"{val['miou']:.4f}"
         lines.append(f"held out: mIoU {miou} with the teacher's masks")

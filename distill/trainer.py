@@ -112,6 +112,7 @@ class Trainer:
             self.stop.saves = True
             while state.epoch < self.config.epochs:
                 self.train_epoch()
+                self.share_labels()
                 self.validate()
                 state.epoch, state.batch = state.epoch + 1, 0
                 self.save_student()
@@ -177,6 +178,7 @@ class Trainer:
             if state.epoch == 0:
                 state.mean_sum_CHW += part.teacher_BCHW.double().sum(dim=0)
                 state.mean_rows += len(batch.rows)
+        fill_gradients(self.trained)
         self.replicas.sum_gradients(self.trained, loss)
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
         self.optimizer.step()
@@ -198,15 +200,28 @@ class Trainer:
     def after_step(self, *, last: bool) -> None:
         """Logs, shows, saves, stops: whatever is due."""
         if last or self.state.batch % self.log_every == 0:
-            line = {
-                "epoch": self.state.epoch + 1,
-                "step": self.state.step,
-                "lr": self.optimizer.param_groups[0]["lr"],
-            }
+            line = {"epoch": self.state.epoch + 1, "step": self.state.step, **self.rates()}
             self.log("train", {**line, **self.meter.take_window()})
         self.show("train")
         due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds and not last
         self.save_and_stop_if_asked(due)
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the last step: `lr` of the encoder, `lr_head` of a head, where they are trained."""
+        rates = {"lr": self.optimizer.param_groups[0]["lr"]} if self.objective.trains_encoder else {}
+        if self.objective.head is not None:
+            rates["lr_head"] = self.optimizer.param_groups[-1]["lr"]
+        return rates
+
+    def share_labels(self) -> None:
+        """Has the first process name the images whose annotations were no use to any of them: it alone reports."""
+        labels = self.loader.labels
+        if labels is None:
+            return
+        for broken, empty in self.replicas.gathered((dict(labels.broken), set(labels.empty)))[1:]:
+            for key, reason in broken.items():
+                labels.note(key, reason)
+            labels.empty |= empty
 
     def validate(self) -> None:
         """Measures the validation rows and logs them."""
@@ -258,6 +273,13 @@ class Trainer:
                 name: value for name, value in val.items() if name not in ("kind", "epoch", "step", "rows")
             },
         }
+        if self.loader.labels is not None:
+            result["labels"] = {
+                "annotated": self.run.config["data"]["annotated"],
+                "images": self.run.config["data"]["rows"],
+                "empty": len(self.loader.labels.empty),
+                "broken": len(self.loader.labels.broken),
+            }
         self.recorder.line("result", result)
         self.recorder.sync()
         self.run.checkpoints.drop_previous()
@@ -349,3 +371,14 @@ class Trainer:
                 eta_seconds=left / rate if rate else 0.0,
             )
         )
+
+
+def fill_gradients(trained: nn.Module) -> None:
+    """Gives parameters that a step had no use for a gradient of 0.
+
+    AdamW would pass them over, but one process among several can't know that the others had no use for them either:
+    so they decay, and their moments fade, however many processes there are.
+    """
+    for parameter in trained.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)

@@ -26,8 +26,9 @@ PAPER_PAIRS = {
 }
 TEACHER = "vit_nano"
 CALLED = {"student": "our student", "control": "our control"}
-CLEAR = 2.0
-"""Standard errors of the difference of two means, from which they are told apart."""
+CLEAR = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Standard errors of the difference of two means, from which they are told apart, for 1, 2, ... degrees of freedom:
+Student's t at 95%, both sides."""
 
 Results = Mapping[str, Any]
 
@@ -214,12 +215,15 @@ def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]
 
 
 def _verdict(low: Spread, high: Spread) -> str:
-    """Of two means that should differ, by the standard error of their difference."""
+    """Of two means that should differ, by the standard error of their difference over seeds (Welch's test)."""
     if low.deviation is None or high.deviation is None:
         return "one seed, so that nothing tells how much of it is chance"
-    error = math.sqrt(low.deviation**2 / low.count + high.deviation**2 / high.count)
-    difference = high.mean - low.mean
-    if abs(difference) <= CLEAR * error:
+    variances = [(each.deviation or 0.0) ** 2 / each.count for each in (low, high)]
+    error, difference = math.sqrt(sum(variances)), high.mean - low.mean
+    # Welch's degrees of freedom.
+    spread = sum(part**2 / (each.count - 1) for part, each in zip(variances, (low, high), strict=True))
+    freedom = int(error**4 / spread + 1e-9) if spread else len(CLEAR)
+    if abs(difference) <= CLEAR[min(freedom, len(CLEAR)) - 1] * error:
         return f"too close to tell, the standard error being {error:.4f}"
     told = "the same order" if difference > 0 else "the opposite order"
     return f"{told}, at {abs(difference) / error:.1f} standard errors" if error else told

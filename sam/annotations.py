@@ -79,8 +79,21 @@ class AnnotationFiles:
     def __reduce__(self) -> tuple[type[AnnotationFiles], tuple[Path]]:
         return AnnotationFiles, (self.root,)
 
+    def beside(self, key: str) -> bool:
+        """Whether there is a file beside the image `key`, be it readable or not."""
+        found = split_tar_key(self.root, key)
+        if found is None:
+            return os.path.lexists(self.root / _beside(key))
+        try:
+            return self._index(found[0]).member(_beside(found[1])) is not None
+        except (BadAnnotation, OSError):
+            return True
+
     def read(self, key: str, *, size: tuple[int, int] | None = None) -> Annotations | None:
-        """The masks of the image `key`, as `list_images` names it; None where no file lies beside it.
+        """The masks of the image `key`, as `list_images` names it.
+
+        None where no file lies beside it, or one of another kind: JSON with neither `image` nor `annotations` in it,
+        as other programs put beside images.
 
         `size` is the image's height and width, where the caller knows them. Raises AnnotationError, with one line
         that names the image, where the file is there and isn't what it should be: unreadable, too large, not SA-1B's
@@ -90,7 +103,10 @@ class AnnotationFiles:
             data = self._data(key)
             if data is None:
                 return None
-            return _parsed(data, shown(_beside(key)), size)
+            content = parse_json(data)
+            if isinstance(content, dict) and not content.keys() & {"image", "annotations"}:
+                return None
+            return _checked(content, shown(_beside(key)), size)
         except BadAnnotation as error:
             raise AnnotationError(f"{shown(key)}: its annotations can't be used: {error}") from error
 
@@ -150,8 +166,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-def _parsed(data: bytes, source: str, size: tuple[int, int] | None) -> Annotations:
-    content = parse_json(data)
+def _checked(content: Any, source: str, size: tuple[int, int] | None) -> Annotations:
     if not isinstance(content, dict):
         raise BadAnnotation("not an object of JSON")
     image, objects = content.get("image"), content.get("annotations")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class CocoInstances:
             raise AnnotationError(f"{shown(str(self.path))} is not a COCO instances file: {error}") from error
         self._names: defaultdict[str, list[int]] = defaultdict(list)
         self._base_names: defaultdict[str, list[int]] = defaultdict(list)
+        self._asked: Counter[str] = Counter()
         for position, image in enumerate(self._images):
             self._names[image["file_name"]].append(position)
             self._base_names[_base(image["file_name"])].append(position)
@@ -45,8 +47,8 @@ class CocoInstances:
         """The masks of an image: of the one with this `file_name`, else of the only one with its base name.
 
         None where the file lists no such image. `size` is the image's height and width. Raises AnnotationError, with
-        one line that names the image, where the file lists it twice, has it in another size, or where a mask or box
-        of its isn't one.
+        one line that names the image, where the file lists it twice; where it lists a base name that several images
+        have (see `told_of`); where it has it in another size; or where a mask or box of its isn't one.
         """
         position = self._find(file_name)
         if position is None:
@@ -59,12 +61,27 @@ class CocoInstances:
                 f"{shown(file_name)}: its annotations in {self.path.name}: {error}"
             ) from error
 
+    def told_of(self, file_names: Iterable[str]) -> None:
+        """Takes note of all images that may be asked for: a base name that several have means none of them."""
+        self._asked = Counter(map(_base, file_names))
+
+    def example(self) -> str | None:
+        """The first image's `file_name`, None without any."""
+        return self._images[0]["file_name"] if self._images else None
+
     def _find(self, file_name: str) -> int | None:
         found = self._names.get(file_name, [])
         if len(found) > 1:
             raise AnnotationError(f"{shown(file_name)}: {self.path.name} lists it {len(found)} times")
-        if not found:
-            found = self._base_names.get(_base(file_name), [])
+        if found:
+            return found[0]
+        base = _base(file_name)
+        found = self._base_names.get(base, [])
+        if len(found) == 1 and self._asked[base] > 1:
+            raise AnnotationError(
+                f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, of which there are "
+                f"{self._asked[base]} here: give file_name as paths below the images' folder"
+            )
         return found[0] if len(found) == 1 else None
 
     def _read(self) -> bytes:

@@ -30,6 +30,36 @@ class Prompts:
     masks_P1hw: Tensor | None = None
 
 
+def embed_prompts(head: SamHead, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """What the prompt encoder makes of prompts: (P, N', 256) of points and corners, (P, 256, g, g) of masks.
+
+    Points without a box are followed by SAM's padding point. Nothing here waits for a GPU, which the encoder's own
+    `forward` does: it picks points by boolean masks.
+
+    Source: segment_anything/modeling/prompt_encoder.py (`_embed_points`, `_embed_boxes`).
+    """
+    encoder = head.prompt_encoder
+    points_PN2, labels_PN = prompts.points_PN2, prompts.labels_PN
+    parts = []
+    if points_PN2.shape[1]:
+        if prompts.boxes_P4 is None:
+            points_PN2 = torch.cat((points_PN2, points_PN2.new_full((len(points_PN2), 1, 2), -0.5)), dim=1)
+            labels_PN = torch.cat((labels_PN, labels_PN.new_full((len(labels_PN), 1), -1)), dim=1)
+        places_PNC = encoder.pe_layer.forward_with_coords(points_PN2 + 0.5, encoder.input_image_size)
+        parts.append(torch.where(labels_PN[..., None] < 0, 0, places_PNC))
+        kinds = (encoder.not_a_point_embed, encoder.point_embeddings[0], encoder.point_embeddings[1])
+        for label, kind in zip((-1, 0, 1), kinds, strict=True):
+            parts[0] = parts[0] + (labels_PN == label)[..., None] * kind.weight
+    if prompts.boxes_P4 is not None:
+        parts.append(encoder._embed_boxes(prompts.boxes_P4))
+    grid = encoder.image_embedding_size
+    if prompts.masks_P1hw is None:
+        dense_PCHW = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(len(points_PN2), -1, *grid)
+    else:
+        dense_PCHW = encoder._embed_masks(prompts.masks_P1hw)
+    return torch.cat(parts, dim=1), dense_PCHW
+
+
 def decode_prompts(head: SamHead, emb_PCHW: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """All of SAM's masks for each prompt.
 
@@ -44,11 +74,7 @@ def decode_prompts(head: SamHead, emb_PCHW: Tensor, prompts: Prompts) -> tuple[T
     Source: segment_anything/modeling/mask_decoder.py (`predict_masks`), where one image's embedding is repeated.
     """
     decoder, encoder = head.mask_decoder, head.prompt_encoder
-    sparse_PNC, dense_PCHW = encoder(
-        points=(prompts.points_PN2, prompts.labels_PN) if prompts.points_PN2.shape[1] else None,
-        boxes=prompts.boxes_P4,
-        masks=prompts.masks_P1hw,
-    )
+    sparse_PNC, dense_PCHW = embed_prompts(head, prompts)
     own_TC = torch.cat((decoder.iou_token.weight, decoder.mask_tokens.weight))
     tokens_PNC = torch.cat((own_TC.expand(len(sparse_PNC), -1, -1), sparse_PNC), dim=1)
     positions_PCHW = encoder.get_dense_pe().expand(len(tokens_PNC), -1, -1, -1)

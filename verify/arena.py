@@ -15,9 +15,11 @@ from ..distill.store_images import check_preprocessing, image_root
 from ..sam import AnnotationFiles, Annotations, CocoInstances
 from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
+from .audit import audit_checks, store_audit
 from .contender import Contender
 from .errors import VerifyError
 from .evaluation_config import DEFAULT_IMAGE_SIZE, EvaluateConfig
+from .gates import describe, failed_checks
 from .masks import open_head
 from .opening import Opened, Opener
 from .sam_contenders import SamContender, StoreContender
@@ -111,7 +113,7 @@ def _of_store(
         models=models,
         device=device,
         split=split,
-        notes=_notes(store),
+        notes=[*_notes(store, own, models), *_without_labels(coco, scenes)],
     )
 
 
@@ -121,9 +123,10 @@ def _known(teacher: Opened) -> dict[str, Any]:
 
 
 def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | CocoInstances | None:
-    if coco is not None or scenes.root is None:
+    if coco is not None:
+        coco.told_of(scenes.key(index) for index in range(len(scenes)))
         return coco
-    return AnnotationFiles(scenes.root)
+    return None if scenes.root is None else AnnotationFiles(scenes.root)
 
 
 def _is_of(run: Run, store: EmbeddingStore) -> bool:
@@ -155,8 +158,24 @@ def _records(
     return records, split
 
 
-def _notes(store: EmbeddingStore) -> list[str]:
-    counts = store.counts()
+def _notes(store: EmbeddingStore, own: Sequence[Run], models: Sequence[Opened]) -> list[str]:
+    counts, notes = store.counts(), []
     if counts.pending or counts.failed:
-        return [f"the store lacks {counts.pending} pending and {counts.failed} failed images"]
-    return []
+        notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
+    notes += [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
+    ids = {run.id for run in own}
+    for opened in models:
+        if opened.run is None and opened.store_id == store.spec.store_id and opened.run_id not in ids:
+            notes.append(
+                f"{opened.contender.name} was trained on this store and comes without its run: it may have learned "
+                "from images that it is judged by here"
+            )
+    return notes
+
+
+def _without_labels(coco: CocoInstances | None, scenes: Scenes) -> list[str]:
+    if coco is not None or scenes.root is not None:
+        return []
+    return [
+        "the store keeps its images, so no labels were looked for: --images DIR says where photos lie beside some"
+    ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sam import AnnotationError, Annotations, ImageError
+from ..sam import AnnotationError, Annotations, CocoInstances, ImageError
 from ..sam.sources import shown
 from . import tally
 from .arena import Arena, open_arena
@@ -73,6 +73,8 @@ class _Evaluation:
     per_image: list[dict[str, Any]] = field(default_factory=list)
     evaluated: int = 0
     labelled: int = 0
+    listed: int = 0
+    """Images that labels say anything of, were it that they show no object."""
     tallies: dict[str, Tally] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class _Evaluation:
         except (ImageError, AnnotationError) as error:
             self.failed.append({"key": shown(key), "reason": shown(" ".join(str(error).split()))})
             return
+        self.listed += labels is not None
         compares = self.arena.teacher is not None and self.config.points > 0
         if not compares and not labels:
             return
@@ -174,6 +177,18 @@ class _Evaluation:
             figures[name] = None if np.isnan(mean) else mean
         self.per_image.append({"key": scene.key, "miou": figures})
 
+    def _label_notes(self) -> list[str]:
+        """Why there are no labels where some were given."""
+        coco, scenes = self.arena.labels, self.arena.scenes
+        if not isinstance(coco, CocoInstances) or self.listed or self.failed or not len(scenes):
+            return []
+        example = coco.example()
+        has = "is empty" if example is None else f"has {shown(example)!r} for instance"
+        return [
+            f"{coco.path.name} names none of the {len(scenes):,} images: it {has}, they are {shown(scenes.key(0))!r} "
+            "for instance"
+        ]
+
     def result(self) -> dict[str, Any]:
         """What `evaluate_masks` returns."""
         arena, config = self.arena, self.config
@@ -206,6 +221,6 @@ class _Evaluation:
             "per_image": [{**one, "key": shown(one["key"])} for one in self.per_image],
             "device": str(arena.device),
             "seed": config.seed,
-            "notes": arena.notes,
+            "notes": [*arena.notes, *self._label_notes()],
             "report": None if config.report is None else str(config.report),
         }

@@ -26,6 +26,8 @@ from .sam_contenders import prompts_at_once
 from .scenes import Scene
 from .tally import first_iou
 
+TELLING = 512
+"""Pixels of a mask's longer side that tell it from others."""
 SHOWN = 3
 """Images on the page of the worst, and of the best."""
 
@@ -123,10 +125,12 @@ def _teacher_strip(
     arena: Arena, teacher: Contender, config: EvaluateConfig, scene: Scene, photo_HWC: Rgb
 ) -> Strip:
     prompts = point_prompts(config.points, scene.original_size)
-    wanted_NHW = _single_masks(teacher, prompts, scene, arena.device)
-    chosen = choose_points(wanted_NHW)
+    # By every few of their pixels: all of the masks together have thousands of times as many as the photo.
+    step = -(-max(scene.original_size) // TELLING)
+    chosen = choose_points(_single_masks(teacher, prompts, scene, arena.device, step))
     prompts = Prompts.of_points(_points(prompts)[chosen])
-    return _strip("The same points", str(teacher.name), arena, scene, photo_HWC, prompts, wanted_NHW[chosen])
+    wanted_NHW = _single_masks(teacher, prompts, scene, arena.device)
+    return _strip("The same points", str(teacher.name), arena, scene, photo_HWC, prompts, wanted_NHW)
 
 
 def _label_strips(arena: Arena, config: EvaluateConfig, scene: Scene, photo_HWC: Rgb) -> list[Strip]:
@@ -166,10 +170,15 @@ def _picture(
     )
 
 
-def _single_masks(contender: Contender, prompts: Prompts, scene: Scene, device: torch.device) -> Bools:
+def _single_masks(
+    contender: Contender, prompts: Prompts, scene: Scene, device: torch.device, step: int = 1
+) -> Bools:
+    """A mask for each prompt, every `step`-th of its rows and columns."""
     at_once = prompts_at_once(scene.original_size, device)
-    answers = [answer for _, part in prompts.parts(at_once) for answer in contender.answer(part, False)]
-    return np.stack([answer.masks_CHW[0].cpu().numpy() for answer in answers])
+    masks = (
+        answer.masks_CHW[0] for _, part in prompts.parts(at_once) for answer in contender.answer(part, False)
+    )
+    return np.stack([mask_HW[::step, ::step].cpu().numpy() for mask_HW in masks])
 
 
 def _points(prompts: Prompts) -> Floats:

@@ -131,7 +131,10 @@ def nothing_told(result: Mapping[str, Any]) -> str:
     """Why there are no numbers."""
     if result["failed"]:
         return "nothing could be evaluated: every image failed, or has nothing to be compared with"
-    return "nothing to compare with: give --store, --teacher, or labels (--coco, or SA-1B's JSON beside each image)"
+    return (
+        "nothing to compare with: give --store, --teacher, or labels of these images (--coco, or SA-1B's JSON beside "
+        "each image)"
+    )
 
 
 def _s(count: int) -> str:

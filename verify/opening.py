@@ -48,6 +48,9 @@ class Opened:
     head: str | None = None
     """Where its mask decoder came from."""
     run: Run | None = None
+    store_id: str | None = None
+    """Of the store that it was trained on, where its file says so; likewise `run_id`."""
+    run_id: str | None = None
     licence: str | None = None
     needs_photos: bool = False
     """Whether resized pictures, as a store keeps them, won't do."""
@@ -134,6 +137,8 @@ class Opener:
             image_size=model.image_size,
             head=model.head_source,
             run=model.run,
+            store_id=model.info.get("store_id"),
+            run_id=model.info.get("run_id"),
             notes=model.notes,
         )
 

@@ -38,7 +38,7 @@ def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.devic
                 f"--model {name}: what the entry point {point.name} gives has no {method}: it has to be like "
                 "segment_anything.SamPredictor"
             )
-    return PredictorContender(name, predictor)
+    return PredictorContender(name, predictor, device)
 
 
 class PredictorContender:
@@ -51,8 +51,9 @@ class PredictorContender:
 
     several = True
 
-    def __init__(self, name: str, predictor: Any) -> None:
+    def __init__(self, name: str, predictor: Any, device: torch.device) -> None:
         self.name = name
+        self._device = device
         self._predictor = predictor
         self._size = (0, 0)
 
@@ -82,13 +83,12 @@ class PredictorContender:
     def cost(self) -> Cost:
         """Times both calls on a grey picture of 1024 x 1024."""
         image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
-        cpu = torch.device("cpu")
         point = {"point_coords": np.array([[512.0, 512.0]]), "point_labels": np.array([1]), "box": None}
         with self._named("set_image"):
-            looking = median_seconds(lambda: self._predictor.set_image(image_HWC), cpu, LIMIT)
+            looking = median_seconds(lambda: self._predictor.set_image(image_HWC), self._device, LIMIT)
         with self._named("predict"):
             answering = median_seconds(
-                lambda: self._predictor.predict(**point, multimask_output=False), cpu, LIMIT
+                lambda: self._predictor.predict(**point, multimask_output=False), self._device, LIMIT
             )
         model = getattr(self._predictor, "model", None)
         parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else None

@@ -11,23 +11,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from ..distill import Progress, StopFlag
+from ..distill.digests import digest
 from ..distill.run import run_lock
 from ..distill.split import split_rows
 from ..distill.stop import stopped_by_signals
-from ..store import EmbeddingStore
+from ..distill.store_images import check_preprocessing, image_root
+from ..store import EmbeddingStore, ImageRecord
 from ..store.durable import explained, write_atomic
+from .audit import audit_checks, store_audit
 from .errors import VerifyError
+from .gates import describe, failed_checks
+from .masks import open_head
 from .report import check_report
 from .sweep_config import SweepConfig
 from .sweep_page import page
-from .sweep_results import Results, check_folder
+from .sweep_results import MARKDOWN_FILE, PAGE_FILE, Results, check_folder
 from .sweep_tables import failure_lines, judged_on, sweep_tables
-from .trial import FAILED, Judging
+from .trial import Judging
 from .trial_loop import Outcome, one_after_another
 from .trials import Trial, plan_trials
 
-PAGE_FILE, MARKDOWN_FILE = "report.html", "tables.md"
+WRITE_SECONDS = 10.0
+"""Between two writings of tables and page while runs end."""
 
 
 def sweep(
@@ -39,31 +47,38 @@ def sweep(
     """Trains and verifies what is still to do of the grid, and returns what `--json` prints.
 
     The keys: `out`, `runs` (the outcomes, as `run_trial` tells them, in the order of the grid), `failed` (how many of
-    them), `seconds` (of this call), `files` (of the tables and the page). Left in `out`: results.json, tables.md,
-    report.html, and runs/NAME of each. `message` gets a line for each run that begins or fails, `progress` the
-    trainer's, where runs are trained here.
+    them; one that had come to something before keeps that, and has `error`), `seconds` (of this call), `files` (of
+    the tables and the page). Left in `out`, written anew as runs end: results.json, tables.md, report.html; and
+    runs/NAME of each. `message` gets a line for each run that begins or fails, `progress` the trainer's, where runs
+    are trained here.
 
     A run that fails doesn't stop the others. Raises DistillInterrupted when a signal came, after saving; VerifyError,
     DistillError, StoreError when nothing can be begun.
     """
     begun, stop = time.monotonic(), StopFlag()
     with stopped_by_signals(stop), ExitStack() as stack:
-        trials = plan_trials(config, _training_rows(config))
+        rows, test_data = _checked_stores(config)
+        trials = plan_trials(config, rows)
         check_folder(config.out)
         stack.enter_context(explained(config.out))
         stack.enter_context(run_lock(config.out))
         check_report(config.out / PAGE_FILE)
         results = Results.open(config.out)
-        for outcome in _outcomes(config, trials, results, stop, message, progress):
+        names = [trial.name for trial in trials]
+        judging, written = Judging.of(config, test_data), time.monotonic()
+        for outcome in _outcomes(config, trials, judging, results, stop, message, progress):
             results.add(outcome)
-            for line in failure_lines([outcome]):
+            for line in failure_lines(results.of([outcome["name"]])):
                 message(line)
-        outcomes = results.of([trial.name for trial in trials])
+            if time.monotonic() - written > WRITE_SECONDS:
+                _write(config, results.of(names))
+                written = time.monotonic()
+        outcomes = results.of(names)
         files = _write(config, outcomes)
     return {
         "out": str(config.out),
         "runs": outcomes,
-        "failed": sum(outcome["status"] == FAILED for outcome in outcomes),
+        "failed": sum("error" in outcome for outcome in outcomes),
         "seconds": time.monotonic() - begun,
         "files": files,
     }
@@ -81,26 +96,55 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     return [*lines, f"{counts}; {result['files']['page']}"]
 
 
-def _training_rows(config: SweepConfig) -> int:
+def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
+    """The number of rows to train on, and a digest of the test store's; VerifyError for stores that can't be used,
+    before anything is trained."""
     with EmbeddingStore.open(config.base.store) as store:
-        records = store.records("done")
-    if not records:
-        raise VerifyError(f"{config.base.store} has no finished rows: run precompute to the end first")
+        spec, records = store.spec, _usable_records(store)
     split = split_rows({record.row: str(record.sha256) for record in records}, config.base.val_fraction)
-    if config.test_store is not None:
-        EmbeddingStore.open(config.test_store).close()
-    return len(split.train)
+    if config.test_store is None:
+        return len(split.train), None
+    with EmbeddingStore.open(config.test_store) as test:
+        records = _usable_records(test)
+        for name, ours, theirs in (
+            ("image size", spec.image_size, test.spec.image_size),
+            ("teacher", spec.teacher, test.spec.teacher),
+            ("checkpoint", spec.checkpoint_sha256, test.spec.checkpoint_sha256),
+        ):
+            if ours != theirs:
+                raise VerifyError(
+                    f"{config.test_store} can't judge students of {config.base.store}: its {name} is {theirs}, "
+                    f"theirs {ours}; give a test store of the same teacher and image size"
+                )
+        check_preprocessing(test, refusal=VerifyError)
+        if config.scheduler is None:  # workers may have the images elsewhere
+            image_root(test, config.test_images, None, refusal=VerifyError)
+        open_head(test, torch.device("cpu"))
+        told = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
+        return len(split.train), digest(test.spec.store_id, told)
+
+
+def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
+    """The committed rows; VerifyError without any, or where the audit says that they are not the teacher's."""
+    records = store.records("done")
+    if not records:
+        raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
+    failed = failed_checks(audit_checks(store_audit(store)))
+    if failed:
+        raise VerifyError(f"{store.path}: {describe(failed[0])}")
+    return records
 
 
 def _outcomes(
     config: SweepConfig,
     trials: Sequence[Trial],
+    judging: Judging,
     results: Results,
     stop: StopFlag,
     message: Callable[[str], None],
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[Outcome]:
-    judging, known = Judging.of(config), dict(results.outcomes)
+    known = dict(results.outcomes)
     if config.scheduler is None:
         yield from one_after_another(trials, judging, known, message=message, progress=progress)
         return

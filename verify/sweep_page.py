@@ -11,8 +11,7 @@ from ..sam.sources import shown
 from .report import page_environment
 from .spread import Group, grouped
 from .sweep_config import SweepConfig
-from .sweep_tables import judged_on, others, sweep_tables, value_text
-from .trial import FAILED
+from .sweep_tables import judged_on, others, sweep_tables, told_apart, value_text
 from .trials import DECODER
 
 
@@ -38,7 +37,7 @@ def page(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
             store=config.base.store.name,
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             done=done,
-            failures=[outcome for outcome in outcomes if outcome["status"] == FAILED],
+            failures=[outcome for outcome in outcomes if "error" in outcome],
             judged_on=judged_on(outcomes),
             tables=sweep_tables(outcomes),
             outcome=_outcome_chart(groups),
@@ -104,7 +103,7 @@ def _facet(groups: Sequence[Group], group: Group) -> str:
     parts = [group.options["objective"].replace("_", "-")]
     for name in others(groups):
         if name in group.options:
-            value = value_text(group.options[name])
+            value = told_apart(groups, group, name)
             parts.append(value if name == "student" else f"{name.replace('_', ' ')} {value}")
     return shown(", ".join(parts))
 

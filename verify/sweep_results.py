@@ -11,11 +11,12 @@ from typing import Any
 from ..distill.run import LOCK_FILE
 from ..store.durable import write_atomic
 from .errors import VerifyError
+from .trial import DONE, FAILED
 from .trials import RUNS
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, PAGE_FILE, MARKDOWN_FILE = "results.json", "report.html", "tables.md"
 FORMAT = 1
 
 
@@ -45,8 +46,15 @@ class Results:
             return cls(folder, {})
 
     def add(self, outcome: Mapping[str, Any]) -> None:
-        """Takes up an outcome, in the place of an earlier one, and writes all."""
-        self.outcomes[outcome["name"]] = outcome
+        """Takes up an outcome, in the place of an earlier one, and writes all.
+
+        What a run has come to once isn't lost when it fails later, since its photos are away for instance: the
+        earlier outcome stays, with what went wrong as `error`.
+        """
+        name, earlier = outcome["name"], self.outcomes.get(outcome["name"])
+        if outcome["status"] == FAILED and earlier is not None and earlier["status"] == DONE:
+            outcome = {**earlier, "error": outcome["error"]}
+        self.outcomes[name] = outcome
         self._write()
 
     def of(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -64,7 +72,8 @@ def check_folder(folder: Path) -> None:
         raise VerifyError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / RESULTS_FILE).exists():
         return
-    others = [path.name for path in folder.iterdir() if path.name not in (RUNS, LOCK_FILE)]
+    ours = (RUNS, LOCK_FILE, PAGE_FILE, MARKDOWN_FILE)
+    others = [path.name for path in folder.iterdir() if path.name not in ours]
     others = [name for name in others if not name.endswith(".partial")]
     if others:
         raise VerifyError(f"{folder} holds {len(others)} other file(s) and no sweep; give another --out")

@@ -44,12 +44,16 @@ def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each run that failed."""
+    """A line for each run that failed, be it after it had come to something."""
     return [
-        shown(f"FAILED  {outcome['name']}: {' '.join(str(outcome['error']).split())}")
+        shown(f"FAILED  {outcome['name']}: {' '.join(str(outcome['error']).split())}{_earlier(outcome)}")
         for outcome in outcomes
-        if outcome["status"] == FAILED
+        if "error" in outcome
     ]
+
+
+def _earlier(outcome: Mapping[str, Any]) -> str:
+    return "" if outcome["status"] == FAILED else "; its earlier numbers are kept"
 
 
 def others(groups: Sequence[Group]) -> list[str]:
@@ -72,7 +76,7 @@ def _length_table(groups: Sequence[Group]) -> Table:
         "skill",
         "cosine",
     ]
-    rows = [[*_values(group, named), *_length_cells(group)] for group in ordered]
+    rows = [[*_values(groups, group, named), *_length_cells(group)] for group in ordered]
     numeric = [False] * len(named) + [True] * (len(columns) - len(named))
     return Table(title="Batch, epochs and iterations", columns=_headings(columns), numeric=numeric, rows=rows)
 
@@ -82,7 +86,7 @@ def _length_cells(group: Group) -> list[str]:
     return [
         *(str(value) for value in _length(group)),
         _text(group.spread("steps"), ",.0f"),
-        str(len(group.outcomes)),
+        _seeds(group),
         _text(miou, ".4f"),
         _NOT_TOLD if miou is None else f"{miou.lowest:.4f}",
         _NOT_TOLD if miou is None else f"{miou.highest:.4f}",
@@ -104,16 +108,23 @@ def _objective_table(groups: Sequence[Group]) -> Table:
             _text(group.spread("steps"), ",.0f"),
             _text(group.spread("images", "train"), ",.0f"),
             str(epochs),
-            str(len(group.outcomes)),
+            _seeds(group),
             _text(group.spread("seconds"), ",.0f"),
         ]
-        rows.append([*_values(group, named), *cells])
+        rows.append([*_values(groups, group, named), *cells])
     numeric = [False] * len(named) + [True] * (len(columns) - len(named))
     return Table(title="Ways to distil", columns=_headings(columns), numeric=numeric, rows=rows)
 
 
 def _length(group: Group) -> tuple[int, int]:
     return group.options["batch_size"], group.options["epochs"]
+
+
+def _seeds(group: Group) -> str:
+    """How many runs there are, and how many of them the mIoU is of where it is undefined for some."""
+    miou, runs = group.judged("miou"), len(group.outcomes)
+    defined = 0 if miou is None else miou.count
+    return str(runs) if defined == runs else f"{runs}, {runs - defined} undefined"
 
 
 def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
@@ -126,15 +137,26 @@ def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list
     ]
 
 
-def _values(group: Group, named: Sequence[str]) -> list[str]:
-    return [shown(value_text(group.options[name])) if name in group.options else _NOT_TOLD for name in named]
+def _values(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[str]:
+    return [shown(told_apart(groups, group, name)) if name in group.options else _NOT_TOLD for name in named]
 
 
-def value_text(value: Any) -> str:
-    """An option's value for people: a file by its name."""
+def told_apart(groups: Sequence[Group], group: Group, name: str) -> str:
+    """A group's value of an option, as `value_text`: a file by as much of its path as tells it from the others'."""
+    return value_text(group.options[name], [each.options.get(name) for each in groups])
+
+
+def value_text(value: Any, values: Sequence[Any] = ()) -> str:
+    """An option's value for people: a file by its name, and by more of its path where `values` have that name too."""
     if isinstance(value, float):
         return f"{value:g}"
-    return "none" if value is None else Path(value).name if "/" in str(value) else str(value)
+    if value is None or "/" not in str(value):
+        return "none" if value is None else str(value)
+    path, others = Path(value), {Path(other) for other in values if other is not None} - {Path(value)}
+    for count in range(1, len(path.parts)):
+        if all(other.parts[-count:] != path.parts[-count:] for other in others):
+            return str(Path(*path.parts[-count:]))
+    return str(path)
 
 
 def _headings(columns: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill import DistillError, DistillInterrupted, Progress, Run, StopFlag, distill
+from ..distill.errors import RunLocked
 from ..sam import SamError
 from ..store import StoreError
 from .compare import verify
@@ -32,9 +33,11 @@ class Judging:
     test_images: Path | None
     points: int
     device: str
+    test_data: str | None = None
+    """Digest of what the test store holds."""
 
     @classmethod
-    def of(cls, config: SweepConfig) -> Judging:
+    def of(cls, config: SweepConfig, test_data: str | None = None) -> Judging:
         """What a sweep says of it."""
         return cls(
             images=config.base.images,
@@ -42,6 +45,7 @@ class Judging:
             test_images=config.test_images,
             points=config.points,
             device=config.base.device,
+            test_data=test_data,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -49,6 +53,7 @@ class Judging:
         return {
             "points": self.points,
             "test_store": None if self.test_store is None else str(self.test_store),
+            "test_data": self.test_data,
         }
 
 
@@ -65,8 +70,8 @@ def run_trial(
     The keys: `name`, `run` (its folder), `options`, `status`; of one that is done also `steps`, `epochs`, `images`
     {train, val}, `seconds` (of training), `images_per_second`, `val` and, with a test store, `test` (what verify
     says, without its subject), `judged` (what these are of), `curve` (what the trainer measured after each epoch).
-    One that failed has `error`, and raises nothing: the others of the sweep go on. `known` is an
-    earlier outcome, whose numbers are taken over if they are of the same student.
+    One that failed has `error`, and raises nothing: the others of the sweep go on; `locked` where another process is
+    training it. `known` is an earlier outcome, whose numbers are taken over if they are of the same student.
 
     Raises DistillInterrupted once the training is saved, when it was asked to stop.
     """
@@ -77,8 +82,12 @@ def run_trial(
         return {**outcome, **_training(run, result), **_judgement(run, judging, known or {})}
     except DistillInterrupted:
         raise
+    except RunLocked as error:
+        return failed(trial, str(error)) | {"locked": True}
     except _TOLD as error:
-        return failed(trial, str(error))
+        # A sweep has no --restart of its own: what the message of a single run asks for is done to its folder.
+        mend = f"; in a sweep: move {trial.config.out} away and run the same command again"
+        return failed(trial, f"{error}{mend if '--restart' in str(error) else ''}")
     except Exception as error:  # noqa: BLE001 - memory, a disk, a bug: the outcome says it, the other runs go on
         return failed(trial, f"{type(error).__name__}: {error}")
 

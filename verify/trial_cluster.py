@@ -22,6 +22,8 @@ from .trials import Trial
 CONNECT_SECONDS = 30
 LOOK_SECONDS = 1.0
 """Between two looks at who is there and whether to stop."""
+LOCKED_SECONDS = 120.0
+"""How long a run is waited for whose worker went away and is still saving it."""
 DEATHS_ALLOWED = 2
 """Deaths of a worker under one run that are taken for bad luck."""
 
@@ -87,6 +89,9 @@ class ClusterRuns:
         self.waiting = list(trials)
         self.running: dict[Future, tuple[Trial, str]] = {}
         self.deaths: dict[str, int] = {}
+        self.locked: dict[str, float] = {}
+        """When a run was first found in the hands of the worker that went away, by time.monotonic()."""
+        self.stopping = False
         self.outcomes: dict[str, Outcome] = {}
 
     def outcomes_as_they_come(self, stop: StopFlag) -> Iterator[Outcome]:
@@ -100,6 +105,7 @@ class ClusterRuns:
                     "same command"
                 )
             self._take_back_lost()
+            self.stopping = stop.signum is not None
             if stop.signum is not None:
                 # Every time: a worker may only now have begun what it was given before.
                 self.waiting = []
@@ -111,12 +117,16 @@ class ClusterRuns:
                 "stopped, with what was trained saved; run the same command again to go on", stop.signum
             )
 
-    def _workers(self) -> set[str]:
-        return set(self.client.scheduler_info(n_workers=-1)["workers"])
+    def _workers(self, *, working: bool = False) -> set[str]:
+        """Addresses; with `working` of those alone that aren't about to close."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        return {
+            name for name, info in workers.items() if not working or info["status"] in ("running", "paused")
+        }
 
     def _place(self) -> None:
         """Gives each free worker the first trial that can begin."""
-        free = self._workers() - {worker for _, worker in self.running.values()}
+        free = self._workers(working=True) - {worker for _, worker in self.running.values()}
         for worker in sorted(free):
             able = (trial for trial in self.waiting if trial.after is None or trial.after in self.outcomes)
             trial = next((trial for trial in able if without_start(trial, self.outcomes) is None), None)
@@ -181,6 +191,21 @@ class ClusterRuns:
 
     def _take(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
         for outcome in outcomes:
-            if outcome["status"] != INTERRUPTED:
-                self.outcomes[outcome["name"]] = outcome
+            name = outcome["name"]
+            if outcome["status"] == INTERRUPTED or self._still_held(outcome):
+                # Saved by a worker that closes, or about to be.
+                self.waiting += [] if self.stopping else [self.trials[name]]
+            else:
+                self.outcomes[name] = outcome
                 yield outcome
+
+    def _still_held(self, outcome: Outcome) -> bool:
+        """Whether the worker that went away under a run still has it, and hasn't had it for too long."""
+        name = outcome["name"]
+        if not outcome.get("locked") or name not in self.deaths:
+            return False
+        since = self.locked.setdefault(name, time.monotonic())
+        if time.monotonic() - since > LOCKED_SECONDS:
+            return False
+        time.sleep(LOOK_SECONDS)
+        return True

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from distributed import get_worker
+from distributed import Status, get_worker
 
 from .. import __version__
 from ..distill import DistillInterrupted, Progress, StopFlag
 from .trial import INTERRUPTED, Judging, run_trial
 from .trials import Trial
 
+_WORKING = (Status.running, Status.paused)
 _running: dict[str, StopFlag] = {}
 _lock = threading.Lock()
 
@@ -22,14 +23,14 @@ def trial_task(sweep: str, trial: Trial, judging: Judging, known: Mapping[str, A
     """As `run_trial`; the outcome of one that was told to stop has the status "interrupted".
 
     A sweep that has gone away, as one that was killed, lets go of its tasks: the run then saves and stops too, so
-    that nobody is in the way of the next sweep.
+    that nobody is in the way of the next sweep. The same when the worker is told to close: the run goes on elsewhere.
     """
     worker = get_worker()
     key, stop = worker.get_current_task(), StopFlag()
 
     def watch(_: Progress) -> None:
         task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled":
+        if task is None or task.state == "cancelled" or worker.status not in _WORKING:
             stop.set(signal.SIGTERM)
 
     with _lock:

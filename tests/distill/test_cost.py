@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -129,3 +130,14 @@ def test_masks_make_a_gpus_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) 
     masks = MaskOptions(training=MaskTraining(), objects=2, mse=0.0, region="all")
     assert default_micro_batch(*asked) == 3
     assert default_micro_batch(*asked, masks=masks) == 2
+
+
+@pytest.mark.parametrize(("free_gb", "expected"), [(16, 2), (8, 1), (1, 1)])
+def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
+    monkeypatch: pytest.MonkeyPatch, free_gb: int, expected: int
+) -> None:
+    monkeypatch.setattr("mobilesam.distill.memory.measure_mask_bytes", lambda *_: 2_000_000_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 10**9))
+    masks = MaskOptions(training=MaskTraining(), objects=8, mse=0.0, region="all")
+    asked = (student_info("tiny_vit"), 8, 1024, "float32", torch.device("cpu"))
+    assert default_micro_batch(*asked, masks=masks) == expected

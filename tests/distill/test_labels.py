@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from mobilesam.distill.labels import Labels, to_square_mask
+from mobilesam.distill.labels import Labels, count_annotated, to_square_mask
 from mobilesam.store import ImageRecord
 
 
@@ -87,5 +87,60 @@ def test_no_file_means_no_annotations_and_a_broken_one_no_objects_named_once(
         drawn = labels.draw(record(1, (64, 64)), epoch)
         assert drawn is not None
         assert drawn.shape == (0, 32, 32)
-    assert labels.broken == {"1.png"}
+    assert list(labels.broken) == ["1.png"]
     assert [line.message.startswith("1.png: ") for line in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 300), (300, 1), (37, 211), (211, 37), (64, 65), (31, 2000), (500, 333)]
+)
+def test_only_the_images_part_of_the_square_is_made_and_it_is_the_same(size: tuple[int, int]):
+    mask = np.random.default_rng(0).random(size) < 0.5
+    longest = max(size)
+    square = np.zeros((longest, longest), np.uint8)
+    square[: size[0], : size[1]] = mask * np.uint8(255)
+    wanted = np.asarray(Image.fromarray(square).resize((32, 32), Image.Resampling.BOX)) >= 128
+    assert np.array_equal(to_square_mask(mask, 32), wanted)
+
+
+def test_a_panoramas_mask_takes_no_square_of_its_length():
+    mask = np.ones((4, 300_000), bool)  # the square would be 90 GB
+    assert to_square_mask(mask, 32).shape == (32, 32)
+
+
+def test_annotations_that_could_not_be_read_are_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path, 1, [np.ones((64, 64), bool)])
+    labels = Labels(tmp_path, 64, objects=8, seed=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pread", _too_many_files)
+        for _ in range(2):
+            drawn = labels.draw(record(1, (64, 64)), 0)
+            assert drawn is not None
+            assert len(drawn) == 0
+    assert len(caplog.records) == 1
+    again = labels.draw(record(1, (64, 64)), 0)
+    assert again is not None
+    assert len(again) == 1
+
+
+def _too_many_files(*_: object) -> bytes:
+    raise OSError(24, "Too many open files")
+
+
+def test_annotations_beside_images_are_counted_without_being_read(tmp_path: Path):
+    write(tmp_path, 1, [np.ones((64, 64), bool)])
+    (tmp_path / "2.json").write_text("{broken")
+    records = [record(row, (64, 64)) for row in range(4)]
+    assert count_annotated(tmp_path, records) == 2
+
+
+def test_annotations_without_an_object_are_noted(tmp_path: Path):
+    about = {"image_id": 0, "width": 64, "height": 64, "file_name": "0.png"}
+    (tmp_path / "0.json").write_text(json.dumps({"image": about, "annotations": []}))
+    labels = Labels(tmp_path, 64, objects=8, seed=0)
+    drawn = labels.draw(record(0, (64, 64)), 0)
+    assert drawn is not None
+    assert labels.empty == {"0.png"}
+    assert not labels.broken

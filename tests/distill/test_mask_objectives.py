@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -37,6 +39,9 @@ from mobilesam.distill.mask_training import MaskTraining, Objects
 from mobilesam.distill.objective import Part, WholeBatch, part_generator
 from mobilesam.distill.prompt_sampling import to_square, uniform_pixel
 from mobilesam.distill.student_file import trained_head
+from mobilesam.distill.summary import summary_lines
+from mobilesam.distill.trainer import fill_gradients
+from mobilesam.predict import ExportConfig, export
 from mobilesam.sam import valid_cells
 from mobilesam.sam.head import HEAD_PREFIXES, SamHead, build_head
 from mobilesam.sam.teachers import load_head
@@ -227,6 +232,36 @@ def test_the_mixed_loss_is_the_sum_of_its_parts(head: SamHead):
     torch.testing.assert_close(loss(0.5) - loss(0.0), 0.5 * wanted)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("annotated", [[True, True], [True, False]])
+def test_a_loss_of_masks_never_waits_for_a_gpu(head: SamHead, annotated: list[bool]):
+    options = MaskOptions(
+        training=MaskTraining(rounds=2, boxes=0.5, weights=MaskLossWeights()),
+        objects=2,
+        mse=1.0,
+        region="all",
+    )
+    objective = SemiCoupled(copy.deepcopy(head).cuda(), options)
+    part = make_part(annotated)
+    assert part.objects is not None
+    part = dataclasses.replace(
+        part,
+        student_BCHW=part.student_BCHW.cuda().requires_grad_(True),
+        teacher_BCHW=part.teacher_BCHW.cuda(),
+        valid_BHW=part.valid_BHW.cuda(),
+        objects=part.objects.to(torch.device("cuda")),
+    )
+    whole = WholeBatch(elements=2 * 256 * 16, images=2)
+    objective.loss(part, whole).backward()  # cuDNN sets itself up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective.loss(part, whole).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert part.student_BCHW.grad is not None
+    assert bool(part.student_BCHW.grad.isfinite().all())
+
+
 def test_semi_coupled_leaves_the_head_as_it_is(masked_store: Path, options: Options):
     result = distill(options(masked_store, objective="semi_coupled", objects=2, epochs=1))
     run = Run.open(run_of(result))
@@ -340,6 +375,80 @@ def test_broken_annotations_fail_their_image_by_name_and_the_run_goes_on(
     trained = Run.open(run_of(result)).split.train
     assert len(named) == (0 in trained)
     assert all(first.stem in line for line in named)
+    count = len(list(root.glob("*.json")))
+    assert result["labels"] == {
+        "annotated": count, "images": count + 1, "empty": 0, "broken": int(0 in trained)
+    }  # fmt: skip
+    assert any(f"annotations beside {count} of {count + 1} images" in line for line in summary_lines(result))
+
+
+def test_annotations_that_are_nowhere_are_refused(masked_store: Path, options: Options):
+    with pytest.raises(DistillError, match=r"none of the \d+ images in .* has annotations beside it"):
+        distill(options(masked_store, objective="coupled", labels="annotations"))
+
+
+def test_annotations_that_came_later_are_not_passed_over(labelled_store: Path, options: Options):
+    root = labelled_root(labelled_store)
+    first, *_ = sorted(root.glob("*.json"))
+    kept = first.read_bytes()
+    first.unlink()
+    asked = options(labelled_store, objective="coupled", labels="annotations", objects=1, rounds=1, epochs=1)
+    distill(dataclasses.replace(asked, out=Path("one")))
+    first.write_bytes(kept)
+    with pytest.raises(DistillError, match=r"begun differently \(annotated: \d+ then, \d+ now\)"):
+        distill(dataclasses.replace(asked, out=Path("one")))
+
+
+def test_an_images_loss_is_the_mean_over_the_objects_that_it_has(head: SamHead):
+    part = make_part([True, True])
+    part.objects.known_BK[1] = True
+    part.objects.masks_BKMM[1, 1, 8:] = True
+    assert batch_objects(head, part, 2).weight_P.tolist() == [1, 0, 0.5, 0.5]
+
+
+def test_objects_outside_the_image_are_none(head: SamHead):
+    part = dataclasses.replace(make_part([True]), sizes_B2=torch.tensor([[16, 64]]))
+    part.objects.masks_BKMM[0, 0] = False
+    part.objects.masks_BKMM[0, 0, 20:] = True  # below the 8 rows that are image
+    objects = batch_objects(head, part, 2)
+    assert not objects.masks_PMM.any()
+    assert objects.weight_P.tolist() == [0, 0]
+
+
+def test_the_rate_of_what_is_trained_is_logged(masked_store: Path, options: Options, tmp_path: Path):
+    finished = run_of(distill(options(masked_store, epochs=1, out="start")))
+    asked = {"objects": 1, "rounds": 1, "epochs": 1, "warmup": 0.0}
+    coupled = Run.open(run_of(distill(options(masked_store, objective="coupled", out="c", **asked))))
+    decoder = Run.open(
+        run_of(distill(options(masked_store, objective="decoder", init=finished, out="d", **asked)))
+    )
+    line = next(line for line in coupled.history() if line["kind"] == "train")
+    assert line["lr_head"] == pytest.approx(0.1 * line["lr"])
+    line = next(line for line in decoder.history() if line["kind"] == "train")
+    assert "lr" not in line
+    assert line["lr_head"] == pytest.approx(1e-4)
+
+
+def test_a_head_that_no_prompt_used_decays_as_with_several_processes():
+    used, unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    both = torch.nn.ModuleList([used, unused])
+    used(torch.ones(1, 2)).sum().backward()
+    fill_gradients(both)
+    assert unused.weight.grad is not None
+    assert not unused.weight.grad.any()
+    assert used.weight.grad.any()
+
+
+def test_the_head_in_a_file_of_mobile_sams_format_is_its_encoders(
+    labelled_store: Path, options: Options, tmp_path: Path
+):
+    result = distill(options(labelled_store, objective="coupled", labels="annotations", objects=1, epochs=1))
+    own = trained_head(run_of(result))
+    export(ExportConfig(student=run_of(result), out=tmp_path / "x.pt"))
+    found = trained_head(tmp_path / "x.pt")
+    assert found is not None
+    assert own is not None
+    assert all(torch.equal(found[key], own[key]) for key in own)
 
 
 def labelled_root(store: Path) -> Path:

@@ -112,6 +112,9 @@ def test_every_key_of_a_listing_finds_its_own_file(tmp_path: Path) -> None:
     keys = [file.key for file in list_images([tmp_path]).files]
     found = {key: files.read(key) for key in keys}
     counts = {key: None if each is None else len(each) for key, each in found.items()}
+    assert {key: files.beside(key) for key in keys} == {
+        key: count is not None for key, count in counts.items()
+    }
     assert counts == {
         "deep/a.b.jpg": 1,
         "deep/er/one.tar/c.jpg": 2,
@@ -267,3 +270,20 @@ def test_a_link_in_a_tar_is_an_error(tmp_path: Path) -> None:
         tar.addfile(info)
     with pytest.raises(AnnotationError, match="a link or sparse file"):
         AnnotationFiles(tmp_path).read("t.tar/1.jpg")
+
+
+@pytest.mark.parametrize(
+    "content", [{"imagePath": "sa_7.jpg", "shapes": []}, {"caption": "a cup", "width": 3}, {}]
+)
+def test_other_programs_json_beside_an_image_is_none_of_its_annotations(
+    content: dict[str, Any], write: Callable[[Any], AnnotationFiles]
+) -> None:
+    assert write(content).read("sa_7.jpg", size=(HEIGHT, WIDTH)) is None
+
+
+def test_a_file_beside_an_image_is_seen_without_being_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"{")
+    make_tar(tmp_path / "b.tar", {"c.jpg": b"-", "c.json": b"{", "e.jpg": b"-"})
+    files = AnnotationFiles(tmp_path)
+    keys = ("a.jpg", "d.jpg", "b.tar/c.jpg", "b.tar/e.jpg")
+    assert [files.beside(key) for key in keys] == [True, False, True, False]

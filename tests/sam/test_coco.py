@@ -150,3 +150,12 @@ def test_a_missing_or_huge_file_is_refused(
     monkeypatch.setattr(module, "MAX_COCO", 10)
     with pytest.raises(AnnotationError, match=r"it has [\d,]+ bytes, at most 10 are read$"):
         CocoInstances(write(instances()))
+
+
+def test_a_base_name_that_several_images_have_belongs_to_none_of_them(write: Callable[[Any], Path]) -> None:
+    found = CocoInstances(write(instances()))
+    found.told_of(["train/a.jpg", "val/a.jpg", "val/c.jpg"])
+    with pytest.raises(AnnotationError, match=r"^train/a.jpg: .* lists one a.jpg, of which there are 2 here"):
+        found.read("train/a.jpg")
+    assert found.read("a.jpg") is not None
+    assert found.read("val/c.jpg") is not None

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mobilesam.sam.decoding import Prompts, decode_prompts
+from mobilesam.sam.decoding import Prompts, decode_prompts, embed_prompts
 from mobilesam.sam.head import SamHead
 
 
@@ -54,3 +55,20 @@ def test_gradients_reach_embedding_and_head(head: SamHead):
     assert head.mask_decoder.mask_tokens.weight.grad.abs().sum() > 0
     assert head.prompt_encoder.point_embeddings[1].weight.grad.abs().sum() > 0
     head.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["points", "box", "box and points", "points and mask"])
+def test_prompts_are_embedded_as_sams_prompt_encoder_does(head: SamHead, kind: str):
+    asked = prompts(kind)
+    points = (asked.points_PN2, asked.labels_PN) if asked.points_PN2.shape[1] else None
+    sparse_PNC, dense_PCHW = head.prompt_encoder(points=points, boxes=asked.boxes_P4, masks=asked.masks_P1hw)
+    ours_PNC, ours_PCHW = embed_prompts(head, asked)
+    assert torch.equal(ours_PNC, sparse_PNC)
+    assert torch.equal(ours_PCHW, dense_PCHW)
+
+
+@pytest.mark.parametrize("kind", ["points", "box", "box and points", "points and mask"])
+def test_no_shape_depends_on_what_is_asked_so_that_a_gpu_is_not_waited_for(kind: str):
+    with FakeTensorMode():
+        logits_PThw, _ = decode_prompts(SamHead(64), torch.randn(3, 256, 4, 4), prompts(kind))
+    assert logits_PThw.shape == (3, 4, 16, 16)

@@ -120,6 +120,12 @@ def world(finished_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
+def plain_store() -> Callable[..., Path]:
+    """Makes a store in a folder of its own: plain_store(folder, seed=..., ...)."""
+    return make_store
+
+
+@pytest.fixture
 def other_store(world: World) -> Callable[..., Path]:
     """Makes another store beside the world's, of other photos."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from mobilesam.sam.head import build_head
 from mobilesam.sam.model import assemble
 from mobilesam.sam.teachers import load_head
 from mobilesam.sam.vit import build_vit
-from mobilesam.store import EmbeddingStore
+from mobilesam.store import Audit, EmbeddingStore
 from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
 from mobilesam.verify.centres import centre_of_mask
 from mobilesam.verify.opening import outline_encoder
@@ -535,3 +536,35 @@ def test_pixels_of_an_image_are_upstreams_for_every_encoder(world: Any) -> None:
     sam.image_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     SamPredictor(sam).set_image(np.asarray(Image.open(photo).convert("RGB")))
     assert torch.equal(ours, seen[0])
+
+
+def test_a_coco_file_that_names_none_of_the_images_is_told(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    entry = {"id": 1, "file_name": "elsewhere/9.jpg", "width": 4, "height": 4}
+    path.write_text(json.dumps({"images": [entry], "annotations": []}))
+    options = {"images": world.photos, "coco": path, "image_size": 128, "device": "cpu", "points": 1}
+    result = evaluate_masks(
+        EvaluateConfig(models=(("nano", "vit_nano"),), teacher="vit_nano", distances=(), **options)
+    )
+    (note,) = result["notes"]
+    assert note.startswith("instances.json names none of the 6 images: it has 'elsewhere/9.jpg' for instance")
+    assert result["evaluated"] == 6
+
+
+def test_a_student_without_its_run_may_have_learned_from_what_judges_it(world: Any, tmp_path: Path) -> None:
+    options = {"store": world.store, "points": 1, "distances": (), "device": "cpu", "limit": 1}
+    shutil.copy(world.run.student_path, tmp_path / "copy.safetensors")
+    models = (("mine", str(world.run.path)), ("copy", str(tmp_path / "copy.safetensors")))
+    alone = evaluate_masks(EvaluateConfig(models=models[1:], **options))
+    assert any(note.startswith("copy was trained on this store") for note in alone["notes"])
+    # Beside its run, what was held out of that is held out of the copy.
+    both = evaluate_masks(EvaluateConfig(models=models, **options))
+    assert not any("was trained on this store" in note for note in both["notes"])
+
+
+def test_a_store_that_fails_its_audit_is_told(world: Any) -> None:
+    with EmbeddingStore.open(world.store, writable=True) as store:
+        store.record_audits([Audit(row=1, cosine=0.4, relative_mse=1.2)])
+    options = {"store": world.store, "points": 1, "distances": (), "device": "cpu", "limit": 1}
+    result = evaluate_masks(EvaluateConfig(models=(("nano", "vit_nano"),), **options))
+    assert any(note.startswith("the store's audit: cosine 0.4") for note in result["notes"])

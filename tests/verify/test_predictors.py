@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 
 from mobilesam.distill import cost
-from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
+from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines, predictors
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,17 @@ def test_an_installed_packages_predictor_takes_part(
     assert model["encoder_ms"] > 0
     assert model["decoder_ms"] > 0
     assert any(line.split()[:3] == ["other", "dark", "-"] for line in evaluation_lines(result))
+
+
+def test_a_predictor_is_timed_on_the_device_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has to be waited for: calls return when its work is queued."""
+    devices: list[torch.device] = []
+    monkeypatch.setattr(
+        predictors, "median_seconds", lambda call, device, limit: devices.append(device) or 1.0
+    )
+    given = torch.device("meta")
+    predictors.PredictorContender("other", object(), given).cost()
+    assert devices == [given, given]
 
 
 def test_a_predictor_that_is_not_installed_is_refused_with_those_that_are(

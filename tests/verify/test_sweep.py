@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 
 from mobilesam.cli import main
 from mobilesam.distill import DistillConfig, DistillInterrupted, Progress, Run
+from mobilesam.store import Audit, EmbeddingStore, StoreError
 from mobilesam.verify import SweepConfig, VerifyConfig, VerifyError, sweep, verify
 
 # Four photos to train on.
@@ -121,8 +123,12 @@ def test_a_run_that_fails_is_named_and_takes_along_only_what_begins_with_it(
     told: list[str] = []
     asked = config(_store(finished), again, objective=("decoupled", "decoder", "semi_coupled"), objects=(2,))
     result = sweep(asked, message=told.append)
-    assert [run["status"] for run in result["runs"]] == ["failed", "done", "failed"]
+    assert ["error" in run for run in result["runs"]] == [True, False, True]
     assert result["failed"] == 2
+    # What one had come to before stays; the decoder is of other objects than before.
+    assert [run["status"] for run in result["runs"]] == ["done", "done", "failed"]
+    assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
+    assert any(line.endswith("its earlier numbers are kept") for line in told)
     assert [run["options"]["objective"] for run in result["runs"]] == ["decoupled", "semi_coupled", "decoder"]
     assert "config.json is damaged" in result["runs"][0]["error"]
     assert f"{decoupled}, whose student it begins with, failed" in result["runs"][2]["error"]
@@ -160,6 +166,73 @@ def test_a_test_store_judges_too(finished: dict[str, Any], again: Path) -> None:
     (outcome,) = sweep(asked)["runs"]
     assert outcome["test"]["images"] == 6
     assert f"{outcome['test']['miou']:.4f}" in (again / "tables.md").read_text()
+
+
+def test_a_test_store_that_holds_something_else_judges_anew(
+    finished: dict[str, Any], again: Path, plain_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = plain_store(tmp_path / "first", seed=3)
+    asked = dataclasses.replace(config(_store(finished), again), test_store=first)
+    (before,) = sweep(asked)["runs"]
+    assert sweep(asked)["runs"] == [before]
+    shutil.rmtree(tmp_path / "first")
+    plain_store(tmp_path / "first", seed=4)
+    (after,) = sweep(asked)["runs"]
+    assert after["judged"] != before["judged"]
+    assert after["test"]["mse"] != before["test"]["mse"]
+    assert after["val"] == before["val"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"checkpoint_sha256": "1" * 64}, "its checkpoint is 1111"),
+        ({"teacher": "vit_b"}, "its teacher is vit_b, theirs"),
+        ({"image_root": "/nowhere"}, "are not at /nowhere"),
+        ({"head": b"no head"}, "is not a SAM head"),
+    ],
+)
+def test_a_test_store_that_cannot_judge_is_refused_before_anything_is_trained(
+    finished: dict[str, Any],
+    plain_store: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    told: str,
+) -> None:
+    other = plain_store(tmp_path / "other", seed=3, **changes)
+    asked = dataclasses.replace(config(_store(finished), tmp_path / "b"), test_store=other)
+    with pytest.raises((VerifyError, StoreError), match=told):
+        sweep(asked)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_store_whose_embeddings_are_not_the_teachers_is_refused(
+    finished: dict[str, Any], plain_store: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = plain_store(tmp_path / "other", seed=3)
+    with EmbeddingStore.open(other, writable=True) as store:
+        store.record_audits([Audit(row=1, cosine=0.4, relative_mse=1.2)])
+    asked = dataclasses.replace(config(_store(finished), tmp_path / "b"), test_store=other)
+    with pytest.raises(VerifyError, match=r"other/store.zarr: the store's audit: cosine 0.4"):
+        sweep(asked)
+
+
+def test_tables_alone_are_a_sweeps_folder(finished: dict[str, Any], again: Path) -> None:
+    (again / "results.json").unlink()
+    result = sweep(config(_store(finished), again))
+    assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
+
+
+def test_what_restart_would_do_for_a_run_is_said_for_a_sweep(finished: dict[str, Any], again: Path) -> None:
+    (run,) = (again / "runs").glob("*-decoupled-*")
+    (run / "config.json").write_text("{}")
+    (again / "results.json").unlink()
+    (outcome,) = sweep(config(_store(finished), again))["runs"]
+    assert outcome["status"] == "failed"
+    assert outcome["error"].endswith(f"in a sweep: move {run} away and run the same command again")
+    shutil.move(run, again.parent)
+    (outcome,) = sweep(config(_store(finished), again))["runs"]
+    assert outcome["status"] == "done"
 
 
 def test_a_folder_that_holds_something_else_is_refused(finished: dict[str, Any], tmp_path: Path) -> None:

@@ -100,3 +100,26 @@ def test_nothing_done_has_no_table_and_failures_are_one_line_each() -> None:
     assert sweep_tables([broken]) == []
     assert failure_lines([broken]) == ["FAILED  a: no room"]
     assert judged_on([broken]) == "nothing was measured"
+
+
+def test_seeds_whose_number_is_undefined_are_told() -> None:
+    (table,) = sweep_tables([outcome(0.3, 0), outcome(None, 1)])
+    assert table.rows[0][3:5] == ["2, 1 undefined", "0.3000"]
+
+
+def test_files_of_one_name_are_told_apart_by_more_of_their_paths() -> None:
+    paths = ["/runs/a/student.safetensors", "/runs/b/student.safetensors", "/x.pt", None]
+    (table,) = sweep_tables([outcome(0.3, init=path) for path in paths])
+    assert [row[0] for row in table.rows] == [
+        "a/student.safetensors",
+        "b/student.safetensors",
+        "x.pt",
+        "none",
+    ]
+
+
+def test_a_run_that_failed_after_it_had_come_to_something_keeps_its_numbers() -> None:
+    kept = outcome(0.3) | {"error": "its photos are away"}
+    assert sweep_tables([kept]) == sweep_tables([outcome(0.3)])
+    (line,) = failure_lines([kept])
+    assert line.endswith("its photos are away; its earlier numbers are kept")

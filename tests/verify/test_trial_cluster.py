@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed import LocalCluster, get_worker
+from distributed import LocalCluster, Status, get_worker
 
 from mobilesam.distill import DistillConfig, DistillInterrupted, StopFlag
 from mobilesam.distill.stop import stopped_by_signals
@@ -183,3 +183,76 @@ def test_a_sweep_that_is_gone_leaves_no_run_in_the_next_ones_way(
             time.sleep(0.05)
     # It stopped before its end: four steps, an epoch's validation and the result would have followed.
     assert not list((tmp_path / "a").glob("runs/*/student.safetensors"))
+
+
+class HeldTask(FakeTask):
+    """A run that a worker that closes still has when it is begun elsewhere, and lets go of later."""
+
+    def __call__(self, sweep: str, trial: Trial, judging: Judging, known: Any) -> dict[str, Any]:
+        outcome = super().__call__(sweep, trial, judging, known)
+        tries = sum(name == trial.name for _, name, *_ in self.spans)
+        if tries == 1:
+            time.sleep(2 * self.seconds)
+        if tries == 2:
+            return outcome | {"status": "failed", "locked": True, "error": "is being trained by process 7"}
+        return outcome
+
+
+def test_a_run_that_the_worker_before_still_holds_waits_for_it(
+    cluster: LocalCluster, fake: FakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    global task
+    task = HeldTask(0.8)
+    trials, judging = _plan(seed=(0, 1))
+    leaving = threading.Timer(0.5, lambda: cluster.scale(1))
+    leaving.start()
+    outcomes = _run(cluster.scheduler_address, trials, judging)
+    leaving.join()
+    assert [outcome["status"] for outcome in outcomes] == ["done", "done"]
+    assert len(task.spans) >= 3
+
+
+def test_a_run_that_somebody_else_trains_is_a_failure(cluster: LocalCluster, fake: FakeTask) -> None:
+    trials, judging = _plan(seed=(0,))
+    with connected(cluster.scheduler_address) as client:
+        runs = ClusterRuns(client, trials, judging, {}, [].append)
+        held = {"name": trials[0].name, "status": "failed", "locked": True, "error": "x"}
+        assert list(runs._take([held])) == [held]
+        runs.deaths[trials[0].name] = 1
+        runs.locked[trials[0].name] = time.monotonic() - trial_cluster.LOCKED_SECONDS - 1
+        assert list(runs._take([held])) == [held]
+
+
+def test_a_run_that_was_saved_as_its_worker_closes_goes_on_elsewhere(
+    cluster: LocalCluster, fake: FakeTask
+) -> None:
+    trials, judging = _plan(seed=(0,))
+    with connected(cluster.scheduler_address) as client:
+        runs = ClusterRuns(client, trials, judging, {}, [].append)
+        runs.waiting.clear()
+        saved = {"name": trials[0].name, "status": "interrupted", "error": "saved"}
+        assert list(runs._take([saved])) == []
+        assert runs.waiting == trials
+        runs.waiting.clear()
+        runs.stopping = True
+        assert list(runs._take([saved])) == []
+        assert runs.waiting == []
+
+
+def test_a_worker_that_is_told_to_close_has_its_run_save_and_stop(
+    one_worker: LocalCluster, finished_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _training(finished_world / "store.zarr", tmp_path / "a")
+    trials, judging = plan_trials(config, 4), Judging.of(config)
+    (worker,) = one_worker.workers.values()
+    with connected(one_worker.scheduler_address) as client:
+        runs = ClusterRuns(client, trials, judging, {}, [].append)
+        runs._place()
+        while not list((tmp_path / "a").glob("runs/*/metrics.jsonl")):
+            time.sleep(0.05)
+        (future,) = runs.running
+        with monkeypatch.context() as patch:
+            patch.setattr(worker, "_status", Status.closing_gracefully)
+            outcome = future.result(timeout=60)
+    assert outcome["status"] == "interrupted"
+    assert list((tmp_path / "a").glob("runs/*/last.pt"))
