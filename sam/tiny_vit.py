@@ -22,6 +22,8 @@ from .neck import neck_projection, neck_rest
 
 MLP_RATIO = 4
 EXPANSION = 4
+MOST_FILLED = 1.25
+"""Times a grid's cells up to which windows are filled up: fewer, larger products take no longer then."""
 CLASSIFIER_PREFIXES = ("head.", "norm_head.")
 
 
@@ -107,28 +109,84 @@ class PatchMerging(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention inside one window, with one learned bias per head and distance (|dy|, |dx|)."""
+    """Attention inside windows, with one learned bias per head and distance (|dy|, |dx|).
+
+    Windows at the right and lower border are filled up with zeros, which take part as keys: the released weights
+    learned so. Where these are many, they are not made: their keys are all the same, what `norm` and `qkv` make of
+    zeros, and so are their values. One key does for all of them, its bias the logarithm of the sum of the
+    exponentials of theirs. The function is the same, for a third of the work where a grid is little larger than a
+    window.
+    """
 
     attention_bias_idxs: Tensor
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
         self.register_buffer("attention_bias_idxs", bias_indices(window), persistent=False)
 
-    def forward(self, tokens_BNC: Tensor) -> Tensor:
-        batch, tokens, width = tokens_BNC.shape
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        _, height, width, channels = x_BHWC.shape
+        below, beside = -height % self.window, -width % self.window
+        if (height + below) * (width + beside) <= MOST_FILLED * height * width:
+            x_BHWC = F.pad(x_BHWC, (0, 0, 0, beside, 0, below))
+            below = beside = 0
+        qkv_BHWC = self.qkv(self.norm(x_BHWC))
+        filling_1C = self.qkv(self.norm(x_BHWC.new_zeros(1, channels))) if below or beside else None
+        rows = []
+        for top, h, down in _bands(x_BHWC.shape[1], self.window):
+            row = [
+                self._attend(qkv_BHWC[:, top : top + h * down, left : left + w * along], h, w, filling_1C)
+                for left, w, along in _bands(x_BHWC.shape[2], self.window)
+            ]
+            rows.append(torch.cat(row, dim=2) if len(row) > 1 else row[0])
+        attended_BHWC = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        return self.proj(attended_BHWC)[:, :height, :width]
+
+    def _attend(self, qkv_BHWC: Tensor, h: int, w: int, filling_1C: Tensor | None) -> Tensor:
+        """Windows of which h x w cells are image, side by side."""
+        batch, height, width, channels = qkv_BHWC.shape
+        down, along = height // h, width // w
         # The heads are the outer division of qkv's output: head k owns its q, k and v side by side.
-        qkv = self.qkv(self.norm(tokens_BNC)).view(batch, tokens, self.heads, 3, width // self.heads)
-        q_BKND, k_BKND, v_BKND = qkv.permute(3, 0, 2, 1, 4).unbind(0)
+        split = (batch, down, h, along, w, self.heads, 3, channels // 3 // self.heads)
+        parts = qkv_BHWC.reshape(split).permute(6, 0, 1, 3, 5, 2, 4, 7)
+        q_WKND, k_WKND, v_WKND = parts.reshape(3, batch * down * along, self.heads, h * w, -1).unbind(0)
+        bias_KNM = self._bias(h, w).to(q_WKND.dtype)
+        if h * w < self.window**2:
+            assert filling_1C is not None, "a window lacks cells only where the grid isn't whole windows"
+            filling = filling_1C.view(self.heads, 3, 1, -1).unbind(1)
+            k_WKND, v_WKND = (
+                torch.cat((own, extra.expand(len(own), -1, -1, -1)), dim=2)
+                for own, extra in ((k_WKND, filling[1]), (v_WKND, filling[2]))
+            )
+        out_WKND = F.scaled_dot_product_attention(q_WKND, k_WKND, v_WKND, attn_mask=bias_KNM[None])
+        windows = out_WKND.view(batch, down, along, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return windows.reshape(batch, height, width, channels // 3)
+
+    def _bias(self, h: int, w: int) -> Tensor:
+        """(K, h w, M): of each cell to each, and in border windows to all those together that are none."""
+        side, heads, cells = self.window, self.heads, h * w
         # Gathered at every forward: a gathered copy kept aside would go stale when weights are loaded.
-        bias_KNN = self.attention_biases[:, self.attention_bias_idxs].to(q_BKND.dtype)
-        out_BKND = F.scaled_dot_product_attention(q_BKND, k_BKND, v_BKND, attn_mask=bias_KNN[None])
-        return self.proj(out_BKND.transpose(1, 2).reshape(batch, tokens, width))
+        places = self.attention_bias_idxs.view(side, side, side, side)[:h, :w]
+        own_KNN = self.attention_biases[:, places[:, :, :h, :w].reshape(cells, cells)]
+        if cells == side * side:
+            return own_KNN
+        none = torch.cat(
+            (places[:, :, h:].reshape(cells, -1), places[:, :, :h, w:].reshape(cells, -1)), dim=1
+        )
+        filling_KN = self.attention_biases[:, none].logsumexp(dim=2)
+        return torch.cat((own_KNN, filling_KN.view(heads, cells, 1)), dim=2)
+
+
+def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
+    """Where whole windows begin, their size and how many there are; then the same of what is left, if anything is."""
+    whole, rest = divmod(length, window)
+    bands = [(0, window, whole)] if whole else []
+    return [*bands, (whole * window, rest, 1)] if rest else bands
 
 
 def bias_indices(window: int) -> Tensor:
@@ -156,29 +214,16 @@ class TinyViTBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
-        self.window = window
         self.attn = Attention(width, heads, window)
         self.mlp = Mlp(width)
         self.local_conv = ConvNorm(width, width, 3, groups=width)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-        x_BHWC = x_BHWC + self._attend_in_windows(x_BHWC)
+        x_BHWC = x_BHWC + self.attn(x_BHWC)
         x_BHWC = self.local_conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x_BHWC = x_BHWC + self.mlp(x_BHWC)
         return x_BHWC.permute(0, 3, 1, 2)
-
-    def _attend_in_windows(self, x_BHWC: Tensor) -> Tensor:
-        height, width, w = x_BHWC.shape[1], x_BHWC.shape[2], self.window
-        # Zeros added here take part in the attention of border windows: the released weights learned so.
-        x_BHWC = F.pad(x_BHWC, (0, 0, 0, -width % w, 0, -height % w))
-        batch, padded_height, padded_width, channels = x_BHWC.shape
-        rows, columns = padded_height // w, padded_width // w
-        windows = x_BHWC.view(batch, rows, w, columns, w, channels).transpose(2, 3)
-        tokens_BNC = self.attn(windows.reshape(batch * rows * columns, w * w, channels))
-        windows = tokens_BNC.view(batch, rows, columns, w, w, channels).transpose(2, 3)
-        x_BHWC = windows.reshape(batch, padded_height, padded_width, channels)
-        return x_BHWC[:, :height, :width]
 
 
 class Stage(nn.Module):
