@@ -160,7 +160,7 @@ class Attention(nn.Module):
             assert filling_1C is not None, "a window lacks cells only where the grid isn't whole windows"
             filling = filling_1C.view(self.heads, 3, 1, -1).unbind(1)
             k_WKND, v_WKND = (
-                torch.cat((own, extra.expand(len(own), -1, -1, -1)), dim=2)
+                torch.cat((own, extra.expand(own.shape[0], -1, -1, -1)), dim=2)
                 for own, extra in ((k_WKND, filling[1]), (v_WKND, filling[2]))
             )
         out_WKND = F.scaled_dot_product_attention(q_WKND, k_WKND, v_WKND, attn_mask=bias_KNM[None])
