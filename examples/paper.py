@@ -1,6 +1,6 @@
 """The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
 
-    python examples/paper.py                    # what `make paper` does: folder paper/, about two hours on 2 cores
+    python examples/paper.py                    # what `make paper` does: folder paper/, two to three hours on 2 cores
     python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
     python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
