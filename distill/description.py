@@ -12,7 +12,7 @@ from .. import __version__
 from ..sam.precision import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from .config import DistillConfig
-from .digests import digest
+from .digests import rows_digest
 from .errors import DistillError
 from .initial import InitialWeights
 from .labels import count_annotated
@@ -45,7 +45,6 @@ def describe(
     )
     counts = store.counts()
     root = _image_root(config, store)
-    rows = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
     return {
         "format": FORMAT,
         "student": config.student,
@@ -56,7 +55,7 @@ def describe(
         "data": {
             "store_id": store.spec.store_id,
             "rows": len(records),
-            "rows_digest": digest(rows),
+            "rows_digest": rows_digest(records),
             **({"annotated": _annotated(root, records)} if config.labels == "annotations" else {}),
         },
         "resolved": {

@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..sam.head_shapes import head_shapes
 from ..sam.torch_file import in_torch_format
 from ..sam.weights import read_state
 from .errors import DistillError
 from .naming import NAMINGS, grouped, renamed
-from .student_file import lacks_image_size, student_path, trained_head, whole_head
+from .student_file import lacks_image_size, student_path, trained_head
 from .students import outline_student, student_info
 from .tables import resized_table
 from .tensor_file import MAX_HEADER, check_tensors, load_tensors
@@ -113,7 +114,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
             raise DistillError(
                 f"{path} holds values that aren't finite, in {best.theirs[key][:80]}; give a whole one"
             )
-    head = whole_head(state) if lacks_image_size(path) else trained_head(path)
+    head = _whole_head(state) if lacks_image_size(path) else trained_head(path)
     used = {best.theirs[key] for key in best.tensors}
     return InitialWeights(
         path=path,
@@ -127,6 +128,14 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
         tensors=best.tensors,
         head=head,
     )
+
+
+def _whole_head(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """SAM's head among the tensors of a file in mobile_sam.pt's format, float32; None where there isn't all of it."""
+    shapes = head_shapes()
+    if any(key not in state or state[key].shape != shape for key, shape in shapes.items()):
+        return None
+    return {key: state[key].float().clone() for key in shapes}
 
 
 @dataclass(frozen=True, kw_only=True)

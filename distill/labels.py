@@ -32,8 +32,8 @@ class Labels:
     """SA-1B's JSON files beside the images of `root`, read when an image's turn comes. Threads may share it.
 
     `objects` are drawn of each image, others in every epoch. An image whose annotations can't be used is named once,
-    in a warning, and has no objects: for good where they are wrong, this time where they couldn't be read. `broken`
-    has their keys and what is wrong, `empty` the keys of those whose annotations have no object.
+    in a warning, and has no objects; in another epoch they are read again, as they may be there then. `broken` has
+    their keys and what is wrong, `empty` the keys of those whose annotations have no object.
     """
 
     def __init__(self, root: Path, image_size: int, objects: int, seed: int) -> None:
@@ -41,25 +41,17 @@ class Labels:
         self.side = mask_side(image_size)
         self.broken: dict[str, str] = {}
         self.empty: set[str] = set()
-        self._wrong: set[str] = set()
         self._files = AnnotationFiles(root)
         self._seed = seed
         self._lock = threading.Lock()
 
     def draw(self, record: ImageRecord, epoch: int) -> Masks | None:
         """Up to `objects` masks (n, M, M) of the encoder's square; None where the image has no annotations."""
-        with self._lock:
-            if record.key in self._wrong:
-                return self._none()
         try:
             annotations = self._files.read(record.key, size=record.original_size)
         except AnnotationError as error:
             self.note(record.key, str(error))
-            unreadable = error.__cause__ is not None and isinstance(error.__cause__.__cause__, OSError)
-            if not unreadable:
-                with self._lock:
-                    self._wrong.add(record.key)
-            return self._none()
+            return np.zeros((0, self.side, self.side), np.bool_)
         if annotations is None:
             return None
         if not len(annotations):
@@ -74,9 +66,6 @@ class Labels:
                 return
             self.broken[key] = reason
         logger.warning("%s; the image is trained without masks", reason)
-
-    def _none(self) -> Masks:
-        return np.zeros((0, self.side, self.side), np.bool_)
 
     def _drawn(self, annotations: Annotations, row: int, epoch: int) -> Masks:
         # As in epoch_order: the same whatever numpy's version.

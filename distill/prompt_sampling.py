@@ -23,8 +23,8 @@ def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
     flat_PL = regions_PHW.flatten(1)
     counts_P = flat_PL.sum(dim=1)
     uniform_P = torch.rand(len(flat_PL), generator=generator, dtype=torch.float64)
-    # The n-th pixel of a region is the first at which n + 1 of them have been counted.
     uniform_P = uniform_P.to(flat_PL.device, non_blocking=True)
+    # The n-th pixel of a region is the first at which n + 1 of them have been counted.
     nth_P = torch.minimum((uniform_P * counts_P).long(), (counts_P - 1).clamp(min=0))
     place_P = torch.searchsorted(flat_PL.cumsum(dim=1), nth_P[:, None] + 1)[:, 0]
     place_P = torch.where(counts_P > 0, place_P, 0)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..sam.head_shapes import HEAD_PREFIXES, head_shapes
 from ..sam.teachers import load_head, load_teacher
 from ..sam.torch_file import in_torch_format
-from ..sam.weights import read_state
 from .errors import DistillError
 from .students import outline_student, student_info
 from .tensor_file import Header, check_tensors, load_tensors, save_tensors
@@ -129,7 +128,7 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
     """
     file = student_path(path)
     if _in_torch_format(file):
-        return whole_head(read_state(file))
+        return load_own_head(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
@@ -138,14 +137,6 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
     if metadata.get("format") != FORMAT or not _read_metadata(file, metadata).get(TRAINED_HEAD):
         return None
     return load_own_head(file)
-
-
-def whole_head(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """SAM's head among the tensors of a file in mobile_sam.pt's format, float32; None where there isn't all of it."""
-    shapes = head_shapes()
-    if any(key not in state or state[key].shape != shape for key, shape in shapes.items()):
-        return None
-    return {key: state[key].float().clone() for key in shapes}
 
 
 def student_path(path: Path | str) -> Path:

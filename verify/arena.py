@@ -15,11 +15,10 @@ from ..distill.store_images import check_preprocessing, image_root
 from ..sam import AnnotationFiles, Annotations, CocoInstances
 from ..sam.precision import resolve_device
 from ..store import EmbeddingStore, ImageRecord
-from .audit import audit_checks, store_audit
+from .audit import audit_faults
 from .contender import Contender
 from .errors import VerifyError
 from .evaluation_config import DEFAULT_IMAGE_SIZE, EvaluateConfig
-from .gates import describe, failed_checks
 from .masks import open_head
 from .opening import Opened, Opener
 from .sam_contenders import SamContender, StoreContender
@@ -162,7 +161,7 @@ def _notes(store: EmbeddingStore, own: Sequence[Run], models: Sequence[Opened]) 
     counts, notes = store.counts(), []
     if counts.pending or counts.failed:
         notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
-    notes += [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
+    notes += audit_faults(store)
     ids = {run.id for run in own}
     for opened in models:
         if opened.run is None and opened.store_id == store.spec.store_id and opened.run_id not in ids:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..store import EmbeddingStore, audit_summary, tolerance
+from .gates import describe, failed_checks
 
 
 def store_audit(store: EmbeddingStore) -> dict[str, Any] | None:
@@ -24,6 +25,11 @@ def audit_checks(audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         _check("cosine_min", cosine, allowed["cosine"], cosine_passed),
         _check("relative_mse_max", error, allowed["relative_mse"], error_passed),
     ]
+
+
+def audit_faults(store: EmbeddingStore) -> list[str]:
+    """A line for each way in which the store's audits are out of tolerance."""
+    return [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
 
 
 def _check(metric: str, value: float | None, threshold: float, passed: bool) -> dict[str, Any]:

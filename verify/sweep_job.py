@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from ..distill import Progress, StopFlag
-from ..distill.digests import digest
+from ..distill.digests import rows_digest
 from ..distill.run import run_lock
 from ..distill.split import split_rows
 from ..distill.stop import stopped_by_signals
 from ..distill.store_images import check_preprocessing, image_root
 from ..store import EmbeddingStore, ImageRecord
 from ..store.durable import explained, write_atomic
-from .audit import audit_checks, store_audit
+from .audit import audit_faults
 from .errors import VerifyError
-from .gates import describe, failed_checks
 from .masks import open_head
 from .report import check_report
 from .sweep_config import SweepConfig
@@ -120,8 +119,7 @@ def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
         if config.scheduler is None:  # workers may have the images elsewhere
             image_root(test, config.test_images, None, refusal=VerifyError)
         open_head(test, torch.device("cpu"))
-        told = [(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records]
-        return len(split.train), digest(test.spec.store_id, told)
+        return len(split.train), f"{test.spec.store_id}-{rows_digest(records)}"
 
 
 def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
@@ -129,9 +127,9 @@ def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
     records = store.records("done")
     if not records:
         raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
-    failed = failed_checks(audit_checks(store_audit(store)))
-    if failed:
-        raise VerifyError(f"{store.path}: {describe(failed[0])}")
+    faults = audit_faults(store)
+    if faults:
+        raise VerifyError(f"{store.path}: {faults[0]}")
     return records
 
 

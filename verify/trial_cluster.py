@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from distributed import Client, Future, wait
+from distributed import Client, Future, Status, wait
 from distributed.comm import get_address_host_port
 
 from .. import __version__
@@ -16,7 +16,7 @@ from ..distill import DistillInterrupted, StopFlag
 from .errors import VerifyError
 from .trial import INTERRUPTED, Judging, failed
 from .trial_loop import Outcome, without_start
-from .trial_tasks import stop_tasks, trial_task, worker_version
+from .trial_tasks import WORKING, stop_tasks, trial_task, worker_version
 from .trials import Trial
 
 CONNECT_SECONDS = 30
@@ -120,9 +120,7 @@ class ClusterRuns:
     def _workers(self, *, working: bool = False) -> set[str]:
         """Addresses; with `working` of those alone that aren't about to close."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
-        return {
-            name for name, info in workers.items() if not working or info["status"] in ("running", "paused")
-        }
+        return {name for name, info in workers.items() if not working or Status[info["status"]] in WORKING}
 
     def _place(self) -> None:
         """Gives each free worker the first trial that can begin."""

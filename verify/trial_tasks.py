@@ -14,7 +14,9 @@ from ..distill import DistillInterrupted, Progress, StopFlag
 from .trial import INTERRUPTED, Judging, run_trial
 from .trials import Trial
 
-_WORKING = (Status.running, Status.paused)
+WORKING = (Status.running, Status.paused)
+"""Of a worker that isn't about to close."""
+
 _running: dict[str, StopFlag] = {}
 _lock = threading.Lock()
 
@@ -30,7 +32,7 @@ def trial_task(sweep: str, trial: Trial, judging: Judging, known: Mapping[str, A
 
     def watch(_: Progress) -> None:
         task = worker.state.tasks.get(key)
-        if task is None or task.state == "cancelled" or worker.status not in _WORKING:
+        if task is None or task.state == "cancelled" or worker.status not in WORKING:
             stop.set(signal.SIGTERM)
 
     with _lock:
