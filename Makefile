@@ -16,11 +16,11 @@ demo: $(STAMP)
 	cd $(DEMO) && ../$(BIN)/mobilesam verify --split all --report report.html
 	@echo "Look at $(DEMO)/report.html in a browser."
 
-# The paper's comparisons in miniature, in the folder $(PAPER), into docs/PAPER.md. SCALE=small takes minutes, in
-# paper-small, and leaves the document as it is.
+# The paper's comparisons in miniature, in the folder $(PAPER), into docs/PAPER.md; PART=recipe is one student of many
+# pictures, by distill's own recipe. SCALE=small takes minutes, in paper-small, and leaves the document as it is.
 PAPER ?= paper$(if $(SCALE),-$(SCALE))
 paper: $(STAMP)
-	$(BIN)/python examples/paper.py --out $(PAPER)$(if $(SCALE), --scale $(SCALE))
+	$(BIN)/python examples/paper.py --out $(PAPER)$(if $(PART), --part $(PART))$(if $(SCALE), --scale $(SCALE))
 	$(if $(SCALE),,$(BIN)/python examples/paper.py --out $(PAPER) --write-docs)
 
 # Two processes, a file's tests in one of them; files in order, since an early one takes longest.

@@ -1,14 +1,15 @@
 """The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
 
-    python examples/paper.py                    # what `make paper` does: folder paper/, two to three hours on 2 cores
+    python examples/paper.py                    # what `make paper` does: folder paper/, one to two hours on 2 cores
+    python examples/paper.py --part recipe      # what `make paper PART=recipe` does: as long again
     python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
     python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
 
-Pictures are made, and embedded by vit_nano; students are distilled from them for several batches and epochs, in each
-of the ways that the paper compares, and from embeddings of other pictures than their own, as a control; one more is
-distilled from many more pictures. All are judged by the masks that they make of pictures of another seed, against
-vit_nano's. A rerun goes on where it was.
+Pictures are made, and embedded by vit_nano. `comparisons`: students are distilled from them for several batches and
+epochs, in each of the ways that the paper compares, and from embeddings of other pictures than their own, as a
+control. `recipe`: one student is distilled from many more pictures, as `mobilesam distill` does by itself. All are
+judged by the masks that they make of pictures of another seed, against vit_nano's. A rerun goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from generate_pictures import write as write_pictures
-from paper_tables import document, result_lines
+from paper_tables import PARTS, document
 from shuffled_store import shuffle_store
 
 from mobilesam.distill import DistillConfig, DistillInterrupted, Progress
@@ -42,10 +43,10 @@ BATCH, EPOCHS = DistillConfig().batch_size, DistillConfig().epochs
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
-    `way` is the one at which the ways to distil are compared. `many` pictures (0: none) are for one more student of
-    the first seed, distilled as `mobilesam distill` does by itself, and for its control, which stops after one epoch.
-    Both are evaluated by pairs of points `distances` pixels apart. `side` is the longer side of a picture, in pixels,
-    as `image_size` is that of the teacher's square.
+    `way` is the one at which the ways to distil are compared. `many` pictures are for the student of the default
+    recipe, which has the first seed, and for its control, which stops after one epoch. Both are evaluated by pairs of
+    points `distances` pixels apart. `side` is the longer side of a picture, in pixels, as `image_size` is that of the
+    teacher's square.
     """
 
     pictures: int
@@ -67,7 +68,7 @@ SCALES: Mapping[str, Scale] = {
         image_size=256,
         lengths=((4, 2), (8, 4), (8, 8)),
         way=(4, 2),
-        many=6000,
+        many=14000,
         distances=(11, 23, 34, 46, 57),
         seeds=(0, 1, 2),
     ),
@@ -91,36 +92,40 @@ class Paper:
     def __init__(self, scale: Scale, out: Path) -> None:
         self.scale, self.out = scale, out
 
-    def run(self) -> dict[str, Any]:
-        """All stages; what is written to results.json."""
+    def run(self, part: str) -> dict[str, Any]:
+        """The stages of one of PARTS; what is written to PART.json."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._refuse_another_scale()
-        train = self.store("train", self.scale.pictures, TRAIN_SEED)
         test = self.store("test", self.scale.test_pictures, TEST_SEED)
+        found = self.comparisons(test) if part == "comparisons" else self.recipe(test)
+        results = {"scale": asdict(self.scale), "cores": len(os.sched_getaffinity(0)), **found}
+        write_json(self.out / f"{part}.json", results)
+        return results
+
+    def comparisons(self, test: Path) -> dict[str, Any]:
+        """Students by batch and epochs, by way to distil, and the control, of each seed."""
+        train, seeds = self.store("train", self.scale.pictures, TRAIN_SEED), self.scale.seeds
         shuffled = self.shuffled(train)
-        seeds = self.scale.seeds
-        results: dict[str, Any] = {"scale": asdict(self.scale), "cores": len(os.sched_getaffinity(0))}
-        results["lengths"] = [
+        lengths = [
             outcome
             for length in self.scale.lengths
             for outcome in self.sweep("students", train, test, length, seeds, WAYS[:1])
         ]
-        results["ways"] = self.sweep("students", train, test, self.scale.way, seeds, WAYS)
-        results["control"] = self.sweep("control", shuffled, test, self.scale.way, seeds, WAYS[:1])
-        results["many"], results["many_control"], results["evaluation"] = [], [], None
-        if self.scale.many:
-            many = self.store("many", self.scale.many, MANY_SEED)
-            results["many"] = self.sweep("many", many, test, (BATCH, EPOCHS), seeds[:1], WAYS[:1])
-            results["many_control"] = self.sweep(
-                "many-control", self.shuffled(many), test, (BATCH, 1), seeds[:1], WAYS[:1]
-            )
-            results["evaluation"] = self.evaluate(
-                test,
-                student=self.out / "many" / RUNS / results["many"][0]["run"],
-                control=self.out / "many-control" / RUNS / results["many_control"][0]["run"],
-            )
-        write_json(self.out / "results.json", results)
-        return results
+        ways = self.sweep("students", train, test, self.scale.way, seeds, WAYS)
+        control = self.sweep("control", shuffled, test, self.scale.way, seeds, WAYS[:1])
+        return {"lengths": lengths, "ways": ways, "control": control}
+
+    def recipe(self, test: Path) -> dict[str, Any]:
+        """The student of the default recipe, its control, and the two of them and vit_nano in one evaluation."""
+        many, seeds = self.store("many", self.scale.many, MANY_SEED), self.scale.seeds[:1]
+        student = self.sweep("many", many, test, (BATCH, EPOCHS), seeds, WAYS[:1])
+        control = self.sweep("many-control", self.shuffled(many), test, (BATCH, 1), seeds, WAYS[:1])
+        evaluation = self.evaluate(
+            test,
+            student=self.out / "many" / RUNS / student[0]["run"],
+            control=self.out / "many-control" / RUNS / control[0]["run"],
+        )
+        return {"student": student, "control": control, "evaluation": evaluation}
 
     def _refuse_another_scale(self) -> None:
         """Another scale has other pictures: its figures can't stand beside these."""
@@ -237,38 +242,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--part", choices=tuple(PARTS), default="comparisons")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--pictures", type=int, metavar="N", help="to train on, in place of the scale's")
     parser.add_argument("--test-pictures", type=int, metavar="N")
-    parser.add_argument(
-        "--many", type=int, metavar="N", help="for one more student, and its control; 0: none"
-    )
+    parser.add_argument("--many", type=int, metavar="N", help="to train the student of the default recipe on")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[default: paper, or paper-small]")
     parser.add_argument(
-        "--write-docs", action="store_true", help="only put what was found into docs/PAPER.md"
+        "--write-docs", action="store_true", help="only put what was found, of each part, into docs/PAPER.md"
     )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help=argparse.SUPPRESS)
     options = parser.parse_args()
     out = options.out or Path("paper" if options.scale == "full" else f"paper-{options.scale}")
     if options.write_docs:
-        found = out / "results.json"
-        if not found.exists():
-            sys.exit(f"{found} does not exist: run this without --write-docs first")
-        text = document(options.document.read_text(), json.loads(found.read_text()))
+        found = {part: out / f"{part}.json" for part in PARTS if (out / f"{part}.json").exists()}
+        if not found:
+            sys.exit(f"{out} has no results: run this without --write-docs first")
+        text = options.document.read_text()
+        for part, file in found.items():
+            text = document(text, part, json.loads(file.read_text()))
         options.document.write_text(text)
-        say(f"wrote {options.document}")
+        say(f"wrote {' and '.join(found)} into {options.document}")
         return
     names = ("pictures", "test_pictures", "many", "seeds")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if "seeds" in given:
         given["seeds"] = tuple(given["seeds"])
     try:
-        results = Paper(replace(SCALES[options.scale], **given), out).run()
+        results = Paper(replace(SCALES[options.scale], **given), out).run(options.part)
     except (DistillInterrupted, PrecomputeInterrupted) as error:
         say(str(error))
         sys.exit(128 + error.signum)
-    print("\n".join(result_lines(results)))
+    print("\n".join(PARTS[options.part](results)))
 
 
 if __name__ == "__main__":  # precompute starts processes, which import this file

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from mobilesam.verify.spread import Group, Spread, grouped
-
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 
 # Table 4 of the paper: batch, epochs, iterations, mIoU.
 PAPER_LENGTHS = ((4, 2, "50k", 0.7057), (8, 4, "50k", 0.7286), (8, 8, "100k", 0.7447))
@@ -33,56 +31,75 @@ Student's t at 95%, both sides."""
 Results = Mapping[str, Any]
 
 
-def result_lines(results: Results) -> list[str]:
-    """Everything that was found."""
+def comparison_lines(results: Results) -> list[str]:
+    """Table 4, Table 2 and the control."""
     lengths, ways = grouped(results["lengths"]), grouped(results["ways"])
-    lines = [
-        *_setting(results),
+    known = [group for group in ways if group.options["objective"] in PAPER_WAYS]
+    known.sort(key=lambda group: PAPER_WAYS[group.options["objective"]][0])
+    names = [group.options["objective"] for group in known]
+    decoupled = [group for group in ways if group.options["objective"] == "decoupled"]
+    return [
+        f"{_setting(results, ('lengths', 'ways', 'control'))} The figures are means over seeds, ± their standard "
+        "deviation.",
         "",
         "### Table 4: batch, epochs, iterations",
         "",
         *_length_table(lengths),
         "",
-    ]
-    lines += [
-        f"- {line}"
-        for line in _order(lengths, [row[3] for row in PAPER_LENGTHS], [_length(g) for g in lengths])
-    ]
-    lines += ["", "### Table 2: ways to distil", "", *_way_table(ways), ""]
-    known = [group for group in ways if group.options["objective"] in PAPER_WAYS]
-    known.sort(key=lambda group: PAPER_WAYS[group.options["objective"]][0])
-    names = [group.options["objective"] for group in known]
-    lines += [f"- {line}" for line in _order(known, [PAPER_WAYS[name][0] for name in names], names)]
-    lines += [
+        *_order(lengths, [row[3] for row in PAPER_LENGTHS], [_length(group) for group in lengths]),
         "",
-        "### What a student gets that learns nothing of its own pictures, and what more pictures give",
+        "### Table 2: ways to distil",
         "",
+        *_way_table(ways),
+        "",
+        *_order(known, [PAPER_WAYS[name][0] for name in names], names),
+        "",
+        "### What a student gets that learns nothing of its own pictures",
+        "",
+        *_control_table(grouped(results["control"]), decoupled),
     ]
-    return [*lines, *_reference_table(results), *_evaluation(results)]
 
 
-def document(text: str, results: Results) -> str:
-    """The text with the figures between its markers. ValueError where it hasn't each of them once, in this order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the document needs the markers {BEGIN} and {END}, once each, in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n" + "\n".join(result_lines(results)) + f"\n\n{END}{rest.split(END)[1]}"
+def recipe_lines(results: Results) -> list[str]:
+    """The student of the default recipe and its control: masks, pairs of points, labels, cost."""
+    return [
+        _setting(results, ("student", "control")),
+        "",
+        "### The default recipe",
+        "",
+        *_control_table(grouped(results["control"]), grouped(results["student"])),
+        "",
+        *_evaluation(results),
+    ]
 
 
-def _setting(results: Results) -> list[str]:
-    scale = results["scale"]
-    runs = [run for stage in ("lengths", "ways", "control", "many", "many_control") for run in results[stage]]
+PARTS: Mapping[str, Callable[[Results], list[str]]] = {
+    "comparisons": comparison_lines,
+    "recipe": recipe_lines,
+}
+
+
+def document(text: str, part: str, results: Results) -> str:
+    """The text with a part's figures between its markers. ValueError where it hasn't each once, in this order."""
+    begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the document needs the markers {begin} and {end}, once each, in this order")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n" + "\n".join(PARTS[part](results)) + f"\n\n{end}{rest.split(end)[1]}"
+
+
+def _setting(results: Results, stages: Sequence[str]) -> str:
+    scale, runs = results["scale"], [run for stage in stages for run in results[stage]]
     different = {run["run"]: run for run in runs}
     seconds = sum(run["seconds"] + run["judged_seconds"] for run in different.values())
-    one = runs[0]
-    seeds = ", ".join(map(str, scale["seeds"]))
-    lines = [
-        f"{one['images']['train']} pictures to train on, {one['test']['images']} of another seed to judge by, at "
-        f"image size {scale['image_size']}, {one['test']['prompts']} points a picture, seeds {seeds}. "
-        f"{len(different)} runs took {seconds / 3600:.2f} hours of training and judging on {results['cores']} cores. "
-        "mIoU is with the masks of vit_nano, the teacher; means over seeds, ± their standard deviation."
-    ]
-    return lines
+    seeds, one = sorted({run["options"]["seed"] for run in runs}), runs[0]
+    return (
+        f"{one['images']['train']:,} pictures to train on, {one['test']['images']} of another seed to judge by, at "
+        f"image size {scale['image_size']}, {one['test']['prompts']} points a picture, "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {len(different)} runs took "
+        f"{seconds / 3600:.2f} hours of training and judging on {results['cores']} cores. mIoU is with the masks of "
+        "vit_nano, the teacher."
+    )
 
 
 def _length_table(groups: Sequence[Group]) -> list[str]:
@@ -108,29 +125,16 @@ def _way_table(groups: Sequence[Group]) -> list[str]:
     return _table(columns, rows)
 
 
-def _reference_table(results: Results) -> list[str]:
-    stages = (
-        ("embeddings of other pictures", "control"),
-        ("its own embeddings", "ways"),
-        ("embeddings of other pictures", "many_control"),
-        ("its own embeddings, by the default recipe", "many"),
-    )
-    rows = [
-        [told, f"{group.outcomes[0]['images']['train']:,}", *_ours(group, _length(group))]
-        for told, stage in stages
-        for group in grouped(results[stage])
-        if group.options["objective"] == "decoupled"
-    ]
-    return _table(
-        ["trained on", "pictures", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows
-    )
+def _control_table(control: Sequence[Group], own: Sequence[Group]) -> list[str]:
+    told = [("embeddings of other pictures", group) for group in control]
+    told += [("its own embeddings", group) for group in own]
+    rows = [[text, *_ours(group, _length(group))] for text, group in told]
+    return _table(["trained on", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows)
 
 
 def _evaluation(results: Results) -> list[str]:
-    """The student of many pictures, its control and the teacher: pairs of points, labels, cost."""
+    """The student, its control and the teacher: pairs of points, labels, cost."""
     found = results["evaluation"]
-    if found is None:
-        return []
     distances, models = results["scale"]["distances"], found["models"]
     names = ["point", *(f"pair_{distance}" for distance in distances)]
     pairs = [[name, "", *(f"{miou:.2f}" for miou in mious)] for name, mious in PAPER_PAIRS.items()]
@@ -155,7 +159,6 @@ def _evaluation(results: Results) -> list[str]:
         for model in models
     ]
     return [
-        "",
         "### Against FastSAM: a foreground and a background point",
         "",
         *_table(["mIoU with the teacher's masks", "one point", *far], pairs),
@@ -202,13 +205,13 @@ def _miou(group: Group) -> Spread:
 
 
 def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]) -> list[str]:
-    """Neighbours in the paper's order, the lower first: whether ours come in the same order."""
+    """A list of neighbours in the paper's order, the lower first: whether ours come in the same order."""
     lines = []
     neighbours = zip(pairwise(groups), pairwise(paper), pairwise(names), strict=True)
     for (low, high), (paper_low, paper_high), (one, other) in neighbours:
         difference = _miou(high).mean - _miou(low).mean
         lines.append(
-            f"{other} against {one}: {paper_high - paper_low:+.4f} in the paper, {difference:+.4f} here: "
+            f"- {other} against {one}: {paper_high - paper_low:+.4f} in the paper, {difference:+.4f} here: "
             f"{_verdict(_miou(low), _miou(high))}"
         )
     return lines

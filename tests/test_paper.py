@@ -46,9 +46,9 @@ def outcome(miou: float, seed: int, objective: str, batch: int, epochs: int, ste
     }
 
 
-def results(lengths: list[list[float]], ways: dict[str, list[float]]) -> dict[str, Any]:
+def comparisons(lengths: list[list[float]], ways: dict[str, list[float]]) -> dict[str, Any]:
     return {
-        "scale": {"image_size": 256, "seeds": [0, 1]},
+        "scale": {"image_size": 256},
         "cores": 2,
         "lengths": [
             outcome(miou, seed, "decoupled", *length)
@@ -59,9 +59,26 @@ def results(lengths: list[list[float]], ways: dict[str, list[float]]) -> dict[st
             outcome(m, s, name, 8, 4, 500) for name, values in ways.items() for s, m in enumerate(values)
         ],
         "control": [{**outcome(0.25, 0, "decoupled", 8, 4, 500), "run": "control"}],
-        "many": [{**outcome(0.75, 0, "decoupled", 8, 8, 5700), "run": "many"}],
-        "evaluation": None,
-        "many_control": [{**outcome(0.27, 0, "decoupled", 8, 1, 713), "run": "many control"}],
+    }
+
+
+def recipe() -> dict[str, Any]:
+    costs = {"encoder_parameters": 5_740_000, "encoder_macs": 2.5e9, "encoder_ms": 21.0, "decoder_ms": 4.0}
+    labels = {name: {"miou": 0.5} for name in ("box", "center", "center_picked", "center_oracle")}
+    pairs = {f"pair_{distance}": {"miou": 0.71} for distance in (11, 23, 34, 46)}
+    teacher = {"point": {"miou": 0.7512}, **pairs, "pair_57": None}
+    return {
+        "scale": {"image_size": 256, "distances": [11, 23, 34, 46, 57]},
+        "cores": 2,
+        "student": [outcome(0.75, 0, "decoupled", 8, 8, 5700)],
+        "control": [outcome(0.27, 0, "decoupled", 8, 1, 713)],
+        "evaluation": {
+            "labelled": 60,
+            "models": [
+                {"name": "student", "teacher": teacher, "labels": labels, **costs},
+                {"name": "vit_nano", "teacher": teacher, "labels": labels, **costs},
+            ],
+        },
     }
 
 
@@ -69,37 +86,23 @@ WAYS = {"decoupled": [0.5, 0.52], "coupled": [0.6, 0.62]}
 
 
 def test_ours_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) -> None:
-    lines = scripts[0].result_lines(results([[0.4, 0.42], [0.5, 0.52], [0.6, 0.62]], WAYS))
+    lines = scripts[0].comparison_lines(comparisons([[0.4, 0.42], [0.5, 0.52], [0.6, 0.62]], WAYS))
     assert "| 4 / 2 / 50k | 0.7057 | 4 / 2 / 500 | 0.4100 ± 0.0141 | 0.4000 | 0.4200 |" in lines
     assert any(
         line.startswith("| coupled | 0.72 | batch 128") and "0.6100 ± 0.0141" in line for line in lines
     )
-    assert "| embeddings of other pictures | 380 | 8 / 4 / 500 | 0.2500 | 0.2500 | 0.2500 |" in lines
-    assert "| its own embeddings | 380 | 8 / 4 / 500 | 0.5100 ± 0.0141 | 0.5000 | 0.5200 |" in lines
-    assert (
-        "| its own embeddings, by the default recipe | 380 | 8 / 8 / 5,700 | 0.7500 | 0.7500 | 0.7500 |"
-        in lines
-    )
-    assert not any(line.startswith("| its own embeddings | 380 | 8 / 4 / 500 | 0.6") for line in lines)
+    assert "| embeddings of other pictures | 8 / 4 / 500 | 0.2500 | 0.2500 | 0.2500 |" in lines
+    (own,) = [line for line in lines if line.startswith("| its own embeddings |")]
+    assert own == "| its own embeddings | 8 / 4 / 500 | 0.5100 ± 0.0141 | 0.5000 | 0.5200 |"
     # Two runs appear among lengths and ways alike, and are counted once.
-    assert "11 runs took 5.50 hours of training and judging on 2 cores" in lines[0]
+    assert "seeds 0, 1. 9 runs took 4.50 hours of training and judging on 2 cores" in lines[0]
 
 
 def test_pairs_labels_and_cost_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) -> None:
-    found = results([[0.4], [0.5], [0.6]], WAYS)
-    found["scale"]["distances"] = [11, 23, 34, 46, 57]
-    costs = {"encoder_parameters": 5_740_000, "encoder_macs": 2.5e9, "encoder_ms": 21.0, "decoder_ms": 4.0}
-    labels = {name: {"miou": 0.5} for name in ("box", "center", "center_picked", "center_oracle")}
-    pairs = {f"pair_{distance}": {"miou": 0.71} for distance in (11, 23, 34, 46)}
-    teacher = {"point": {"miou": 0.7512}, **pairs, "pair_57": None}
-    found["evaluation"] = {
-        "labelled": 60,
-        "models": [
-            {"name": "student", "teacher": teacher, "labels": labels, **costs},
-            {"name": "vit_nano", "teacher": teacher, "labels": labels, **costs},
-        ],
-    }
-    lines = scripts[0].result_lines(found)
+    lines = scripts[0].recipe_lines(recipe())
+    assert "seed 0. 2 runs took 1.00 hours" in lines[0]
+    assert "| its own embeddings | 8 / 8 / 5,700 | 0.7500 | 0.7500 | 0.7500 |" in lines
+    assert "| embeddings of other pictures | 8 / 1 / 713 | 0.2700 | 0.2700 | 0.2700 |" in lines
     assert "| MobileSAM, in the paper |  | 0.73 | 0.71 | 0.74 | 0.73 | 0.73 |" in lines
     assert "| our student | 0.7512 | 0.7100 | 0.7100 | 0.7100 | 0.7100 |  |" in lines
     assert any(
@@ -126,20 +129,23 @@ def test_pairs_labels_and_cost_stand_beside_the_papers(scripts: tuple[ModuleType
 def test_an_order_is_told_only_where_it_is_clear_of_the_spread(
     scripts: tuple[ModuleType, ModuleType], first: list[float], second: list[float], told: str
 ) -> None:
-    lines = scripts[0].result_lines(results([first, second, [0.9, 0.9]], WAYS))
+    lines = scripts[0].comparison_lines(comparisons([first, second, [0.9, 0.9]], WAYS))
     (line,) = [line for line in lines if line.startswith("- 8 / 4 / 500 against 4 / 2 / 500")]
     assert told in line
 
 
-def test_figures_go_between_the_documents_markers(scripts: tuple[ModuleType, ModuleType]) -> None:
-    tables, found = scripts[0], results([[0.4], [0.5], [0.6]], WAYS)
+def test_each_parts_figures_go_between_its_markers(scripts: tuple[ModuleType, ModuleType]) -> None:
+    tables = scripts[0]
     text = (ROOT / "docs" / "PAPER.md").read_text()
-    once = tables.document(text, found)
-    assert once.split(tables.BEGIN)[0] == text.split(tables.BEGIN)[0]
-    assert once.split(tables.END)[1] == text.split(tables.END)[1]
-    assert tables.document(once, found) == once
-    with pytest.raises(ValueError, match="needs the markers"):
-        tables.document("no markers", found)
+    found = {"comparisons": comparisons([[0.4], [0.5], [0.6]], WAYS), "recipe": recipe()}
+    for part, results in found.items():
+        once = tables.document(text, part, results)
+        assert once.split(f"<!-- {part} -->")[0] == text.split(f"<!-- {part} -->")[0]
+        assert once.split(f"<!-- /{part} -->")[1] == text.split(f"<!-- /{part} -->")[1]
+        assert "\n".join(tables.PARTS[part](results)) in once
+        assert tables.document(once, part, results) == once
+        with pytest.raises(ValueError, match=f"needs the markers <!-- {part} -->"):
+            tables.document("no markers", part, results)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
@@ -192,17 +198,20 @@ def test_the_small_scale_runs_goes_on_and_writes_the_document(tmp_path: Path) ->
     document = tmp_path / "PAPER.md"
     document.write_text((ROOT / "docs" / "PAPER.md").read_text())
     command = [sys.executable, str(ROOT / "examples" / "paper.py"), "--scale", "small", "--seeds", "0"]
-    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert again.stdout == first.stdout
-    assert "epoch" not in again.stderr
-    written = subprocess.run(
-        [*command, "--write-docs", "--document", str(document)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert written.returncode == 0, written.stderr
-    assert first.stdout.strip() in document.read_text()
-    ways = json.loads((tmp_path / "paper-small" / "results.json").read_text())["ways"]
+    write = [*command, "--write-docs", "--document", str(document)]
+    early = subprocess.run(write, cwd=tmp_path, capture_output=True, text=True)
+    assert early.returncode == 1
+    assert "paper-small has no results" in early.stderr
+    for part in ("comparisons", "recipe"):
+        first = subprocess.run([*command, "--part", part], cwd=tmp_path, capture_output=True, text=True)
+        assert first.returncode == 0, first.stderr
+        again = subprocess.run([*command, "--part", part], cwd=tmp_path, capture_output=True, text=True)
+        assert again.stdout == first.stdout
+        assert "epoch" not in again.stderr
+        written = subprocess.run(write, cwd=tmp_path, capture_output=True, text=True)
+        assert written.returncode == 0, written.stderr
+        assert first.stdout.strip() in document.read_text()
+    ways = json.loads((tmp_path / "paper-small" / "comparisons.json").read_text())["ways"]
     assert [run["options"]["objective"] for run in ways] == [
         "decoupled",
         "semi_coupled",
