@@ -77,11 +77,14 @@ def _explain(error: Exception) -> tuple[str, int]:
     from .predict.errors import PredictError
     from .sam.errors import SamError
     from .store.errors import StoreError
-    from .verify.errors import VerifyError
+    from .verify.errors import ReportError, VerifyError
 
     signum = getattr(error, "signum", None)
     if signum is not None:
         return str(error), 128 + signum
+    if isinstance(error, ReportError) and isinstance(error.__cause__, Exception):
+        message, code = _explain(error.__cause__)
+        return f"no report: {message}", code
     if isinstance(error, SamError | StoreError | PrecomputeError | DistillError | VerifyError | PredictError):
         return str(error), INPUT
     if isinstance(error, OSError):
@@ -188,6 +191,18 @@ def _time(seconds: float) -> timedelta:
 
 def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
     click.echo(json.dumps(result) if as_json else "\n".join(lines))
+
+
+@contextmanager
+def _figures_first(as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> Iterator[None]:
+    """What was found is printed also where its report can't be made."""
+    from .verify import ReportError
+
+    try:
+        yield
+    except ReportError as error:
+        _print(as_json, error.result, lines(error.result))
+        raise
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -460,7 +475,7 @@ def verify(as_json: bool, **options: Any) -> None:
 
     with _usage():
         config = VerifyConfig(**options)
-    with Reporter("verify") as reporter:
+    with _figures_first(as_json, table_lines), Reporter("verify") as reporter:
         result = run(config, progress=reporter.comparison)
     _print(as_json, result, table_lines(result))
     if not result["passed"]:
@@ -677,7 +692,7 @@ def evaluate(models: tuple[str, ...], distances: str, as_json: bool, **options: 
     with _usage():
         pairs = tuple((name, value) for name, _, value in (model.partition("=") for model in models))
         config = EvaluateConfig(models=pairs, distances=_pixels(distances), **options)
-    with Reporter("evaluate") as reporter:
+    with _figures_first(as_json, evaluation_lines), Reporter("evaluate") as reporter:
         result = evaluate_masks(config, progress=reporter.comparison, download=reporter.download)
     _print(as_json, result, evaluation_lines(result))
     if not result["evaluated"]:

@@ -1,5 +1,6 @@
 from .compare import verify as verify
 from .config import VerifyConfig as VerifyConfig
+from .errors import ReportError as ReportError
 from .errors import VerifyError as VerifyError
 from .evaluate import evaluate_masks as evaluate_masks
 from .evaluation_config import EvaluateConfig as EvaluateConfig

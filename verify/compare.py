@@ -11,6 +11,7 @@ from ..distill.mask_comparison import MaskComparison
 from .audit import audit_checks, store_audit
 from .config import VerifyConfig
 from .curves import read_curves
+from .errors import keeping
 from .gallery import build_gallery
 from .gates import failed_checks, run_checks
 from .masks import open_head, own_head
@@ -35,7 +36,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
     mean), both None where an embedding isn't finite; `prompts` (points an image); and `empty_masks`, how many of all
     masks of `teacher` and `student` are empty. Two empty masks count 1, one empty mask 0.
 
-    Raises VerifyError, also when the store's head can't give masks, and the other rooms' errors for a damaged store,
+    Raises ReportError, which has the result, when only the report can't be made; VerifyError, also when the store's
+    head can't give masks, and the other rooms' errors for a damaged store,
     a student's file or a changed image.
     """
     if config.report is not None:
@@ -58,7 +60,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
         )
         result = _result(config, subject, numbers | (masks.result() if masks else {}))
         if config.report is not None:
-            write_report(config.report, _report_data(subject, result, per_image, masks))
+            with keeping(result, result["subject"]):
+                write_report(config.report, _report_data(subject, result, per_image, masks))
     return result
 
 

@@ -17,6 +17,7 @@ from . import tally
 from .arena import Arena, open_arena
 from .centres import centre_of_mask
 from .contender import Answer, Contender
+from .errors import keeping
 from .evaluation_config import EvaluateConfig
 from .evaluation_report import write_evaluation_report
 from .protocols import Prompts, choose_objects, pair_prompts, point_prompts
@@ -45,7 +46,8 @@ def evaluate_masks(
     `per_image` are each image's figures for `point` (else `center`), by model. `progress(done, total)` counts images,
     `download(done, total)` bytes of a teacher's checkpoint.
 
-    Raises VerifyError, and the other rooms' errors for a model or store that is missing or damaged.
+    Raises ReportError, which has the result, when only the report can't be made; VerifyError, and the other rooms'
+    errors, for a model or store that is missing or damaged.
     """
     if config.report is not None:
         check_report(config.report)
@@ -58,7 +60,8 @@ def evaluate_masks(
                 progress(index + 1, len(arena.scenes))
         result = evaluation.result()
         if config.report is not None:
-            write_evaluation_report(config.report, result, arena, config)
+            with keeping(result, result):
+                write_evaluation_report(config.report, result, arena, config)
     return result
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..sam import ImageError
 from ..sam.sources import shown
 from .arena import Arena
 from .centres import centre_of_mask
 from .contender import Contender
+from .errors import VerifyError
 from .evaluation_config import EvaluateConfig
 from .evaluation_table import nothing_told, tables
 from .gallery import pick_extremes
@@ -102,7 +104,10 @@ def _chosen(per_image: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
 def _exhibit(
     arena: Arena, config: EvaluateConfig, index: int, figures: Mapping[str, float | None]
 ) -> Exhibit:
-    scene = arena.scenes.read(index)
+    try:
+        scene = arena.scenes.read(index)
+    except ImageError as error:  # it was readable when it was measured
+        raise VerifyError(f"{shown(arena.scenes.key(index))}: {error}") from error
     photo_HWC = scene.pixels() if arena.scenes.root is not None else scene.resized(1024).pixels_HWC
     for opened in arena.models:
         opened.contender.look(scene)

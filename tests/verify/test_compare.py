@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from mobilesam.cli import main
 from mobilesam.distill import load_student
 from mobilesam.sam import ImageError, normalize_and_pad
 from mobilesam.store import Audit, EmbeddingStore
@@ -197,6 +199,33 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_p
     monkeypatch.setattr("mobilesam.verify.compare.open_subject", lambda _: pytest.fail("work was begun"))
     with pytest.raises(VerifyError, match="does not exist"):
         verify(asked(report=tmp_path / "absent" / "report.html"))
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            "error: no report: cannot write the report r.html: No space left",
+        ),
+        (KeyError("odd"), "error: no report: unexpected KeyError: 'odd'\nThis is a bug"),
+    ],
+)
+def test_figures_are_printed_where_their_report_cannot_be_made(world, monkeypatch, raised, told):
+    def fail(_):
+        raise raised
+
+    command = ["verify", "--points", "1", "--report", "r.html"]
+    monkeypatch.setattr("mobilesam.verify.report.os.fsync", fail)
+    printed = CliRunner().invoke(main, command)
+    assert printed.exit_code == 3
+    assert told in printed.stderr
+    assert "cosine" in printed.stdout
+    assert "r.html" not in printed.stdout
+    printed = CliRunner().invoke(main, [*command, "--json"])
+    assert printed.exit_code == 3
+    assert_same(json.loads(printed.stdout), world.run.last("val"))
+    assert not (world.path / "r.html").exists()
 
 
 def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):

@@ -27,7 +27,7 @@ from mobilesam.sam.model import assemble
 from mobilesam.sam.teachers import load_head
 from mobilesam.sam.vit import build_vit
 from mobilesam.store import Audit, EmbeddingStore
-from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
+from mobilesam.verify import EvaluateConfig, ReportError, VerifyError, evaluate_masks, evaluation_lines
 from mobilesam.verify.centres import centre_of_mask
 from mobilesam.verify.opening import outline_encoder
 from mobilesam.verify.protocols import pair_prompts, point_prompts
@@ -524,6 +524,24 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(world: Any) 
     )
     with pytest.raises(VerifyError, match=r"its folder .* does not exist"):
         evaluate_masks(config)
+
+
+def test_what_was_found_outlives_photos_that_go_away_before_the_report(world: Any) -> None:
+    options = {"models": (("a", "vit_nano"),), "images": world.photos, "teacher": "vit_nano", "points": 1}
+
+    def last(done: int, total: int) -> None:
+        if done == total:
+            shutil.rmtree(world.photos)
+
+    whole = evaluate_masks(EvaluateConfig(**options))
+    with pytest.raises(ReportError, match=r"no report: photo\d\.bmp: the file is missing") as caught:
+        evaluate_masks(EvaluateConfig(**options, report=world.path / "report.html"), progress=last)
+    kept = caught.value.result
+    assert kept["report"] is None
+    assert kept["models"][0]["teacher"] == whole["models"][0]["teacher"]
+    assert kept["per_image"] == whole["per_image"]
+    assert not (world.path / "report.html").exists()
+    assert not any("report" in line for line in evaluation_lines(kept))
 
 
 def test_pixels_of_an_image_are_upstreams_for_every_encoder(world: Any) -> None:
