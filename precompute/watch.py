@@ -84,9 +84,8 @@ class Watch:
         self._refuse_clock_set_back()
         self._cluster.refuse_lost_connection()
         now = self._clock()
-        if (
-            now - self._looked >= LOOK_SECONDS or self._told is not None
-        ):  # whoever was told waits for their return
+        # Whoever was told that they are absent waits for their return.
+        if self._told is not None or now - self._looked >= LOOK_SECONDS:
             self._looked = now
             self._count(now)
 
