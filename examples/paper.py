@@ -1,7 +1,7 @@
 """The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
 
     python examples/paper.py                    # what `make paper` does: folder paper/, one to two hours on 2 cores
-    python examples/paper.py --part recipe      # what `make paper PART=recipe` does: as long again
+    python examples/paper.py --part recipe      # what `make paper PART=recipe` does: two to three hours
     python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
     python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger

@@ -11,12 +11,11 @@ from ..distill.mask_comparison import MaskComparison
 from .audit import audit_checks, store_audit
 from .config import VerifyConfig
 from .curves import read_curves
-from .errors import keeping
 from .gallery import build_gallery
 from .gates import failed_checks, run_checks
 from .masks import open_head, own_head
 from .provenance import provenance
-from .report import ReportData, check_report, write_report
+from .report import ReportData, check_report, keeping, write_report
 from .specimens import take_specimens
 from .subject import Subject, open_subject
 
@@ -37,8 +36,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
     masks of `teacher` and `student` are empty. Two empty masks count 1, one empty mask 0.
 
     Raises ReportError, which has the result, when only the report can't be made; VerifyError, also when the store's
-    head can't give masks, and the other rooms' errors for a damaged store,
-    a student's file or a changed image.
+    head can't give masks, and the other rooms' errors for a damaged store, a student's file or a changed image.
     """
     if config.report is not None:
         check_report(config.report)

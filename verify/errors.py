@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
@@ -18,14 +16,3 @@ class ReportError(VerifyError):
     def __init__(self, message: str, result: dict[str, Any]) -> None:
         super().__init__(message)
         self.result = result
-
-
-@contextmanager
-def keeping(result: dict[str, Any], named: dict[str, Any]) -> Iterator[None]:
-    """The report is made in the context; `named`, the result or a part of it, has its path. Any exception there
-    becomes a ReportError: hours of comparing are not lost with a page."""
-    try:
-        yield
-    except Exception as error:
-        named["report"] = None
-        raise ReportError(f"no report: {error}", result) from error

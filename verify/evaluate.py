@@ -17,11 +17,10 @@ from . import tally
 from .arena import Arena, open_arena
 from .centres import centre_of_mask
 from .contender import Answer, Contender
-from .errors import keeping
 from .evaluation_config import EvaluateConfig
 from .evaluation_report import write_evaluation_report
 from .protocols import Prompts, choose_objects, pair_prompts, point_prompts
-from .report import check_report
+from .report import check_report, keeping
 from .sam_contenders import prompts_at_once
 from .scenes import Scene
 from .tally import Tally

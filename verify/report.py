@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..sam.sources import shown
 from . import gates
 from .curves import Curves, thin
-from .errors import VerifyError
+from .errors import ReportError, VerifyError
 from .gallery import Gallery
 from .table import MASK_METRICS, METRICS, masks_compared, number
 
@@ -64,6 +65,19 @@ def _importable(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # sys.modules holds None for it: blocked
         return False
+
+
+@contextmanager
+def keeping(result: dict[str, Any], named: dict[str, Any]) -> Iterator[None]:
+    """The report is made in the context; `named`, the result or a part of it, has its path.
+
+    Raises ReportError for whatever is raised there: hours of comparing are not lost with a page.
+    """
+    try:
+        yield
+    except Exception as error:
+        named["report"] = None
+        raise ReportError(f"no report: {error}", result) from error
 
 
 def write_report(path: Path, data: ReportData) -> None:
