@@ -72,12 +72,15 @@ def _rank() -> int:
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    from .distill.errors import DistillError
-    from .precompute.errors import PrecomputeError
-    from .predict.errors import PredictError
-    from .sam.errors import SamError
-    from .store.errors import StoreError
-    from .verify.errors import ReportError, VerifyError
+    from .common.errors import (
+        DistillError,
+        PrecomputeError,
+        PredictError,
+        ReportError,
+        SamError,
+        StoreError,
+        VerifyError,
+    )
 
     signum = getattr(error, "signum", None)
     if signum is not None:
@@ -299,7 +302,7 @@ def precompute(
     from .precompute import PrecomputeConfig
     from .precompute import dry_run as plan_only
     from .precompute import precompute as run
-    from .precompute.summary import plan_lines, summary_lines
+    from .precompute.run import plan_lines, summary_lines
 
     with _usage():
         shard_size = _auto_or_number("--shard-size", options.pop("shard_size"))
@@ -417,8 +420,8 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
       torchrun --nproc-per-node 4 -m mobilesam distill --batch-size 64 --compile
     """
     from .distill import distill as run
-    from .distill.students import student_info
-    from .distill.summary import summary_lines
+    from .distill.run import summary_lines
+    from .distill.students.registry import student_info
 
     with _usage():
         config = DistillConfig(**_given(**options), restart=not resume)
@@ -498,8 +501,7 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
       mobilesam inspect store.zarr --check --json
       mobilesam inspect store.zarr --repair --debug
     """
-    from .store.inspection import inspect_store
-    from .store.summary import inspection_lines
+    from .store.inspection import inspect_store, inspection_lines
 
     with Reporter("inspect") as reporter:
         result = inspect_store(store, check=check or repair, repair=repair, progress=reporter.comparison)
@@ -584,7 +586,7 @@ def segment(as_json: bool, **options: Any) -> None:
     """
     from .predict import SegmentConfig
     from .predict import segment as run
-    from .predict.summary import segment_lines
+    from .predict.run import segment_lines
 
     with _usage():
         config = SegmentConfig(**options)
@@ -626,7 +628,7 @@ def export(as_json: bool, **options: Any) -> None:
     """
     from .predict import ExportConfig
     from .predict import export as run
-    from .predict.exporter import export_lines
+    from .predict.export.run import export_lines
 
     with _usage():
         config = ExportConfig(**options)
@@ -774,12 +776,12 @@ def sweep(as_json: bool, **options: Any) -> None:
       mobilesam sweep --test-store other.zarr --test-images /data/other --precision float32 --device cpu
       mobilesam sweep --seed 0,1,2,3 --scheduler tcp://10.0.0.1:8786 --micro-batch 8 --compile --debug
     """
-    from .distill.students import student_info
+    from .distill.students.registry import student_info
     from .verify import SweepConfig
     from .verify import sweep as run
-    from .verify.sweep_config import AXES, parse_axis
-    from .verify.sweep_job import summary_lines
-    from .verify.trials import plan_trials
+    from .verify.sweep.config import AXES, parse_axis
+    from .verify.sweep.grid import plan_trials
+    from .verify.sweep.run import summary_lines
 
     common = {name: options.pop(name) for name in (
         "store", "images", "micro_batch", "val_fraction", "precision", "device", "compile"

@@ -14,7 +14,7 @@ from PIL import Image
 from mobilesam.precompute.sizing import BATCH_ON_CPU, BATCH_ON_CUDA
 from mobilesam.sam import image_pixels, load_image
 from mobilesam.sam.allocator import keep_freed_memory
-from mobilesam.sam.teachers import load_teacher
+from mobilesam.sam.teacher import load_teacher
 
 
 def embedding_seconds(

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.large_store import make_large_store
 from benchmarks.made_store import SHARD_SIZE
 from mobilesam.store import shard_count
-from mobilesam.store.places import MANIFEST
+from mobilesam.store.layout import MANIFEST
 
 ROOT = Path(__file__).parents[1]
 TARGET_SECONDS = 3.0

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.made_store import SHARD_SIZE, made_spec
-from mobilesam.store import EmbeddingStore, NewImage, Selection
-from mobilesam.store.digests import row_digest, shard_digest
-from mobilesam.store.places import MANIFEST
+from mobilesam.store import EmbeddingStore, ImageRef, Selection
+from mobilesam.store.layout import MANIFEST
+from mobilesam.store.manifest import row_digest, shard_digest
 
 FAILED_EVERY = 10_000
 """One row in so many is failed."""
 
 
-class _Images(Sequence[NewImage]):
+class _Images(Sequence[ImageRef]):
     """The images of the rows, made one at a time: a list of millions would be most of this process's memory."""
 
     def __init__(self, rows: int) -> None:
@@ -30,9 +30,9 @@ class _Images(Sequence[NewImage]):
         return self._rows
 
     def __getitem__(self, row: Any) -> Any:
-        return NewImage(key=_key(row), size=_size(row))
+        return ImageRef(key=_key(row), size=_size(row))
 
-    def __iter__(self) -> Iterator[NewImage]:
+    def __iter__(self) -> Iterator[ImageRef]:
         return map(self.__getitem__, range(self._rows))
 
 

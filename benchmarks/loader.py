@@ -28,7 +28,7 @@ from benchmarks.made_store import make_photo_store
 from benchmarks.pictures import make_large_photos
 from benchmarks.ratios import Figure, by_turns, report
 from mobilesam.distill import Loader
-from mobilesam.distill.sampler import epoch_order, split_batches
+from mobilesam.distill.data.sampler import epoch_order, split_batches
 from mobilesam.sam import DecodedImage, load_image, place_on_canvas
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.store import EmbeddingStore

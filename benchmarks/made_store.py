@@ -12,7 +12,7 @@ import numpy as np
 from mobilesam.sam import KEPT_KIND, encode_kept, list_images, load_image, preprocessing_recipe
 from mobilesam.store import (
     EmbeddingStore,
-    NewImage,
+    ImageRef,
     RowResult,
     Selection,
     ShardWriter,
@@ -61,7 +61,7 @@ def make_photo_store(
     Returns `path`."""
     spec, head = made_spec(image_size, photos.absolute(), dtype)
     spec = replace(spec, kept_images=KEPT_KIND if keep_images else None)
-    images = [NewImage(key=file.key, size=file.size) for file in list_images([photos]).files]
+    images = [ImageRef(key=file.key, size=file.size) for file in list_images([photos]).files]
     generator = np.random.default_rng(0)
     with EmbeddingStore.create(path, spec, images, EVERYTHING, head) as store:
         for shard in store.pending_shards():

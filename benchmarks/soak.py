@@ -21,8 +21,8 @@ from torch import nn
 
 from benchmarks.sampling import Sample, Watch, curve, worker_processes
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.distill.progress import Progress
-from mobilesam.distill.students import STUDENTS, StudentInfo
+from mobilesam.distill.students.registry import STUDENTS, StudentInfo
+from mobilesam.distill.train_log import Progress
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.precompute.progress import Snapshot
 

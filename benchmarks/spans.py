@@ -10,8 +10,8 @@ from itertools import pairwise
 from statistics import median
 from unittest.mock import patch
 
-from mobilesam.precompute.job import Tally
-from mobilesam.precompute.tasks import ShardResult, Span
+from mobilesam.precompute.messages import ShardResult, Span
+from mobilesam.precompute.scheduler import Tally
 
 
 @dataclass

@@ -27,12 +27,7 @@ from benchmarks.large_store import make_large_store
 from benchmarks.made_store import EVERYTHING, made_embedding, made_spec
 from benchmarks.peers import FlatRecord, Memmap, NpyPerImage, Peer, Preadv, Streaming
 from benchmarks.ratios import Figure, report
-from mobilesam.store import (
-    EmbeddingStore,
-    NewImage,
-    RowResult,
-    ShardWriter,
-)
+from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter
 
 BATCH = 16
 SHAPE = (256, 64, 64)
@@ -113,7 +108,7 @@ def _sides(folder: Path, count: int, stack: ExitStack) -> dict[str, Peer]:
 
 def _make_store(path: Path, dtype: str, count: int) -> Path:
     spec, head = made_spec(1024, Path("/none"), dtype)
-    images = [NewImage(key=f"{row:06d}.jpg", size=1) for row in range(count)]
+    images = [ImageRef(key=f"{row:06d}.jpg", size=1) for row in range(count)]
     source = _rows(count)
     with EmbeddingStore.create(path, spec, images, EVERYTHING, head) as store:
         for shard in store.pending_shards():

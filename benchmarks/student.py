@@ -32,7 +32,7 @@ from benchmarks.ratios import EMULATED, Figure, report
 from benchmarks.training_step import PEER_IMAGE_SIZE, Side, step_seconds, step_shares
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.precompute import PrecomputeConfig, precompute
-from mobilesam.sam.precision import accelerates_bfloat16, resolve_device
+from mobilesam.sam.device import accelerates_bfloat16, resolve_device
 
 PEER = "MobileSAM float32"
 PEER_KEPT = "MobileSAM float32, memory kept"

@@ -24,8 +24,8 @@ from benchmarks.photos import photo_pixels
 from benchmarks.profile import shares
 from benchmarks.ratios import EMULATED, Figure, by_turns, report
 from mobilesam.sam.allocator import keep_freed_memory
-from mobilesam.sam.precision import cpu_accelerates_bfloat16
-from mobilesam.sam.vit import build_vit
+from mobilesam.sam.device import cpu_accelerates_bfloat16
+from mobilesam.sam.modeling.vit import build_vit
 
 LOW_TARGETS = {"vit_b": 8.0, "vit_l": 8.0, "vit_h": 9.0}
 EXACT_TARGET = 1.3

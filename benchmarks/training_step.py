@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks.profile import shares
 from mobilesam.distill import Batch, DistillConfig, Loader, Run, StopFlag, build_student
-from mobilesam.distill.split import Split
+from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.trainer import Trainer
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.allocator import keep_freed_memory

@@ -1,4 +1,4 @@
-"""Distillation: students, the objective, the loader that feeds them, the trainer, and what a run leaves behind.
+"""Distillation of a student from a store: data, objectives, trainer, runs. The way in is `run.py`.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """

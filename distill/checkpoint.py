@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sam.archive import ArchiveError
-from ..sam.torch_file import read_torch_file
-from ..sam.unpickler import ForeignObjects
-from ..store.durable import fsync_directory, write_atomic
-from .errors import DistillError
+from ..common.durable import fsync_directory, write_atomic
+from ..common.errors import DistillError
+from ..sam.torch_file import ArchiveError, ForeignObjects, read_torch_file
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DistillError
+from ..common.errors import DistillError as DistillError
+from ..common.errors import DistillInterrupted as DistillInterrupted
+from ..common.signals import StopFlag as StopFlag
 
 OBJECTIVES = ("decoupled", "semi_coupled", "coupled", "decoder")
 LOSS_REGIONS = ("all", "valid")

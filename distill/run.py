@@ -1,238 +1,341 @@
-"""A run's folder: what lies in it, and how to read it."""
+"""One distillation from its configuration to its result: open, describe, prepare the folder, train."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..store.durable import make_folder
-from .checkpoint import Checkpoints
-from .digests import digest, json_sha256
-from .errors import DistillError, RunLocked
-from .sealed import decode_line, read_sealed
-from .split import Split
-from .student_file import MEND, STUDENT_FILE, load_student
-from .tensor_file import check_tensors, load_tensors, save_tensors
+from .. import __version__
+from ..common.durable import explained
+from ..common.errors import DistillError, DistillInterrupted
+from ..common.signals import StopFlag, stopped_by_signals
+from ..sam.allocator import keep_freed_memory
+from ..sam.device import resolve_device, resolve_precision
+from ..store import EmbeddingStore, ImageRecord
+from .config import DistillConfig
+from .data.image_root import check_preprocessing, image_root
+from .data.labels import Labels, count_annotated
+from .data.loader import Loader
+from .data.sampler import split_rows
+from .distributed import Replicas, joined_replicas
+from .loss.objectives import build_objective, mask_options
+from .run_folder import FORMAT, RUNS, Run, digest, point_latest, prepared_folder, rows_digest
+from .students.cost import default_micro_batch
+from .students.init_weights import InitialWeights, read_initial
+from .students.registry import build_student, student_info
+from .train_log import Progress
+from .trainer import Trainer
 
-FORMAT = 2
-RUNS = Path("runs")
-LATEST = RUNS / "latest"
-CONFIG_FILE = "config.json"
-SPLIT_FILE = "split.json"
-METRICS_FILE = "metrics.jsonl"
-HEAD_FILE = "sam_head.safetensors"
-MEAN_FILE = "mean_embedding.safetensors"
-MEAN_KEY = "mean_embedding"
-LOCK_FILE = "run.lock"
-EVENTS = "events.out.tfevents.*"
+logger = logging.getLogger(__name__)
+
+STOPPED_EARLY = "stopped before training went on, so that nothing was lost; run the same command again"
+"""Message of a stop by a signal before there is anything to save."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that `distill` has begun. Files that are written later are read when they are asked for.
+def distill(
+    config: DistillConfig,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    stop: StopFlag | None = None,
+    latest: bool = True,
+) -> dict[str, Any]:
+    """Fits a student to a store's embeddings and returns the run's result.
 
-    `config` is config.json: `student`, `image_size`, `config` (options as given), `resolved` (micro-batch,
-    precision, device), `store` (path and spec), `image_root`, `counts`, `versions`.
+    A run that was interrupted goes on; one that is finished returns its result without training. The keys:
+    `run` (absolute path), `epochs`, `steps`, `seconds` (all sessions of the run), `images_per_second` (images
+    trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
+    rows after the last epoch).
 
-    Whatever is read from the folder is checked against a checksum and against the run it belongs to.
+    Started by torchrun, every process calls this with the same configuration, and gets the same result; the first one
+    alone writes. With `latest`, runs/latest is made to point at the run.
+
+    In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
+    DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
     """
-
-    path: Path
-    config: dict[str, Any]
-    split: Split
-
-    @classmethod
-    def open(cls, path: Path | str | None = None) -> Run:
-        """Opens a run's folder, or with None the one that `runs/latest` points to.
-
-        Raises DistillError when there is none or its description is damaged.
-        """
-        folder = Path(path) if path is not None else LATEST
-        if not folder.is_dir():
-            raise DistillError(f"no run at {folder}; run distill first, or give a run's folder")
-        folder = folder.resolve()
-        if not (folder / CONFIG_FILE).is_file():
-            raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE}")
-        config = read_description(folder)
-        return cls(path=folder, config=config, split=read_split(folder, config))
-
-    @property
-    def id(self) -> str:
-        """Hex SHA-256 of what was asked for and of the data: equal where runs learn the same."""
-        return json_sha256([self.config["identity"], self.config["data"]])
-
-    @property
-    def store_path(self) -> Path:
-        """Where the store lay when the run began."""
-        return Path(self.config["store"]["path"])
-
-    @property
-    def image_root(self) -> Path | None:
-        """Where the images lay when the run was last started; None when they were those that the store keeps."""
-        root = self.config["image_root"]
-        return None if root is None else Path(root)
-
-    @property
-    def student_path(self) -> Path:
-        """The student as of the last complete epoch."""
-        return self.path / STUDENT_FILE
-
-    @property
-    def head_path(self) -> Path:
-        """SAM's prompt encoder and mask decoder, copied from the store."""
-        return self.path / HEAD_FILE
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """What a rerun goes on from."""
-        return Checkpoints(folder=self.path, run_id=self.id)
-
-    def student(self, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-        """As `load_student`; DistillError also when the file in the folder is another run's."""
-        student, info = load_student(self.student_path, device)
-        if info.get("run_id") != self.id:
-            raise DistillError(f"{self.student_path} is another run's; {MEND}")
-        return student, info
-
-    def read_head(self) -> bytes:
-        """SAM's head as safetensors; DistillError when it isn't the store's."""
-        wanted = self.config["store"]["spec"]["head_sha256"]
-        try:
-            data = self.head_path.read_bytes()
-        except OSError as error:
-            raise DistillError(f"{self.head_path} can't be read: {error.strerror or error}") from error
-        if hashlib.sha256(data).hexdigest() != wanted:
-            raise DistillError(f"{self.head_path} is damaged; copy it from the store, or run distill again")
-        return data
-
-    def mean_embedding(self) -> Tensor:
-        """The training rows' mean embedding, float32 (256, g, g); there after the first epoch."""
-        path, grid = self.path / MEAN_FILE, self.config["image_size"] // 16
-        mend = "run distill again, which goes on or writes it anew"
-        try:
-            header = check_tensors(path)
-            if header.metadata.get("run_id") != self.id or header.shapes != {MEAN_KEY: (256, grid, grid)}:
-                raise DistillError(f"{path} is another run's")
-            return load_tensors(path)[MEAN_KEY]
-        except OSError as error:
-            raise DistillError(f"{path} can't be read ({error.strerror or error}); {mend}") from error
-        except DistillError as error:
-            raise DistillError(f"{error}; {mend}") from error
-
-    def save_mean_embedding(self, mean_CHW: Tensor) -> None:
-        """Writes what `mean_embedding` reads."""
-        save_tensors(self.path / MEAN_FILE, {MEAN_KEY: mean_CHW}, {"run_id": self.id})
-
-    def unfinished(self, info: Mapping[str, Any]) -> list[str]:
-        """A note on the student, by its description, where the run hasn't come to its end; else none."""
-        done, wanted = info.get("epoch"), self.config["config"]["epochs"]
-        return [f"the run isn't finished: epoch {done} of {wanted}"] if (done or 0) < wanted else []
-
-    def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order; `kind` tells them apart: train, val, train_eval, result."""
-        # A kill may leave half a last line; every other line was whole when it was followed.
-        return decode_lines(self.path / METRICS_FILE, self._lines())
-
-    def _lines(self) -> list[bytes]:
-        try:
-            return (self.path / METRICS_FILE).read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return []
-
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The newest line of one kind."""
-        return next((line for line in reversed(self.history()) if line["kind"] == kind), None)
-
-    def result(self) -> dict[str, Any] | None:
-        """What distill() returned when the run finished, or None while it hasn't.
-
-        It is the last line. One that is damaged, as a power cut may leave it, is no result: the run goes on from
-        its checkpoint and writes it again.
-        """
-        try:
-            line = decode_line(self._lines()[-1])
-        except (IndexError, ValueError):
-            return None
-        return line if line.pop("kind") == "result" else None
+    stop = stop or StopFlag()
+    with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
+        replicas = stack.enter_context(joined_replicas())
+        store = stack.enter_context(EmbeddingStore.open(config.store))
+        records = _committed(store)
+        split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
+        initial = None
+        if config.init is not None:
+            initial = read_initial(config.init, config.student, store.spec.image_size)
+            if config.objective == "decoder":
+                _check_finished(initial, config.student)
+        description = describe(config, store, records, initial, replicas)
+        # No colon in a folder's name: rsync and scp take what is before it for a host.
+        label = config.student.replace(":", "-")
+        name = f"{label}-{digest(description['identity'], description['data'])}"
+        head = store.read_head() if store.head_path.exists() else None
+        folder = config.out or RUNS / name
+        begun: tuple[Path, dict[str, Any] | None] | None = None
+        if replicas.first:
+            stack.enter_context(explained(folder))
+            run = stack.enter_context(
+                prepared_folder(folder, description, split, head, restart=config.restart)
+            )
+            if latest:
+                point_latest(run.path)
+            begun = run.path, _finished(run)
+        path, finished = replicas.shared(begun)
+        if not replicas.first:
+            run = Run.open(path)
+        if finished is not None:
+            return {**finished, "run": str(path)}
+        return _train(config, run, store, records, initial, replicas, stop, progress)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The content of config.json; DistillError when it is missing or damaged."""
+def _finished(run: Run) -> dict[str, Any] | None:
+    """The result of a run that is finished and whole."""
+    finished = run.result()
+    if finished is None or not _whole(run):
+        return None
+    run.checkpoints.drop_previous()
+    logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
+    return finished
+
+
+def _whole(run: Run) -> bool:
+    """Whether a finished run can be used as it lies there; its last checkpoint restores what can't."""
     try:
-        config = read_sealed(folder / CONFIG_FILE)
+        run.student()
+        run.mean_embedding()
     except DistillError as error:
-        mend = "put back a whole copy, or start over with distill --restart"
-        raise DistillError(f"{error}; {mend}") from error
-    if config.get("format") != FORMAT:
-        raise DistillError(
-            f"the run in {folder} has format {config.get('format')}, this version reads {FORMAT}; start over with "
-            "distill --restart"
+        logger.warning("%s\nthe run's last checkpoint restores it", error)
+        return False
+    return True
+
+
+def _train(
+    config: DistillConfig,
+    run: Run,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    replicas: Replicas,
+    stop: StopFlag,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    device = resolve_device(replicas.device(config.device))
+    if device.type == "cpu":
+        keep_freed_memory()
+    resolved = run.config["resolved"]
+    workers = config.workers or default_workers(device)
+    pin_memory = device.type == "cuda"
+    student = build_student(config.student, store.spec.image_size, config.seed)
+    if initial is not None and not run.checkpoints.exist():
+        initial.apply(student)
+    student = student.to(device)
+    objective = build_objective(config, store, device)
+    if initial is not None and initial.head is not None and objective.head is not None:
+        objective.head.load_state_dict(initial.head)
+    labels = _labels(config, run)
+    with (
+        _compiled(student, config),
+        Loader(
+            store, records, run.image_root, workers=workers, pin_memory=pin_memory, labels=labels
+        ) as loader,
+    ):
+        trainer = Trainer(
+            config,
+            run,
+            student,
+            loader,
+            device=device,
+            precision=resolved["precision"],
+            micro_batch=resolved["micro_batch"],
+            student_info=student_metadata(run),
+            objective=objective,
+            replicas=replicas,
+            stop=stop,
+            progress=progress,
         )
-    return config
+        return trainer.fit()
 
 
-def read_split(folder: Path, config: dict[str, Any]) -> Split:
-    """The content of split.json; DistillError when it is missing, damaged, or not the one of this description."""
-    file = folder / SPLIT_FILE
-    mend = "run distill again, which writes it anew"
-    try:
-        split = read_sealed(file)
-    except DistillError as error:
-        raise DistillError(f"{error}; {mend}") from error
-    if json_sha256(split) != config["split_sha256"]:
-        raise DistillError(f"{file} is another run's; {mend}")
-    return Split(train=tuple(split["train"]), val=tuple(split["val"]))
+def _check_finished(initial: InitialWeights, student: str) -> None:
+    """Raises DistillError where a file doesn't have the whole of a student, as it was trained."""
+    if initial.left or initial.resized:
+        raise DistillError(
+            f"{initial.path} is no finished {student}: {len(initial.left)} of its weights are missing and "
+            f"{len(initial.resized)} are for another image size; give a student that distill has trained"
+        )
 
 
-def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-    """Decodes lines of `path`; DistillError naming the first that is damaged."""
-    decoded = []
-    for number, line in enumerate(lines, 1):
-        try:
-            decoded.append(decode_line(line))
-        except ValueError as error:
-            raise DistillError(
-                f"{path} is damaged in line {number} of {len(lines)} ({error}); put back a whole copy, or give "
-                "--restart to start over"
-            ) from error
-    return decoded
+def _labels(config: DistillConfig, run: Run) -> Labels | None:
+    """Where objects are read from; None where the teacher's masks are all."""
+    if config.labels == "teacher":
+        return None
+    assert run.image_root is not None, "_image_root has seen to it"
+    return Labels(run.image_root, run.config["image_size"], config.objects, config.seed)
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one trainer; DistillError when another one has it. A dead one's lock is gone."""
-    make_folder(folder)
-    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise RunLocked(
-                f"{folder} is being trained by {owner}; wait for it, or give another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
+    """Has torch.compile translate the student as it is used, if that was asked for. Its weights keep their names."""
+    if not config.compile:
         yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    student.compile()
+    try:
+        yield
+    except TorchDynamoException as error:
+        fact = str(error).strip().splitlines()[0]
+        raise DistillError(
+            f"torch.compile can't translate {config.student} here ({fact}); leave out --compile, which only makes "
+            "training faster"
+        ) from error
 
 
-def point_latest(folder: Path) -> None:
-    """Makes `runs/latest` point at `folder` by a relative link, replaced atomically."""
-    RUNS.mkdir(exist_ok=True)
-    if os.path.lexists(LATEST) and not LATEST.is_symlink():
-        raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
-    # One name for each folder, which the caller has locked: what a kill leaves is replaced by the rerun.
-    draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))
-    os.replace(draft, LATEST)
+def _committed(store: EmbeddingStore) -> list[ImageRecord]:
+    """The rows to learn from; says how many are missing."""
+    records, counts = store.records("done"), store.counts()
+    if not records:
+        raise DistillError(
+            f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
+            "to the end first"
+        )
+    check_preprocessing(store)
+    if counts.pending or counts.failed:
+        logger.warning(
+            "%s: learning from the %d rows that are done; %d are pending, %d failed",
+            store.path,
+            counts.done,
+            counts.pending,
+            counts.failed,
+        )
+    if outside := store.audits_out_of_tolerance():
+        logger.warning(
+            "%s: %d of its audited rows are not what the teacher computes; mobilesam inspect tells the numbers",
+            store.path,
+            len(outside),
+        )
+    return records
+
+
+def default_workers(device: torch.device) -> int:
+    """Decoding threads: few on a CPU, which trains slower than one of them decodes."""
+    available = len(os.sched_getaffinity(0))
+    return min(2 if device.type == "cpu" else 16, available)
+
+
+# --- What config.json says of a run, and what its student's file says of it.
+
+
+def describe(
+    config: DistillConfig,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    replicas: Replicas,
+) -> dict[str, Any]:
+    """The content of config.json for a run begun now."""
+    info = student_info(config.student)
+    device = resolve_device(replicas.device(config.device))
+    precision = resolve_precision(config.precision, device)
+    micro_batch = config.micro_batch or default_micro_batch(
+        info,
+        -(-config.batch_size // replicas.count),
+        store.spec.image_size,
+        precision,
+        device,
+        masks=None if config.objective == "decoupled" else mask_options(config),
+    )
+    counts = store.counts()
+    root = _image_root(config, store)
+    return {
+        "format": FORMAT,
+        "student": config.student,
+        "image_size": store.spec.image_size,
+        "config": config.to_json(),
+        "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
+        **({"init": initial.report()} if initial else {}),
+        "data": {
+            "store_id": store.spec.store_id,
+            "rows": len(records),
+            "rows_digest": rows_digest(records),
+            **({"annotated": _annotated(root, records)} if config.labels == "annotations" else {}),
+        },
+        "resolved": {
+            "device": str(device),
+            "precision": precision,
+            "micro_batch": micro_batch,
+            "processes": replicas.count,
+        },
+        "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
+        "image_root": root,
+        "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
+        "versions": {
+            "mobilesam": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "pillow")},
+        },
+    }
+
+
+def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
+    """The folder of the images that are learned from; None for those that the store keeps."""
+    root = image_root(store, config.images)
+    if root is None and config.labels == "annotations":
+        raise DistillError(
+            f"{store.path} keeps images but no annotations: say where both are with --images DIR"
+        )
+    return None if root is None else str(root)
+
+
+def _annotated(root: str | None, records: Sequence[ImageRecord]) -> int:
+    """How many of the images have annotations beside them; DistillError where none has."""
+    assert root is not None, "_image_root has seen to it"
+    count = count_annotated(Path(root), records)
+    if not count:
+        raise DistillError(
+            f"none of the {len(records):,} images in {root} has annotations beside it, as 1.json is beside 1.jpg: "
+            "say with --images where there are some, or learn from the teacher's masks with --labels teacher"
+        )
+    return count
+
+
+def student_metadata(run: Run) -> dict[str, Any]:
+    spec = run.config["store"]["spec"]
+    kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
+    return {
+        **{name: spec[name] for name in kept},
+        **({"init": run.config["init"]} if "init" in run.config else {}),
+        "run": run.path.name,
+        "run_id": run.id,
+        "versions": run.config["versions"],
+    }
+
+
+# --- What a run has come to, as lines for people.
+
+
+def summary_lines(result: Mapping[str, Any]) -> list[str]:
+    """The result of `distill`; the metrics are those of the image part of the held-out rows."""
+    val = result["val"]
+    lines = [
+        f"{result['run']}: {result['epochs']} epochs, {result['steps']:,} steps, {result['seconds']:.0f} s",
+        f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
+        f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
+    ]
+    if "labels" in result:
+        labels = result["labels"]
+        fact = f"annotations beside {labels['annotated']:,} of {labels['images']:,} images"
+        unused = [f"{labels[kind]:,} {kind}" for kind in ("empty", "broken") if labels[kind]]
+        lines.append(f"{fact}, {', '.join(unused)}" if unused else fact)
+    if "miou" in val:
+        miou = "undefined" if val["miou"] is None else f"{val['miou']:.4f}"
+        lines.append(f"held out: mIoU {miou} with the teacher's masks")
+    return lines

@@ -13,26 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch_norms import BatchNorms
+from ..common.errors import DistillError, DistillInterrupted
+from ..common.signals import StopFlag
 from .checkpoint import CHECKPOINT_FILE, TrainState
 from .config import DistillConfig
-from .decoupled import Decoupled, loss_elements
-from .errors import DistillError, DistillInterrupted
-from .evaluation import embed
-from .heads import head_state
-from .loader import Batch, Loader
-from .meter import Meter
-from .objective import HEAD_LR_SHARE, Objective, Part, WholeBatch, part_generator, part_of
-from .parameter_groups import parameter_groups
-from .progress import Progress
-from .recorder import Recorder
-from .replicas import Replicas
-from .run import Run
-from .sampler import epoch_order, split_batches
-from .schedule import learning_rate
-from .stop import StopFlag
-from .student_file import TRAINED_HEAD, save_student
-from .validation import Validation
+from .data.loader import Batch, Loader
+from .data.sampler import epoch_order, split_batches
+from .distributed import Replicas
+from .loss.base import (
+    HEAD_LR_SHARE,
+    Decoupled,
+    Objective,
+    Part,
+    WholeBatch,
+    loss_elements,
+    part_generator,
+    part_of,
+)
+from .loss.objectives import head_state
+from .metrics.evaluate import Validation, embed
+from .optimizer import learning_rate, parameter_groups
+from .run_folder import Run
+from .students.student_file import TRAINED_HEAD, save_student
+from .train_log import Meter, Progress, Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,7 @@ class Trainer:
                 self.recorder = stack.enter_context(
                     Recorder(self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1)
                 )
-            self.stop.saves = True
+            self.stop.graceful = True
             while state.epoch < self.config.epochs:
                 self.train_epoch()
                 self.share_labels()
@@ -382,3 +385,36 @@ def fill_gradients(trained: nn.Module) -> None:
     for parameter in trained.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+# --- What a student's batch norms do in training: whose statistics they use, and how they keep them.
+
+BATCH_NORM_MOMENTUM = 0.1
+
+
+class BatchNorms:
+    """The batch norms of a student; none, for some."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self._modules = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def prepare(self, micro_steps: int, *, frozen: bool) -> None:
+        """For a forward pass in training, the `micro_steps`-th: statistics of the micro-batch at first, fixed ones
+        where they are `frozen`.
+
+        A micro-batch of two images normalises each by the other: noise that a student, which is judged with
+        fixed statistics, needn't learn to bear. Wu and Johnson find fixed ones best for the end of training with
+        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
+        """
+        for module in self._modules:
+            module.train(not frozen)
+            module.momentum = batch_norm_momentum(micro_steps)
+
+
+def batch_norm_momentum(micro_steps: int) -> float:
+    """Plain averages over the first forward passes, moving ones after.
+
+    With a constant momentum of 0.1 a short run would be judged with statistics that still hold much of their
+    initial 0 and 1: 35% of it after ten forward passes.
+    """
+    return max(BATCH_NORM_MOMENTUM, 1 / micro_steps)

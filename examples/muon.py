@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mobilesam.sam.precision import cpu_accelerates_bfloat16
+from mobilesam.sam.device import cpu_accelerates_bfloat16
 
 
 class Muon(torch.optim.Optimizer):

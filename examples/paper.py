@@ -27,11 +27,11 @@ from generate_pictures import write as write_pictures
 from paper_tables import PARTS, document
 from shuffled_store import shuffle_store
 
+from mobilesam.common.errors import PrecomputeInterrupted
 from mobilesam.distill import DistillConfig, DistillInterrupted, Progress
 from mobilesam.precompute import PrecomputeConfig, precompute
-from mobilesam.precompute.errors import PrecomputeInterrupted
 from mobilesam.verify import EvaluateConfig, SweepConfig, evaluate_masks, sweep
-from mobilesam.verify.trials import RUNS
+from mobilesam.verify.sweep.grid import RUNS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "PAPER.md"
 TRAIN_SEED, TEST_SEED, MANY_SEED = 101, 102, 103

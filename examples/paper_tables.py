@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from mobilesam.verify.spread import Group, Spread, grouped
+from mobilesam.verify.sweep.aggregate import Group, Spread, grouped
 
 # Table 4 of the paper: batch, epochs, iterations, mIoU.
 PAPER_LENGTHS = ((4, 2, "50k", 0.7057), (8, 4, "50k", 0.7286), (8, 8, "100k", 0.7447))

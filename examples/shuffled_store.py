@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mobilesam.store import EmbeddingStore, ImageRecord, NewImage, RowResult, Selection, ShardWriter
+from mobilesam.store import EmbeddingStore, ImageRecord, ImageRef, RowResult, Selection, ShardWriter
 
 
 def derangement(count: int, seed: int) -> list[int]:
@@ -42,7 +42,7 @@ def shuffle_store(source: Path, out: Path, seed: int) -> None:
     with EmbeddingStore.open(source) as store:
         records = store.records("done")
         spec = dataclasses.replace(store.spec, store_id=uuid.uuid4().hex, kept_images=None)
-        images = [NewImage(key=each.key, size=each.size, offset=each.offset) for each in records]
+        images = [ImageRef(key=each.key, size=each.size, offset=each.offset) for each in records]
         everything = Selection(fraction=1.0, seed=0, limit=None)
         places = derangement(len(records), seed)
         with EmbeddingStore.create(draft, spec, images, everything, store.read_head()) as shuffled:

@@ -41,14 +41,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mobilesam.distill.mask_loss import MaskLossWeights
-from mobilesam.distill.mask_objectives import inside_square
-from mobilesam.distill.mask_training import MaskTraining, Objects, mask_side
+from mobilesam.distill.loss.masks import MaskLossWeights, MaskTraining, Objects, mask_side
+from mobilesam.distill.loss.objectives import inside_square
 from mobilesam.sam.allocator import keep_freed_memory
-from mobilesam.sam.head import SamHead
-from mobilesam.sam.normalize import normalize_and_pad
-from mobilesam.sam.vit import VITS, build_vit, fit_positions
-from mobilesam.sam.vit_nano import STORED_IMAGE_SIZE
+from mobilesam.sam.modeling.head import SamHead
+from mobilesam.sam.modeling.vit import VITS, build_vit, fit_positions
+from mobilesam.sam.preprocess import normalize_and_pad
+from mobilesam.sam.teacher import STORED_IMAGE_SIZE
 
 # Pictures and objects of each in one step, by image size in pixels, and how often a size comes up.
 BATCHES = {128: (16, 6), 256: (8, 5), 512: (3, 5), 1024: (1, 6)}

@@ -1,7 +1,4 @@
-"""The dask job: pending shards -> images -> teacher -> store.
-
-In the order of a run: config, plan (selection, sizing), opening, cluster (scratch), job (progress, interrupts, watch,
-suspects), auditor in the coordinator; worker (tasks, decoding, decoders, process), audit in dask's workers.
+"""The dask job: pending shards -> images -> teacher -> store. The way in is `run.py`.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """

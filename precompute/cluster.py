@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import dask
 from distributed import Client, LocalCluster
-from distributed.comm import get_address_host_port
 
 from .. import __version__
+from ..common.dask_client import DASK_CLIENT_LOG, connected
+from ..common.errors import PrecomputeError
+from ..common.signals import starting_processes
 from .config import PrecomputeConfig
-from .errors import PrecomputeError
-from .interrupts import starting_processes
-from .scratch import scratch_folder
 from .worker import TASKS_PER_WORKER, TeacherPlugin, describe_worker, measure_worker
 
-CONNECT_SECONDS = 30
 WORKER_DEATHS_ALLOWED = 2
 """Deaths of a worker under one shard that are taken for bad luck; at the next, its images are suspected."""
 START_SECONDS = 300.0
@@ -50,7 +52,6 @@ _SILENT = logging.CRITICAL + 1
 
 _LOOPBACK = "127.0.0.1"
 logger = logging.getLogger(__name__)
-_DASK_CLIENT_LOG = logging.getLogger("distributed.client")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Cluster:
     def refuse_lost_connection(self) -> None:
         """PrecomputeError when the scheduler has gone away: dask would wait for its answers for ever."""
         if self.client.status != "running":
-            _DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
+            DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
             raise PrecomputeError(
                 f"the connection to the dask scheduler at {self.address} was lost; what is committed stays, run the "
                 "same command to go on"
@@ -121,7 +122,7 @@ def local_devices(config: PrecomputeConfig) -> tuple[str, ...]:
     """The devices that a local cluster uses: every GPU for `auto` and `cuda`, else the one that is named."""
     import torch
 
-    from ..sam.precision import resolve_device
+    from ..sam.device import resolve_device
 
     device = resolve_device(config.device)
     if device.type == "cuda" and config.device in ("auto", "cuda"):
@@ -209,27 +210,11 @@ def _start(make_cluster: Callable[..., LocalCluster], workers: int, scratch: str
 
 @contextmanager
 def _remote(config: PrecomputeConfig) -> Iterator[Cluster]:
-    address = str(config.scheduler)
-    try:
-        get_address_host_port(address if "://" in address else f"tcp://{address}")
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise PrecomputeError(
-            f"no dask scheduler at {address} ({error}): start one with `dask scheduler`, or leave out "
-            "--scheduler"
-        ) from error
-    with _level_kept(_DASK_CLIENT_LOG), client:
-        try:
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-        except TimeoutError as error:
-            raise PrecomputeError(
-                f"the scheduler at {address} has no workers after {CONNECT_SECONDS} s: start some with "
-                f"`dask worker {address}`"
-            ) from error
+    with connected(str(config.scheduler), PrecomputeError) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         yield Cluster(
             client=client,
-            address=address,
+            address=str(config.scheduler),
             workers=workers,
             devices=(config.device,),
             threads=None,
@@ -237,10 +222,44 @@ def _remote(config: PrecomputeConfig) -> Iterator[Cluster]:
         )
 
 
+# --- A folder for what workers keep on disk while a run lasts; those of runs that were killed are removed.
+
+_PREFIX = "mobilesam-"
+_UNREADY = ".mobilesam-"
+_LOCK = "coordinator.lock"
+
+
 @contextmanager
-def _level_kept(log: logging.Logger) -> Iterator[None]:
-    level = log.level
+def scratch_folder() -> Iterator[str]:
+    """A new folder in the system's place for temporary files, removed at the context's end.
+
+    While its process lives, it holds a lock on a file in it, which the kernel lets go of when it dies, however it
+    dies: by that an abandoned folder is known, and removed here first.
+    """
+    place = Path(tempfile.gettempdir())
+    _remove_abandoned(place)
+    # Nobody looks at the folder under this name: it gets its own once the lock is held.
+    folder = Path(tempfile.mkdtemp(prefix=_UNREADY))
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        yield
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder = folder.rename(place / f"{_PREFIX}{folder.name.removeprefix(_UNREADY)}")
+        yield str(folder)
     finally:
-        log.setLevel(level)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Only this user's own real folders with our lock file in them, and only once the lock is ours; whatever can't be
+    had or removed is left: it is in nobody's way."""
+    for folder in place.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.errors import PrecomputeError as PrecomputeError
+from ..common.errors import PrecomputeInterrupted as PrecomputeInterrupted
 from ..store import DTYPES, PRECISIONS
-from .errors import PrecomputeError
 
 DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
-from ..sam import KEPT_KIND, ImageFile, ImageSet, list_images, refuse_keeping, shown
+from ..common.errors import PrecomputeError, shown
+from ..sam import KEPT_KIND, ImageRef, ImageSet, in_fraction, list_images, refuse_keeping
 from ..store import EmbeddingStore, Selection, StoreSpec, exists, refuse_taken, rows_of, shard_count
 from . import sizing
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
-from .errors import PrecomputeError
 from .progress import Observer
-from .selection import select, select_more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Plan:
     hardware: Hardware
     listing: ImageSet
     selection: Selection
-    new: tuple[ImageFile, ...]
+    new: tuple[ImageRef, ...]
     teacher: str
     image_size: int
     dtype: str
@@ -169,9 +170,76 @@ def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) 
     return sizing.shard_size(images, hardware.workers, seconds)
 
 
-def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageFile], rows: int) -> None:
+def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageRef], rows: int) -> None:
     if new and not config.extend:
         raise PrecomputeError(
             f"{len(new):,} images are not in the store of {rows:,} yet, the first: {shown(new[0].key)}; "
             "append them with --extend, or ask for fewer with --fraction or --limit"
+        )
+
+
+# --- Which of the listed images a store gets: pure, given the listing and what the store has.
+
+_END: tuple[bytes, ImageRef | None] = (b"", None)
+
+
+def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
+    """The images of a new store: those that the fraction keeps, in the order given, up to the limit."""
+    kept = [file for file in files if _keeps(selection, file)]
+    if not kept:
+        raise PrecomputeError(
+            f"--fraction {selection.fraction:g} keeps none of {len(files):,} images: raise it"
+        )
+    return kept[: selection.limit]
+
+
+def select_more(files: Iterable[ImageRef], selection: Selection, stored: Iterable[bytes]) -> list[ImageRef]:
+    """The images to append to a store that has those with the keys `stored`. Both are sorted by the bytes of the key,
+    and gone through once, side by side: a store's keys are never all in memory.
+
+    Raises PrecomputeError when the selection is not a superset of what is stored: a row is never dropped.
+    """
+    new: list[ImageRef] = []
+    rows = gone = dropped = 0
+    first_gone: bytes | None = None
+    listed = ((os.fsencode(file.key), file) for file in files)
+    name, file = next(listed, _END)
+    for key in stored:
+        rows += 1
+        while file is not None and name < key:
+            if _keeps(selection, file):
+                new.append(file)
+            name, file = next(listed, _END)
+        if file is None or name != key:
+            gone += 1
+            first_gone = first_gone or key
+            continue
+        dropped += not _keeps(selection, file)
+        name, file = next(listed, _END)
+    if file is not None:
+        rest = chain([file], (later for _, later in listed))
+        new += [later for later in rest if _keeps(selection, later)]
+    _refuse_fewer(selection, rows, gone, first_gone, dropped)
+    return new if selection.limit is None else new[: selection.limit - rows]
+
+
+def _keeps(selection: Selection, file: ImageRef) -> bool:
+    return in_fraction(file.key, selection.fraction, selection.seed)
+
+
+def _refuse_fewer(selection: Selection, rows: int, gone: int, first_gone: bytes | None, dropped: int) -> None:
+    if first_gone is not None:
+        raise PrecomputeError(
+            f"{gone:,} of the store's {rows:,} images are gone from the folder, the first: "
+            f"{shown(os.fsdecode(first_gone))}; put them back, or give another --out"
+        )
+    if dropped:
+        raise PrecomputeError(
+            f"--fraction {selection.fraction:g} --seed {selection.seed} leaves out {dropped:,} of the "
+            f"store's {rows:,} images: ask for what the store was made with or more, or give another --out"
+        )
+    if selection.limit is not None and selection.limit < rows:
+        raise PrecomputeError(
+            f"--limit {selection.limit:,} is fewer than the {rows:,} images in the store: raise it, "
+            "or give another --out"
         )

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..sam.precision import resolve_precision
+from ..common.errors import PrecomputeError, PrecomputeInterrupted
+from ..common.signals import StopFlag, stopped_by_signals
+from ..sam.device import resolve_precision
 from ..store import Counts, EmbeddingStore
-from . import auditor, sizing
+from . import sizing
+from .audit import Sample, run_audit, warn_of_audits
 from .cluster import Cluster, connect, local_devices
 from .config import PrecomputeConfig
-from .errors import PrecomputeError, PrecomputeInterrupted
-from .interrupts import StopRequest, stop_request
-from .job import Job, Tally
-from .opening import TeacherFile, find_teacher, open_store
+from .messages import TeacherSetup
+from .open_store import TeacherFile, find_teacher, open_store
 from .plan import Hardware, Plan, Stored, look_up, make_plan, refuse_contradictions
 from .progress import Observer, Progress, Silent
-from .tasks import TeacherSetup
-from .watch import Watch
+from .scheduler import Job, Tally
+from .supervision import Watch
 from .worker import TeacherPlugin
 
 
@@ -41,7 +43,9 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     """
     began = time.monotonic()
     observer = observer or Silent()
-    with stop_request() as stop, ExitStack() as stack:
+    stop = StopFlag(second_kills=False)
+    message = "interrupted; run the same command to go on"
+    with stopped_by_signals(stop, PrecomputeInterrupted, message), ExitStack() as stack:
         _check_report_place(config.performance_report)
         plan, cluster = planned(config, stack, observer)
         teacher = find_teacher(plan, observer)
@@ -63,11 +67,11 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "seconds": round(time.monotonic() - began, 3),
             **_rates(tally, plan.hardware.workers),
             "audit": audit,
-            "out_of_tolerance": auditor.warn_of_audits(store, observer),
+            "out_of_tolerance": warn_of_audits(store, observer),
         }
 
 
-def _refuse_interrupted(stop: StopRequest, counts: Counts) -> None:
+def _refuse_interrupted(stop: StopFlag, counts: Counts) -> None:
     if stop.signum is not None:
         raise PrecomputeInterrupted(
             f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
@@ -146,7 +150,7 @@ def _compute(
     store: EmbeddingStore,
     cluster: Cluster,
     observer: Observer,
-    stop: StopRequest,
+    stop: StopFlag,
 ) -> tuple[Tally, dict[str, Any] | None]:
     """Compute and audit what is pending: what the job measured, and what the audit found."""
     observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
@@ -157,7 +161,7 @@ def _compute(
     setup = _setup(plan, teacher, store, cluster, batch_size if config.compile else None)
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     watch = Watch(cluster, plugin.run, observer, stop)
-    sample = auditor.Sample(config.audit)
+    sample = Sample(config.audit)
     before = store.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
     job = Job(
@@ -167,7 +171,7 @@ def _compute(
         tally = job.run(store.pending_shards(), root)
         if stop.signum is not None:
             return tally, None
-        return tally, auditor.audit(
+        return tally, run_audit(
             store, sample.rows, root, config.image_timeout, cluster, plugin.name, watch, observer
         )
 
@@ -189,7 +193,7 @@ def _setup(
 
 
 @contextmanager
-def _graceful(stop: StopRequest) -> Iterator[None]:
+def _graceful(stop: StopFlag) -> Iterator[None]:
     stop.graceful = True
     try:
         yield
@@ -222,3 +226,44 @@ def _rates(tally: Tally, workers: int) -> dict[str, float | None]:
         "teacher_share": round(tally.teacher_seconds / (elapsed * workers), 4),
         "decode_seconds": round(tally.decode_seconds, 3),
     }
+
+
+# --- What a run, or the plan of one, has come to, as lines for people.
+
+_GIGABYTE = 1e9
+
+
+def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
+    """The result of `precompute`."""
+    line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
+    if result["failed"]:
+        line += f", {result['failed']:,} failed (try them again with --retry-failed)"
+    lines = [line]
+    if result["images_per_second"]:
+        lines.append(
+            f"{result['images_per_second']:.3g} images/s; the teacher was busy {result['teacher_share']:.0%} of "
+            f"that time; decoding took {result['decode_seconds']:.1f} s of CPU; {_time(result['seconds'])} in all"
+        )
+    return lines
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """The result of `dry_run`."""
+    needed, free = plan["bytes_needed"], plan["bytes_free"]
+    time = "not measured" if plan["pending"] else "none"
+    if plan["pending"] and plan["seconds"] is not None:
+        time = f"about {_time(plan['seconds'])} (one image took {plan['seconds_per_image']:.3g} s here)"
+    lines = [
+        f"images        {plan['images']:,}, of which {plan['pending']:,} to compute",
+        f"shards        {plan['shards']:,} of {plan['shard_size']} images",
+        f"bytes needed  {needed:,} ({needed / _GIGABYTE:.2f} GB)",
+        f"bytes free    {free:,} ({free / _GIGABYTE:.2f} GB)",
+        f"time          {time}",
+    ]
+    if needed > free:
+        lines.append(f"There is too little room: {needed - free:,} bytes are missing.")
+    return lines
+
+
+def _time(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))

@@ -6,7 +6,12 @@ decoded and another written while it computes a third's batches.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,14 +21,12 @@ from distributed import Worker, WorkerPlugin, get_worker
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 from .. import __version__
+from ..common.errors import PrecomputeError
 from ..sam.allocator import keep_freed_memory
-from .compiling import compile_teacher
-from .errors import PrecomputeError
-from .process import die_with_parent, ended_after
-from .tasks import MESSAGE_TOPIC, TeacherSetup
+from .messages import MESSAGE_TOPIC, TeacherSetup
 
 if TYPE_CHECKING:
-    from ..sam.teachers import Teacher
+    from ..sam.teacher import Teacher
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,8 +115,8 @@ class TeacherPlugin(WorkerPlugin):
 def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
     import torch
 
-    from ..sam.precision import resolve_device
-    from ..sam.teachers import load_teacher
+    from ..sam.device import resolve_device
+    from ..sam.teacher import load_teacher
 
     where = resolve_device(device)
     if where.type == "cpu":
@@ -138,7 +141,7 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
 def describe_worker(device: str, precision: str, version: str) -> tuple[str, str]:
     """The type of the device, and the precision, that are meant here by what is asked for; PrecomputeError when this
     worker's software is not the coordinator's `version`."""
-    from ..sam.precision import resolve_device, resolve_precision
+    from ..sam.device import resolve_device, resolve_precision
 
     if version != __version__:
         raise PrecomputeError(
@@ -152,8 +155,72 @@ def measure_worker(device: str, precision: str) -> float:
     """Multiply-accumulates per second of this worker, with the threads that its teacher will have."""
     import torch
 
-    from ..sam.precision import resolve_device
+    from ..sam.device import resolve_device
     from .sizing import macs_per_second
 
     torch.set_num_threads(get_worker().state.nthreads)
     return macs_per_second(resolve_device(device), precision)
+
+
+# --- A worker's teacher, translated by torch.compile.
+
+
+def compile_teacher(teacher: Teacher, batch_size: int) -> None:
+    """Translate the teacher for batches of `batch_size` images, now, by a first batch of nothing: no image waits for
+    it then, nor does its time limit run. Weights keep their names.
+
+    Raises PrecomputeError when torch.compile can't do it here.
+    """
+    import torch
+
+    side = teacher.image_size
+    try:
+        # For this one shape: every batch of a job has it.
+        teacher.image_encoder.compile(dynamic=False)
+        teacher.embed(torch.zeros(batch_size, 3, side, side))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # As all of dynamo's and inductor's own are.
+        fact = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PrecomputeError(
+            f"torch.compile can't translate {teacher.name} on a worker ({fact}); leave out --compile, which changes "
+            "no embedding by more than rounding"
+        ) from error
+
+
+# --- When a worker's process must end: with its coordinator, and when its teacher hangs.
+
+TELLING_SECONDS = 1.0
+"""For the last message to leave the process."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that dies. Call it on the main thread.
+
+    dask's workers watch their parent in a thread, which can't run while an image's decoder holds Python's lock.
+    Linux only; elsewhere such a worker stays until it is killed by hand.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+@contextmanager
+def ended_after(seconds: float, tell: Callable[[], None]) -> Iterator[None]:
+    """Should the context last longer than `seconds`, `tell` and end the process: a thread that hangs in a library's
+    code can't be stopped in any other way."""
+
+    def end() -> None:
+        tell()
+        time.sleep(TELLING_SECONDS)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,4 +1,4 @@
-"""Using a student: the whole model, segmenting with it, exporting it.
+"""Use of a student: segmentation and export. The way in is `run.py`.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """

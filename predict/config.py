@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import PredictError
+from ..common.errors import PredictError as PredictError
 from .overlay import FORMATS
 from .prompts import Box, Point, Prompts
 

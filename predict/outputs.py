@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from ..sam import shown
-from ..store.durable import fsync_directory
-from .errors import PredictError
+from ..common.durable import fsync_directory
+from ..common.errors import PredictError, shown
 
 PARTIAL = ".partial"
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .errors import PredictError
-from .masks import Mask
+from ..common.errors import PredictError
+from .mask_files import Mask
 from .prompts import Point, Prompts
 
 Rgb = npt.NDArray[np.uint8]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .errors import PredictError
+from ..common.errors import PredictError
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]

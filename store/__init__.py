@@ -3,17 +3,18 @@
 Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same files.
 """
 
-from .draft import refuse_taken
-from .embedding_store import EmbeddingStore
-from .errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
-from .head import encode_head
+from ..common.errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
+from ..common.image_ref import ImageRef
+from .audit import TOLERANCES, Tolerance, audit_summary, tolerance
+from .create import refuse_taken
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
-from .metadata import exists
 from .reader import StoredBatch
-from .records import Audit, Counts, ImageRecord, KeptImage, NewImage, Problem, RowResult, Selection
+from .records import Audit, Counts, ImageRecord, KeptImage, Problem, RowResult, Selection
+from .sam_head import encode_head
 from .spec import DTYPES, PRECISIONS, StoreSpec
-from .tolerance import TOLERANCES, Tolerance, audit_summary, tolerance
+from .store import EmbeddingStore
 from .writer import ShardWriter, StoredRow
+from .zarr_metadata import exists
 
 __all__ = [
     "DTYPES",
@@ -25,8 +26,8 @@ __all__ = [
     "Counts",
     "EmbeddingStore",
     "ImageRecord",
+    "ImageRef",
     "KeptImage",
-    "NewImage",
     "Problem",
     "RowResult",
     "Selection",

@@ -8,7 +8,8 @@ from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
-from .errors import MAKE_ANEW, StoreDamaged, StoreError
+from ..common.errors import StoreDamaged, StoreError
+from .records import MAKE_ANEW
 
 BUSY_SECONDS = 300.0
 """How long a statement waits for another process's transaction; `inspect --check` reads the whole manifest in one."""

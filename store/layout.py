@@ -9,11 +9,15 @@ Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
+
+from ..common.errors import StoreError
 
 ALIGNMENT = 4096
 """Bytes; O_DIRECT needs file offsets at multiples of the device's block size, at most 4096 in practice."""
@@ -106,3 +110,22 @@ def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLa
         return (embeddings,)
     scales = ArrayLayout(name="scales", item_shape=(CHANNELS,), dtype=np.dtype("<f4"), shard_size=shard_size)
     return embeddings, scales
+
+
+# --- Where a store is, and where it keeps what is not Zarr's.
+
+PRIVATE = Path("embeddings") / "mobilesam"
+"""Our own files' folder: inside an array's, into which Zarr readers don't look."""
+
+MANIFEST = PRIVATE / "manifest.sqlite"
+HEAD = PRIVATE / "sam_head.safetensors"
+
+
+def local_path(path: Path | str) -> Path:
+    """The path as a Path; StoreError for a URL: stores are local folders so far."""
+    # A Path has already made one slash of the two in s3://bucket.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise StoreError(
+            f"{path}: stores on object storage are not supported yet; give a folder, or mount it"
+        )
+    return Path(path)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .durable import explained, write_atomic
-from .errors import StoreLocked
+from ..common.durable import explained, write_atomic
+from ..common.errors import StoreLocked
 
 _NETWORK_FILE_SYSTEMS = (
     "nfs", "lustre", "gpfs", "beegfs", "cifs", "smb", "ceph", "9p", "afs", "glusterfs", "fuse", "pvfs", "wekafs",

@@ -16,11 +16,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..common.errors import StoreDamaged, StoreError
+from ..common.image_ref import ImageRef
 from . import database
-from .digests import KeysDigest, row_digest, shard_digest
-from .errors import MAKE_ANEW, PUT_BACK, StoreDamaged, StoreError
-from .records import Audit, Counts, ImageRecord, NewImage, RowResult, Selection, Status
-from .rows import SELECT_LISTED, SELECT_RECORDS, record_of, result_fields
+from .layout import crc32c
+from .records import (
+    MAKE_ANEW,
+    PUT_BACK,
+    Audit,
+    Counts,
+    ImageRecord,
+    KeptImage,
+    RowResult,
+    Selection,
+    Status,
+)
 from .spec import StoreSpec, spec_digest
 
 PAGE_KEYS = 10_000
@@ -241,7 +251,7 @@ class Manifest:
 
     def append(
         self,
-        images: Iterable[NewImage],
+        images: Iterable[ImageRef],
         selection: Selection,
         documents: Callable[[int], Mapping[str, bytes]],
     ) -> range:
@@ -275,7 +285,7 @@ class Manifest:
             _replace_documents(connection, documents(row))
         return range(first, row)
 
-    def relist(self, images: Iterable[NewImage]) -> None:
+    def relist(self, images: Iterable[ImageRef]) -> None:
         """Update size and offset of pending rows by key."""
         with self._transaction() as connection:
             connection.executemany(
@@ -340,3 +350,90 @@ def _replace_documents(connection: sqlite3.Connection, documents: Mapping[str, b
         "INSERT INTO documents VALUES (?, ?, ?)",
         ((name, content, hashlib.sha256(content).digest()) for name, content in documents.items()),
     )
+
+
+# --- Between the manifest's tables and records: SQL rows in and out, verified by the digest that they carry.
+
+_SELECT = """
+SELECT row, key, size, "offset", reason, sha256, bytes, height, width, resized_height, resized_width, crc32c,
+       scales_crc32c, kept_offset, kept_bytes, kept_crc32c, results.row IS NOT NULL, results.digest
+"""
+
+SELECT_RECORDS = f"{_SELECT} FROM images LEFT JOIN results USING (row)"
+
+SELECT_LISTED = f"{_SELECT} FROM results CROSS JOIN images USING (row)"
+"""Of rows with results alone. SQLite keeps the order of a CROSS JOIN: few failed rows are found by their index."""
+
+
+def record_of(fields: tuple) -> ImageRecord:
+    """The record in a row of one of these; StoreDamaged when it isn't what was committed."""
+    *content, listed, digest = fields
+    (row, key, size, offset, reason, sha256, length, height, width, resized_height, resized_width,
+     crc, scales_crc, *kept) = content  # fmt: skip
+    if not isinstance(key, bytes) or (listed and row_digest(tuple(content)) != digest):
+        raise StoreDamaged(
+            f"the manifest's row {row} is damaged (its checksum is not that of its fields): take its shard out with "
+            "mobilesam inspect STORE --repair, and compute it anew"
+        )
+    return ImageRecord(
+        row=row,
+        key=os.fsdecode(key),
+        status="pending" if not listed else "done" if reason is None else "failed",
+        reason=reason,
+        sha256=None if sha256 is None else sha256.hex(),
+        bytes=length,
+        original_size=None if height is None else (height, width),
+        resized_size=None if resized_height is None else (resized_height, resized_width),
+        crc32c=crc,
+        scales_crc32c=scales_crc,
+        kept=None if kept[0] is None else KeptImage(offset=kept[0], bytes=kept[1], crc32c=kept[2]),
+        offset=offset,
+        size=size,
+    )
+
+
+def result_fields(result: RowResult) -> tuple:
+    """A result as the table `results` holds it, less the digest."""
+    kept = result.kept
+    return (
+        result.row,
+        result.reason,
+        None if result.sha256 is None else bytes.fromhex(result.sha256),
+        result.bytes,
+        *(result.original_size or (None, None)),
+        *(result.resized_size or (None, None)),
+        result.crc32c,
+        result.scales_crc32c,
+        *((kept.offset, kept.bytes, kept.crc32c) if kept else (None, None, None)),
+    )
+
+
+# --- Checksums of what the manifest says: SQLite itself takes a flipped bit in a value for the value.
+
+
+def row_digest(fields: tuple) -> int:
+    """crc32c of a listed row: its image (row, key, size, offset) and its result's fields.
+
+    Of the fields' Python literals in ASCII: integers, bytes, text and None have one form each.
+    """
+    return crc32c(ascii(fields).encode("ascii"))
+
+
+def shard_digest(fields: tuple, rows: Iterable[int]) -> int:
+    """crc32c of a listed shard: its own fields, and its rows' digests in row order."""
+    return crc32c(ascii((fields, tuple(rows))).encode("ascii"))
+
+
+class KeysDigest:
+    """SHA-256 of a set of images as appended: how it was chosen, then every key in row order."""
+
+    def __init__(self, fields: tuple) -> None:
+        self._hash = hashlib.sha256(ascii(fields).encode("ascii"))
+
+    def add(self, key: bytes) -> None:
+        """Take in the next row's key."""
+        self._hash.update(b"%d:%b" % (len(key), key))
+
+    def value(self) -> bytes:
+        """The digest so far, 32 bytes."""
+        return self._hash.digest()

@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..common.image_ref import ImageRef
+
+PUT_BACK = "put it back with mobilesam inspect STORE --repair"
+"""How damage to documents is mended."""
+TAKE_OUT = "take damaged shards out with mobilesam inspect STORE --repair, and compute them anew"
+"""How damage to shards is mended."""
+MAKE_ANEW = "put a whole copy of it back, or make the store anew in another place"
+"""How damage to the manifest itself is mended."""
+
 Status = Literal["pending", "done", "failed"]
 ProblemKind = Literal[
     "missing",
@@ -20,17 +29,6 @@ ProblemKind = Literal[
     "head",
     "audit",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewImage:
-    """An image to be given a row. `key` is relative to the image root, '/'-separated, with surrogateescape for
-    bytes that are not UTF-8; a tar acts as a folder. `offset` is where a tar member's data begins, in bytes;
-    `size` the file's length in bytes as listed."""
-
-    key: str
-    size: int
-    offset: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +76,11 @@ class ImageRecord:
     kept: KeptImage | None
     offset: int | None
     size: int
+
+    @property
+    def ref(self) -> ImageRef:
+        """The image as it was listed."""
+        return ImageRef(key=self.key, size=self.size, offset=self.offset)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.durable import explained
+from ..common.errors import StoreDamaged
 from .check import OpenStore, Tell, full_problems, is_past_trust, quick_problems
-from .durable import explained
-from .errors import StoreDamaged
-from .kept_images import tar_path
-from .listing import integrity_errors
-from .metadata import changed_documents, documents_of, write_documents
+from .check_shard import integrity_errors
+from .images import tar_path
 from .records import Problem
+from .zarr_metadata import changed_documents, documents_of, write_documents
 
 
 @dataclass(frozen=True, kw_only=True)

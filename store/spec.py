@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import PUT_BACK, StoreDamaged, StoreError, StoreMismatch
+from ..common.errors import StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
+from .records import PUT_BACK
 
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "int8")

@@ -10,8 +10,8 @@ from types import TracebackType
 
 import numpy as np
 
-from .durable import explained
-from .kept_images import BLOCK, END, header, padding, partial_tar_path
+from ..common.durable import explained
+from .images import BLOCK, END, header, padding, partial_tar_path
 from .layout import CHECKSUM_BYTES, ArrayLayout, crc32c
 from .quantize import quantize
 from .records import KeptImage

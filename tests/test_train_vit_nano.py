@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mobilesam.sam.vit_nano import shapes
+from mobilesam.sam.teacher import shapes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

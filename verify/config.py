@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import VerifyError
+from ..common.errors import ReportError as ReportError
+from ..common.errors import VerifyError as VerifyError
 
 SPLITS = ("val", "train", "all")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..sam.sources import shown
-from . import gates
+from ..common.errors import shown
+from . import thresholds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +121,9 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
         lines += ["", f"masks: {masks}"]
         lines += [f"{metric.label:<24}{metric.text(result, valid=False):>14}" for metric in MASK_METRICS]
     lines.append("")
-    lines += [f"FAILED  {gates.describe(check)}" for check in result["failed_checks"]]
-    checks = gates.run_checks(result, subject["thresholds"])
-    lines += [f"passed  {gates.describe(check)}" for check in checks if check["passed"]]
+    lines += [f"FAILED  {thresholds.describe(check)}" for check in result["failed_checks"]]
+    checks = thresholds.run_checks(result, subject["thresholds"])
+    lines += [f"passed  {thresholds.describe(check)}" for check in checks if check["passed"]]
     if not checks:
         lines.append("no thresholds set (--min-cosine, --min-skill, --min-miou)")
     if subject["report"]:

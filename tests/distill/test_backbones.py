@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mobilesam.distill import DistillConfig, DistillError, build_student, distill, load_student, student_info
-from mobilesam.distill.backbones import TimmStudent
+from mobilesam.distill.students.backbones import TimmStudent
 
 timm = pytest.importorskip("timm")
 

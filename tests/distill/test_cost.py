@@ -12,11 +12,15 @@ import torch
 from torch import nn
 
 from mobilesam.distill import STUDENTS, DistillError, students_lines, students_table
-from mobilesam.distill.cost import count_macs
-from mobilesam.distill.mask_objectives import MaskOptions
-from mobilesam.distill.mask_training import MaskTraining
-from mobilesam.distill.memory import default_micro_batch, measure_mask_bytes, measure_training_bytes
-from mobilesam.distill.students import StudentInfo, outline_student, student_info
+from mobilesam.distill.loss.masks import MaskTraining
+from mobilesam.distill.loss.objectives import MaskOptions
+from mobilesam.distill.students.cost import (
+    count_macs,
+    default_micro_batch,
+    measure_mask_bytes,
+    measure_training_bytes,
+)
+from mobilesam.distill.students.registry import StudentInfo, outline_student, student_info
 from mobilesam.sam import SamError
 
 
@@ -103,12 +107,12 @@ def test_measured_memory_is_that_counted_by_hand_for_one_convolution() -> None:
 
 
 def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.memory.measure_training_bytes", None)
+    monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", None)
     assert default_micro_batch(student_info("deit_tiny"), 8, 64, "float32", torch.device("cpu")) == 2
 
 
 def test_on_a_gpu_the_measure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.memory.measure_training_bytes", lambda *_: 1_000_000_000)
+    monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", lambda *_: 1_000_000_000)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10_000_000_000, 0))
     info = student_info("tiny_vit_11m")
     assert default_micro_batch(info, 64, 1024, "float32", torch.device("cuda")) == 8
@@ -125,7 +129,7 @@ def test_masks_take_memory_by_objects_and_rounds() -> None:
 
 
 def test_masks_make_a_gpus_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.memory.measure_mask_bytes", lambda *_: 1_600_000_000)
+    monkeypatch.setattr("mobilesam.distill.students.cost.measure_mask_bytes", lambda *_: 1_600_000_000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_500_000_000, 0))
     asked = (student_info("tiny_vit"), 64, 1024, "float32", torch.device("cuda"))
     masks = MaskOptions(training=MaskTraining(), objects=2, mse=0.0, region="all")
@@ -137,7 +141,7 @@ def test_masks_make_a_gpus_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) 
 def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
     monkeypatch: pytest.MonkeyPatch, free_gb: int, expected: int
 ) -> None:
-    monkeypatch.setattr("mobilesam.distill.memory.measure_mask_bytes", lambda *_: 2_000_000_000)
+    monkeypatch.setattr("mobilesam.distill.students.cost.measure_mask_bytes", lambda *_: 2_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 10**9))
     masks = MaskOptions(training=MaskTraining(), objects=8, mse=0.0, region="all")
     asked = (student_info("tiny_vit"), 8, 1024, "float32", torch.device("cpu"))

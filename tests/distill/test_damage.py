@@ -20,7 +20,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
-from mobilesam.distill.tensor_file import load_tensors
+from mobilesam.distill.students.student_file import load_tensors
 
 Options = Callable[..., DistillConfig]
 CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run")

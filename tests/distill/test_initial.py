@@ -16,11 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobilesam.distill import DistillConfig, DistillError, Run, build_student, distill, save_student
-from mobilesam.distill.initial import InitialWeights, read_initial
-from mobilesam.distill.naming import grouped
-from mobilesam.distill.tables import resized_table
+from mobilesam.distill.students.init_weights import InitialWeights, grouped, read_initial, resized_table
 from mobilesam.sam import CheckpointError
-from mobilesam.sam.weights import read_state
+from mobilesam.sam.checkpoint import read_state
 
 timm = pytest.importorskip("timm")
 with warnings.catch_warnings():

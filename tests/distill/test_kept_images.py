@@ -48,7 +48,7 @@ def _without_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> bytes:
         raise AssertionError("a photo was read")
 
-    monkeypatch.setattr("mobilesam.distill.loader.read_checked", fail)
+    monkeypatch.setattr("mobilesam.distill.data.loader.read_checked", fail)
 
 
 def _losses(result: dict[str, Any]) -> list[Any]:

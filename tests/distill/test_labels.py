@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from mobilesam.distill.labels import Labels, count_annotated, to_square_mask
+from mobilesam.distill.data.labels import Labels, count_annotated, to_square_mask
 from mobilesam.store import ImageRecord
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mobilesam.distill import DistillConfig, Run, distill
 from mobilesam.sam import image_pixels, load_image
-from mobilesam.sam.teachers import load_teacher
+from mobilesam.sam.teacher import load_teacher
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 PIECES = 4  # a photo is cut into as many rows and columns

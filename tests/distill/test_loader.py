@@ -191,6 +191,6 @@ def test_waiting_for_data_is_measured(
         return decode(record)
 
     monkeypatch.setattr(loader, "_decode", slow)
-    monkeypatch.setattr("mobilesam.distill.loader.time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr("mobilesam.distill.data.loader.time", SimpleNamespace(perf_counter=clock))
     list(loader.batches([[0]]))
     assert loader.waited == 0.25

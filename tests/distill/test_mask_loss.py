@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from mobilesam.distill.mask_loss import MaskLossWeights, dice_loss, focal_loss, mask_iou, prompt_losses
+from mobilesam.distill.loss.masks import MaskLossWeights, dice_loss, focal_loss, mask_iou, prompt_losses
 
 
 @pytest.fixture

@@ -18,33 +18,26 @@ from pycocotools import mask as coco
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mobilesam.distill import (
-    DistillConfig,
-    DistillError,
-    DistillInterrupted,
-    Run,
-    StopFlag,
-    distill,
-)
-from mobilesam.distill.loader import LabelledObjects
-from mobilesam.distill.mask_loss import MaskLossWeights
-from mobilesam.distill.mask_objectives import (
+from mobilesam.distill import DistillConfig, DistillError, DistillInterrupted, Run, StopFlag, distill
+from mobilesam.distill.data.loader import LabelledObjects
+from mobilesam.distill.loss.base import Part, WholeBatch, part_generator
+from mobilesam.distill.loss.masks import MaskLossWeights, MaskTraining, Objects
+from mobilesam.distill.loss.objectives import (
     MaskOptions,
     SemiCoupled,
     batch_objects,
     inside_square,
     teacher_masks,
 )
-from mobilesam.distill.mask_training import MaskTraining, Objects
-from mobilesam.distill.objective import Part, WholeBatch, part_generator
-from mobilesam.distill.prompt_sampling import to_square, uniform_pixel
-from mobilesam.distill.student_file import trained_head
-from mobilesam.distill.summary import summary_lines
+from mobilesam.distill.loss.prompts import to_square, uniform_pixel
+from mobilesam.distill.run import summary_lines
+from mobilesam.distill.students.student_file import trained_head
 from mobilesam.distill.trainer import fill_gradients
 from mobilesam.predict import ExportConfig, export
 from mobilesam.sam import valid_cells
-from mobilesam.sam.head import HEAD_PREFIXES, SamHead, build_head
-from mobilesam.sam.teachers import load_head
+from mobilesam.sam.modeling.head import SamHead, build_head
+from mobilesam.sam.modeling.head_shapes import HEAD_PREFIXES
+from mobilesam.sam.teacher import load_head
 
 Options = Callable[..., DistillConfig]
 
@@ -190,7 +183,7 @@ def test_a_place_without_an_object_has_neither_loss_nor_gradient(head: SamHead):
 
 def test_a_later_round_corrects_what_the_one_before_got_wrong(head: SamHead, monkeypatch: pytest.MonkeyPatch):
     """Seen from outside: the prompts that reach the decoder."""
-    import mobilesam.distill.mask_training as module
+    import mobilesam.distill.loss.masks as module
 
     seen = []
     real = module.decode_prompts

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mobilesam.distill.decoupled import decoupled_loss, loss_elements
-from mobilesam.distill.sampler import split_batches
+from mobilesam.distill.data.sampler import split_batches
+from mobilesam.distill.loss.base import decoupled_loss, loss_elements
 
 
 @pytest.fixture

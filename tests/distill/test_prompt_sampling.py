@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobilesam.distill.prompt_sampling import (
+from mobilesam.distill.loss.prompts import (
     borders_to_square,
     correction_pixel,
     noisy_box,

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mobilesam.distill import DistillConfig, DistillError, Metrics, Run, distill
-from mobilesam.distill.metrics import merge
-from mobilesam.distill.replicas import Replicas, joined_replicas
-from mobilesam.distill.student_file import trained_head
-from mobilesam.sam.head import SamHead
+from mobilesam.distill.distributed import Replicas, joined_replicas
+from mobilesam.distill.metrics.embedding import merge
+from mobilesam.distill.students.student_file import trained_head
+from mobilesam.sam.modeling.head import SamHead
 
 SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50), (33, 64), (64, 20), (50, 64), (64, 40), (30, 60)]
 MakeStore = Callable[..., Path]

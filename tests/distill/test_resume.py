@@ -23,7 +23,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
-from mobilesam.distill.sealed import read_sealed, write_sealed
+from mobilesam.distill.run_folder import read_sealed, write_sealed
 from mobilesam.sam import ImageError
 
 Options = Callable[..., DistillConfig]

@@ -22,7 +22,7 @@ from mobilesam.distill import (
     load_student,
     mean_embedding,
 )
-from mobilesam.distill.run import run_lock
+from mobilesam.distill.run_folder import run_lock
 from mobilesam.store import Audit, EmbeddingStore
 
 Options = Callable[..., DistillConfig]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobilesam.distill.sampler import epoch_order, split_batches
-from mobilesam.distill.schedule import learning_rate
+from mobilesam.distill.data.sampler import epoch_order, split_batches
+from mobilesam.distill.optimizer import learning_rate
 
 
 def test_the_rate_follows_a_table_worked_out_by_hand() -> None:

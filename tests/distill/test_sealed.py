@@ -9,8 +9,8 @@ import torch
 from flips import flipped
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.sealed import decode_line, encode_line, read_sealed, write_sealed
-from mobilesam.distill.tensor_file import check_tensors, load_tensors, save_tensors
+from mobilesam.distill.run_folder import decode_line, encode_line, read_sealed, write_sealed
+from mobilesam.distill.students.student_file import check_tensors, load_tensors, save_tensors
 
 
 def test_a_flipped_bit_in_sealed_json_is_an_error_or_changes_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.split import split_rows
+from mobilesam.distill.data.sampler import split_rows
 
 
 def hashes(count: int) -> dict[int, str]:

@@ -14,9 +14,9 @@ from flips import flipped
 from safetensors.torch import load_file, save_file
 
 from mobilesam.distill import STUDENTS, DistillError, build_student, load_own_head, load_student, save_student
-from mobilesam.distill.students import outline_student, student_info
-from mobilesam.distill.tensor_file import save_tensors
-from mobilesam.sam.tiny_vit import TinyViT
+from mobilesam.distill.students.registry import outline_student, student_info
+from mobilesam.distill.students.student_file import save_tensors
+from mobilesam.sam.modeling.tiny_vit import TinyViT
 
 
 @pytest.fixture

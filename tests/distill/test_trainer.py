@@ -19,13 +19,12 @@ from mobilesam.distill import (
     distill,
     embed,
 )
-from mobilesam.distill.batch_norms import batch_norm_momentum
-from mobilesam.distill.job import default_workers
-from mobilesam.distill.memory import default_micro_batch
-from mobilesam.distill.parameter_groups import parameter_groups
-from mobilesam.distill.sampler import split_batches
-from mobilesam.distill.students import STUDENTS
-from mobilesam.distill.trainer import Trainer
+from mobilesam.distill.data.sampler import split_batches
+from mobilesam.distill.optimizer import parameter_groups
+from mobilesam.distill.run import default_workers
+from mobilesam.distill.students.cost import default_micro_batch
+from mobilesam.distill.students.registry import STUDENTS
+from mobilesam.distill.trainer import Trainer, batch_norm_momentum
 from mobilesam.store import EmbeddingStore
 
 Options = Callable[..., DistillConfig]

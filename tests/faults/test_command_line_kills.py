@@ -24,7 +24,7 @@ GUARD_SECONDS = 300.0
 # dask runs a preload more than once in a process: what this wraps is the original every time.
 SLOW_IMAGES = """
 import time
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 def slowly(*arguments):
     time.sleep(0.3)

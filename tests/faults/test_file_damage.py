@@ -28,13 +28,13 @@ from mobilesam.distill import (
     distill,
 )
 from mobilesam.distill.checkpoint import Checkpoints, TrainState
-from mobilesam.distill.parameter_groups import parameter_groups
-from mobilesam.distill.students import build_student
+from mobilesam.distill.optimizer import parameter_groups
+from mobilesam.distill.students.registry import build_student
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.sam import SamError
-from mobilesam.sam.head_shapes import head_shapes
-from mobilesam.sam.teachers import load_head, load_teacher
-from mobilesam.sam.tiny_vit import TinyViT
+from mobilesam.sam.modeling.head_shapes import head_shapes
+from mobilesam.sam.modeling.tiny_vit import TinyViT
+from mobilesam.sam.teacher import load_head, load_teacher
 from mobilesam.store import StoreMismatch
 
 pytestmark = pytest.mark.fault

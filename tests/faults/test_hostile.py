@@ -20,9 +20,9 @@ from faults.ledger import Ledger
 from faults.recovery import Snapshot, missing_rows, wrong_reads
 
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.distill.tensor_file import _digest
-from mobilesam.sam.head_shapes import head_shapes
-from mobilesam.sam.tiny_vit import TinyViT
+from mobilesam.distill.students.student_file import _digest
+from mobilesam.sam.modeling.head_shapes import head_shapes
+from mobilesam.sam.modeling.tiny_vit import TinyViT
 
 pytestmark = pytest.mark.fault
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.precompute import Snapshot as Progress
-from mobilesam.precompute import decoding
+from mobilesam.precompute import decode as decoding
 from mobilesam.sam import ImageError
-from mobilesam.sam.teachers import Teacher
+from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore
 from mobilesam.verify import VerifyConfig, verify
 
@@ -174,7 +174,7 @@ def test_an_image_that_hangs_is_given_up(
 # dask runs a preload more than once in a process: what it wraps is the original every time.
 KILLER = """
 import os
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 def deadly(data, image_size):
     decoded = load_image(data, image_size)

@@ -21,10 +21,10 @@ from faults.writers import committed, precompute_arguments, waiting_writer
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.distill import DistillConfig, DistillError, distill
-from mobilesam.distill.run import run_lock
+from mobilesam.distill.run_folder import run_lock
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked
 from mobilesam.store import lock as lock_module
-from mobilesam.store.places import PRIVATE
+from mobilesam.store.layout import PRIVATE
 
 pytestmark = pytest.mark.fault
 

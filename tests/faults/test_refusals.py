@@ -15,8 +15,8 @@ from faults.recovery import Snapshot, missing_rows, wrong_reads
 
 from mobilesam.precompute import PrecomputeError
 from mobilesam.sam import SamError
-from mobilesam.sam.head_shapes import head_shapes
-from mobilesam.sam.tiny_vit import TinyViT
+from mobilesam.sam.modeling.head_shapes import head_shapes
+from mobilesam.sam.modeling.tiny_vit import TinyViT
 from mobilesam.store import StoreError, StoreMismatch
 
 pytestmark = pytest.mark.fault
@@ -110,7 +110,7 @@ def test_another_checkpoint(run: Run, ledger: Ledger, tmp_path: Path) -> None:
 def test_another_preprocessing(
     run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilesam.precompute import opening
+    from mobilesam.precompute import open_store as opening
 
     run()
     recipe = opening.preprocessing_recipe(64)

@@ -22,8 +22,8 @@ from small_store import HEAD, compute, embeddings, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreError
 from mobilesam.store.inspection import inspect_store
-from mobilesam.store.places import HEAD as HEAD_FILE
-from mobilesam.store.places import MANIFEST, PRIVATE
+from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.layout import MANIFEST, PRIVATE
 
 pytestmark = pytest.mark.fault
 

@@ -19,8 +19,8 @@ from faults.ward import shard
 
 from mobilesam.store import EmbeddingStore, StoreDamaged, StoreError
 from mobilesam.store.inspection import inspect_store
-from mobilesam.store.places import HEAD as HEAD_FILE
-from mobilesam.store.places import MANIFEST, PRIVATE
+from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.layout import MANIFEST, PRIVATE
 
 pytestmark = pytest.mark.fault
 

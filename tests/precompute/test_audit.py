@@ -16,19 +16,13 @@ import pytest
 import torch
 from listener import Listener
 
-from mobilesam.precompute import (
-    PrecomputeError,
-    PrecomputeInterrupted,
-    Snapshot,
-    shard,
-)
+from mobilesam.precompute import PrecomputeError, PrecomputeInterrupted, Snapshot, shard
 from mobilesam.precompute import audit as audit_module
-from mobilesam.precompute.audit import compare
-from mobilesam.precompute.auditor import Sample
-from mobilesam.precompute.decoding import Batch
-from mobilesam.precompute.embedding import Embeddings, embed
+from mobilesam.precompute.audit import Sample, compare
+from mobilesam.precompute.decode import Batch
+from mobilesam.precompute.shard import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
-from mobilesam.sam.teachers import Teacher
+from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore, RowResult, tolerance
 
 Run = Callable[..., dict[str, Any]]

@@ -15,9 +15,9 @@ from distributed import LocalCluster
 from distributed.comm import CommClosedError
 from precompute_command import committed
 
+from mobilesam.common.signals import starting_processes
 from mobilesam.precompute import PrecomputeError, Snapshot, dry_run
 from mobilesam.precompute.config import PrecomputeConfig
-from mobilesam.precompute.interrupts import starting_processes
 from mobilesam.precompute.progress import Silent
 from mobilesam.store import EmbeddingStore
 

@@ -16,7 +16,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from mobilesam.precompute import PrecomputeError, audit, worker
 from mobilesam.precompute.worker import TeacherPlugin
-from mobilesam.sam.teachers import Teacher
+from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore
 
 Run = Callable[..., dict[str, Any]]
@@ -60,7 +60,7 @@ def test_compiling_has_a_time_limit_of_its_own(run: Run, monkeypatch: pytest.Mon
     assert len(limits) == 1 + 2 * 7, "each batch when it is launched, and when it is awaited"
 
 
-@pytest.mark.parametrize("place", ["torch.nn.Module.compile", "mobilesam.sam.teachers.Teacher.embed"])
+@pytest.mark.parametrize("place", ["torch.nn.Module.compile", "mobilesam.sam.teacher.Teacher.embed"])
 @pytest.mark.parametrize("kind", [TorchDynamoException, RuntimeError])
 def test_a_teacher_that_cannot_be_compiled_says_so(
     run: Run, monkeypatch: pytest.MonkeyPatch, place: str, kind: type[Exception]

@@ -21,7 +21,7 @@ Run = Callable[..., dict[str, Any]]
 # In a worker; any other name of a device is an error.
 GPU_IS_CPU = """
 import torch
-import mobilesam.sam.precision as precision
+import mobilesam.sam.device as precision
 precision.resolve_device = lambda device: {"cuda:0": torch.device("cpu"), "cpu": torch.device("cpu")}[str(device)]
 """
 

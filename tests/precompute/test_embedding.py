@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from mobilesam.precompute.decoding import Batch
-from mobilesam.precompute.embedding import Embeddings, embed
+from mobilesam.precompute.decode import Batch
+from mobilesam.precompute.shard import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
-from mobilesam.sam.teachers import Teacher, load_teacher
+from mobilesam.sam.teacher import Teacher, load_teacher
 
 SIDE = 64
 

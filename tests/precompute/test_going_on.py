@@ -15,10 +15,10 @@ from listener import Listener
 from PIL import Image
 
 from mobilesam.precompute import shard
-from mobilesam.precompute.decoding import Batch
-from mobilesam.precompute.embedding import Embeddings, embed
+from mobilesam.precompute.decode import Batch
+from mobilesam.precompute.shard import Embeddings, embed
 from mobilesam.sam import ImageError, read_checked
-from mobilesam.sam.teachers import Teacher
+from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore, ImageRecord
 
 Run = Callable[..., dict[str, Any]]

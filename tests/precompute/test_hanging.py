@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
-from mobilesam.precompute import PrecomputeConfig, PrecomputeError, decoders, decoding, dry_run
-from mobilesam.precompute.decoders import Decoders
+from mobilesam.common.image_ref import ImageRef
+from mobilesam.precompute import PrecomputeConfig, PrecomputeError, dry_run
+from mobilesam.precompute import decode as decoders
+from mobilesam.precompute import decode as decoding
+from mobilesam.precompute.decode import Decoders
+from mobilesam.precompute.messages import TaskImage
 from mobilesam.precompute.sizing import batch_timeout
-from mobilesam.precompute.tasks import TaskImage
 from mobilesam.sam import DecodedImage, load_image
 from mobilesam.store import EmbeddingStore
 
@@ -95,7 +98,7 @@ def test_a_dry_run_passes_over_a_hanging_image(
 
 
 def _images(count: int) -> list[TaskImage]:
-    return [TaskImage(row=row, key=str(row), size=0, offset=None) for row in range(count)]
+    return [TaskImage(row=row, ref=ImageRef(key=str(row), size=0)) for row in range(count)]
 
 
 def test_threads_give_results_in_order_and_raise_what_was_raised() -> None:

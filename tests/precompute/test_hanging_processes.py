@@ -17,7 +17,7 @@ from mobilesam.store import EmbeddingStore
 HANGING = """
 import ctypes
 import time
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 def hanging(data, image_size):
     while data.endswith(b"HANG"):

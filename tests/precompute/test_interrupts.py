@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import pytest
 
+from mobilesam.common.signals import stop_request
 from mobilesam.precompute import PrecomputeInterrupted
-from mobilesam.precompute.interrupts import stop_request
 
 
 def _press() -> None:

@@ -14,12 +14,11 @@ import pytest
 from distributed import Client
 
 from mobilesam.precompute import shard as shard_module
-from mobilesam.precompute.embedding import Embeddings
-from mobilesam.precompute.shard import compute_shard
-from mobilesam.precompute.tasks import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
+from mobilesam.precompute.messages import ShardResult, ShardTask, Span, Stopwatch, TaskImage, TeacherSetup
+from mobilesam.precompute.shard import Embeddings, compute_shard
 from mobilesam.precompute.worker import TeacherPlugin
 from mobilesam.sam import list_images
-from mobilesam.sam.vit_nano import weights_sha256
+from mobilesam.sam.teacher import weights_sha256
 from mobilesam.store import array_layouts
 
 SHARDS, SIZE, SIDE = 5, 3, 256
@@ -57,7 +56,7 @@ def results(
             layouts=layouts,
             image_root=shared_photos,
             images=tuple(
-                TaskImage(row=row, key=file.key, size=file.size, offset=None)
+                TaskImage(row=row, ref=file)
                 for row, file in zip(range(shard * SIZE, (shard + 1) * SIZE), files, strict=False)
             ),
             batch_size=1,
@@ -110,7 +109,7 @@ def test_a_clock_that_is_set_in_the_middle_of_a_span_does_not_change_its_length(
 ) -> None:
     watch, now = Stopwatch(), time.time()
     moved = SimpleNamespace(time=lambda: now + years * 365 * 86400, perf_counter=time.perf_counter)
-    monkeypatch.setattr("mobilesam.precompute.tasks.time", moved)
+    monkeypatch.setattr("mobilesam.precompute.messages.time", moved)
     span = watch.span("teacher")
     assert abs(span.start - now) < 10
     assert 0 <= span.stop - span.start < 10

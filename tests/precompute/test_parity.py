@@ -15,9 +15,9 @@ from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import Sam
 from upstream_vit import upstream_vit
 
-from mobilesam.sam.head import SamHead
-from mobilesam.sam.precision import cpu_accelerates_bfloat16
-from mobilesam.sam.teachers import load_teacher
+from mobilesam.sam.device import cpu_accelerates_bfloat16
+from mobilesam.sam.modeling.head import SamHead
+from mobilesam.sam.teacher import load_teacher
 from mobilesam.store import EmbeddingStore
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"

@@ -24,7 +24,7 @@ DASK = Path(sys.executable).with_name("dask")
 # the original every time.
 WAITING = """
 import itertools, pathlib, time
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 count = itertools.count()
 def waiting(data, image_size):
@@ -123,7 +123,7 @@ def _dask(*arguments: str) -> Iterator[Iterator[str]]:
 
 KILLER = """
 import os
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 def deadly(data, image_size):
     if data.endswith(b"KILL"):

@@ -287,7 +287,7 @@ def test_an_extension_by_somebody_else_between_plan_and_lock_is_told(
 def test_a_store_of_another_checkpoint_than_the_official_asks_for_its_name(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mobilesam.precompute.opening as module
+    import mobilesam.precompute.open_store as module
 
     run(limit=3)
     official = replace(module.TEACHERS["vit_nano"], sha256="ab" * 32)

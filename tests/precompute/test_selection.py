@@ -8,24 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobilesam.precompute import PrecomputeError
-from mobilesam.precompute.selection import select, select_more
-from mobilesam.sam import ImageFile, in_fraction
+from mobilesam.precompute.plan import select, select_more
+from mobilesam.sam import ImageRef, in_fraction
 from mobilesam.store import Selection
 
 
-def _files(count: int) -> list[ImageFile]:
-    return [ImageFile(key=f"{number:04d}.jpg", size=1, offset=None) for number in range(count)]
+def _files(count: int) -> list[ImageRef]:
+    return [ImageRef(key=f"{number:04d}.jpg", size=1, offset=None) for number in range(count)]
 
 
 def _selection(fraction: float = 1.0, seed: int = 0, limit: int | None = None) -> Selection:
     return Selection(fraction=fraction, seed=seed, limit=limit)
 
 
-def _keys(files: list[ImageFile]) -> list[str]:
+def _keys(files: list[ImageRef]) -> list[str]:
     return [file.key for file in files]
 
 
-def _stored(files: list[ImageFile]) -> list[bytes]:
+def _stored(files: list[ImageRef]) -> list[bytes]:
     return sorted(file.key.encode() for file in files)
 
 
@@ -69,7 +69,7 @@ def test_a_higher_limit_adds_up_to_it() -> None:
 
 
 def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit() -> None:
-    files = [ImageFile(key="000-new.jpg", size=1, offset=None), *_files(5)]
+    files = [ImageRef(key="000-new.jpg", size=1, offset=None), *_files(5)]
     assert select_more(files, _selection(limit=5), _stored(_files(5))) == []
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit(
     ],
 )
 def test_fewer_is_refused_with_both_numbers(
-    files: list[ImageFile], selection: Selection, message: str
+    files: list[ImageRef], selection: Selection, message: str
 ) -> None:
     with pytest.raises(PrecomputeError, match=message):
         select_more(files, selection, _stored(_files(10)))
@@ -106,7 +106,7 @@ _KEYS = st.lists(st.text("abcé€😀\udcff/", min_size=1, max_size=3), unique=
 def test_walking_both_side_by_side_gives_what_sets_give(
     listed: list[str], stored: list[str], fraction: float, limit: int | None
 ) -> None:
-    files = [ImageFile(key=key, size=1, offset=None) for key in sorted(listed, key=os.fsencode)]
+    files = [ImageRef(key=key, size=1, offset=None) for key in sorted(listed, key=os.fsencode)]
     selection = _selection(fraction, limit=limit)
     kept = [file for file in files if in_fraction(file.key, fraction, 0)]
     problem = None
@@ -128,7 +128,7 @@ def test_walking_both_side_by_side_gives_what_sets_give(
 
 
 def test_no_copy_of_a_stores_keys_is_made() -> None:
-    files = [ImageFile(key=f"{number:0200d}.jpg", size=1, offset=None) for number in range(50_000)]
+    files = [ImageRef(key=f"{number:0200d}.jpg", size=1, offset=None) for number in range(50_000)]
     stored = (file.key.encode() for file in files)
     tracemalloc.start()
     assert select_more(files, _selection(), stored) == []

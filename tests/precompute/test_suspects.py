@@ -12,8 +12,10 @@ import pytest
 from distributed import KilledWorker
 from listener import Listener
 
-from mobilesam.precompute import job, shard, suspects
-from mobilesam.precompute.tasks import ShardResult, ShardTask
+from mobilesam.precompute import scheduler as job
+from mobilesam.precompute import shard
+from mobilesam.precompute import supervision as suspects
+from mobilesam.precompute.messages import ShardResult, ShardTask
 from mobilesam.store import EmbeddingStore
 
 Run = Callable[..., dict[str, Any]]

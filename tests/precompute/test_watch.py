@@ -16,10 +16,11 @@ import pytest
 from distributed import LocalCluster
 from listener import Listener
 
-from mobilesam.precompute import PrecomputeError, Snapshot, watch
-from mobilesam.precompute.interrupts import StopRequest
-from mobilesam.precompute.scratch import scratch_folder
-from mobilesam.precompute.watch import Watch
+from mobilesam.common.signals import StopRequest
+from mobilesam.precompute import PrecomputeError, Snapshot
+from mobilesam.precompute import supervision as watch
+from mobilesam.precompute.cluster import scratch_folder
+from mobilesam.precompute.supervision import Watch
 
 Run = Callable[..., dict[str, Any]]
 

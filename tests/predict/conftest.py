@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.sam.teachers import load_head
+from mobilesam.sam.teacher import load_head
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 

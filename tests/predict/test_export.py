@@ -14,10 +14,12 @@ import torch
 from lively import IMAGE_SIZE, ToyEncoder, save_lively
 
 from mobilesam.distill import STUDENTS, load_student
-from mobilesam.distill.students import StudentInfo
-from mobilesam.predict import ExportConfig, PredictError, bundle, export, exporter, load_model
-from mobilesam.predict.exporter import export_lines
-from mobilesam.predict.onnx_graph import OnnxFile
+from mobilesam.distill.students.registry import StudentInfo
+from mobilesam.predict import ExportConfig, PredictError, export, load_model
+from mobilesam.predict.export import bundle
+from mobilesam.predict.export import run as exporter
+from mobilesam.predict.export.onnx_graph import OnnxFile
+from mobilesam.predict.export.run import export_lines
 from mobilesam.sam import preprocessing_recipe
 
 FILES = {"model.pt", "model.safetensors", "model.json", "encoder.onnx", "decoder.onnx", "README.md"}
@@ -27,7 +29,7 @@ FILES = {"model.pt", "model.safetensors", "model.json", "encoder.onnx", "decoder
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A student that upstream has no class for."""
     info = StudentInfo(name="toy", summary="one convolution", build=ToyEncoder)
-    monkeypatch.setattr("mobilesam.distill.students.STUDENTS", {**STUDENTS, "toy": info})
+    monkeypatch.setattr("mobilesam.distill.students.registry.STUDENTS", {**STUDENTS, "toy": info})
     return save_lively(tmp_path / "toy.safetensors", "toy")
 
 
@@ -256,7 +258,7 @@ def test_a_runs_own_folder_is_refused(run: Path) -> None:
 def test_an_onnx_file_that_computes_something_else_is_not_left(
     name: str, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilesam.predict.onnx_graph import Session
+    from mobilesam.predict.export.onnx_graph import Session
 
     right = Session.run
     monkeypatch.setattr(Session, "run", lambda *args: [value * 1.001 for value in right(*args)])

@@ -15,8 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from mobilesam.predict import PredictError
-from mobilesam.predict.mask_files import add_masks, check_masks_folder, encode_mask, encode_rle
-from mobilesam.predict.masks import Mask
+from mobilesam.predict.mask_files import Mask, add_masks, check_masks_folder, encode_mask, encode_rle
 from mobilesam.predict.outputs import Outputs, check_file
 
 PIXELS = arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9)))

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from segment_anything import SamPredictor
 
 from mobilesam.distill import DistillError, Run, build_student, save_student
-from mobilesam.distill.whole import read_head
 from mobilesam.predict import load_model, load_teacher_model
+from mobilesam.predict.model import read_head
 from mobilesam.sam import CheckpointError
-from mobilesam.sam.head import HEAD_PREFIXES
-from mobilesam.sam.teachers import load_head
+from mobilesam.sam.modeling.head_shapes import HEAD_PREFIXES
+from mobilesam.sam.teacher import load_head
 from mobilesam.store import StoreError
 
 MEMORY = 600_000_000

@@ -16,7 +16,7 @@ from lively import IMAGE_SIZE, save_lively
 from segment_anything import SamPredictor
 
 from mobilesam.predict import ExportConfig, Model, PredictError, export, load_model
-from mobilesam.predict.onnx_decoder import LIMIT, Decoder, two_taps
+from mobilesam.predict.export.onnx_decoder import LIMIT, Decoder, two_taps
 from mobilesam.sam import resized_size
 
 SIDE = IMAGE_SIZE // 4
@@ -224,8 +224,8 @@ def test_resized_sizes_are_rounded_as_sam_rounds_them(model: Model) -> None:
 def test_an_upscaling_that_is_wrong_is_refused_whatever_the_weights(
     made: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilesam.predict import onnx_decoder
-    from mobilesam.predict.onnx_graph import Session
+    from mobilesam.predict.export import onnx_decoder
+    from mobilesam.predict.export.onnx_graph import Session
 
     monkeypatch.setattr(onnx_decoder, "to_onnx", lambda *_: onnx.load(made[1]["out"]))
     right = Session.run

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from mobilesam import __version__
 from mobilesam.distill import STUDENTS
-from mobilesam.distill.backbones import build_deit_tiny
-from mobilesam.distill.students import StudentInfo
+from mobilesam.distill.students.backbones import build_deit_tiny
+from mobilesam.distill.students.registry import StudentInfo
 from mobilesam.predict import ExportConfig, PredictError, export, load_model
-from mobilesam.predict.onnx_encoder import LIMIT, export_encoder, made_up_pixels
-from mobilesam.predict.onnx_graph import relative_difference
+from mobilesam.predict.export.onnx_encoder import LIMIT, export_encoder, made_up_pixels
+from mobilesam.predict.export.onnx_graph import relative_difference
 from mobilesam.sam import preprocessing_recipe
 
 
@@ -56,7 +56,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
             ("shallow_deit", shallow_deit),
         )
     }
-    monkeypatch.setattr("mobilesam.distill.students.STUDENTS", {**STUDENTS, **infos})
+    monkeypatch.setattr("mobilesam.distill.students.registry.STUDENTS", {**STUDENTS, **infos})
 
 
 @pytest.mark.parametrize(

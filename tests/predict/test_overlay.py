@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mobilesam.predict import PredictError
-from mobilesam.predict.masks import Mask
+from mobilesam.predict.mask_files import Mask
 from mobilesam.predict.overlay import (
     OPACITY,
     check_format,

@@ -12,8 +12,8 @@ from pycocotools import mask as coco
 from segment_anything.utils.amg import calculate_stability_score
 
 from mobilesam.predict import PredictError, SegmentConfig, segment
-from mobilesam.predict.prediction import stability_score
-from mobilesam.predict.summary import segment_lines
+from mobilesam.predict.predictor import stability_score
+from mobilesam.predict.run import segment_lines
 from mobilesam.sam import ImageError
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from mobilesam.sam import checkpoints as module
-from mobilesam.sam.catalog import TEACHERS
-from mobilesam.sam.checkpoints import cache_directory, file_sha256, find_checkpoint
-from mobilesam.sam.download import Request
-from mobilesam.sam.errors import CheckpointError, DownloadError, SamError
+from mobilesam.common.errors import CheckpointError, DownloadError, SamError
+from mobilesam.sam import download as module
+from mobilesam.sam.download import Request, cache_directory, file_sha256, find_checkpoint
+from mobilesam.sam.registry import TEACHERS
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from mobilesam.sam import AnnotationError, CocoInstances
-from mobilesam.sam import coco as module
+from mobilesam.sam import annotations as module
 
 HEIGHT, WIDTH = 24, 32
 SQUARE = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mobilesam.sam.decoding import Prompts, decode_prompts, embed_prompts
-from mobilesam.sam.head import SamHead
+from mobilesam.sam.modeling.decode_prompts import Prompts, decode_prompts, embed_prompts
+from mobilesam.sam.modeling.head import SamHead
 
 
 @pytest.fixture(scope="module")

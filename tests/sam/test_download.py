@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mobilesam.common.errors import DownloadError
 from mobilesam.sam import download as module
 from mobilesam.sam.download import Request, download_file
-from mobilesam.sam.errors import DownloadError
 
 BODY = np.random.default_rng(1).bytes(300_000)
 NEWER = np.random.default_rng(2).bytes(300_000)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from upstream_vit import randomise, upstream_encoder
 
-from mobilesam.sam import flex_attention, image_pixels, load_image, relative_attention
-from mobilesam.sam.flex_attention import attend_compiled, attend_with_flex, suits_flex
-from mobilesam.sam.relative_attention import attend_with_bias
-from mobilesam.sam.vit_encoder import ViTEncoder
+from mobilesam.sam import image_pixels, load_image
+from mobilesam.sam.modeling import attention as flex_attention
+from mobilesam.sam.modeling import attention as relative_attention
+from mobilesam.sam.modeling.attention import attend_compiled, attend_with_bias, attend_with_flex, suits_flex
+from mobilesam.sam.modeling.vit import ViTEncoder
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 BFLOAT16 = torch.bfloat16

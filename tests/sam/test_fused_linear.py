@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mobilesam.sam import fused_linear
-from mobilesam.sam.fused_linear import linear, linear_gelu, linear_plus
-from mobilesam.sam.precision import cpu_accelerates_bfloat16
+from mobilesam.sam.device import cpu_accelerates_bfloat16
+from mobilesam.sam.modeling import fused_linear
+from mobilesam.sam.modeling.fused_linear import linear, linear_gelu, linear_plus
 
 BFLOAT16_STEP = 2**-8
 accelerated = pytest.mark.skipif(

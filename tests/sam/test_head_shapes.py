@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from mobilesam.sam.head import SamHead
-from mobilesam.sam.head_shapes import head_shapes
+from mobilesam.sam.modeling.head import SamHead
+from mobilesam.sam.modeling.head_shapes import head_shapes
 
 
 def test_names_and_shapes_are_those_of_segment_anythings_classes_in_their_order() -> None:
@@ -18,7 +18,7 @@ def test_a_worker_of_precompute_starts_without_torchvision_and_torchs_compiler()
     program = (
         "import sys\n"
         "import mobilesam.precompute.worker, mobilesam.precompute.shard\n"
-        "from mobilesam.sam.teachers import load_teacher\n"
+        "from mobilesam.sam.teacher import load_teacher\n"
         "load_teacher('vit_nano', None, image_size=64, device='cpu')\n"
         "slow = {'segment_anything', 'torchvision', 'torch._dynamo'} & set(sys.modules)\n"
         "assert not slow, slow\n"

@@ -16,8 +16,8 @@ import torch
 from bounded import read_bounded
 from flips import flipped
 
-from mobilesam.sam.errors import CheckpointError
-from mobilesam.sam.weights import read_state
+from mobilesam.common.errors import CheckpointError
+from mobilesam.sam.checkpoint import read_state
 
 MEMORY = 600_000_000
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"

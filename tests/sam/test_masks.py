@@ -5,11 +5,11 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
-from mobilesam.sam import image_pixels, load_image, masks, resized_size
-from mobilesam.sam.head import SamHead, build_head
-from mobilesam.sam.masks import mask_chunks, point_masks
-from mobilesam.sam.model import assemble
-from mobilesam.sam.teachers import load_head, load_teacher
+from mobilesam.sam import image_pixels, load_image, resized_size
+from mobilesam.sam.modeling import masks
+from mobilesam.sam.modeling.head import SamHead, assemble, build_head
+from mobilesam.sam.modeling.masks import mask_chunks, point_masks
+from mobilesam.sam.teacher import load_head, load_teacher
 
 SIZE = 128
 PHOTO = (150, 225)

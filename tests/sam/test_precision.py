@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mobilesam.sam.errors import SamError
-from mobilesam.sam.precision import cpu_accelerates_bfloat16, resolve_device, resolve_precision
+from mobilesam.common.errors import SamError
+from mobilesam.sam.device import cpu_accelerates_bfloat16, resolve_device, resolve_precision
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mobilesam.sam import ImageFile, SamError, list_images, read_image, shown
+from mobilesam.common.errors import shown
+from mobilesam.sam import ImageRef, SamError, list_images, read_image
 
 
 def put(path: Path, data: bytes = b"x") -> Path:
@@ -31,7 +32,7 @@ def test_images_are_found_recursively_by_suffix_in_any_case(tmp_path: Path) -> N
 
 def test_each_file_is_listed_with_its_length(tmp_path: Path) -> None:
     put(tmp_path / "a.jpg", b"four")
-    assert list_images([tmp_path]).files == (ImageFile(key="a.jpg", size=4, offset=None),)
+    assert list_images([tmp_path]).files == (ImageRef(key="a.jpg", size=4, offset=None),)
 
 
 def test_keys_are_sorted_by_their_bytes(tmp_path: Path) -> None:

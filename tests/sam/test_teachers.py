@@ -9,11 +9,11 @@ import pytest
 import torch
 from segment_anything import SamPredictor, sam_model_registry
 
-from mobilesam.sam.errors import CheckpointError, SamError
-from mobilesam.sam.head import build_head
-from mobilesam.sam.teachers import TEACHERS, Teacher, load_head, load_teacher
-from mobilesam.sam.tiny_vit import TinyViT
-from mobilesam.sam.vit import VITS, build_vit
+from mobilesam.common.errors import CheckpointError, SamError
+from mobilesam.sam.modeling.head import build_head
+from mobilesam.sam.modeling.tiny_vit import TinyViT
+from mobilesam.sam.modeling.vit import VITS, build_vit
+from mobilesam.sam.teacher import TEACHERS, Teacher, load_head, load_teacher
 
 HEAD = ("prompt_encoder.", "mask_decoder.")
 
@@ -209,7 +209,7 @@ def test_loading_leaves_the_callers_random_numbers_alone(mobile_sam_file: Path) 
 
 
 def test_a_known_digest_is_not_computed_again(mobile_sam_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.sam.teachers.file_sha256", lambda path: pytest.fail("read once more"))
+    monkeypatch.setattr("mobilesam.sam.teacher.file_sha256", lambda path: pytest.fail("read once more"))
     teacher = load_teacher("mobile_sam", mobile_sam_file, image_size=64, checkpoint_sha256="ab" * 32)
     assert teacher.checkpoint_sha256 == "ab" * 32
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from mobilesam.sam.errors import CheckpointError
-from mobilesam.sam.head_shapes import head_shapes
-from mobilesam.sam.teachers import load_head, load_teacher
-from mobilesam.sam.tiny_vit import TinyViT
-from mobilesam.sam.vit import VITS, build_vit
-from mobilesam.sam.weights import looks_like, read_state
+from mobilesam.common.errors import CheckpointError
+from mobilesam.sam.checkpoint import looks_like, read_state
+from mobilesam.sam.modeling.head_shapes import head_shapes
+from mobilesam.sam.modeling.tiny_vit import TinyViT
+from mobilesam.sam.modeling.vit import VITS, build_vit
+from mobilesam.sam.teacher import load_head, load_teacher
 
 
 class Hostile:
@@ -120,7 +120,7 @@ def test_a_plain_pickle_is_refused_and_does_not_run(tmp_path: Path, protocol: in
 def test_a_whole_pickled_network_is_refused_with_the_way_to_save_it(tmp_path: Path) -> None:
     torch.save(TinyViT(64), tmp_path / "network.pth")
     message = refusal(tmp_path / "network.pth")
-    assert "mobilesam.sam.tiny_vit.TinyViT" in message
+    assert "mobilesam.sam.modeling.tiny_vit.TinyViT" in message
     assert "torch.save(model.state_dict(), FILE)" in message
 
 

@@ -10,7 +10,13 @@ import warnings
 import pytest
 import torch
 
-from mobilesam.sam.tiny_vit import CLASSIFIER_PREFIXES, VARIANTS, TinyViT, TinyViTConfig, bias_indices
+from mobilesam.sam.modeling.tiny_vit import (
+    CLASSIFIER_PREFIXES,
+    VARIANTS,
+    TinyViT,
+    TinyViTConfig,
+    bias_indices,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it imports timm by names that timm deprecates

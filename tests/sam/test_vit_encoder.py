@@ -13,10 +13,10 @@ from segment_anything.modeling.image_encoder import window_partition, window_unp
 from torch import Tensor
 from upstream_vit import randomise, upstream_encoder, upstream_vit
 
-from mobilesam.sam import image_pixels, load_image, relative_attention
-from mobilesam.sam.relative_attention import attend
-from mobilesam.sam.vit import VITS, build_vit
-from mobilesam.sam.vit_encoder import ViTEncoder, into_windows, out_of_windows
+from mobilesam.sam import image_pixels, load_image
+from mobilesam.sam.modeling import attention as relative_attention
+from mobilesam.sam.modeling.attention import attend
+from mobilesam.sam.modeling.vit import VITS, ViTEncoder, build_vit, into_windows, out_of_windows
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 

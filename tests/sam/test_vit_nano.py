@@ -9,10 +9,9 @@ import torch
 from safetensors import safe_open
 from segment_anything import sam_model_registry
 
-from mobilesam.sam.head_shapes import head_shapes
-from mobilesam.sam.teachers import load_teacher, positions_interpolated
-from mobilesam.sam.vit import VITS, build_vit, fit_positions
-from mobilesam.sam.vit_nano import read_weights, shapes, weights_sha256
+from mobilesam.sam.modeling.head_shapes import head_shapes
+from mobilesam.sam.modeling.vit import VITS, build_vit, fit_positions
+from mobilesam.sam.teacher import load_teacher, positions_interpolated, read_weights, shapes, weights_sha256
 
 WEIGHTS = Path(__file__).parents[2] / "sam" / "vit_nano.safetensors"
 
@@ -98,8 +97,7 @@ def embeddings(photo_pixels_BCHW: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def photo_pixels_BCHW(photos: dict[str, bytes]) -> torch.Tensor:
-    from mobilesam.sam.images import load_image, place_on_canvas
-    from mobilesam.sam.normalize import normalize_and_pad
+    from mobilesam.sam.preprocess import load_image, normalize_and_pad, place_on_canvas
 
     images = [load_image(data, 256) for data in photos.values()]
     canvas = np.zeros((len(images), 256, 256, 3), np.uint8)

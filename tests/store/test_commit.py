@@ -13,7 +13,7 @@ from small_store import EVERYTHING, compute, embeddings, images
 from mobilesam.store import (
     Counts,
     EmbeddingStore,
-    NewImage,
+    ImageRef,
     RowResult,
     Selection,
     ShardWriter,
@@ -166,7 +166,7 @@ def test_a_full_disk_under_the_manifest_is_told_as_such_and_changes_nothing(new_
     connection = store._manifest._connection
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count = {pages}")
-    many = [NewImage(key=f"{number:0200d}.jpg", size=1) for number in range(500)]
+    many = [ImageRef(key=f"{number:0200d}.jpg", size=1) for number in range(500)]
     with pytest.raises(StoreError, match="no room left on the disk") as caught:
         store.extend(many, EVERYTHING)
     assert not isinstance(caught.value, StoreDamaged)
@@ -185,7 +185,7 @@ def test_keys_come_back_whatever_their_bytes(tmp_path: Path) -> None:
     from small_store import HEAD, make_spec
 
     names = [os.fsdecode(b"caf\xe9.jpg"), "new\nline.jpg", "-dash.jpg", "日本.png", "a" * 255, "'; DROP.jpg"]
-    new = [NewImage(key=name, size=1) for name in names]
+    new = [ImageRef(key=name, size=1) for name in names]
     with EmbeddingStore.create(tmp_path / "s.zarr", make_spec(), new, EVERYTHING, HEAD) as store:
         assert [record.key for record in store.records(None)] == names
 
@@ -211,7 +211,7 @@ def test_sorted_keys_are_all_of_them_ascending_by_bytes(
 
     monkeypatch.setattr("mobilesam.store.manifest.PAGE_KEYS", 3)
     names = [b"b", b"a\xff", b"\xe9", b"B", b"a", b"aa", b"\xc3\xa9"]
-    new = [NewImage(key=os.fsdecode(name), size=1) for name in names]
+    new = [ImageRef(key=os.fsdecode(name), size=1) for name in names]
     with EmbeddingStore.create(tmp_path / "s.zarr", make_spec(), new, EVERYTHING, HEAD) as store:
         assert list(store.sorted_keys()) == sorted(names)
 
@@ -227,10 +227,10 @@ def test_keys_out_of_order_are_damage_rather_than_a_search_for_ever(full_store: 
 def test_relisting_moves_pending_images_only(
     new_store: NewStore, monkeypatch: pytest.MonkeyPatch, by_key: int
 ) -> None:
-    monkeypatch.setattr("mobilesam.store.embedding_store.RELISTED_BY_KEY", by_key)
+    monkeypatch.setattr("mobilesam.store.store.RELISTED_BY_KEY", by_key)
     store = new_store()
     compute(store, embeddings(), shards=[0])
-    store.relist([NewImage(key=f"photo{row:04d}.jpg", size=7, offset=512) for row in range(8)])
+    store.relist([ImageRef(key=f"photo{row:04d}.jpg", size=7, offset=512) for row in range(8)])
     sizes = [(record.size, record.offset) for record in store.records(None)]
     assert sizes == [(100, None), (101, None), (102, None)] + [(7, 512)] * 5
 

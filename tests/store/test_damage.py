@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_store import compute, embeddings, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreDamaged, StoreError, StoreNotFound, exists
-from mobilesam.store.places import HEAD, MANIFEST
+from mobilesam.store.layout import HEAD, MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
 

@@ -16,8 +16,7 @@ import pytest
 from small_store import ROWS, compute
 
 from mobilesam.store import EmbeddingStore, StoreDamaged, StoredBatch
-from mobilesam.store.buffers import Scratch, aligned_empty, is_aligned
-from mobilesam.store.shard_file import O_DIRECT
+from mobilesam.store.reader import O_DIRECT, Scratch, aligned_empty, is_aligned
 
 NewStore = Callable[..., EmbeddingStore]
 FIRST_SHARD = "embeddings/c.0.0.0.0"

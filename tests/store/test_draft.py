@@ -8,7 +8,7 @@ import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.store import EmbeddingStore, StoreError, refuse_taken
-from mobilesam.store.draft import draft_of
+from mobilesam.store.create import draft_of
 
 
 def _create(path: Path) -> EmbeddingStore:

@@ -21,7 +21,7 @@ from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 from mobilesam.store import (
     Audit,
     EmbeddingStore,
-    NewImage,
+    ImageRef,
     RowResult,
     Selection,
     ShardWriter,
@@ -30,14 +30,11 @@ from mobilesam.store import (
     StoreNotFound,
     tolerance,
 )
-from mobilesam.store.inspection import inspect_store
-from mobilesam.store.layout import crc32c
-from mobilesam.store.listing import shard_listing
+from mobilesam.store.check_shard import check_shard, shard_listing
+from mobilesam.store.inspection import inspect_store, inspection_lines
+from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.layout import MANIFEST, crc32c
 from mobilesam.store.manifest import Manifest
-from mobilesam.store.places import HEAD as HEAD_FILE
-from mobilesam.store.places import MANIFEST
-from mobilesam.store.shard_check import check_shard
-from mobilesam.store.summary import inspection_lines
 
 NewStore = Callable[..., EmbeddingStore]
 
@@ -325,8 +322,8 @@ def test_a_live_writer_is_named_and_its_attempts_are_no_orphans(new_store: NewSt
 
 
 def test_looking_for_a_writer_does_not_keep_one_from_starting(store: EmbeddingStore) -> None:
+    from mobilesam.store.layout import PRIVATE
     from mobilesam.store.lock import WriterLock
-    from mobilesam.store.places import PRIVATE
 
     stop = threading.Event()
 
@@ -517,7 +514,7 @@ def test_the_command_repeats_what_was_asked_for_in_words_that_a_shell_gives_back
 
 def test_names_that_cant_be_printed_are_escaped_in_lines(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    new = [NewImage(key=os.fsdecode(b"caf\xe9\n.jpg"), size=100)]
+    new = [ImageRef(key=os.fsdecode(b"caf\xe9\n.jpg"), size=100)]
     with EmbeddingStore.create(path, make_spec(), new, EVERYTHING, HEAD) as store:
         compute(store, embeddings())
         _flip(_file(store, 0), 0)
@@ -532,7 +529,7 @@ def test_a_plain_inspection_imports_nothing_heavy(store: EmbeddingStore) -> None
     script = (
         "import sys\n"
         "from mobilesam.store.inspection import inspect_store\n"
-        "from mobilesam.store.summary import inspection_lines\n"
+        "from mobilesam.store.inspection import inspection_lines\n"
         "inspection_lines(inspect_store(sys.argv[1]))\n"
         "print(sorted({'torch', 'zarr', 'dask', 'safetensors', 'distributed'} & set(sys.modules)))"
     )

@@ -14,10 +14,9 @@ import zarr
 from small_store import compute, embeddings, images, picture
 
 from mobilesam.store import EmbeddingStore, Selection, StoreDamaged, StoreError, StoreMismatch
-from mobilesam.store.inspection import inspect_store
-from mobilesam.store.kept_images import FOLDER
-from mobilesam.store.places import MANIFEST
-from mobilesam.store.summary import inspection_lines
+from mobilesam.store.images import FOLDER
+from mobilesam.store.inspection import inspect_store, inspection_lines
+from mobilesam.store.layout import MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
 FAILED = 4

@@ -33,10 +33,9 @@ from small_store import EVERYTHING, HEAD, SHARD_SIZE, compute, images, make_spec
 
 from mobilesam.store import EmbeddingStore, ShardWriter, StoreError
 from mobilesam.store.inspection import inspect_store
-from mobilesam.store.layout import CHECKSUM_BYTES, crc32c
-from mobilesam.store.metadata import write_documents
-from mobilesam.store.places import MANIFEST
+from mobilesam.store.layout import CHECKSUM_BYTES, MANIFEST, crc32c
 from mobilesam.store.quantize import quantize
+from mobilesam.store.zarr_metadata import write_documents
 
 MOST_ROWS = 14
 FAILING = (7, 13)
@@ -281,7 +280,7 @@ class StoreMachine(RuleBasedStateMachine):
         rows = len(self.content)
         store = EmbeddingStore.open(self.path, writable=True)
         documents = mock.patch(
-            "mobilesam.store.embedding_store.write_documents",
+            "mobilesam.store.store.write_documents",
             wraps=write_documents,
             side_effect=_Killed if killed else None,
         )

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
+from mobilesam.common.durable import explained
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch, StoreNotFound, exists
-from mobilesam.store.durable import explained
+from mobilesam.store.layout import MANIFEST, PRIVATE
 from mobilesam.store.lock import WriterLock
-from mobilesam.store.metadata import documents_of
-from mobilesam.store.places import MANIFEST, PRIVATE
+from mobilesam.store.zarr_metadata import documents_of
 
 NewStore = Callable[..., EmbeddingStore]
 

@@ -15,10 +15,9 @@ import zarr
 from small_store import HEAD, compute, embeddings, images
 
 from mobilesam.store import Audit, EmbeddingStore, Selection, StoreDamaged, StoreError, StoreLocked
-from mobilesam.store.inspection import inspect_store
-from mobilesam.store.places import HEAD as HEAD_FILE
-from mobilesam.store.places import MANIFEST
-from mobilesam.store.summary import inspection_lines
+from mobilesam.store.inspection import inspect_store, inspection_lines
+from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.layout import MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilesam.distill import build_student, save_student
-from mobilesam.sam.head import SamHead
+from mobilesam.sam.modeling.head import SamHead
 
 IMAGE_SIZE = 64
 

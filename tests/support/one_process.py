@@ -11,8 +11,8 @@ import torch
 from distributed import LocalCluster
 
 from mobilesam.precompute import PrecomputeConfig, precompute, worker
-from mobilesam.precompute.tasks import TeacherSetup
-from mobilesam.sam.teachers import Teacher
+from mobilesam.precompute.messages import TeacherSetup
+from mobilesam.sam.teacher import Teacher
 
 
 @contextmanager

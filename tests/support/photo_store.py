@@ -10,7 +10,7 @@ import numpy as np
 from small_store import EVERYTHING, make_spec
 
 from mobilesam.sam import load_image, preprocessing_recipe
-from mobilesam.store import EmbeddingStore, NewImage, RowResult, ShardWriter, encode_head
+from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter, encode_head
 
 
 def make_photo_store(
@@ -38,7 +38,7 @@ def make_photo_store(
         checkpoint_sha256="0" * 64,
         versions={},
     )
-    listed = [NewImage(key=file.name, size=file.stat().st_size) for file in files]
+    listed = [ImageRef(key=file.name, size=file.stat().st_size) for file in files]
     with EmbeddingStore.create(path, spec, listed, EVERYTHING, data) as store:
         if commit:
             _commit(store, files, embeddings, failed)

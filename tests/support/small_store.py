@@ -9,7 +9,7 @@ import numpy as np
 
 from mobilesam.store import (
     EmbeddingStore,
-    NewImage,
+    ImageRef,
     RowResult,
     Selection,
     ShardWriter,
@@ -47,8 +47,8 @@ def embeddings(rows: int = ROWS, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 3, (rows, 256, 4, 4)).astype(np.float32)
 
 
-def images(rows: int = ROWS) -> list[NewImage]:
-    return [NewImage(key=f"photo{row:04d}.jpg", size=100 + row) for row in range(rows)]
+def images(rows: int = ROWS) -> list[ImageRef]:
+    return [ImageRef(key=f"photo{row:04d}.jpg", size=100 + row) for row in range(rows)]
 
 
 def picture(row: int) -> bytes:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from torch import nn
 
-from mobilesam.distill.students import STUDENTS, StudentInfo
+from mobilesam.distill.students.registry import STUDENTS, StudentInfo
 
 SMALL = "small"
 

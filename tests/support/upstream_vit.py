@@ -9,7 +9,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from mobilesam.sam.vit import VITS
+from mobilesam.sam.modeling.vit import VITS
 
 
 def upstream_vit(name: str, image_size: int) -> ImageEncoderViT:

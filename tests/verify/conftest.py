@@ -15,10 +15,10 @@ from PIL import Image
 from small_store import EVERYTHING, make_spec
 
 from mobilesam.distill import DistillConfig, Run, distill
-from mobilesam.distill.sealed import read_sealed, write_sealed
+from mobilesam.distill.run_folder import read_sealed, write_sealed
 from mobilesam.sam import preprocessing_recipe, resized_size
-from mobilesam.sam.teachers import load_head
-from mobilesam.store import EmbeddingStore, NewImage, RowResult, ShardWriter, encode_head
+from mobilesam.sam.teacher import load_head
+from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter, encode_head
 
 SIZE = 128
 SHAPES = ((96, 128), (128, 70), (100, 100), (60, 128), (128, 128), (40, 90))
@@ -46,7 +46,7 @@ def make_store(
         }
         | changes
     )
-    images = [NewImage(key=file.name, size=file.stat().st_size) for file in files]
+    images = [ImageRef(key=file.name, size=file.stat().st_size) for file in files]
     with EmbeddingStore.create(folder / name, spec, images, EVERYTHING, head) as store:
         for shard in store.pending_shards():
             rows = store.shard_rows(shard)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mobilesam.verify.centres import centre_of_mask
+from mobilesam.verify.evaluate.prompts import centre_of_mask
 
 masks = arrays.arrays(
     np.bool_, st.tuples(st.integers(1, 14), st.integers(1, 14)), elements=st.booleans()

@@ -196,7 +196,7 @@ def test_an_explicit_precision_overrides_the_runs(world):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("mobilesam.verify.compare.open_subject", lambda _: pytest.fail("work was begun"))
+    monkeypatch.setattr("mobilesam.verify.run.open_subject", lambda _: pytest.fail("work was begun"))
     with pytest.raises(VerifyError, match="does not exist"):
         verify(asked(report=tmp_path / "absent" / "report.html"))
 

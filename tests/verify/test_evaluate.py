@@ -17,20 +17,19 @@ from segment_anything import SamPredictor
 from torch import nn
 
 from mobilesam.cli import main
-from mobilesam.distill import DistillError, build_student, cost, save_student
-from mobilesam.distill.student_file import TRAINED_HEAD
-from mobilesam.distill.students import outline_student, student_info
-from mobilesam.distill.whole import load_model, load_teacher_model
+from mobilesam.distill import DistillError, build_student, save_student
+from mobilesam.distill.students import cost
+from mobilesam.distill.students.registry import outline_student, student_info
+from mobilesam.distill.students.student_file import TRAINED_HEAD
+from mobilesam.predict.model import load_model, load_teacher_model
 from mobilesam.sam import SamError, image_pixels, load_image
-from mobilesam.sam.head import build_head
-from mobilesam.sam.model import assemble
-from mobilesam.sam.teachers import load_head
-from mobilesam.sam.vit import build_vit
+from mobilesam.sam.modeling.head import assemble, build_head
+from mobilesam.sam.modeling.vit import build_vit
+from mobilesam.sam.teacher import load_head
 from mobilesam.store import Audit, EmbeddingStore
 from mobilesam.verify import EvaluateConfig, ReportError, VerifyError, evaluate_masks, evaluation_lines
-from mobilesam.verify.centres import centre_of_mask
-from mobilesam.verify.opening import outline_encoder
-from mobilesam.verify.protocols import pair_prompts, point_prompts
+from mobilesam.verify.evaluate.models import outline_encoder
+from mobilesam.verify.evaluate.prompts import centre_of_mask, pair_prompts, point_prompts
 
 DISTANCES = (20, 40, 300)
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from mobilesam.verify.audit import audit_checks
-from mobilesam.verify.gates import describe, distinguishable, failed_checks, run_checks
+from mobilesam.verify.thresholds import audit_checks, describe, distinguishable, failed_checks, run_checks
 
 
 def result(cosine: float | None, skill: float | None) -> dict:

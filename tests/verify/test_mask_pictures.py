@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from mobilesam.verify.mask_pictures import COLOURS, PointMasks, choose_points, mask_panel, paint_masks
+from mobilesam.verify.rendering.images import COLOURS, PointMasks, choose_points, mask_panel, paint_masks
 
 SIZE = (80, 120)
 

@@ -11,11 +11,11 @@ from one_process import one_process_cluster, precompute_small
 from PIL import Image
 
 from mobilesam.distill import load_student
-from mobilesam.distill.mask_comparison import MaskComparison, grid_points, iou, overlap
+from mobilesam.distill.metrics.masks import MaskComparison, grid_points, iou, overlap
 from mobilesam.sam import load_image, normalize_and_pad, place_on_canvas
-from mobilesam.sam.head import build_head
-from mobilesam.sam.masks import point_masks
-from mobilesam.sam.teachers import load_head
+from mobilesam.sam.modeling.head import build_head
+from mobilesam.sam.modeling.masks import point_masks
+from mobilesam.sam.teacher import load_head
 from mobilesam.store import EmbeddingStore, StoreDamaged, encode_head
 from mobilesam.verify import VerifyConfig, VerifyError, table_lines, verify
 

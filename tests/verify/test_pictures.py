@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilesam.verify.charts import bin_range, histogram
 from mobilesam.verify.gallery import Specimen, build_gallery, pick_extremes
-from mobilesam.verify.pictures import (
+from mobilesam.verify.rendering.charts import bin_range, histogram
+from mobilesam.verify.rendering.images import (
     EmbeddingColours,
     common_scale,
     cosine_distance,

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from mobilesam.distill import cost
-from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines, predictors
+from mobilesam.distill.students import cost
+from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
+from mobilesam.verify.evaluate import plugins as predictors
 
 
 @pytest.fixture(autouse=True)

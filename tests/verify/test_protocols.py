@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobilesam.verify.protocols import (
+from mobilesam.verify.evaluate.prompts import (
     DIRECTIONS,
     DISTANCES,
     Prompts,

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mobilesam.verify.curves import Curves, thin
-from mobilesam.verify.errors import VerifyError
+from mobilesam.common.errors import VerifyError
 from mobilesam.verify.gallery import Specimen, build_gallery
-from mobilesam.verify.report import ReportData, check_report, render, write_report
+from mobilesam.verify.report import Curves, ReportData, check_report, render, thin, write_report
 from mobilesam.verify.table import table_lines
 
 HOSTILE = 'a/<script>alert("1")</script>&amp;\n\udcff" onload="x.jpg'

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mobilesam.verify.spread import Spread, grouped, varying
-from mobilesam.verify.sweep_tables import failure_lines, judged_on, sweep_tables
+from mobilesam.verify.sweep.aggregate import Spread, grouped, varying
+from mobilesam.verify.sweep.tables import failure_lines, judged_on, sweep_tables
 
 
 def outcome(miou: float | None, seed: int = 0, test: float | None = None, **options: Any) -> dict[str, Any]:

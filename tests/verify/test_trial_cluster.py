@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from distributed import LocalCluster, Status, get_worker
 
+from mobilesam.common.signals import stopped_by_signals
 from mobilesam.distill import DistillConfig, DistillInterrupted, StopFlag
-from mobilesam.distill.stop import stopped_by_signals
-from mobilesam.verify import SweepConfig, VerifyError, sweep, trial_cluster
-from mobilesam.verify.trial import Judging
-from mobilesam.verify.trial_cluster import ClusterRuns, connected
-from mobilesam.verify.trials import Trial, plan_trials
+from mobilesam.verify import SweepConfig, VerifyError, sweep
+from mobilesam.verify.sweep import cluster as trial_cluster
+from mobilesam.verify.sweep.cluster import ClusterRuns, connected
+from mobilesam.verify.sweep.grid import Trial, plan_trials
+from mobilesam.verify.sweep.trial import Judging
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 
 from mobilesam.distill import DistillConfig, DistillError
 from mobilesam.verify import SweepConfig, VerifyError
-from mobilesam.verify.sweep_config import parse_axis
-from mobilesam.verify.trials import Trial, plan_trials
+from mobilesam.verify.sweep.config import parse_axis
+from mobilesam.verify.sweep.grid import Trial, plan_trials
 
 
 def plan(rows: int = 100, iterations: tuple[int, ...] = (), **axes: tuple[Any, ...]) -> list[Trial]:

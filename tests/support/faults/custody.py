@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
+from mobilesam.common.errors import DistillError, SamError
 from mobilesam.distill import build_student, load_student
 from mobilesam.distill.checkpoint import Checkpoints, TrainState
-from mobilesam.distill.errors import DistillError
-from mobilesam.distill.parameter_groups import parameter_groups
-from mobilesam.sam.errors import SamError
-from mobilesam.sam.teachers import load_head, load_teacher
+from mobilesam.distill.optimizer import parameter_groups
+from mobilesam.sam.teacher import load_head, load_teacher
 
 CPU_SECONDS = 120
 ROOM = 3 << 30

@@ -44,7 +44,7 @@ def no_checksum(patch: Patch) -> None:
 
 def no_identity(patch: Patch) -> None:
     """The reader takes whole bytes for those that were committed for the row."""
-    from mobilesam.store.shard_file import ShardFile
+    from mobilesam.store.reader import ShardFile
 
     plain = ShardFile.__init__
 

@@ -24,10 +24,10 @@ def prepare() -> None:
     import zarr
 
     import mobilesam.cli
-    import mobilesam.distill.job
+    import mobilesam.distill.run
     import mobilesam.precompute.run
     import mobilesam.precompute.shard  # noqa: F401
-    from mobilesam.sam.vit_nano import weights_sha256
+    from mobilesam.sam.teacher import weights_sha256
 
     torch.set_num_threads(1)
     zarr.create_group({}, zarr_format=3)
@@ -41,7 +41,7 @@ def _shrink_head() -> None:
     """SAM's head is 16 MB, which nothing here looks into: two small tensors stand for it."""
     import torch
 
-    from mobilesam.precompute import opening
+    from mobilesam.precompute import open_store as opening
 
     opening.load_head = lambda *_: {
         "mask_decoder.weight": torch.arange(4.0),
@@ -53,7 +53,7 @@ def _add_speck() -> None:
     """A student of two convolutions, with a batch norm: its checkpoints take 0.4 MB instead of 70."""
     from torch import nn
 
-    from mobilesam.distill import students
+    from mobilesam.distill.students import registry as students
 
     def build(_image_size: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.Conv2d(8, 256, 4, stride=4))

@@ -11,24 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 STAGES = {
-    "create": ("mobilesam.store.embedding_store", "EmbeddingStore.create"),
-    "open": ("mobilesam.store.embedding_store", "EmbeddingStore.open"),
-    "commit": ("mobilesam.store.embedding_store", "EmbeddingStore.commit"),
-    "withdraw": ("mobilesam.store.embedding_store", "EmbeddingStore.withdraw"),
-    "extend": ("mobilesam.store.embedding_store", "EmbeddingStore.extend"),
-    "relist": ("mobilesam.store.embedding_store", "EmbeddingStore.relist"),
-    "close": ("mobilesam.store.embedding_store", "EmbeddingStore.close"),
+    "create": ("mobilesam.store.store", "EmbeddingStore.create"),
+    "open": ("mobilesam.store.store", "EmbeddingStore.open"),
+    "commit": ("mobilesam.store.store", "EmbeddingStore.commit"),
+    "withdraw": ("mobilesam.store.store", "EmbeddingStore.withdraw"),
+    "extend": ("mobilesam.store.store", "EmbeddingStore.extend"),
+    "relist": ("mobilesam.store.store", "EmbeddingStore.relist"),
+    "close": ("mobilesam.store.store", "EmbeddingStore.close"),
     "begin": ("mobilesam.store.writer", "ShardWriter.__enter__"),
     "row": ("mobilesam.store.writer", "ShardWriter.add"),
     "finish": ("mobilesam.store.writer", "ShardWriter.finish"),
-    "latest": ("mobilesam.distill.job", "point_latest"),
+    "latest": ("mobilesam.distill.run", "point_latest"),
     "resume": ("mobilesam.distill.checkpoint", "Checkpoints.load"),
     "checkpoint": ("mobilesam.distill.checkpoint", "Checkpoints.save"),
     "student": ("mobilesam.distill.trainer", "Trainer.save_student"),
     "mean": ("mobilesam.distill.trainer", "Trainer.save_mean"),
-    "record": ("mobilesam.distill.recorder", "Recorder.line"),
-    "sync": ("mobilesam.distill.recorder", "Recorder.sync"),
-    "recorder": ("mobilesam.distill.recorder", "Recorder.__init__"),
+    "record": ("mobilesam.distill.train_log", "Recorder.line"),
+    "sync": ("mobilesam.distill.train_log", "Recorder.sync"),
+    "recorder": ("mobilesam.distill.train_log", "Recorder.__init__"),
 }
 
 _file = -1

@@ -19,7 +19,7 @@ from mobilesam.store import EmbeddingStore, StoreError
 # original every time.
 WAITING = """
 import itertools, pathlib, time
-import mobilesam.precompute.decoding as decoding
+import mobilesam.precompute.decode as decoding
 from mobilesam.sam import load_image
 count = itertools.count()
 def waiting(data, image_size):

@@ -1,0 +1,112 @@
+"""All exceptions of this package, and how names are shown in their messages.
+
+Every message is ready for the user: the fact, the numbers, the mend, in one or two lines. `cli.py` alone turns
+exceptions into exit codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class MobileSamError(Exception):
+    """Base of every error about input or surroundings."""
+
+
+class Interrupted(MobileSamError):
+    """A signal ended the work, after what was finished had been saved.
+
+    Args:
+        message: for the user.
+        signum: number of the signal; the exit code is 128 + signum.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class StoreError(MobileSamError):
+    """A store can't be read or written."""
+
+
+class StoreNotFound(StoreError):
+    """There is no mobilesam store at the path."""
+
+
+class StoreMismatch(StoreError):
+    """The store was made with other settings than those asked for."""
+
+
+class StoreLocked(StoreError):
+    """Another live process writes to the store."""
+
+
+class StoreDamaged(StoreError):
+    """Bytes on disk are not those that were committed."""
+
+
+class SamError(MobileSamError):
+    """An image, its annotations or a checkpoint can't be used."""
+
+
+class ImageError(SamError):
+    """One image can't be used: a one-line reason without the image's name, which the caller adds."""
+
+
+class AnnotationError(SamError):
+    """One image's masks can't be used: a one-line reason that names the image."""
+
+
+class CheckpointError(SamError):
+    """A checkpoint is absent, damaged, hostile, or of another architecture."""
+
+
+class DownloadError(SamError):
+    """A checkpoint could not be downloaded whole."""
+
+
+class PrecomputeError(MobileSamError):
+    """A precompute job can't start or can't go on."""
+
+
+class PrecomputeInterrupted(Interrupted, PrecomputeError):
+    """A signal ended a precompute job; what was committed stays."""
+
+
+class DistillError(MobileSamError):
+    """A distillation can't start or can't go on."""
+
+
+class DistillInterrupted(Interrupted, DistillError):
+    """A signal stopped a run after its checkpoint was saved."""
+
+
+class RunLocked(DistillError):
+    """Another process is training the run."""
+
+
+class PredictError(MobileSamError):
+    """A model can't be used or exported."""
+
+
+class VerifyError(MobileSamError):
+    """A comparison can't be made."""
+
+
+class ReportError(VerifyError):
+    """A comparison was made, but the page that shows it could not be written.
+
+    Args:
+        message: for the user; `__cause__` has the reason.
+        result: the result that would have been returned without a report.
+    """
+
+    def __init__(self, message: str, result: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+def shown(name: str) -> str:
+    """Escape what can't be printed in a key or path (newlines, bytes that are not UTF-8), for one line of output."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,0 +1,1 @@
+"""Training data: images with their stored embeddings, their order, their split, their labels."""

@@ -1,0 +1,1 @@
+"""Training objectives: the decoupled loss on embeddings, and losses on masks."""

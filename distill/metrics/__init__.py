@@ -1,0 +1,1 @@
+"""Distance between student and teacher, in embeddings and in masks."""

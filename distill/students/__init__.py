@@ -1,0 +1,1 @@
+"""Student encoders: the registry, timm backbones, costs, initial weights, files."""

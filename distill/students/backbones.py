@@ -1,0 +1,211 @@
+"""timm's networks as students: DeiT-Tiny, and any that gives feature maps of stride 16 or 32.
+
+Shape suffixes: B images, C channels, H and W rows and columns, N tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...common.errors import DistillError
+from ...sam.modeling.neck import EMBEDDING_CHANNELS, neck_projection, neck_rest
+from ...sam.preprocess import PATCH
+
+DEIT_TINY = "deit_tiny_patch16_224"
+STRIDES = (16, 32)
+# Of what a network keeps beside its weights (positions, masks): more than any needs at 1024 pixels.
+MAX_BUFFER_BYTES = 64 << 20
+
+
+class DeiT(nn.Module):
+    """A plain ViT of patch 16 with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
+
+    DeiT-Tiny (arXiv 2012.12877) without its class token; the position table is that of S's grid.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.backbone = _constructor(DEIT_TINY)(
+            pretrained=False, img_size=image_size, class_token=False, num_classes=0, global_pool=""
+        )
+        self.neck = nn.Sequential(neck_projection(self.backbone.num_features), *neck_rest())
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        _check_pixels(pixels_BCHW, self.image_size, "deit_tiny")
+        tokens_BNC = self.backbone.forward_features(pixels_BCHW)
+        grid = self.image_size // PATCH
+        return self.neck(tokens_BNC.transpose(1, 2).unflatten(2, (grid, grid)))
+
+
+class TimmStudent(nn.Module):
+    """A timm backbone with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
+
+    Its deepest maps of stride 16 and 32, as far as it has them, are projected to 256 channels, brought to the
+    grid of the embedding and summed; the rest of the neck follows.
+    """
+
+    def __init__(self, name: str, image_size: int) -> None:
+        super().__init__()
+        self.name, self.image_size = name, image_size
+        found = _create_features(name, image_size).feature_info
+        indices = _deepest(name, found.reduction(), found.out_indices)
+        # Built for these maps alone: what comes after them isn't needed.
+        self.backbone = _create_features(name, image_size, out_indices=tuple(indices.values()))
+        widths = self.backbone.feature_info.channels()
+        # A network that isn't told apart from others by it gives channels first.
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        self.laterals = nn.ModuleDict(
+            {str(stride): neck_projection(width) for stride, width in zip(indices, widths, strict=True)}
+        )
+        self.neck = nn.Sequential(*neck_rest())
+        _switch_off_dropping(self)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        _check_pixels(pixels_BCHW, self.image_size, f"timm's {self.name}")
+        grid = self.image_size // PATCH
+        total_BCHW: Tensor | None = None
+        for map_BCHW, lateral in zip(self.backbone(pixels_BCHW), self.laterals.values(), strict=True):
+            x_BCHW = lateral(map_BCHW.permute(0, 3, 1, 2) if self.channels_last else map_BCHW)
+            if x_BCHW.shape[-2:] != (grid, grid):
+                x_BCHW = F.interpolate(x_BCHW, size=(grid, grid), mode="bilinear", align_corners=False)
+            total_BCHW = x_BCHW if total_BCHW is None else total_BCHW + x_BCHW
+        return self.neck(total_BCHW)
+
+
+def build_deit_tiny(image_size: int) -> nn.Module:
+    """DeiT-Tiny with SAM's neck; DistillError without timm."""
+    _check_size(image_size)
+    _timm()
+    return DeiT(image_size)
+
+
+def build_timm(name: str, image_size: int) -> nn.Module:
+    """timm's network `name` with SAM's neck.
+
+    It is tried without memory first. Raises DistillError when it gives no maps of stride 16 or 32, or doesn't
+    take images of that size.
+    """
+    _check_size(image_size)
+    check_timm_name(name)
+    _tried(name, image_size)
+    return TimmStudent(name, image_size)
+
+
+def check_timm_name(name: str) -> None:
+    """Raises DistillError when timm isn't installed or has no such network, with those of similar names.
+
+    Only plain names are let through: `hf-hub:`, `local-dir:` and tags would read weights from elsewhere.
+    """
+    timm = _timm()
+    shown = repr(name[:60])
+    plain = re.fullmatch(r"[A-Za-z0-9_]+", name) is not None
+    if plain and timm.is_model(name) and hasattr(timm.models, name):
+        return
+    base = name.split(".")[0]
+    if re.fullmatch(r"[A-Za-z0-9_]+\.[A-Za-z0-9_.]+", name) and timm.is_model(base):
+        raise DistillError(
+            f"{shown} names weights; give timm:{base}, and a file with its weights with --init FILE"
+        )
+    if not plain:
+        raise DistillError(
+            f"{shown} is no name of timm's list: nothing is downloaded or read from folders; give one as "
+            "timm:resnet18"
+        )
+    close = get_close_matches(name[:60], timm.list_models(), n=4)
+    meant = f"similar: {', '.join(close)}" if close else "timm.list_models() lists them"
+    raise DistillError(f"timm has no network {shown}; {meant}")
+
+
+def _timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise DistillError(
+            f"this student needs timm, which can't be imported ({error}): pip install 'mobilesam[students]'"
+        ) from None
+    return timm
+
+
+def _constructor(name: str) -> Callable[..., Any]:
+    """timm's own constructor: its registry gives another package's where one has registered under that name."""
+    constructor: Callable[..., Any] = getattr(_timm().models, name)
+    return constructor
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < PATCH or image_size % PATCH:
+        raise DistillError(f"image size {image_size} is not a positive multiple of {PATCH}")
+
+
+def _check_pixels(pixels_BCHW: Tensor, image_size: int, name: str) -> None:
+    if pixels_BCHW.shape[1:] != (3, image_size, image_size):
+        wanted = f"(B, 3, {image_size}, {image_size})"
+        raise ValueError(f"pixels have shape {tuple(pixels_BCHW.shape)}, this {name} takes {wanted}")
+
+
+def _create_features(name: str, image_size: int, **options: Any) -> Any:
+    """The network as a giver of feature maps. Which ones must know the image size, only their constructors say."""
+    create = _constructor(name)
+    options = {"pretrained": False, "features_only": True, **options}
+    try:
+        return create(img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create(**options)
+
+
+def _deepest(name: str, reductions: list[int], indices: tuple[int, ...]) -> dict[int, int]:
+    """{stride: index of the deepest map that has it}, by increasing index."""
+    found = {stride: index for index, stride in zip(indices, reductions, strict=True) if stride in STRIDES}
+    if not found:
+        strides = ", ".join(map(str, dict.fromkeys(reductions)))
+        raise DistillError(
+            f"timm's {name} gives maps of stride {strides}; a student needs one of stride 16 or 32: choose another"
+        )
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _switch_off_dropping(network: nn.Module) -> None:
+    """A student is fitted to embeddings as they are; what ImageNet's recipes drop at random is noise here."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif "drop_prob" in vars(module):
+            vars(module)["drop_prob"] = 0.0  # timm's DropPath and DropBlock
+
+
+def _tried(name: str, image_size: int) -> None:
+    """Builds and runs the student on the meta device, which takes no memory."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            student = TimmStudent(name, image_size).eval()
+            out_BCHW = student(torch.empty(1, 3, image_size, image_size))
+            kept = student.state_dict()
+            extra = sum(b.nbytes for key, b in student.named_buffers() if key not in kept)
+    except DistillError:
+        raise
+    # A hundred authors' constructors and forwards: whatever they raise, this network doesn't do for this size.
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
+        raise DistillError(
+            f"timm's {name} can't be a student of {image_size} x {image_size} pixels ({reason}); choose another, or "
+            "another image size"
+        ) from None
+    grid = image_size // PATCH
+    if out_BCHW.shape != (1, EMBEDDING_CHANNELS, grid, grid):
+        raise DistillError(f"timm's {name} gives {tuple(out_BCHW.shape)} at {image_size} pixels")
+    if extra > MAX_BUFFER_BYTES:
+        raise DistillError(
+            f"timm's {name} keeps {extra:,} bytes beside its weights at {image_size} pixels, {MAX_BUFFER_BYTES:,} at "
+            "most are allowed: choose another"
+        )

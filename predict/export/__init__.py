@@ -1,0 +1,1 @@
+"""Files for other runtimes: MobileSAM's checkpoint format, ONNX, safetensors with a model card."""

@@ -1,0 +1,186 @@
+"""An export's folder: what is in it, what it says of itself, and replacing an older one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+from ...common.errors import PredictError, shown
+from ...distill import DistillError, save_student
+from ...distill.students.student_file import KEY_PREFIX, MODEL_FILE
+from ...sam import preprocessing_recipe
+from ...sam.modeling.head_shapes import HEAD_PREFIXES
+from ..model import Model
+from ..outputs import PARTIAL, Outputs, check_writable, explained
+from .model_card import card
+from .onnx_decoder import export_decoder
+from .onnx_encoder import export_encoder
+from .onnx_graph import versions
+from .torch_export import size_warning, torch_file, why_not_torch
+
+FORMAT = "mobilesam model 1"
+TORCH_FILE = "model.pt"
+DESCRIPTION_FILE = "model.json"
+ENCODER_FILE = "encoder.onnx"
+DECODER_FILE = "decoder.onnx"
+CARD_FILE = "README.md"
+FILES = (TORCH_FILE, MODEL_FILE, ENCODER_FILE, DECODER_FILE, CARD_FILE, DESCRIPTION_FILE)
+
+MAX_DESCRIPTION = 1 << 20
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that an export could not be written to, or that holds something else than an export.
+
+    Raises PredictError.
+    """
+    if not folder.exists():
+        if folder.is_symlink():
+            raise PredictError(f"--out {shown(str(folder))} is a link to nothing: give another name")
+        check_writable(folder.absolute().parent, "--out")
+        return
+    with explained(folder, "--out"):
+        names = {path.name for path in folder.iterdir() if not _is_leftover(path)}
+    others = sorted(names - set(FILES)) if _is_export(folder) else sorted(names)
+    if others:
+        raise PredictError(
+            f"{shown(str(folder))} holds {len(others)} file(s) of something else than an export, such as "
+            f"{shown(others[0])}: give a new folder"
+        )
+    check_writable(folder, "--out")
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed export left it."""
+    return re.fullmatch(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL)}", path.name) is not None
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether its description is ours, so that the rest may be replaced."""
+    try:
+        with open(folder / DESCRIPTION_FILE, "rb") as file:
+            description = json.loads(file.read(MAX_DESCRIPTION))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(description, dict) and description.get("format") == FORMAT
+
+
+def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
+    """Exports everything into a folder that `check_folder` let pass: `files`, `checks`, `left_out`, `warnings`.
+
+    All files take their places together, after the ONNX ones were checked; those of an older export that this student
+    has none of are removed. Raises PredictError.
+    """
+    known, warnings = _known(model)
+    content: dict[str, bytes] = {}
+    left_out = {}
+    reason = why_not_torch(model.student)
+    if reason is None:
+        content[TORCH_FILE] = torch_file(model)
+    else:
+        left_out[TORCH_FILE] = reason
+    content[MODEL_FILE] = _safetensors(model, known)
+    encoder, decoder = export_encoder(model, ENCODER_FILE), export_decoder(model, DECODER_FILE)
+    content |= {ENCODER_FILE: encoder.data, DECODER_FILE: decoder.data}
+    description = {
+        "format": FORMAT,
+        **known,
+        "checks": {ENCODER_FILE: encoder.check(), DECODER_FILE: decoder.check()},
+        "left_out": left_out,
+    }
+    warning = size_warning(model) if reason is None else None
+    warnings += [] if warning is None else [f"{TORCH_FILE}: {warning}"]
+    content[CARD_FILE] = card(description, warnings).encode()
+    description["files"] = {name: describe(data) for name, data in content.items()}
+    content[DESCRIPTION_FILE] = json.dumps(description, indent=1).encode() + b"\n"
+    _write(folder, content)
+    return {
+        "files": {name: describe(data) for name, data in content.items()},
+        "checks": description["checks"],
+        "left_out": left_out,
+        "warnings": warnings,
+    }
+
+
+def _write(folder: Path, content: Mapping[str, bytes]) -> None:
+    with Outputs() as outputs:
+        outputs.make_folder(folder, "--out")
+        stale = [path for path in folder.iterdir() if path.name in FILES or _is_leftover(path)]
+        for name, data in content.items():
+            outputs.add(folder / name, data, "--out")
+        outputs.commit(stale)
+
+
+def describe(data: bytes) -> dict[str, Any]:
+    """A file's length in bytes and hex SHA-256."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
+    """model.safetensors: what `load_student` and `load_model` rebuild the model from."""
+    state = model.sam.state_dict()
+    head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
+    kept = {key: known[key] for key in ("data", "metrics") if known[key] is not None}
+    # save_student writes a file, atomically; here it is one of several that go out together.
+    with explained(Path(gettempdir()), "a temporary file"), TemporaryDirectory(prefix="mobilesam-") as folder:
+        path = Path(folder) / MODEL_FILE
+        info = {**model.info, **kept}
+        save_student(model.sam.image_encoder, path, model.student, model.image_size, info, head)
+        return path.read_bytes()
+
+
+def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
+    """What is recorded of the model, as JSON values, None for what isn't; and what its user has to know."""
+    info, warnings = model.info, list(model.notes)
+    metrics, data = _object(info.get("metrics")), _object(info.get("data"))
+    if model.run is not None:
+        split = model.run.split
+        data = {
+            "images_trained": len(split.train),
+            "images_held_out": len(split.val),
+            "store_id": model.run.config["data"]["store_id"],
+        }
+        try:
+            metrics = _metrics(model)
+        except DistillError as error:
+            warnings.append(f"the run's metrics were left out: {error}")
+    sizes: dict[str, int] = {"encoder": 0, "head": 0}
+    for key, value in model.sam.named_parameters():
+        sizes["encoder" if key.startswith(KEY_PREFIX) else "head"] += value.numel()
+    teacher = info.get("teacher")
+    known = {
+        "student": model.student,
+        "image_size": model.image_size,
+        "parameters": sizes,
+        "preprocessing": preprocessing_recipe(model.image_size),
+        "teacher": None
+        if teacher is None
+        else {"name": teacher, "checkpoint_sha256": info.get("checkpoint_sha256")},
+        # Its name alone: a folder that is passed on need not tell where things lay.
+        "head": Path(model.head_source).name,
+        "data": data,
+        "metrics": metrics,
+        **{name: info.get(name) for name in ("run", "run_id", "epoch", "step")},
+        "init": _object(info.get("init")),
+        "trained_with": _object(info.get("versions")),
+        "versions": versions(),
+    }
+    return known, warnings
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """A JSON object; None for what a student's file of another origin may have in its place."""
+    return value if isinstance(value, dict) else None
+
+
+def _metrics(model: Model) -> dict[str, Any] | None:
+    """The held-out images' metrics of the epoch that the student is of."""
+    assert model.run is not None
+    lines = [line for line in model.run.history() if line["kind"] == "val"]
+    found = next((line for line in reversed(lines) if line["step"] == model.info.get("step")), None)
+    return None if found is None else {key: value for key, value in found.items() if key != "kind"}

@@ -1,0 +1,258 @@
+"""SAM's prompt encoder and mask decoder as one ONNX file, up to masks in the photo's own resolution.
+
+Inputs and outputs are those of segment_anything's SamOnnxModel (utils/onnx.py), but for more prompts at once, and all
+four masks of each. Shape suffixes: P prompts, N points of a prompt, M mask inputs (1 or P), C channels, H and W rows
+and columns, D sides.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from segment_anything import SamPredictor
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
+from torch import Tensor, nn
+
+from ...sam import resized_size
+from ..model import Model
+from .onnx_encoder import made_up_pixels
+from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, rename_axes, to_onnx
+
+LIMIT = 1e-3
+"""Of the greatest difference from torch over the output's greatest magnitude."""
+
+ROUNDING = 20
+"""How many times torch's own float32 error, as float64 tells it, is allowed where that is more than LIMIT. A trained
+head amplifies rounding little; an untrained one does a thousand times more, in torch as in onnxruntime."""
+
+UPSCALE_LIMIT = 1e-5
+"""The same for the last step alone, which amplifies nothing whatever the weights."""
+
+INPUTS = (
+    "image_embeddings",
+    "point_coords",
+    "point_labels",
+    "mask_input",
+    "has_mask_input",
+    "orig_im_size",
+)
+OUTPUTS = ("masks", "iou_predictions", "low_res_masks")
+
+DESCRIPTION = (
+    "Prompt encoder and mask decoder. S is the encoder's image size, g = S/16; everything is float32. "
+    "image_embeddings: (1, 256, g, g). point_coords: (prompts, points, 2), x and y in pixels of the resized image. "
+    "point_labels: (prompts, points), 1 on the object, 0 off it, 2 and 3 a box's top left and bottom right corner, "
+    "-1 padding: prompts without a box end with one point 0, 0 of label -1. mask_input: (1 or prompts, 1, 4g, 4g), "
+    "logits as in low_res_masks; not looked at where has_mask_input, (1,), is 0. orig_im_size: (2,), the photo's "
+    "height and width. masks: (prompts, 4, height, width), logits, object above 0; 0 is the single mask, 1 to 3 are "
+    "for ambiguous prompts. iou_predictions: (prompts, 4). low_res_masks: (prompts, 4, 4g, 4g), logits on the padded "
+    "square."
+)
+
+
+class Decoder(nn.Module):
+    """Prompts and an embedding to masks, in operations that an ONNX graph can have."""
+
+    dense_pe_1CHW: Tensor
+    upscale_DD: Tensor
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__()
+        self.prompt_encoder: PromptEncoder = sam.prompt_encoder
+        self.mask_decoder: MaskDecoder = sam.mask_decoder
+        self.image_size: int = sam.image_encoder.img_size
+        self.register_buffer("dense_pe_1CHW", sam.prompt_encoder.get_dense_pe())
+        self.register_buffer("upscale_DD", two_taps(self.image_size // 4, self.image_size))
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        point_coords: Tensor,
+        point_labels: Tensor,
+        mask_input: Tensor,
+        has_mask_input: Tensor,
+        orig_im_size: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes as DESCRIPTION tells; masks, their predicted IoUs, and masks in a quarter of the square's size."""
+        dense_MCHW = self._embed_masks(mask_input, has_mask_input)
+        prompts, given = point_coords.shape[0], mask_input.shape[0]
+        each = torch.arange(prompts, device=dense_MCHW.device).clamp(max=given - 1)
+        low_PCHW, iou_PC = self.mask_decoder.predict_masks(
+            image_embeddings=image_embeddings,
+            image_pe=self.dense_pe_1CHW,
+            sparse_prompt_embeddings=self._embed_points(point_coords, point_labels),
+            dense_prompt_embeddings=dense_MCHW.index_select(0, each),
+        )
+        return self._upscale(low_PCHW, orig_im_size), iou_PC, low_PCHW
+
+    def _embed_points(self, coords_PN2: Tensor, labels_PN: Tensor) -> Tensor:
+        """As PromptEncoder's _embed_points and _embed_boxes, which write into parts of a tensor."""
+        positions_PNC = self.prompt_encoder.pe_layer._pe_encoding((coords_PN2 + 0.5) / self.image_size)
+        labels_PN1 = labels_PN[..., None]
+        padding_C = self.prompt_encoder.not_a_point_embed.weight
+        points_PNC = torch.where(labels_PN1 == -1, padding_C, positions_PNC)
+        for label, kind in enumerate(self.prompt_encoder.point_embeddings):
+            points_PNC = torch.where(labels_PN1 == label, points_PNC + kind.weight, points_PNC)
+        return points_PNC
+
+    def _embed_masks(self, mask_M1HW: Tensor, has_mask_1: Tensor) -> Tensor:
+        given_MCHW = self.prompt_encoder.mask_downscaling(mask_M1HW)
+        none_1C11 = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return torch.where(has_mask_1 > 0, given_MCHW, none_1C11)
+
+    def _upscale(self, low_PCHW: Tensor, original_2: Tensor) -> Tensor:
+        """Sam.postprocess_masks: to the square, without its padding, to the photo.
+
+        Each step is linear along each axis, so that all of it is one matrix an axis.
+        """
+        resized_2, original_2 = self.resized(original_2), original_2.long()
+        rows_HD = self._resampling(original_2[0], resized_2[0])
+        columns_WD = self._resampling(original_2[1], resized_2[1])
+        return rows_HD @ low_PCHW @ columns_WD.T
+
+    def resized(self, original_2: Tensor) -> Tensor:
+        """int64 (2,): height and width of the photo once it is resized, as `resized_size` has them."""
+        # In double precision, as Python computes it: in float32 the rounding may come out otherwise.
+        original_2 = original_2.double()
+        # Not a number by a tensor: torch would multiply by the reciprocal, which rounds twice.
+        scale = torch.full_like(original_2, self.image_size) / original_2.max()
+        return (original_2 * scale + 0.5).long()
+
+    def _resampling(self, original: Tensor, resized: Tensor) -> Tensor:
+        """(original side, 4g): a side of the low resolution masks to one of the photo, by way of the square."""
+        side = original.item()
+        torch._check(side >= 1)
+        dtype = self.upscale_DD.dtype
+        step = resized.to(dtype) / original.to(dtype)
+        centres = ((torch.arange(side, dtype=dtype, device=original.device) + 0.5) * step - 0.5).clamp(min=0)
+        first = torch.minimum(centres.long(), resized - 1)
+        # What lies beyond the resized image is padding: its last row stands for it.
+        second = torch.minimum(first + 1, resized - 1)
+        share_H1 = (centres - first)[:, None]
+        return self.upscale_DD[first] * (1 - share_H1) + self.upscale_DD[second] * share_H1
+
+
+def two_taps(inputs: int, outputs: int) -> Tensor:
+    """float32 (outputs, inputs): what `F.interpolate`, bilinear without align_corners, does along one axis."""
+    eye_1DD = torch.eye(inputs)[None]
+    return nn.functional.interpolate(eye_1DD, size=outputs, mode="linear", align_corners=False)[
+        0
+    ].T.contiguous()
+
+
+def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
+    """Prompt encoder and mask decoder, checked in onnxruntime against SamPredictor.
+
+    Inputs and outputs as DESCRIPTION tells. Checked are points, boxes and mask inputs, one prompt and several, on
+    photos larger and smaller than the encoder's square. Raises PredictError when it can't be exported or doesn't
+    compute what SamPredictor computes.
+    """
+    decoder = Decoder(model.sam).eval()
+    proto = to_onnx(
+        decoder, _example(model.image_size), OUTPUTS, _DYNAMIC, "SAM's prompt encoder and mask decoder"
+    )
+    masks = proto.graph.output[0].type.tensor_type.shape.dim
+    rename_axes(proto, {masks[2].dim_param: "height", masks[3].dim_param: "width"})
+    data = finish(proto, "prompt encoder and mask decoder", model, DESCRIPTION)
+    session = Session(data)
+    cases = list(_cases(model))
+    refuse(name, _compare_upscaling(model.sam, session, cases), UPSCALE_LIMIT)
+    difference, limit = _compare(model.sam, decoder, session, cases)
+    refuse(name, difference, limit)
+    return OnnxFile(data=data, max_relative_difference=difference, limit=limit)
+
+
+_POINTS = {0: "prompts", 1: "points"}
+_DYNAMIC = {"point_coords": _POINTS, "point_labels": _POINTS, "mask_input": {0: "mask_inputs"}}
+
+
+def _example(size: int) -> dict[str, Tensor]:
+    grid = size // 16
+    shapes = ((1, 256, grid, grid), (3, 4, 2), (3, 4), (2, 1, 4 * grid, 4 * grid), (1,))
+    tensors = [*(torch.ones(shape) for shape in shapes), torch.tensor([size * 1.0, size * 2.0])]
+    return dict(zip(INPUTS, tensors, strict=True))
+
+
+def _compare(
+    sam: Sam, decoder: Decoder, session: Session, cases: Sequence[Mapping[str, Tensor]]
+) -> tuple[float, float]:
+    """The greatest relative difference from SamPredictor over all cases, and the limit for it."""
+    exact = copy.deepcopy(decoder).double()
+    predictor = SamPredictor(sam)
+    difference, limit = 0.0, LIMIT
+    for inputs in cases:
+        wanted = _predict_torch(predictor, inputs)
+        with torch.no_grad():
+            precise = exact(*(value.double() for value in inputs.values()))
+        for mine, theirs, true in zip(session.run(inputs), wanted, precise, strict=True):
+            difference = max(difference, relative_difference(mine, theirs))
+            limit = max(limit, ROUNDING * relative_difference(theirs, true))
+    return difference, limit
+
+
+def _compare_upscaling(sam: Sam, session: Session, cases: Sequence[Mapping[str, Tensor]]) -> float:
+    """The greatest relative difference of masks from what Sam makes of the same low resolution masks."""
+    difference = 0.0
+    for inputs in cases:
+        masks, _, low = session.run(inputs)
+        original = _size(inputs)
+        resized = resized_size(*original, sam.image_encoder.img_size)
+        wanted = sam.postprocess_masks(low, resized, original)
+        difference = max(difference, relative_difference(masks, wanted))
+    return difference
+
+
+def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
+    """Points, boxes, both, with and without masks, one prompt and several, for photos of several sizes."""
+    size, half = model.image_size, model.image_size // 2
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        emb_1CHW = model.sam.image_encoder(made_up_pixels(1, size))
+
+    def case(labels: list[list[int]], masks: int, height: int, width: int) -> dict[str, Tensor]:
+        labels_PN = torch.tensor(labels, dtype=torch.float32)
+        coords_PN2 = torch.rand(*labels_PN.shape, 2, generator=generator) * half
+        coords_PN2[labels_PN == 3] += half  # right of and below the box's other corner
+        mask_M1HW = torch.randn(max(masks, 1), 1, size // 4, size // 4, generator=generator) * 5
+        sizes_2 = torch.tensor([float(height), float(width)])
+        has_mask_1 = torch.tensor([float(masks > 0)])
+        tensors = (emb_1CHW, coords_PN2, labels_PN, mask_M1HW, has_mask_1, sizes_2)
+        return dict(zip(INPUTS, tensors, strict=True))
+
+    yield case([[1, -1]], 0, half + 1, half * 2 // 3)
+    yield case([[2, 3], [2, 3], [2, 3]], 0, size, size)
+    yield case([[1, 0, 0, 2, 3]], 1, size * 3 // 2, size + 7)
+    yield case([[1, 0, -1], [0, 1, -1]], 2, size * 3 // 4, size * 5 // 4 + 1)
+
+
+def _size(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+    height, width = (int(side) for side in inputs["orig_im_size"].tolist())
+    return height, width
+
+
+def _predict_torch(predictor: SamPredictor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """segment_anything's own way, asked twice: for the single mask, and for the three."""
+    predictor.features = inputs["image_embeddings"]
+    original = _size(inputs)
+    predictor.original_size = original
+    predictor.input_size = resized_size(*original, predictor.model.image_encoder.img_size)
+    predictor.is_image_set = True
+    labels_PN, coords_PN2 = inputs["point_labels"], inputs["point_coords"]
+    points_N = (labels_PN[0] == 0) | (labels_PN[0] == 1)
+    corners_N = labels_PN[0] >= 2
+    points, boxes = bool(points_N.any()), bool(corners_N.any())
+    single, several = (
+        predictor.predict_torch(
+            point_coords=coords_PN2[:, points_N] if points else None,
+            point_labels=labels_PN[:, points_N] if points else None,
+            boxes=coords_PN2[:, corners_N].flatten(1) if boxes else None,
+            mask_input=inputs["mask_input"] if inputs["has_mask_input"].item() else None,
+            multimask_output=multimask,
+            return_logits=True,
+        )
+        for multimask in (False, True)
+    )
+    masks, iou, low = (torch.cat(pair, dim=1) for pair in zip(single, several, strict=True))
+    return masks, iou, low

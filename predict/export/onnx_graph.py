@@ -1,0 +1,188 @@
+"""A network as the bytes of one ONNX file, and the comparison of what onnxruntime makes of it with torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import platform
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ... import __version__
+from ...common.errors import PredictError
+from ...sam import preprocessing_recipe
+from ..model import Model
+
+TOOLS = ("onnx", "onnxscript", "onnxruntime")
+MAX_BYTES = 2**31 - 2**20
+"""A protobuf message, as which an ONNX file without further files is written, ends at 2 GiB."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OnnxFile:
+    """A file's content, and its check: the greatest relative difference from torch, and the limit it stayed below."""
+
+    data: bytes
+    max_relative_difference: float
+    limit: float
+
+    def check(self) -> dict[str, float]:
+        """The check as JSON values."""
+        return {"max_relative_difference": self.max_relative_difference, "limit": self.limit}
+
+
+def check_tools() -> None:
+    """Raises PredictError unless everything that an ONNX export and its check need is installed."""
+    missing = [name for name in TOOLS if not _importable(name)]
+    if missing:
+        raise PredictError(
+            f"an ONNX export needs {' and '.join(missing)}, not installed here: pip install 'mobilesam[export]'"
+        )
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # sys.modules holds None for it: blocked
+        return False
+
+
+def to_onnx(
+    network: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]],
+    what: str,
+) -> Any:
+    """The network as an onnx.ModelProto, by torch.export.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        inputs: name -> an example, in the order of the network's arguments; an axis that may vary is 2 or more long.
+        outputs: names, in order.
+        dynamic: input -> axis -> the name of a length that may vary; equal names are equal lengths.
+        what: the network, for messages.
+
+    Raises PredictError when torch can't export it, or it is too large for one file.
+    """
+    size = sum(value.nbytes for value in network.state_dict().values())
+    if size > MAX_BYTES:
+        raise PredictError(
+            f"{what} has {size:,} bytes of weights, an ONNX file holds {MAX_BYTES:,} at most: give a smaller student"
+        )
+    dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
+    shapes = [{axis: dims[name] for axis, name in dynamic.get(key, {}).items()} or None for key in inputs]
+    try:
+        # With the other attentions torch.export notes strides that their decomposition for ONNX doesn't keep.
+        with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            program = torch.onnx.export(
+                network,
+                tuple(inputs.values()),
+                dynamo=True,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=tuple(shapes),
+                verbose=False,
+            )
+    # A student may be any of timm's networks: whatever the exporter makes of one, the user is told.
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise PredictError(f"torch can't export {what} to ONNX: {reason[0][:200]}") from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings of its own deprecations, and its prints of whole graphs where it tries again."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def finish(proto: Any, part: str, model: Model, description: str) -> bytes:
+    """The file's content: `proto` with what its user has to know, without traces of where it was made."""
+    from onnx import helper
+
+    for noted in (proto.graph, *proto.graph.node, *proto.graph.value_info):
+        noted.ClearField("metadata_props")  # torch's own notes, with stack traces of this machine
+    proto.doc_string = description
+    helper.set_model_props(proto, {**_metadata(model), "part": part})
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _metadata(model: Model) -> dict[str, str]:
+    """What the file says of itself: strings, those that aren't names as JSON."""
+    known = {key: model.info[key] for key in ("teacher", "checkpoint_sha256") if key in model.info}
+    return {
+        "format": "mobilesam onnx 1",
+        "student": model.student,
+        "image_size": str(model.image_size),
+        "preprocessing": json.dumps(preprocessing_recipe(model.image_size)),
+        **{key: str(value) for key, value in known.items()},
+        "versions": json.dumps(versions()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What makes the files."""
+    from importlib.metadata import version
+
+    return {
+        "mobilesam": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", *TOOLS) if _importable(name)},
+    }
+
+
+def rename_axes(proto: Any, names: Mapping[str, str]) -> None:
+    """Gives lengths that torch named by itself names that tell what they are."""
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+
+
+class Session:
+    """An ONNX file's content, run by onnxruntime on the CPU, on as many threads as torch."""
+
+    def __init__(self, data: bytes) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs, in order."""
+        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
+        return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """The greatest difference over the greatest magnitude; infinite where shapes differ or a number isn't finite."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    scale = float(wanted.abs().max())
+    difference = float((found.double() - wanted.double()).abs().max()) / max(scale, 1e-30)
+    return difference if difference == difference else float("inf")
+
+
+def refuse(name: str, difference: float, limit: float) -> None:
+    """Raises PredictError for a file that doesn't compute what torch computes."""
+    if difference > limit:
+        raise PredictError(
+            f"{name} computes something else than torch does: a relative difference of {difference:.2g}, "
+            f"{limit:.2g} at most; it was not written. Another version of torch or onnxruntime may do better"
+        )

@@ -1,0 +1,187 @@
+"""One segmentation: check what is asked, load the model, make the masks, write them down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..common.errors import PredictError, shown
+from ..sam import ImageError, decode_image, read_image, resized_size
+from ..sam.download import Progress
+from .config import SegmentConfig
+from .mask_files import Mask, add_masks, check_masks_folder, encode_rle, mask_name
+from .model import Model, load_model, load_teacher_model
+from .outputs import Outputs, check_file
+from .overlay import check_format, draw_overlay, encode_picture
+from .predictor import Prediction, predict
+
+
+def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[str, Any]:
+    """Segments one image in float32, draws the masks over it, and returns what `--json` prints.
+
+    The keys are `image`, `original_size` (height, width), `student` (its name; None for a teacher), `teacher`,
+    `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
+    `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height, `predicted_iou`, `stability_score`,
+    `file`), and the places of what was written: `out`, `masks_dir`, `rle`. Masks are in the order of the boxes, or
+    for everything by area, the largest first.
+
+    Whatever can be refused is refused before the model is loaded. Files that are there are replaced whole, all of
+    them or, when one can't be written, none. `download(done, total)` counts bytes of a teacher's checkpoint.
+
+    Raises PredictError, and the other rooms' errors for an image, a model or a store that is missing or damaged.
+    """
+    _check_outputs(config)
+    image_HWC = _read(config.image)
+    original_size = image_HWC.shape[0], image_HWC.shape[1]
+    config.prompts.check_inside(original_size)
+    check_format(config.out.suffix, original_size)
+    model = _load(config, download)
+    _check_size(config.image, original_size, model.image_size)
+    prediction = _predict(model, image_HWC, config)
+    _write(config, image_HWC, prediction.masks)
+    return _result(config, original_size, model, prediction)
+
+
+def _check_outputs(config: SegmentConfig) -> None:
+    check_file(config.out, "--out")
+    if config.rle is not None:
+        check_file(config.rle, "--rle")
+    if config.masks is not None:
+        check_masks_folder(config.masks)
+
+
+def _read(path: Path) -> npt.NDArray[np.uint8]:
+    # Reading a pipe or a device might never end.
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{shown(str(path))} is not a regular file: give an image's file")
+    try:
+        return decode_image(read_image("", str(path)))
+    except ImageError as error:
+        raise ImageError(f"{shown(str(path))}: {error}") from error
+
+
+def _check_size(path: Path, original_size: tuple[int, int], image_size: int) -> None:
+    try:
+        resized_size(*original_size, image_size)
+    except ImageError as error:
+        raise ImageError(f"{shown(str(path))}: {error}") from error
+
+
+def _load(config: SegmentConfig, download: Progress | None) -> Model:
+    if config.teacher is None:
+        return load_model(
+            config.student, head=config.head, device=config.device, image_size=config.image_size
+        )
+    return load_teacher_model(
+        config.teacher,
+        config.checkpoint,
+        device=config.device,
+        image_size=config.image_size or 1024,
+        download=download,
+    )
+
+
+def _predict(model: Model, image_HWC: npt.NDArray[np.uint8], config: SegmentConfig) -> Prediction:
+    try:
+        return predict(model.sam, image_HWC, config.prompts)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        height, width = image_HWC.shape[:2]
+        raise PredictError(
+            f"out of memory on {model.device} with an image of {width} x {height} pixels: "
+            "give a smaller image, or another --device"
+        ) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    """torch's errors of a CPU's memory have no class of their own."""
+    named = type(error).__name__ == "OutOfMemoryError"
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _write(config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], masks: Sequence[Mask]) -> None:
+    picture = draw_overlay(image_HWC, masks, config.prompts)
+    with Outputs() as outputs:
+        stale = [] if config.masks is None else add_masks(outputs, config.masks, masks)
+        outputs.add(config.out, encode_picture(picture, config.out.suffix), "--out")
+        if config.rle is not None:
+            text = encode_rle(masks, config.image.name, (image_HWC.shape[0], image_HWC.shape[1]))
+            outputs.add(config.rle, text, "--rle")
+        outputs.commit(stale)
+
+
+def _result(
+    config: SegmentConfig, original_size: tuple[int, int], model: Model, prediction: Prediction
+) -> dict[str, Any]:
+    masks = [
+        {
+            "area": mask.area,
+            "bbox": mask.bbox,
+            "predicted_iou": mask.predicted_iou,
+            "stability_score": mask.stability_score,
+            "file": None if config.masks is None else str(config.masks / mask_name(index)),
+        }
+        for index, mask in enumerate(prediction.masks)
+    ]
+    return {
+        "image": str(config.image),
+        "original_size": list(original_size),
+        "student": model.student if config.teacher is None else None,
+        "teacher": model.info.get("teacher"),
+        "model": None if model.file is None else str(model.file),
+        "head": model.head_source,
+        "image_size": model.image_size,
+        "device": str(model.device),
+        "notes": list(model.notes),
+        "embedding_seconds": prediction.embedding_seconds,
+        "mask_seconds": prediction.mask_seconds,
+        "masks": masks,
+        "out": str(config.out),
+        "masks_dir": None if config.masks is None else str(config.masks),
+        "rle": None if config.rle is None else str(config.rle),
+    }
+
+
+# --- What this room's commands have come to, as lines for people.
+
+ROWS = 20
+"""Masks that are listed; everything may find hundreds."""
+
+
+def segment_lines(result: Mapping[str, Any]) -> list[str]:
+    """The result of `segment`: what made the masks, how long it took, each mask, and where they are."""
+    height, width = result["original_size"]
+    masks = result["masks"]
+    name = result["student"] or result["teacher"]
+    lines = [
+        f"{result['image']}: {width} x {height} pixels, {name} at {result['image_size']} on {result['device']}",
+    ]
+    lines += [f"note: {note}" for note in result["notes"]]
+    lines.append(
+        f"embedding {result['embedding_seconds']:.2f} s, {len(masks):,} mask{'' if len(masks) == 1 else 's'} "
+        f"{result['mask_seconds']:.2f} s"
+    )
+    if masks:
+        lines.append(
+            f"{'mask':>4}{'area':>12}{'share':>8}  {'x, y, width, height':<26}{'IoU':>6}{'stability':>11}"
+        )
+    for index, mask in enumerate(masks[:ROWS]):
+        box = ", ".join(map(str, mask["bbox"]))
+        numbers = f"{_number(mask['predicted_iou']):>6}{_number(mask['stability_score']):>11}"
+        lines.append(
+            f"{index:>4}{mask['area']:>12,}{mask['area'] / (height * width):>8.1%}  {box:<26}{numbers}"
+        )
+    if len(masks) > ROWS:
+        lines.append(f"and {len(masks) - ROWS:,} more")
+    places = {"overlay": result["out"], "masks": result["masks_dir"], "RLE": result["rle"]}
+    lines += [f"{kind:<8}{place}" for kind, place in places.items() if place is not None]
+    return [shown(line) for line in lines]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,140 @@
+"""Reading a checkpoint file: safely, without copying it, and with one clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..common.errors import CheckpointError as CheckpointError
+from .modeling.tiny_vit import CLASSIFIER_PREFIXES
+from .modeling.vit import VITS
+from .registry import TEACHERS
+from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, ArchiveError, ForeignObjects, read_torch_file
+
+ENCODER_PREFIX = "image_encoder."
+# Some tools save these two with the weights; they are SAM's fixed preprocessing, not weights.
+PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
+
+
+def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The flat state dict in a ``torch.save`` file, on the CPU.
+
+    Training scripts save it as one entry of a larger dictionary, beside other things: under the first of the names
+    in ``wrappers`` that the file has. Without names only a flat one is read.
+
+    Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is
+    verified first (2.4 GB take about a second once they are read); then they are mapped, so that memory holds
+    what is used. Older files are read whole.
+
+    Raises:
+        CheckpointError: the file is absent, empty, truncated, damaged, no checkpoint, or holds other objects.
+    """
+    _check_start(path)
+    try:
+        loaded = read_torch_file(path)
+    except ForeignObjects as error:
+        raise CheckpointError(
+            f"{path} holds Python objects other than tensors ({error}); it was refused, since loading them can run "
+            "code.\nSave the plain state dict: torch.save(model.state_dict(), FILE)."
+        ) from None
+    except ArchiveError as error:
+        raise CheckpointError(_damage(path, str(error))) from None
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointError(_damage(path, "the disk can't read it")) from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in wrappers if isinstance(loaded.get(key), Mapping)), loaded)
+    return _tensors_only(path, loaded)
+
+
+def _check_start(path: Path) -> None:
+    """Tell by the first bytes what can't be a checkpoint at all."""
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path} is a directory, not a checkpoint file; name the .pth or .pt file in it"
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; --checkpoint takes a .pth or .pt file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if not start:
+        raise CheckpointError(f"{path} is empty (0 bytes); download it again")
+    if not start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint: it starts with {start!r}")
+
+
+def _damage(path: Path, reason: str) -> str:
+    size = path.stat().st_size
+    official = [info for info in TEACHERS.values() if info.file == path.name and info.bytes != size]
+    lengths = f", {official[0].bytes:,} expected" if official else ""
+    return f"{path} ({size:,} bytes{lengths}) is truncated or damaged; download it again.\n({reason})"
+
+
+def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict of tensors")
+    state = {str(key): value for key, value in loaded.items() if str(key) not in PIXEL_STATISTICS}
+    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if other or not state:
+        keys = ", ".join(repr(key[:80]) for key in list(state)[:4]) or "nothing"
+        raise CheckpointError(
+            f"{path} is not a flat state dict of tensors: it holds {keys}.\n"
+            "Save the plain state dict with keys image_encoder.*, prompt_encoder.*, mask_decoder.*."
+        )
+    return state
+
+
+def looks_like(state: Mapping[str, Tensor]) -> str | None:
+    """The teacher whose encoder these keys and shapes are, or None. ``state`` has ``image_encoder.*``."""
+    if f"{ENCODER_PREFIX}patch_embed.seq.0.c.weight" in state:
+        return "mobile_sam"
+    patches = state.get(f"{ENCODER_PREFIX}patch_embed.proj.weight")
+    if patches is None or not patches.ndim:
+        return None
+    blocks = {key.split(".")[2] for key in state if key.startswith(f"{ENCODER_PREFIX}blocks.")}
+    sizes = (patches.shape[0], len(blocks))
+    return next((name for name, vit in VITS.items() if (vit.width, vit.depth) == sizes), None)
+
+
+def check_state(
+    path: Path, name: str, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """The part of ``state`` that teacher ``name`` uses, every key and shape checked.
+
+    mobile_sam's unused classifier is left out.
+
+    Raises:
+        CheckpointError: naming the teacher that the file looks like, or the first differences.
+    """
+    found = looks_like(state)
+    if found is not None and found != name:
+        raise CheckpointError(f"{path} is a {found} checkpoint, not {name}; use --teacher {found}")
+    classifier = tuple(ENCODER_PREFIX + prefix for prefix in CLASSIFIER_PREFIXES)
+    if name == "mobile_sam":
+        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    missing = [key for key in expected if key not in state]
+    unknown = [key for key in state if key not in expected]
+    if missing or unknown:
+        examples = [f"{key} is missing" for key in missing[:1]]
+        examples += [f"{key[:80]} is unknown" for key in unknown[:1]]
+        raise CheckpointError(
+            f"{path} is not a {name} checkpoint: of {len(expected)} weights {len(missing)} are missing, "
+            f"{len(unknown)} are unknown.\n({'; '.join(examples)})"
+        )
+    for key, shape in expected.items():
+        if state[key].shape != shape:
+            wrong, right = tuple(state[key].shape), tuple(shape)
+            raise CheckpointError(f"{path} is not a {name} checkpoint: {key} has shape {wrong}, not {right}")
+        if not state[key].is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise CheckpointError(
+                f"{path} is not a {name} checkpoint: {key} holds {state[key].dtype} numbers"
+            )
+    return dict(state)

@@ -1,0 +1,146 @@
+"""Bytes of an image file -> RGB pixels: one stated policy for everything that photo folders hold."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ..common.errors import ImageError as ImageError
+from ..common.errors import SamError as SamError
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 200_000_000
+"""Largest image that is decoded, in pixels: a 200-megapixel camera's photo passes (800 MB while decoding)."""
+
+_MAGIC: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\xff\xd8\xff", JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"RIFF", WebPImageFile),
+    (b"GIF8", GifImageFile),
+    (b"BM", BmpImageFile),
+    (b"II*\0", TiffImageFile),
+    (b"MM\0*", TiffImageFile),
+    (b"II+\0", TiffImageFile),
+    (b"MM\0+", TiffImageFile),
+)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the stored picture upright."""
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode an image file's bytes into uint8 RGB (H, W, 3), read-only.
+
+    The format is read from the content, never from a name: JPEG, PNG, WebP, BMP, TIFF or GIF. Policies:
+    - EXIF orientation is applied; an unreadable or nonsensical one counts as none.
+    - Alpha (RGBA, LA, in a palette or as one transparent colour) is dropped and the colours stay as they are
+      stored: what `Image.convert("RGB")` and OpenCV do.
+    - Grey and 1-bit are repeated over the three channels. 16-bit grey is scaled by its full range (65535 becomes
+      255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels name
+      no white level and are refused.
+    - CMYK and YCCK, Adobe's inverted ones included, are converted by Pillow's plain formula.
+    - ICC profiles and gamma are left unapplied, as SAM's own loading left them.
+    - Of animations and pages the first is taken.
+
+    Raises ImageError, with the reason in one line, for anything else: empty, truncated, damaged or not an image,
+    more than MAX_PIXELS pixels (known from the header, before decoding), a colour mode without a policy.
+    """
+    return np.asarray(decode_rgb(data))
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """As `decode_image`, but returns Pillow's image in mode RGB, which a resize can follow without a copy."""
+    image = _open(data)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"too large: {width} x {height} is {width * height:,} pixels, the limit is {MAX_PIXELS:,}"
+        )
+    try:
+        image.load()
+        rgb = _to_rgb(image)
+        turn = _TURNS.get(_orientation(image))
+        return rgb if turn is None else rgb.transpose(turn)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError(f"out of memory while decoding {width} x {height} pixels") from error
+    except Exception as error:  # a decoder fed with damaged bytes may raise anything
+        raise ImageError(_reason(image, error)) from error
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Read the header. Pillow's classes, not Image.open: that has a pixel limit of its own, global to the process."""
+    if not data:
+        raise ImageError("the file is empty (0 bytes)")
+    for magic, opener in _MAGIC:
+        if data.startswith(magic) and (opener is not WebPImageFile or data[8:12] == b"WEBP"):
+            break
+    else:
+        raise ImageError(
+            f"not a JPEG, PNG, WebP, BMP, TIFF or GIF image: {len(data):,} bytes, the first are {bytes(data[:8])!r}"
+        )
+    try:
+        return opener(io.BytesIO(data))
+    except Exception as error:  # a parser fed with damaged bytes may raise anything
+        raise ImageError(_reason(opener, error)) from error
+
+
+def _reason(image: ImageFile.ImageFile | type[ImageFile.ImageFile], error: Exception) -> str:
+    detail = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged or truncated {image.format}: {detail}"
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # noqa: BLE001 - the metadata is damaged, the pixels are not
+        logger.debug("EXIF ignored: %s", error)
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        return _grey16_to_rgb(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"{image.format} with 32-bit or float pixels has no known white level: convert it to 8 or 16 bits"
+        )
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        raise ImageError(f"{image.format} with colour mode {image.mode} is not supported: convert it to RGB")
+    # Alpha is dropped: without this Pillow would warn about it, or search the palette for a free entry.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _grey16_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
+    white, inverted = 65535, False
+    if isinstance(image, TiffImageFile):
+        white = 2 ** image.tag_v2[BITSPERSAMPLE][0] - 1
+        # Pillow inverts white-is-zero itself for 8 bits, but not for 16.
+        inverted = image.tag_v2[PHOTOMETRIC_INTERPRETATION] == 0
+    grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
+    if inverted:
+        grey = 255 - grey
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

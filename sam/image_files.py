@@ -1,0 +1,397 @@
+"""Where images come from: folders and tars, listed under one root."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from ..common.errors import ImageError, SamError, shown
+from ..common.image_ref import ImageRef as ImageRef
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""What counts as an image, in any case; the content decides later which format it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """Something that should have been listed and could not be."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """What `list_images` found."""
+
+    root: Path
+    """Absolute; the keys are relative to it."""
+    files: tuple[ImageRef, ...]
+    """Sorted by the bytes of the key; no key twice."""
+    problems: tuple[Problem, ...]
+    """Folders and tars that could not be read, or not to their end; broken links. To be shown to the user."""
+    others: int
+    """Files passed over because their name is not an image's (SA-1B's .json, for one)."""
+    hidden: int
+    """Files and folders passed over because their name begins with a dot."""
+
+
+def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> ImageSet:
+    """Find the images in folders (recursively) and .tar files, in any mixture.
+
+    Keys are relative to `root`; by default that is the one folder, the folder of the one tar, or the deepest
+    folder that holds all of `paths`. Symbolic links are followed, but a folder that is reached twice counts once,
+    under its own path rather than a link's: loops end, and a link named `latest` doubles nothing. Names that begin
+    with a dot are passed over.
+
+    Raises SamError where a path is absent, unreadable, of another kind or outside `root`, or nothing is found.
+    """
+    tops = sorted({_absolute(path) for path in paths}, key=os.fsencode)
+    if not tops:
+        raise SamError("no images: name a folder or a .tar file")
+    for top in tops:
+        _check_top(top)
+    folders = [top if os.path.isdir(top) else os.path.dirname(top) for top in tops]
+    base = os.path.commonpath(folders) if root is None else _absolute(root)
+    listing = _Listing()
+    for top in tops:
+        listing.add(top, _key_below(base, top))
+    listing.follow_links()
+    if not listing.files:
+        raise SamError(_nothing_found(tops, listing))
+    listing.files.sort(key=lambda file: os.fsencode(file.key))
+    return ImageSet(
+        root=Path(base),
+        files=tuple(listing.files),
+        problems=tuple(sorted(listing.problems, key=lambda problem: os.fsencode(problem.path))),
+        others=listing.others,
+        hidden=listing.hidden,
+    )
+
+
+class _Listing:
+    """Collects while it walks. Folders behind links wait for all others, so that real paths come first."""
+
+    def __init__(self) -> None:
+        self.files: list[ImageRef] = []
+        self.problems: list[Problem] = []
+        self.others = 0
+        self.hidden = 0
+        self._links: list[tuple[str, str]] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._tars: set[str] = set()
+
+    def add(self, path: str, key: str) -> None:
+        """List a folder or a tar, whose key is "" if it is the root itself."""
+        if os.path.isdir(path):
+            self._walk(path, key)
+        else:
+            self._add_tar(path, key)
+
+    def follow_links(self) -> None:
+        while self._links:
+            links = sorted(self._links, key=lambda link: os.fsencode(link[1]))
+            self._links = []
+            for path, key in links:
+                self._walk(path, key)
+
+    def _walk(self, top: str, top_key: str) -> None:
+        folders = [(top, top_key)]
+        while folders:
+            path, key = folders.pop()
+            try:
+                stat = os.stat(path)
+                if (stat.st_dev, stat.st_ino) in self._seen:
+                    continue
+                self._seen.add((stat.st_dev, stat.st_ino))
+                with os.scandir(path) as scan:
+                    entries = list(scan)
+            except OSError as error:
+                self.problems.append(Problem(path=path, reason=f"folder can't be read: {error.strerror}"))
+                continue
+            for entry in entries:
+                entry_key = f"{key}/{entry.name}" if key else entry.name
+                if self._add_entry(entry, entry_key):
+                    folders.append((entry.path, entry_key))
+
+    def _add_entry(self, entry: os.DirEntry[str], key: str) -> bool:
+        """Returns whether the entry is a folder to walk now."""
+        name = entry.name.lower()
+        try:
+            if name.startswith("."):
+                self.hidden += 1
+            elif entry.is_dir():
+                if not entry.is_symlink():
+                    return True
+                self._links.append((entry.path, key))
+            elif not name.endswith((*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_SUFFIXES)):
+                self.others += 1
+            elif not entry.is_file():
+                what = "broken link" if entry.is_symlink() else "not a regular file"
+                self.problems.append(Problem(path=entry.path, reason=what))
+            elif name.endswith(IMAGE_SUFFIXES):
+                self.files.append(ImageRef(key=key, size=entry.stat().st_size, offset=None))
+            elif name.endswith(TAR_SUFFIX):
+                self._add_tar(entry.path, key)
+            else:
+                self.problems.append(Problem(path=entry.path, reason=DECOMPRESS))
+        except OSError as error:
+            self.problems.append(Problem(path=entry.path, reason=f"can't be read: {error.strerror}"))
+        return False
+
+    def _add_tar(self, path: str, key: str) -> None:
+        if path in self._tars:
+            return
+        self._tars.add(path)
+        try:
+            contents = scan_tar(path)
+        except OSError as error:
+            self.problems.append(Problem(path=path, reason=f"tar can't be read: {error.strerror}"))
+            return
+        for name, member in contents.members.items():
+            if _is_hidden(name):
+                self.hidden += 1
+            elif name.lower().endswith(IMAGE_SUFFIXES):
+                self.files.append(ImageRef(key=f"{key}/{name}", size=member.size, offset=member.offset))
+            else:
+                self.others += 1
+        if contents.problem is not None:
+            self.problems.append(Problem(path=path, reason=contents.problem))
+        for name in contents.unusable:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name):
+                reason = "a link or sparse file in a tar can't be read in place: extract the tar to a folder"
+                self.problems.append(Problem(path=f"{path}/{name}", reason=reason))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _absolute(path: Path | str) -> str:
+    # abspath keeps the user's own name for a linked folder, but is wrong about ".." behind a link.
+    path = os.fspath(path)
+    return os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
+
+
+def _check_top(path: str) -> None:
+    try:
+        if os.path.isdir(path):
+            os.scandir(path).close()
+            return
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError:
+        raise SamError(f"no such folder or tar: {shown(path)}") from None
+    except OSError as error:
+        raise SamError(f"{shown(path)} can't be read: {error.strerror}") from error
+    if path.lower().endswith(COMPRESSED_SUFFIXES):
+        raise SamError(f"{shown(path)}: {DECOMPRESS}")
+    if not path.lower().endswith(TAR_SUFFIX):
+        raise SamError(f"{shown(path)} is neither a folder nor a .tar file: name the folder that holds it")
+
+
+def _key_below(base: str, path: str) -> str:
+    if path == base:
+        return ""
+    prefix = base.rstrip("/") + "/"
+    if not path.startswith(prefix):
+        raise SamError(f"{shown(path)} lies outside the image root {shown(base)}: name a path below it")
+    return path[len(prefix) :]
+
+
+def _nothing_found(tops: Sequence[str], listing: _Listing) -> str:
+    where = shown(tops[0]) + (f" and {len(tops) - 1} more" if len(tops) > 1 else "")
+    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    message = f"no images in {where} ({kinds}): {listing.others:,} other files"
+    if listing.hidden:
+        message += f", {listing.hidden:,} hidden ones"
+    if listing.problems:
+        message += f"\n{len(listing.problems):,} problems, the first: {listing.problems[0]}"
+    return message
+
+
+# --- Tars read in place: where each member's bytes lie. Nothing is ever extracted.
+
+TAR_SUFFIX = ".tar"
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
+
+_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarMember:
+    """A regular file inside a tar: its bytes are `size` bytes of the tar from `offset` on."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarContents:
+    """What one tar holds."""
+
+    members: dict[str, TarMember]
+    """By name without a leading "./"; otherwise verbatim, so "../x" and "/x" are names like any other."""
+    unusable: tuple[str, ...]
+    """Names of links and sparse files: their bytes don't lie in the tar in one piece."""
+    problem: str | None
+    """Why the tar could not be read to its end; `members` then holds what is whole before that."""
+
+
+def scan_tar(path: str) -> TarContents:
+    """Read a tar's headers. Of members with one name the last counts, as when extracting. Raises OSError."""
+    members: dict[str, TarMember] = {}
+    unusable: dict[str, None] = {}
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        if file.peek(8).startswith(_COMPRESSED_MAGIC):
+            return TarContents(members={}, unusable=(), problem=DECOMPRESS)
+        try:
+            problem = _scan(file, total, members, unusable)
+        except (tarfile.TarError, ValueError) as error:
+            problem = f"damaged or cut short, it has {total:,} bytes: {error}"
+    return TarContents(members=members, unusable=tuple(unusable), problem=problem)
+
+
+def _scan(
+    file: BufferedReader, total: int, members: dict[str, TarMember], unusable: dict[str, None]
+) -> str | None:
+    # The encoding is stated because the default follows the locale, and keys must not.
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else a tar keeps every header it ever read
+            name = re.sub(r"^(\./+)+", "", member.name)
+            members.pop(name, None)
+            unusable.pop(name, None)
+            if member.issym() or member.islnk() or member.issparse():
+                unusable[name] = None
+            elif member.isreg():
+                end = member.offset_data + member.size
+                if end > total:
+                    return f"cut short: {name!r} ends at byte {end:,}, the tar has {total:,}"
+                members[name] = TarMember(offset=member.offset_data, size=member.size)
+        file.seek(tar.offset)
+        return _check_end(file.read(_BLOCK), tar.offset)
+
+
+def _check_end(block: bytes, offset: int) -> str | None:
+    """`tarfile` takes a damaged header for the end, in silence. A real end is a block of zeros."""
+    if block == bytes(_BLOCK):
+        return None
+    if not block:
+        return f"no end-of-archive mark after {offset:,} bytes: it may be cut short"
+    return f"damaged or cut short: no valid header at byte {offset:,}"
+
+
+def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | None:
+    """Split "a/b.tar/c.jpg" into the tar's path on disk and the member's name; None if there is no such tar.
+
+    The first prefix that is a regular file is the tar, so no name inside it is ever taken for a path.
+    """
+    parts = key.split("/")
+    for count in range(1, len(parts)):
+        if parts[count - 1].lower().endswith(TAR_SUFFIX):
+            path = os.path.join(root, *parts[:count])
+            if os.path.isfile(path):
+                return path, "/".join(parts[count:])
+    return None
+
+
+# --- Reading one image's bytes, by the key it was listed under.
+
+MAX_BYTES = 2_000_000_000
+"""Largest file that is read, in bytes: no image that is small enough to be decoded is larger, and reading a file of
+any length would let one stray file take all memory."""
+
+
+def read_image(root: Path | str, key: str, *, offset: int | None = None, size: int | None = None) -> bytes:
+    """Read an image: a file below `root` or, with `offset` and `size`, a tar's member in place.
+
+    Raises ImageError, with a one-line reason that leaves out the key, where the file or tar is missing or can't be
+    read, or where there are not the `size` bytes that were listed.
+    """
+    if offset is not None:
+        if size is None:
+            raise ValueError("a tar's member is read by offset and size")
+        return _read_member(root, key, offset, size)
+    try:
+        with open(Path(root, key), "rb", buffering=0) as file:
+            _refuse_huge(os.fstat(file.fileno()).st_size)
+            data = file.readall()
+    except FileNotFoundError as error:
+        raise ImageError("the file is missing") from error
+    except OSError as error:
+        raise ImageError(f"the file can't be read: {error.strerror}") from error
+    if size is not None and len(data) != size:
+        raise ImageError(f"the file was listed with {size:,} bytes and has {len(data):,}")
+    return data
+
+
+def read_checked(
+    root: Path | str, key: str, offset: int | None, size: int, sha256: str | None = None
+) -> bytes:
+    """Read an image that a store has an embedding of: its length must be `size` and its SHA-256 `sha256` (hex).
+
+    With None the SHA-256 is not checked. Raises ImageError, naming the key, if the image is gone or has changed.
+    """
+    mend = "put the original back, or precompute into a new store"
+    try:
+        data = read_image(root, key, offset=offset, size=None if offset is None else size)
+    except ImageError as error:
+        raise ImageError(f"{shown(key)}: {error}\n{mend}") from error
+    changed = f"{shown(key)} changed since precompute"
+    if len(data) != size:
+        raise ImageError(f"{changed}: {size:,} bytes then, {len(data):,} now\n{mend}")
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ImageError(f"{changed}: SHA-256 {sha256[:12]}... then, {found[:12]}... now\n{mend}")
+    return data
+
+
+def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
+    found = split_tar_key(root, key)
+    if found is None:
+        raise ImageError("its tar is missing")
+    _refuse_huge(size)
+    try:
+        with open(found[0], "rb", buffering=0) as tar:
+            data = os.pread(tar.fileno(), size, offset)
+            tar_size = os.fstat(tar.fileno()).st_size
+    except OSError as error:
+        raise ImageError(f"its tar can't be read: {error.strerror}") from error
+    if len(data) != size:
+        raise ImageError(
+            f"its tar was cut or replaced: the image ends at byte {offset + size:,} of {tar_size:,}"
+        )
+    return data
+
+
+def _refuse_huge(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ImageError(f"too large: {size:,} bytes, the limit is {MAX_BYTES:,}")
+
+
+# --- Which images a fraction keeps: decided by each key alone.
+
+
+def in_fraction(key: str, fraction: float, seed: int) -> bool:
+    """Whether `fraction` (0 < fraction <= 1) of the images, drawn with `seed`, holds the image `key`.
+
+    The answer depends on the three arguments alone: the same on every machine, stable when images are added, and
+    nested (what 0.1 keeps, 0.2 keeps too). Raises ValueError for a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
+    digest = hashlib.sha256(f"{seed}\0".encode() + key.encode("utf-8", "surrogateescape")).digest()
+    # A power of two scales exactly and Python compares int with float exactly: fraction 1 keeps every key.
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64

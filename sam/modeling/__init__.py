@@ -1,0 +1,1 @@
+"""Architectures that SAM weights exist for: image encoders, prompt encoder, mask decoder."""

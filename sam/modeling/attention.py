@@ -1,0 +1,203 @@
+"""Attention with decomposed relative positions, as SAM's ViT has it, through torch's fused kernels.
+
+A query at (y, x) adds q . Rh[y - y'] + q . Rw[x - x'] to its score for the key at (y', x'). Written out for a whole
+image that is a table as large as the scores, 0.8 GB for ViT-B; here it is never held whole.
+
+Shape suffixes: B images or windows, K heads, N tokens (Y rows times X columns), D head width, L entries of a table
+of relative positions (2 Y - 1 or 2 X - 1), and G: Y + X.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BIAS_SCORES = 2**24
+"""Entries of the table of positions that are held at a time, at least those of one head: 64 MiB in float32."""
+
+
+def attend(
+    q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, table_h_LD: Tensor, table_w_LD: Tensor, rows: int
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + relative positions) v.
+
+    Args:
+        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides; N tokens in `rows` rows.
+        table_h_LD, table_w_LD: relative positions: entry i is that of a query i - (rows - 1) rows, or
+            i - (columns - 1) columns, after its key.
+        rows: rows of the grid that the tokens are on.
+
+    Returns:
+        (B, K, N, D) in the queries' dtype, of any strides. Softmax is computed in float32 at least.
+
+    Source: segment_anything/modeling/image_encoder.py (`add_decomposed_rel_pos`); equation 4 of MViTv2, arXiv
+    2112.01526.
+    """
+    rel_h_BKNY, rel_w_BKNX = _relative_scores(q_BKND, table_h_LD, table_w_LD, rows)
+    places = rel_h_BKNY.shape[-1] + rel_w_BKNX.shape[-1]
+    # Gradients would go through it, too, but to the tables by additions in no fixed order.
+    if suits_flex(q_BKND.device.type, q_BKND.dtype, q_BKND.shape[-1], places) and not q_BKND.requires_grad:
+        out_BKND = attend_compiled(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
+        if out_BKND is not None:
+            return out_BKND
+    if q_BKND.device.type == "cpu" and q_BKND.dtype in (torch.float32, torch.float64):
+        return attend_with_bias(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
+    return attend_with_channels(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
+
+
+def _relative_scores(
+    q_BKND: Tensor, table_h_LD: Tensor, table_w_LD: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """What a query adds to its score for the keys of each row (B, K, N, Y), and of each column (B, K, N, X)."""
+    columns = q_BKND.shape[2] // rows
+    q_BKYXD = q_BKND.unflatten(2, (rows, columns))
+    table_YYD = _by_distance(table_h_LD, rows).to(q_BKND.dtype)
+    table_XXD = _by_distance(table_w_LD, columns).to(q_BKND.dtype)
+    rel_h = torch.einsum("bkyxd,yzd->bkyxz", q_BKYXD, table_YYD)
+    rel_w = torch.einsum("bkyxd,xzd->bkyxz", q_BKYXD, table_XXD)
+    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+
+
+def _by_distance(table_LD: Tensor, side: int) -> Tensor:
+    """(side, side, D): the table's entry for each query coordinate and each key coordinate."""
+    places = torch.arange(side, device=table_LD.device)
+    return table_LD[places[:, None] - places[None, :] + side - 1]
+
+
+def attend_with_bias(
+    q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
+) -> Tensor:
+    """The positions as a table that is added to the scores, made for a few heads at a time.
+
+    In float32 on a CPU the other way costs up to three times the multiplications, and those are what takes time.
+    """
+    batch, heads, tokens, _ = q_BKND.shape
+    at_a_time = max(1, BIAS_SCORES // (batch * tokens**2))
+    parts = []
+    for first in range(0, heads, at_a_time):
+        some = slice(first, first + at_a_time)
+        bias_BKNYX = rel_h_BKNY[:, some, :, :, None] + rel_w_BKNX[:, some, :, None, :]
+        parts.append(
+            F.scaled_dot_product_attention(
+                q_BKND[:, some], k_BKND[:, some], v_BKND[:, some], attn_mask=bias_BKNYX.flatten(3)
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def attend_with_channels(
+    q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
+) -> Tensor:
+    """The positions as further channels: a key's one-hot row and column pick the query's terms for them.
+
+    Nothing as large as the scores is ever made, so that the fastest kernels (which take no bias, or a slow way with
+    one) can be used. In bfloat16 on a CPU with AMX this was faster than a bias for windows and whole grids alike.
+    """
+    width = q_BKND.shape[-1]
+    rows, columns = rel_h_BKNY.shape[-1], rel_w_BKNX.shape[-1]
+    # The call multiplies everything by 1 / sqrt(D): that is taken out of the terms, not out of the queries, which
+    # would be rounded once more.
+    root = width**0.5
+    queries = torch.cat((q_BKND, rel_h_BKNY * root, rel_w_BKNX * root), dim=-1)
+    hot_NG = _one_hot_places(rows, columns, k_BKND)
+    keys = torch.cat((k_BKND, hot_NG.expand(*k_BKND.shape[:2], -1, -1)), dim=-1)
+    # The fused kernels want all three equally wide.
+    values = F.pad(v_BKND, (0, rows + columns))
+    return F.scaled_dot_product_attention(queries, keys, values, scale=1 / root)[..., :width]
+
+
+def _one_hot_places(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(N, G): each token's row and column."""
+    row_NY = torch.eye(rows, dtype=like.dtype, device=like.device).repeat_interleave(columns, dim=0)
+    column_NX = torch.eye(columns, dtype=like.dtype, device=like.device).repeat(rows, 1)
+    return torch.cat((row_NY, column_NX), dim=1)
+
+
+# --- Attention with decomposed relative positions through torch's FlexAttention.
+#
+# The positions are terms that a compiled kernel looks up as it makes each score: neither they nor the scores are ever
+# held as a table, and queries and keys keep their own width. Letters of shapes as in `relative_attention`.
+#
+
+logger = logging.getLogger(__name__)
+
+_refused: set[tuple[str, torch.dtype, int]] = set()
+"""Device type, dtype and head width of what this process could not compile."""
+
+
+def suits_flex(device_type: str, dtype: torch.dtype, width: int, places: int) -> bool:
+    """Whether to attend by FlexAttention: `places` rows and columns of a grid or window, heads of `width` channels.
+
+    On CUDA in bfloat16, for whole grids. What the other way there (`attend_with_channels`) adds to a head's width is
+    one channel for each row and column: for a whole grid at 1024 pixels 128, to ViT-B's 64 and ViT-H's 80; for a
+    window only 28, while its 196 tokens would fill no more than 59% of four of FlexAttention's blocks of 128 x 128.
+    float32 stays with the other way: precompute audits in it, and not by the kernels that it audits.
+    """
+    return device_type == "cuda" and dtype == torch.bfloat16 and places > width
+
+
+def attend_with_flex(
+    q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
+) -> Tensor:
+    """softmax(q k^T / sqrt(D) + relative positions) v: (B, K, N, D) in the queries' dtype.
+
+    Args:
+        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides.
+        rel_h_BKNY, rel_w_BKNX: what a query adds to its score for the keys of each row, and of each column; N is
+            Y times X.
+
+    To be compiled: as it is, it holds all scores, which is good for tests alone.
+    """
+    # Here, since torch takes a second to import it.
+    from torch.nn.attention.flex_attention import flex_attention
+
+    columns = rel_w_BKNX.shape[-1]
+
+    def with_positions(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        down = rel_h_BKNY[image, head, query, key // columns]
+        across = rel_w_BKNX[image, head, query, key % columns]
+        return score + down + across
+
+    out = flex_attention(q_BKND, k_BKND, v_BKND, score_mod=with_positions)
+    assert isinstance(out, Tensor)  # not one of a pair: no log-sum-exp was asked for
+    return out
+
+
+def attend_compiled(
+    q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
+) -> Tensor | None:
+    """`attend_with_flex`, compiled at its first use; None where that fails, for good and with one warning: there may
+    be no C compiler or Triton, or a torch whose FlexAttention takes no heads of this width."""
+    if torch.compiler.is_compiling():
+        # The whole encoder is being compiled, and this with it.
+        return attend_with_flex(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
+    kind = (q_BKND.device.type, q_BKND.dtype, q_BKND.shape[-1])
+    if kind in _refused:
+        return None
+    try:
+        return _compiled()(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - compilers raise anything, and there is another way to attend
+        _refused.add(kind)
+        fact = next(iter(str(error).strip().splitlines()), "")
+        logger.warning(
+            "FlexAttention can't be compiled for %s heads of %d channels on %s (%s: %s); going on without it",
+            str(q_BKND.dtype).removeprefix("torch."),
+            q_BKND.shape[-1],
+            q_BKND.device.type,
+            type(error).__name__,
+            fact,
+        )
+        return None
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    # Whole or not at all: part of a graph, or one past torch's limit of variants, would run as it is.
+    return torch.compile(attend_with_flex, fullgraph=True, dynamic=False)

@@ -1,0 +1,292 @@
+"""TinyViT as MobileSAM uses it: the student, and the encoder of the teacher ``mobile_sam``.
+
+Written from the published architecture (TinyViT, arXiv 2207.10666; MobileSAM, arXiv 2306.14289). Module
+names follow the released weights, so that ``mobile_sam.pt``'s ``image_encoder.*`` loads as it is once the
+unused classifier (``head.*``, ``norm_head.*``) is left out. Two stride-2 convolutions, one stage of
+inverted bottlenecks, three stages of windowed attention, and SAM's neck. The last of the three downsamplings
+keeps its stride at 1, so the grid is image_size / 16.
+
+Shape suffixes: B images, C channels, H and W rows and columns, N tokens of a window, K heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..preprocess import PATCH
+from .neck import neck_projection, neck_rest
+
+MLP_RATIO = 4
+EXPANSION = 4
+MOST_FILLED = 1.25
+"""Times a grid's cells up to which windows are filled up: fewer, larger products take no longer then."""
+CLASSIFIER_PREFIXES = ("head.", "norm_head.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyViTConfig:
+    """Sizes of one TinyViT: four entries each, one per stage; the first stage has no attention."""
+
+    widths: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    windows: tuple[int, int, int, int] = (7, 7, 14, 7)
+
+    def __post_init__(self) -> None:
+        for width, heads in zip(self.widths, self.heads, strict=True):
+            if width % heads:
+                raise ValueError(f"width {width} is not divisible by {heads} heads")
+
+
+VARIANTS = {
+    "5m": TinyViTConfig(widths=(64, 128, 160, 320), heads=(2, 4, 5, 10)),
+    "11m": TinyViTConfig(widths=(64, 128, 256, 448), heads=(2, 4, 8, 14)),
+    "21m": TinyViTConfig(widths=(96, 192, 384, 576), heads=(3, 6, 12, 18)),
+}
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias (``c``) and its batch norm (``bn``)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, *, stride: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+
+class PatchEmbed(nn.Module):
+    """Two stride-2 convolutions: 3 x S x S pixels to width x S/4 x S/4."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.seq = nn.Sequential(
+            ConvNorm(3, width // 2, 3, stride=2),
+            nn.GELU(),
+            ConvNorm(width // 2, width, 3, stride=2),
+        )
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.seq(pixels_BCHW)
+
+
+class MBConv(nn.Module):
+    """Inverted bottleneck: expand, depthwise 3 x 3, project, add, GELU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = width * EXPANSION
+        self.conv1 = ConvNorm(width, hidden)
+        self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
+        self.conv3 = ConvNorm(hidden, width)
+        # Zero: the block starts as the identity, so depth does not disturb the first steps.
+        nn.init.zeros_(self.conv3.bn.weight)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden_BCHW = F.gelu(self.conv1(x_BCHW))
+        hidden_BCHW = F.gelu(self.conv2(hidden_BCHW))
+        return F.gelu(x_BCHW + self.conv3(hidden_BCHW))
+
+
+class PatchMerging(nn.Module):
+    """Between two stages: change the width and, with stride 2, halve the resolution."""
+
+    def __init__(self, width: int, next_width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(width, next_width)
+        self.conv2 = ConvNorm(next_width, next_width, 3, stride=stride, groups=next_width)
+        self.conv3 = ConvNorm(next_width, next_width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = F.gelu(self.conv1(x_BCHW))
+        x_BCHW = F.gelu(self.conv2(x_BCHW))
+        return self.conv3(x_BCHW)
+
+
+class Attention(nn.Module):
+    """Attention inside windows, with one learned bias per head and distance (|dy|, |dx|).
+
+    Windows at the right and lower border are filled up with zeros, which take part as keys: the released weights
+    learned so. Where these are many, they are not made: their keys are all the same, what `norm` and `qkv` make of
+    zeros, and so are their values. One key does for all of them, its bias the logarithm of the sum of the
+    exponentials of theirs. The function is the same, for a third of the work where a grid is little larger than a
+    window.
+    """
+
+    attention_bias_idxs: Tensor
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.attention_biases = nn.Parameter(torch.zeros(heads, window * window))
+        self.register_buffer("attention_bias_idxs", bias_indices(window), persistent=False)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        _, height, width, channels = x_BHWC.shape
+        below, beside = -height % self.window, -width % self.window
+        if (height + below) * (width + beside) <= MOST_FILLED * height * width:
+            x_BHWC = F.pad(x_BHWC, (0, 0, 0, beside, 0, below))
+            below = beside = 0
+        qkv_BHWC = self.qkv(self.norm(x_BHWC))
+        filling_1C = self.qkv(self.norm(x_BHWC.new_zeros(1, channels))) if below or beside else None
+        rows = []
+        for top, h, down in _bands(x_BHWC.shape[1], self.window):
+            row = [
+                self._attend(qkv_BHWC[:, top : top + h * down, left : left + w * along], h, w, filling_1C)
+                for left, w, along in _bands(x_BHWC.shape[2], self.window)
+            ]
+            rows.append(torch.cat(row, dim=2) if len(row) > 1 else row[0])
+        attended_BHWC = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+        return self.proj(attended_BHWC)[:, :height, :width]
+
+    def _attend(self, qkv_BHWC: Tensor, h: int, w: int, filling_1C: Tensor | None) -> Tensor:
+        """Windows of which h x w cells are image, side by side."""
+        batch, height, width, channels = qkv_BHWC.shape
+        down, along = height // h, width // w
+        # The heads are the outer division of qkv's output: head k owns its q, k and v side by side.
+        split = (batch, down, h, along, w, self.heads, 3, channels // 3 // self.heads)
+        parts = qkv_BHWC.reshape(split).permute(6, 0, 1, 3, 5, 2, 4, 7)
+        q_WKND, k_WKND, v_WKND = parts.reshape(3, batch * down * along, self.heads, h * w, -1).unbind(0)
+        bias_KNM = self._bias(h, w).to(q_WKND.dtype)
+        if h * w < self.window**2:
+            assert filling_1C is not None, "a window lacks cells only where the grid isn't whole windows"
+            filling = filling_1C.view(self.heads, 3, 1, -1).unbind(1)
+            k_WKND, v_WKND = (
+                torch.cat((own, extra.expand(own.shape[0], -1, -1, -1)), dim=2)
+                for own, extra in ((k_WKND, filling[1]), (v_WKND, filling[2]))
+            )
+        out_WKND = F.scaled_dot_product_attention(q_WKND, k_WKND, v_WKND, attn_mask=bias_KNM[None])
+        windows = out_WKND.view(batch, down, along, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return windows.reshape(batch, height, width, channels // 3)
+
+    def _bias(self, h: int, w: int) -> Tensor:
+        """(K, h w, M): of each cell to each, and in border windows to all those together that are none."""
+        side, heads, cells = self.window, self.heads, h * w
+        # Gathered at every forward: a gathered copy kept aside would go stale when weights are loaded.
+        places = self.attention_bias_idxs.view(side, side, side, side)[:h, :w]
+        own_KNN = self.attention_biases[:, places[:, :, :h, :w].reshape(cells, cells)]
+        if cells == side * side:
+            return own_KNN
+        none = torch.cat(
+            (places[:, :, h:].reshape(cells, -1), places[:, :, :h, w:].reshape(cells, -1)), dim=1
+        )
+        filling_KN = self.attention_biases[:, none].logsumexp(dim=2)
+        return torch.cat((own_KNN, filling_KN.view(heads, cells, 1)), dim=2)
+
+
+def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
+    """Where whole windows begin, their size and how many there are; then the same of what is left, if anything is."""
+    whole, rest = divmod(length, window)
+    bands = [(0, window, whole)] if whole else []
+    return [*bands, (whole * window, rest, 1)] if rest else bands
+
+
+def bias_indices(window: int) -> Tensor:
+    """(N, N) int64 for the N = window^2 tokens of a window: |dy| * window + |dx| of each pair."""
+    cells = torch.arange(window * window, device="cpu")
+    rows, columns = cells // window, cells % window
+    dy = (rows[:, None] - rows[None, :]).abs()
+    dx = (columns[:, None] - columns[None, :]).abs()
+    return dy * window + dx
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, width * MLP_RATIO)
+        self.fc2 = nn.Linear(width * MLP_RATIO, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class TinyViTBlock(nn.Module):
+    """Windowed attention, depthwise 3 x 3 convolution, MLP; the convolution alone has no residual."""
+
+    def __init__(self, width: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads, window)
+        self.mlp = Mlp(width)
+        self.local_conv = ConvNorm(width, width, 3, groups=width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        x_BHWC = x_BHWC + self.attn(x_BHWC)
+        x_BHWC = self.local_conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x_BHWC = x_BHWC + self.mlp(x_BHWC)
+        return x_BHWC.permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, then the downsampling to the next stage (none after the last)."""
+
+    def __init__(self, blocks: list[nn.Module], downsample: PatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for block in self.blocks:
+            x_BCHW = block(x_BCHW)
+        return x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+
+
+class TinyViT(nn.Module):
+    """TinyViT with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
+
+    Args:
+        image_size: S in pixels, a multiple of 16. No weight depends on it.
+        variant: ``5m`` (MobileSAM's; 5,743,892 parameters), ``11m`` or ``21m``.
+
+    Raises:
+        ValueError: an unknown variant, an image_size that is no multiple of 16, or pixels of another size.
+    """
+
+    def __init__(self, image_size: int = 1024, variant: str = "5m") -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"unknown TinyViT variant {variant!r}: use {', '.join(VARIANTS)}")
+        if image_size < PATCH or image_size % PATCH:
+            raise ValueError(f"image_size {image_size} is not a positive multiple of {PATCH}")
+        self.image_size = image_size
+        self.variant = variant
+        config = VARIANTS[variant]
+        self.patch_embed = PatchEmbed(config.widths[0])
+        self.layers = nn.ModuleList(_stage(config, index) for index in range(4))
+        self.apply(_init_weights)
+        self.neck = nn.Sequential(neck_projection(config.widths[-1]), *neck_rest())
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        if pixels_BCHW.shape[1:] != (3, self.image_size, self.image_size):
+            wanted = f"(B, 3, {self.image_size}, {self.image_size})"
+            raise ValueError(f"pixels have shape {tuple(pixels_BCHW.shape)}, this TinyViT takes {wanted}")
+        x_BCHW = self.patch_embed(pixels_BCHW)
+        for stage in self.layers:
+            x_BCHW = stage(x_BCHW)
+        return self.neck(x_BCHW)
+
+
+def _stage(config: TinyViTConfig, index: int) -> Stage:
+    width, heads, window = config.widths[index], config.heads[index], config.windows[index]
+    blocks: list[nn.Module] = [
+        MBConv(width) if index == 0 else TinyViTBlock(width, heads, window)
+        for _ in range(config.depths[index])
+    ]
+    if index == 3:
+        return Stage(blocks, None)
+    return Stage(blocks, PatchMerging(width, config.widths[index + 1], stride=1 if index == 2 else 2))
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

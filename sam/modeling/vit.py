@@ -1,0 +1,295 @@
+"""Which ViT image encoders SAM has, and their positions at any image size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..preprocess import PATCH
+from .attention import attend
+from .fused_linear import linear, linear_gelu, linear_plus
+from .neck import EMBEDDING_CHANNELS, neck_convolution, neck_projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of one SAM ViT; ``global_blocks`` attend over the whole grid, the others in 14 x 14 windows.
+
+    Source: segment_anything/build_sam.py (vit_nano is ours).
+    """
+
+    width: int
+    depth: int
+    heads: int
+    global_blocks: tuple[int, ...]
+
+
+VITS: Mapping[str, ViTConfig] = MappingProxyType(
+    {
+        "vit_h": ViTConfig(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+        "vit_l": ViTConfig(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
+        "vit_b": ViTConfig(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
+        "vit_nano": ViTConfig(width=128, depth=4, heads=4, global_blocks=(1, 3)),
+    }
+)
+
+
+def build_vit(name: str, image_size: int) -> ViTEncoder:
+    """SAM's image encoder ``name``: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16).
+
+    Built under ``torch.device("meta")`` it costs neither memory nor initialisation.
+    """
+    config = VITS[name]
+    return ViTEncoder(image_size, config.width, config.depth, config.heads, config.global_blocks)
+
+
+def fit_positions(
+    state: dict[str, Tensor], config: ViTConfig, image_size: int
+) -> tuple[dict[str, Tensor], bool]:
+    """An encoder's state with its positions resampled to the grid of ``image_size``.
+
+    The absolute table (1, g, g, width) is resampled bicubically; the relative tables of the global blocks,
+    (2g - 1, head width), linearly, as segment_anything does by itself at run time. Windowed blocks keep
+    theirs: a window is 14 cells at any size.
+
+    Returns:
+        The state, and whether anything was resampled (nothing is when the grid is the trained one).
+    """
+    grid = image_size // PATCH
+    fitted = dict(state)
+    if state["pos_embed"].shape[1:3] != (grid, grid):
+        fitted["pos_embed"] = _resample_table(state["pos_embed"], grid)
+    length = 2 * grid - 1
+    for block in config.global_blocks:
+        for axis in ("h", "w"):
+            key = f"blocks.{block}.attn.rel_pos_{axis}"
+            if state[key].shape[0] != length:
+                fitted[key] = _resample_relative(state[key], length)
+    return fitted, any(fitted[key] is not state[key] for key in state)
+
+
+def _resample_table(table_1HWC: Tensor, grid: int) -> Tensor:
+    table_1CHW = table_1HWC.float().permute(0, 3, 1, 2)
+    resampled = F.interpolate(table_1CHW, size=(grid, grid), mode="bicubic", antialias=True)
+    return resampled.permute(0, 2, 3, 1).contiguous()
+
+
+def _resample_relative(table_LD: Tensor, length: int) -> Tensor:
+    table_1DL = table_LD.float().T[None]
+    return F.interpolate(table_1DL, size=length, mode="linear")[0].T.contiguous()
+
+
+# --- SAM's ViT image encoder: the function that ``segment_anything`` defines, computed for speed.
+#
+# Module names follow the released checkpoints, so that their ``image_encoder.*`` loads as it is. What differs from
+# ``segment_anything/modeling/image_encoder.py`` is the way, not the result: tokens lie in one layout (B, Y, X, C)
+# from
+# the patches to the neck, only cells of the grid go through the linear layers (not the padding of border windows),
+# and attention is one call that never holds its table of positions (`relative_attention`).
+#
+# Shape suffixes: B images, W windows, Y and X rows and columns of the grid, N tokens, C channels, K heads, D head
+# width.
+#
+
+WINDOW = 14
+MLP_RATIO = 4
+EPSILON = 1e-6
+
+
+class ViTEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding in the pixels' dtype.
+
+    Args:
+        image_size: S in pixels, a multiple of 16.
+        width, depth, heads: of the transformer.
+        global_blocks: the blocks that attend over the whole grid; the others do so in windows of 14 x 14 cells.
+    """
+
+    def __init__(
+        self, image_size: int, width: int, depth: int, heads: int, global_blocks: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        grid = image_size // PATCH
+        self.img_size = image_size
+        self.patch_embed = PatchEmbed(width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, width))
+        self.blocks = nn.ModuleList(
+            Block(
+                width, heads, grid if index in global_blocks else WINDOW, windowed=index not in global_blocks
+            )
+            for index in range(depth)
+        )
+        self.neck = Neck(width)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        x_BYXC = self.patch_embed(pixels_BCHW)
+        x_BYXC += self.pos_embed.to(x_BYXC.dtype)
+        for block in self.blocks:
+            x_BYXC = block(x_BYXC)
+        return self.neck(x_BYXC).to(pixels_BCHW.dtype)
+
+    def hold_in_bfloat16(self) -> ViTEncoder:
+        """Convert the weights of all products to bfloat16, once and for good; norms and positions stay float32.
+
+        What the weights of products are in, everything between them is computed and kept in, norms and softmax
+        excepted.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+        return self
+
+
+class PatchEmbed(nn.Module):
+    """Squares of 16 x 16 pixels, each one token: a convolution whose stride is its kernel, as one matrix product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, PATCH, PATCH)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        patches = pixels_BCHW.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH))  # B, 3, Y, 16, X, 16
+        patches_BYXC = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches_BYXC.to(weight.dtype), weight, self.proj.bias)
+
+
+class Norm(nn.LayerNorm):
+    """Layer norm over the last axis with its weights, sums and roots in float32, and the input's dtype."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype or x.device.type == "cpu":
+            # The CPU's kernel takes the two dtypes together.
+            return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind its norm and beside its residual."""
+
+    def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
+        super().__init__()
+        self.norm1 = Norm(width)
+        self.attn = Attention(width, heads, side, windowed=windowed)
+        self.norm2 = Norm(width)
+        self.mlp = Mlp(width)
+
+    def forward(self, x_BYXC: Tensor) -> Tensor:
+        attended = self.attn(self.norm1(x_BYXC), x_BYXC)
+        return self.mlp(self.norm2(attended), attended)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them, and a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(width, width * MLP_RATIO)
+        self.lin2 = nn.Linear(width * MLP_RATIO, width)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return linear_plus(linear_gelu(x, self.lin1), self.lin2, residual)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size, and
+    a residual."""
+
+    def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.side = side
+        self.windowed = windowed
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
+
+    def forward(self, x_BYXC: Tensor, residual_BYXC: Tensor) -> Tensor:
+        qkv_BYXC = linear(x_BYXC, self.qkv)
+        if not self.windowed:
+            return linear_plus(self._attend(qkv_BYXC), self.proj, residual_BYXC)
+        # A border window's cells beyond the grid are zeros to the linear layer (which makes them its bias) and take
+        # part in the attention, as keys.
+        windows_WYXC = into_windows(qkv_BYXC, self.side, self.qkv.bias)
+        attended_BYXC = out_of_windows(self._attend(windows_WYXC), x_BYXC.shape[:3])
+        return linear_plus(attended_BYXC, self.proj, residual_BYXC)
+
+    def _attend(self, qkv_BYXC: Tensor) -> Tensor:
+        q, k, v = (
+            part.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in qkv_BYXC.chunk(3, dim=-1)
+        )
+        out_BKND = attend(q, k, v, self.rel_pos_h, self.rel_pos_w, rows=self.side)
+        return out_BKND.transpose(1, 2).flatten(2).view(*qkv_BYXC.shape[:3], -1)
+
+
+def into_windows(x_BYXC: Tensor, side: int, beyond_C: Tensor) -> Tensor:
+    """Cut a grid into windows of `side` x `side` cells, row by row: (B * windows, side, side, C). Cells beyond the
+    grid are `beyond_C`."""
+    batch, rows, columns, channels = x_BYXC.shape
+    down, right = -(-rows // side), -(-columns // side)
+    shape = (batch, down, right, side, side, channels)
+    cut_off = (rows, columns) != (down * side, right * side)
+    windows = beyond_C.expand(shape).contiguous() if cut_off else x_BYXC.new_empty(shape)
+    for grid_part, window_part in _regions(x_BYXC, windows):
+        window_part.copy_(grid_part)
+    return windows.flatten(0, 2)
+
+
+def out_of_windows(windows_WYXC: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `into_windows`: (B, Y, X, C) for `shape` (B, Y, X), what lies beyond the grid left out."""
+    batch, rows, columns = shape
+    side, channels = windows_WYXC.shape[1], windows_WYXC.shape[3]
+    x_BYXC = windows_WYXC.new_empty(batch, rows, columns, channels)
+    windows = windows_WYXC.view(batch, -(-rows // side), -(-columns // side), side, side, channels)
+    for grid_part, window_part in _regions(x_BYXC, windows):
+        grid_part.copy_(window_part)
+    return x_BYXC
+
+
+def _regions(x_BYXC: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of the same cells in a grid and in its windows (B, down, right, side, side, C): whole windows, and those
+    cut off at the right, at the bottom, and at both."""
+    side = windows.shape[3]
+    for (ys, height), (xs, width) in product(*(_spans(length, side) for length in x_BYXC.shape[1:3])):
+        rows, columns = (
+            slice(span.start * side, span.start * side + (span.stop - span.start) * cells)
+            for span, cells in ((ys, height), (xs, width))
+        )
+        region = x_BYXC[:, rows, columns].unflatten(1, (-1, height)).unflatten(3, (-1, width))
+        yield region.transpose(2, 3), windows[:, ys, xs, :height, :width]
+
+
+def _spans(length: int, side: int) -> list[tuple[slice, int]]:
+    """Along one axis: the whole windows, and the one that is cut off, each with its number of cells."""
+    whole, rest = divmod(length, side)
+    spans = [(slice(0, whole), side)] if whole else []
+    return [*spans, (slice(whole, whole + 1), rest)] if rest else spans
+
+
+class Neck(nn.Sequential):
+    """SAM's neck: tokens to 256 channels, a 3 x 3 convolution, a norm after each; (B, Y, X, C) to (B, 256, Y, X)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            neck_projection(width),
+            Norm(EMBEDDING_CHANNELS),
+            neck_convolution(),
+            Norm(EMBEDDING_CHANNELS),
+        )
+
+    def forward(self, x_BYXC: Tensor) -> Tensor:
+        _, norm, convolution, last_norm = self
+        x_BYXC = norm(F.linear(x_BYXC, self.get_parameter("0.weight").flatten(1)))
+        x_BCYX = convolution(x_BYXC.permute(0, 3, 1, 2))  # channels last, without a copy
+        return last_norm(x_BCYX.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -1,0 +1,362 @@
+"""One file of a committed shard against its listing: what every such check does."""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..common.durable import explained
+from ..common.errors import StoreDamaged
+from .images import BLOCK, END, header, padding, tar_bytes, tar_path
+from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c
+from .manifest import PAGE_KEYS, SELECT_RECORDS, KeysDigest, Manifest, record_of, shard_digest
+from .reader import read_chunk, read_fully
+from .records import MAKE_ANEW, ImageRecord, KeptImage, Problem, ProblemKind
+from .spec import StoreSpec
+
+FAILING_DISK = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.ENODATA}
+"""Errors that tell of this one file's blocks, rather than of permissions or of too many open files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A problem; of a row with whole bytes that aren't its own, also their checksum and array."""
+
+    problem: Problem
+    foreign: tuple[str, int] | None = field(default=None)
+
+
+class FileCheck(ABC):
+    """`findings` opens the file and has `_examine` look at it."""
+
+    def __init__(self, path: Path, listing: ShardListing) -> None:
+        self._path = path
+        self._listing = listing
+
+    def findings(self) -> list[Finding]:
+        """Everything that is wrong with the file. StoreError when it can't be read for a reason that says nothing of
+        it, as for want of permission."""
+        with explained(self._path):
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                return [self._of_file("missing", f"the file is missing, with {self._images()}")]
+            except OSError as error:
+                if error.errno not in FAILING_DISK:
+                    raise
+                return [self._unreadable(error)]
+            found: list[Finding] = []
+            try:
+                found.extend(self._examine(descriptor))
+            except OSError as error:
+                if error.errno not in FAILING_DISK | {errno.EISDIR}:
+                    raise
+                found.append(self._unreadable(error))
+            finally:
+                os.close(descriptor)
+            return found
+
+    @abstractmethod
+    def _examine(self, descriptor: int) -> Iterator[Finding]:
+        """What is wrong with the open file. May raise OSError."""
+
+    def _short(self, size: int, expected: int) -> Finding:
+        message = f"the file has {size:,} bytes instead of {expected:,}: {self._images()} are lost"
+        return self._of_file("short", message)
+
+    def _images(self) -> str:
+        count = sum(record.status == "done" for record in self._listing.records)
+        return f"{count} image{'' if count == 1 else 's'}"
+
+    def _unreadable(self, error: OSError) -> Finding:
+        return self._of_file("unreadable", f"the disk can't read it ({error.strerror}): check the disk")
+
+    def _of_file(self, kind: ProblemKind, message: str) -> Finding:
+        return Finding(
+            problem=Problem(kind=kind, message=message, file=str(self._path), shard=self._listing.shard)
+        )
+
+    def _of_row(
+        self,
+        kind: ProblemKind,
+        message: str,
+        row: int,
+        key: str | None = None,
+        foreign: tuple[str, int] | None = None,
+    ) -> Finding:
+        return Finding(
+            problem=Problem(
+                kind=kind, message=message, file=str(self._path), shard=self._listing.shard, row=row, key=key
+            ),
+            foreign=foreign,
+        )
+
+
+def is_zero(descriptor: int, size: int) -> bool:
+    """Whether an open file of `size` bytes is nothing but zero bytes."""
+    piece = 1 << 20
+    return not any(os.pread(descriptor, piece, start).strip(b"\0") for start in range(0, size, piece))
+
+
+# --- Whether the manifest agrees with itself: a shard's listing, and the tables as a whole.
+
+SHOWN_ERRORS = 10
+"""Lines of SQLite's own check that are shown at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardListing:
+    """What the manifest says of one committed shard: `rows` as committed, the records of those that are whole,
+    and what is wrong with the others."""
+
+    shard: int
+    attempt: str
+    rows: range
+    records: tuple[ImageRecord, ...]
+    problems: tuple[Problem, ...]
+
+
+def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListing | None:
+    """The listing of a shard, its digests compared; None when it isn't committed (any more)."""
+    first = shard * shard_size
+    try:
+        with manifest.snapshot():
+            shards = manifest.query("SELECT * FROM shards WHERE shard = ?", (shard,))
+            found = manifest.query(
+                f"{SELECT_RECORDS} WHERE row >= ? AND row < ? ORDER BY row", (first, first + shard_size)
+            )
+    except StoreDamaged as error:
+        problem = Problem(kind="listing", message=str(error), shard=shard)
+        return ShardListing(shard=shard, attempt="", rows=range(0), records=(), problems=(problem,))
+    if not shards:
+        return None
+    *fields, digest = shards[0]
+    rows = range(first, first + (fields[1] if isinstance(fields[1], int) else 0))
+    records, problems = [], []
+    for row in found:
+        try:
+            record = record_of(row)
+        except StoreDamaged as error:
+            problems.append(Problem(kind="listing", message=str(error), shard=shard, row=row[0]))
+        else:
+            if record.status != "pending":
+                records.append(record)
+    listed = [row[-1] for row in found if row[-2]]
+    if not problems and (shard_digest(tuple(fields), listed) != digest or len(records) != len(rows)):
+        problems.append(
+            Problem(
+                kind="listing",
+                message=f"the manifest lists {len(records)} rows of this shard, which was committed with "
+                f"{len(rows)}, or its checksum of them is wrong",
+                shard=shard,
+            )
+        )
+    return ShardListing(
+        shard=shard, attempt=fields[4], rows=rows, records=tuple(records), problems=tuple(problems)
+    )
+
+
+def manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
+    """What is wrong with the manifest's tables as a whole; goes through all of them. A problem without a shard
+    can't be mended by computing anew."""
+    try:
+        found = [*_database_problems(manifest), *_image_problems(manifest)]
+        return [*found, *_stray_problems(manifest, shard_size)]
+    except StoreDamaged as error:
+        return [_problem(manifest, str(error))]
+
+
+def _problem(manifest: Manifest, message: str, shard: int | None = None) -> Problem:
+    return Problem(kind="listing", message=message, file=str(manifest.path), shard=shard)
+
+
+def integrity_errors(manifest: Manifest) -> list[str]:
+    """What SQLite finds wrong with the database; reads all of it."""
+    lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
+    return [] if lines == ["ok"] else lines
+
+
+def _database_problems(manifest: Manifest) -> Iterator[Problem]:
+    lines = integrity_errors(manifest)
+    if lines:
+        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {MAKE_ANEW}")
+
+
+def _image_problems(manifest: Manifest) -> Iterator[Problem]:
+    """Rows without a gap, and in every set of images the keys that were appended."""
+    manifest.row_count()
+    for first, rows, *chosen, digest in manifest.query(
+        'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
+    ):
+        keys = KeysDigest((first, *chosen))
+        count = 0
+        for start in range(first, first + rows, PAGE_KEYS):
+            for key in manifest.keys(range(start, min(start + PAGE_KEYS, first + rows))):
+                if isinstance(key, bytes):
+                    keys.add(key)
+                count += 1
+        if count != rows or keys.value() != digest:
+            yield _problem(
+                manifest,
+                f"the {rows:,} keys from row {first:,} on are not those that were listed: {MAKE_ANEW}",
+            )
+
+
+def _stray_problems(manifest: Manifest, shard_size: int) -> Iterator[Problem]:
+    """Results of shards that aren't listed, and shards of rows that there aren't."""
+    for (shard,) in manifest.query(
+        "SELECT DISTINCT row / ?1 FROM results WHERE row / ?1 NOT IN (SELECT shard FROM shards)",
+        (shard_size,),
+    ):
+        yield _problem(manifest, "rows of this shard have results, though it isn't listed", shard)
+    for (shard,) in manifest.query(
+        "SELECT shard FROM shards WHERE shard < 0 OR shard * ? >= (SELECT sum(rows) FROM extensions)",
+        (shard_size,),
+    ):
+        yield _problem(manifest, "this shard is listed, though the store has no rows in it", shard)
+
+
+# --- A shard's files against its listing, row by row: what is damaged, and how.
+
+
+def check_shard(store: Path, spec: StoreSpec, listing: ShardListing) -> list[Finding]:
+    """Everything that is wrong with a committed shard. StoreError when files can't be read for a reason that says
+    nothing of the shard, as for want of permission."""
+    found = [Finding(problem=problem) for problem in listing.problems]
+    if any(problem.row is None for problem in listing.problems):
+        return found  # how many rows there should be is not known
+    for layout in spec.layouts:
+        path = store / layout.name / layout.file_name(listing.shard)
+        found += ArrayCheck(path, layout, listing).findings()
+    if spec.kept_images is not None:
+        found += TarCheck(tar_path(store, listing.shard), spec.kept_images, listing).findings()
+    return found
+
+
+class ArrayCheck(FileCheck):
+    """A shard's file of one array."""
+
+    def __init__(self, path: Path, layout: ArrayLayout, listing: ShardListing) -> None:
+        super().__init__(path, listing)
+        self._layout = layout
+
+    def _examine(self, descriptor: int) -> Iterator[Finding]:
+        layout, listing = self._layout, self._listing
+        size, expected = os.fstat(descriptor).st_size, layout.file_bytes(len(listing.rows))
+        if size != expected:
+            yield self._short(size, expected)
+            return
+        tail = bytearray(layout.index_bytes)
+        read_fully(descriptor, [memoryview(tail)], size - layout.index_bytes)
+        try:
+            index = layout.decode_index(bytes(tail))
+        except ValueError:
+            if is_zero(descriptor, size):
+                yield self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+            else:
+                yield self._of_file("checksum", f"the file's index is damaged: {self._images()} are lost")
+            return
+        yield from self._compare(descriptor, index)
+
+    def _compare(self, descriptor: int, index: np.ndarray) -> Iterator[Finding]:
+        """Every slot of the index against the listing, and every listed row's bytes."""
+        first = self._listing.rows.start
+        done = {record.row - first: record for record in self._listing.records if record.status == "done"}
+        damaged = {problem.row - first for problem in self._listing.problems if problem.row is not None}
+        payload = np.empty(self._layout.payload_bytes, np.uint8)
+        for slot, (offset, length) in enumerate(index.tolist()):
+            if slot in damaged:
+                continue
+            record = done.get(slot)
+            if record is None:
+                if offset != EMPTY or length != EMPTY:
+                    message = "the file holds a row here, though the manifest lists none that is done"
+                    yield self._of_row("listing", message, first + slot)
+            elif (offset, length) != (
+                slot * self._layout.stride,
+                self._layout.payload_bytes + CHECKSUM_BYTES,
+            ):
+                message = "the manifest lists the row, but the file's index does not have it in its place"
+                yield self._of_row("listing", message, record.row, record.key)
+            else:
+                yield from self._compare_row(descriptor, offset, record, payload)
+
+    def _compare_row(
+        self, descriptor: int, offset: int, record: ImageRecord, payload: np.ndarray
+    ) -> Iterator[Finding]:
+        stored = read_chunk(descriptor, offset, payload)
+        computed = crc32c(payload)
+        listed = record.scales_crc32c if self._layout.name == "scales" else record.crc32c
+        if computed == listed == stored:
+            if not _is_finite(payload.view(self._layout.dtype)):
+                yield self._of_row("not-finite", "it holds NaN or infinite values", record.row, record.key)
+        elif computed == listed:
+            message = "the bytes are whole, but the checksum behind them is damaged"
+            yield self._of_row("checksum", message, record.row, record.key)
+        elif computed == stored:
+            message = "the bytes are whole, but not those that were committed for this row"
+            yield self._of_row(
+                "identity", message, record.row, record.key, foreign=(self._layout.name, computed)
+            )
+        elif not payload.any():
+            yield self._of_row("zeros", "there are zero bytes in its place", record.row, record.key)
+        else:
+            message = "the bytes are not those that were written: their checksum is another"
+            yield self._of_row("checksum", message, record.row, record.key)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype.kind != "f":
+        return True
+    if values.dtype.itemsize == 2:
+        # isfinite converts float16 value by value; its exponent says the same five times as fast.
+        exponent = np.uint16(0x7C00)
+        return bool(((values.view(np.uint16) & exponent) != exponent).all())
+    return bool(np.isfinite(values).all())
+
+
+# --- A shard's kept images against its listing.
+
+
+class TarCheck(FileCheck):
+    """A shard's tar: its length, and every member's header and bytes."""
+
+    def __init__(self, path: Path, kind: str, listing: ShardListing) -> None:
+        super().__init__(path, listing)
+        self._kind = kind
+
+    def _examine(self, descriptor: int) -> Iterator[Finding]:
+        kept = [
+            (record, record.kept)
+            for record in self._listing.records
+            if record.status == "done" and record.kept is not None
+        ]
+        size, expected = os.fstat(descriptor).st_size, tar_bytes(image for _, image in kept)
+        # Where a row's listing is damaged, the length of its image isn't known; every tar has an end.
+        if size < len(END) or (size != expected and not self._listing.problems):
+            yield self._short(size, expected)
+        elif kept and is_zero(descriptor, size):
+            yield self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+        else:
+            for record, image in kept:
+                yield from self._compare(descriptor, record, image)
+            if os.pread(descriptor, len(END), size - len(END)) != END:
+                yield self._of_file("checksum", "the tar's end is damaged, though its images may be whole")
+
+    def _compare(self, descriptor: int, record: ImageRecord, image: KeptImage) -> Iterator[Finding]:
+        block = header(record.row, self._kind, image.bytes)
+        filled = image.bytes + padding(image.bytes)
+        found = os.pread(descriptor, BLOCK + filled, image.offset - BLOCK)
+        if crc32c(found[BLOCK : BLOCK + image.bytes]) != image.crc32c:
+            message = "the image kept of it is not the one that was written: its checksum is another"
+        elif found[:BLOCK] != block or any(found[BLOCK + image.bytes :]):
+            message = "the image kept of it is whole, but what the tar has around it is damaged"
+        else:
+            return
+        yield self._of_row("checksum", message, record.row, record.key)

@@ -1,0 +1,98 @@
+"""Making a store beside its place and moving it there whole, so that no half-made one is ever seen."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..common.durable import explained, fsync_directory, make_folder
+from ..common.errors import StoreError, StoreLocked
+from .layout import MANIFEST, PRIVATE
+from .lock import WriterLock
+
+_DRAFT_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
+
+
+def refuse_taken(path: Path) -> None:
+    """StoreError unless a store can be made at `path`: nothing is there, or an empty folder (or a link to one)."""
+    if not path.name or path.name == "..":
+        raise StoreError(
+            f"{path} can't become a store: name a folder of its own, as in {path / 'store.zarr'}"
+        )
+    with explained(path):
+        if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+            return
+    if (path / MANIFEST).exists():
+        raise StoreError(f"{path} holds a store already: go on with it, or give another --out")
+    if path.is_symlink() and not path.exists():
+        raise StoreError(f"{path} is a link to {path.readlink()}, which is not there: make that folder first")
+    raise StoreError(f"{path} exists and is no mobilesam store: give another --out, or remove it")
+
+
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A folder to make the store in, locked, which takes the place `path` when the context is left normally and
+    is removed otherwise. Drafts that killed processes left are removed first."""
+    refuse_taken(path)
+    # A link stays a link: the store is made on the disk that it leads to.
+    place = Path(os.path.realpath(path))
+    with explained(path):
+        make_folder(place.parent)
+        _remove_abandoned(place)
+        draft = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.partial")
+        (draft / PRIVATE).mkdir(parents=True)
+    lock = WriterLock(draft / PRIVATE)
+    try:
+        lock.acquire()
+        with explained(path):
+            yield draft
+            lock.forget_owner()
+            _move_into_place(draft, place, path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove what a killed process left beside the place. Nothing but our own drafts: other names are somebody's."""
+    for draft in place.parent.iterdir():
+        if not draft.name.startswith(place.name) or not _DRAFT_NAME.fullmatch(draft.name[len(place.name) :]):
+            continue
+        if not (draft / PRIVATE).is_dir():
+            _remove_empty(draft)
+            continue
+        lock = WriterLock(draft / PRIVATE)
+        try:
+            lock.acquire()
+        except StoreLocked:
+            continue
+        except StoreError:
+            pass
+        shutil.rmtree(draft, ignore_errors=True)
+        lock.release()
+
+
+def _remove_empty(draft: Path) -> None:
+    """A draft whose process was killed before it had made all its folders. One that holds anything is somebody's."""
+    with suppress(OSError):
+        for folder in (draft / PRIVATE).parents:
+            if folder == draft.parent:
+                break
+            if folder.exists():
+                folder.rmdir()
+
+
+def _move_into_place(draft: Path, place: Path, path: Path) -> None:
+    try:
+        os.rename(draft, place)
+    except OSError:
+        refuse_taken(path)  # somebody may have made something there meanwhile
+        raise
+    fsync_directory(place.parent)

@@ -1,0 +1,48 @@
+"""SAM's prompt encoder and mask decoder beside the embeddings: one safetensors file, known by its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ..common.durable import explained, write_atomic
+from ..common.errors import StoreDamaged, StoreError, StoreMismatch
+
+_MEND = "run the same mobilesam precompute again, which writes it anew"
+
+
+def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
+    """SAM's prompt encoder and mask decoder as safetensors, with their SHA-256."""
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def read_head(path: Path, sha256: str) -> bytes:
+    """The file's content; StoreDamaged when it is gone, or not the one with this SHA-256."""
+    try:
+        with explained(path):
+            data = path.read_bytes()
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise StoreDamaged(f"{path} is missing: {_MEND}") from error
+        raise
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreDamaged(f"{path} is not the file that was stored with this store: {_MEND}")
+    return data
+
+
+def write_head(path: Path, data: bytes, sha256: str) -> None:
+    """Write the file anew, whole; StoreMismatch unless it is the one with this SHA-256."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise StoreMismatch(
+            f"this head (SHA-256 {found[:16]}) is not the one that {path} was made with ({sha256[:16]}): "
+            "give the checkpoint that the store was made with"
+        )
+    with explained(path):
+        write_atomic(path, data)

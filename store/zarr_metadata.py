@@ -1,0 +1,120 @@
+"""The Zarr v3 documents of a store: made by zarr-python, written durably by us."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..common.durable import write_atomic
+from ..common.errors import StoreDamaged, StoreError, StoreNotFound
+from .layout import MANIFEST, ArrayLayout, local_path
+from .records import PUT_BACK
+from .spec import StoreSpec
+
+DOCUMENT = "zarr.json"
+ATTRIBUTE = "mobilesam"
+
+_DIMENSIONS = ("row", "channel", "y", "x")
+
+
+def group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
+    """The root group's zarr.json: the spec among its attributes, and the arrays' documents consolidated, without
+    which xarray warns on opening."""
+    import zarr
+
+    documents: dict[str, Any] = {}
+    zarr.create_group(documents, zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
+    document = json.loads(documents[DOCUMENT].to_bytes())
+    document["consolidated_metadata"] = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": {name: json.loads(text) for name, text in sorted(arrays.items())},
+    }
+    return json.dumps(document, indent=2).encode()
+
+
+def array_document(layout: ArrayLayout, rows: int) -> bytes:
+    """An array's zarr.json for `rows` rows: shards of whole rows, crc32c on every row, absence reads as NaN
+    (as 0 in int8, where the row's scales read as NaN)."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    documents: dict[str, Any] = {}
+    zarr.create_array(
+        documents,
+        shape=(rows, *layout.item_shape),
+        dtype=layout.dtype,
+        chunks=(1, *layout.item_shape),
+        shards=(layout.shard_size, *layout.item_shape),
+        filters=None,
+        compressors=Crc32cCodec(),
+        fill_value=float("nan") if layout.dtype.kind == "f" else 0,
+        dimension_names=_DIMENSIONS[: 1 + len(layout.item_shape)],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        zarr_format=3,
+    )
+    return bytes(documents[DOCUMENT].to_bytes())
+
+
+def documents_of(spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    """Every zarr.json of a store of `rows` rows, by its path in the store, the group's last."""
+    arrays = {layout.name: array_document(layout, rows) for layout in spec.layouts}
+    documents = {f"{name}/{DOCUMENT}": document for name, document in arrays.items()}
+    return documents | {DOCUMENT: group_document(spec, arrays)}
+
+
+def changed_documents(store: Path, documents: Mapping[str, bytes]) -> list[str]:
+    """The names of those that are not on disk as they should be."""
+    return [name for name, content in documents.items() if not _holds(store / name, content)]
+
+
+def write_documents(store: Path, documents: Mapping[str, bytes]) -> None:
+    """Put every document in its place, in the order given; one that is there already is left alone."""
+    for name in changed_documents(store, documents):
+        path = store / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, documents[name])
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except FileNotFoundError:
+        return False
+
+
+def read_spec(store: Path) -> StoreSpec:
+    """The spec of the store at a path. StoreNotFound when it is none, StoreDamaged when there is one, but its
+    document is not whole, StoreError when it can't be read."""
+    path = store / DOCUMENT
+    try:
+        document = json.loads(path.read_bytes())
+        attributes = dict(document["attributes"][ATTRIBUTE])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _none(store, f"it has no {DOCUMENT}") from error
+    except OSError as error:
+        raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreDamaged(f"{path} is damaged (no JSON): {PUT_BACK}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
+    return StoreSpec.from_json(attributes)
+
+
+def exists(path: Path | str) -> bool:
+    """Whether there is a mobilesam store at the path (whole or damaged)."""
+    try:
+        read_spec(local_path(path))
+    except StoreNotFound:
+        return False
+    return True
+
+
+def _none(store: Path, reason: str) -> StoreError:
+    if (store / MANIFEST).exists():
+        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {PUT_BACK}")
+    if store.is_file():
+        return StoreNotFound(f"{store} is a file, not a mobilesam store")
+    return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")

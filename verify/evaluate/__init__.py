@@ -1,0 +1,1 @@
+"""Comparison of any models by their masks: with the teacher's, with labels, and by their costs."""

@@ -1,0 +1,141 @@
+"""The tables of an evaluation, for the terminal and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...common.errors import shown
+from ...common.table import Table
+from ..table import number
+from . import iou
+
+ABSENT = "-"
+MOST_NAMED = 10
+"""Failed images that the terminal names; `--json` and the report name all."""
+
+
+LABEL_HEADINGS = {
+    iou.BOX: "box",
+    iou.CENTRE: "center",
+    iou.PICKED: "center, picked of 3",
+    iou.ORACLE: "center, best of 3",
+}
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """What was measured: cost, masks against the teacher's, masks against labels; only those there are."""
+    models: Sequence[Mapping[str, Any]] = result["models"]
+    if not result["evaluated"]:
+        return []
+    found = [_costs(models)]
+    if any(model["teacher"] for model in models):
+        found.append(_teacher(result, models))
+    if any(model["labels"] for model in models):
+        images = f"{result['labelled']:,} image{_s(result['labelled'])}"
+        headings = [LABEL_HEADINGS[name] for name in iou.LABEL_PROTOCOLS]
+        objects = max(
+            (one["prompts"] for model in models for one in model["labels"].values() if one), default=0
+        )
+        found.append(
+            Table(
+                title=f"mIoU with labels, {objects:,} objects in {images}",
+                note="Single masks for the object's box and for its innermost point, and for that point the mask of "
+                "three that the model itself rates best, and the best one. Mean over objects.",
+                columns=["model", *headings],
+                numeric=[False, *(True for _ in headings)],
+                rows=[[model["name"], *_ious(model["labels"], iou.LABEL_PROTOCOLS)] for model in models],
+            )
+        )
+    return found
+
+
+def _costs(models: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for model in models:
+        macs = model["encoder_macs"]
+        rows.append(
+            [
+                model["name"],
+                model["kind"],
+                ABSENT if model["parameters"] is None else f"{model['parameters']:,}",
+                ABSENT if macs is None else f"{macs / 1e9:.3g} G",
+                ABSENT if model["encoder_ms"] is None else f"{model['encoder_ms']:,.1f}",
+                ABSENT if model["decoder_ms"] is None else f"{model['decoder_ms']:,.1f}",
+            ]
+        )
+    return Table(
+        title="Cost on this machine",
+        note="Parameters of encoder and decoder; multiply-accumulates of the encoder; milliseconds for an image and "
+        "for one prompt, medians. FastSAM's are those of everything, from pixels to masks.",
+        columns=["model", "kind", "parameters", "MACs", "encoder ms", "decoder ms"],
+        numeric=[False, False, True, True, True, True],
+        rows=rows,
+    )
+
+
+def _teacher(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Table:
+    protocols = list(models[0]["teacher"])
+    side, images = result["points"], result["evaluated"]
+    left_out = sum(result["left_out"].values())
+    asked = side * side * images * len(result["left_out"])
+    fit = f" {left_out:,} of {asked:,} pairs don't fit into their image and are left out." if left_out else ""
+    return Table(
+        title=f"mIoU with {shown(str(result['reference']['teacher']))}'s masks, {side} x {side} points in "
+        f"{images:,} image{_s(images)}",
+        note="One foreground point; then one foreground and one background point so many pixels apart. Mean over an "
+        f"image's prompts, then over images.{fit}",
+        columns=[
+            "model",
+            *(name.replace("pair_", "+- ") + (" px" if "pair" in name else "") for name in protocols),
+        ],
+        numeric=[False, *(True for _ in protocols)],
+        rows=[[model["name"], *_ious(model["teacher"], protocols)] for model in models],
+    )
+
+
+def _ious(found: Mapping[str, Mapping[str, Any] | None], protocols: Sequence[str]) -> list[str]:
+    values = [found.get(name) for name in protocols]
+    return [ABSENT if value is None else number(value["miou"], ".4f") for value in values]
+
+
+def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
+    """What `mobilesam evaluate` prints."""
+    images, evaluated = result["images"], result["evaluated"]
+    what = f"{evaluated:,} of {images:,} image{_s(images)}"
+    if result["reference"] is not None and result["reference"]["store"] is not None:
+        what += f", split {result['split']}"
+    lines = [what]
+    lines += [f"note: {note}" for note in result["notes"]]
+    for model in result["models"]:
+        if model["licence"] is not None:
+            lines.append(f"licence of {model['name']}: {model['licence']}")
+        lines += [f"note on {model['name']}: {note}" for note in model["notes"]]
+    for table in tables(result):
+        lines += ["", *table.lines()]
+    failed = result["failed"]
+    if failed:
+        lines += ["", f"{len(failed):,} image{_s(len(failed))} failed:"]
+        lines += [
+            f"  {one['key']}: {one['reason'].removeprefix(one['key'] + ': ')}" for one in failed[:MOST_NAMED]
+        ]
+        lines += [f"  and {len(failed) - MOST_NAMED:,} more"] if len(failed) > MOST_NAMED else []
+    if not evaluated:
+        lines += ["", nothing_told(result)]
+    if result["report"]:
+        lines += ["", f"report  {result['report']}"]
+    return [shown(line) for line in lines]
+
+
+def nothing_told(result: Mapping[str, Any]) -> str:
+    """Why there are no numbers."""
+    if result["failed"]:
+        return "nothing could be evaluated: every image failed, or has nothing to be compared with"
+    return (
+        "nothing to compare with: give --store, --teacher, or labels of these images (--coco, or SA-1B's JSON beside "
+        "each image)"
+    )
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"

@@ -1,0 +1,1 @@
+"""Charts, pictures and page templates of reports."""

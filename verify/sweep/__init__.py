@@ -1,0 +1,1 @@
+"""Grids of runs, each trained and verified, and their results side by side."""

@@ -1,0 +1,79 @@
+"""What the runs of a sweep have come to, on disk: results.json, written anew whenever a run ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...common.durable import write_atomic
+from ...common.errors import VerifyError
+from ...distill.run_folder import LOCK_FILE
+from .grid import RUNS
+from .trial import DONE, FAILED
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE, PAGE_FILE, MARKDOWN_FILE = "results.json", "report.html", "tables.md"
+FORMAT = 1
+
+
+class Results:
+    """Outcomes by the trials' names, as `run_trial` returns them.
+
+    The runs' own folders are the truth: what is lost here is found or measured again.
+    """
+
+    def __init__(self, folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
+        self.path = folder / RESULTS_FILE
+        self.outcomes: dict[str, Mapping[str, Any]] = dict(known)
+
+    @classmethod
+    def open(cls, folder: Path) -> Results:
+        """The results in a sweep's folder; none where there are none, or where they are damaged."""
+        path = folder / RESULTS_FILE
+        try:
+            value = json.loads(path.read_bytes())
+            if value["format"] != FORMAT:
+                raise ValueError(f"format {value['format']}, this version's is {FORMAT}")
+            return cls(folder, {outcome["name"]: outcome for outcome in value["runs"]})
+        except FileNotFoundError:
+            return cls(folder, {})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            logger.warning("%s is damaged (%s): made anew from the runs", path, error)
+            return cls(folder, {})
+
+    def add(self, outcome: Mapping[str, Any]) -> None:
+        """Takes up an outcome, in the place of an earlier one, and writes all.
+
+        What a run has come to once isn't lost when it fails later, since its photos are away for instance: the
+        earlier outcome stays, with what went wrong as `error`.
+        """
+        name, earlier = outcome["name"], self.outcomes.get(outcome["name"])
+        if outcome["status"] == FAILED and earlier is not None and earlier["status"] == DONE:
+            outcome = {**earlier, "error": outcome["error"]}
+        self.outcomes[name] = outcome
+        self._write()
+
+    def of(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """The outcomes that there are of these trials, in this order."""
+        return [self.outcomes[name] for name in names if name in self.outcomes]
+
+    def _write(self) -> None:
+        value = {"format": FORMAT, "runs": list(self.outcomes.values())}
+        write_atomic(self.path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def check_folder(folder: Path) -> None:
+    """VerifyError when a sweep can't be written into `folder`: it holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise VerifyError(f"{folder} is a file; give another --out")
+    if not folder.exists() or (folder / RESULTS_FILE).exists():
+        return
+    ours = (RUNS, LOCK_FILE, PAGE_FILE, MARKDOWN_FILE)
+    others = [path.name for path in folder.iterdir() if path.name not in ours]
+    others = [name for name in others if not name.endswith(".partial")]
+    if others:
+        raise VerifyError(f"{folder} holds {len(others)} other file(s) and no sweep; give another --out")

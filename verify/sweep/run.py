@@ -1,0 +1,164 @@
+"""A sweep: a grid of runs, each trained and verified, and what they came to, side by side.
+
+It lives here and not among the trainers because what it makes is a comparison: each run is judged by what `verify`
+says of it, and that room is above theirs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ...common.durable import explained, write_atomic
+from ...common.errors import DistillInterrupted, VerifyError
+from ...common.signals import StopFlag, stopped_by_signals
+from ...distill import Progress
+from ...distill.data.image_root import check_preprocessing, image_root
+from ...distill.data.sampler import split_rows
+from ...distill.run import STOPPED_EARLY
+from ...distill.run_folder import rows_digest, run_lock
+from ...store import EmbeddingStore, ImageRecord
+from ..inputs import open_head
+from ..report import check_report
+from ..thresholds import audit_faults
+from .config import SweepConfig
+from .grid import Trial, plan_trials
+from .report import page
+from .results import MARKDOWN_FILE, PAGE_FILE, Results, check_folder
+from .tables import failure_lines, judged_on, sweep_tables
+from .trial import Judging, Outcome, one_after_another
+
+WRITE_SECONDS = 10.0
+"""Between two writings of tables and page while runs end."""
+
+
+def sweep(
+    config: SweepConfig,
+    *,
+    message: Callable[[str], None] = lambda _: None,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Trains and verifies what is still to do of the grid, and returns what `--json` prints.
+
+    The keys: `out`, `runs` (the outcomes, as `run_trial` tells them, in the order of the grid), `failed` (how many of
+    them; one that had come to something before keeps that, and has `error`), `seconds` (of this call), `files` (of
+    the tables and the page). Left in `out`, written anew as runs end: results.json, tables.md, report.html; and
+    runs/NAME of each. `message` gets a line for each run that begins or fails, `progress` the trainer's, where runs
+    are trained here.
+
+    A run that fails doesn't stop the others. Raises DistillInterrupted when a signal came, after saving; VerifyError,
+    DistillError, StoreError when nothing can be begun.
+    """
+    begun, stop = time.monotonic(), StopFlag()
+    with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
+        rows, test_data = _checked_stores(config)
+        trials = plan_trials(config, rows)
+        check_folder(config.out)
+        stack.enter_context(explained(config.out))
+        stack.enter_context(run_lock(config.out))
+        check_report(config.out / PAGE_FILE)
+        results = Results.open(config.out)
+        names = [trial.name for trial in trials]
+        judging, written = Judging.of(config, test_data), time.monotonic()
+        for outcome in _outcomes(config, trials, judging, results, stop, message, progress):
+            results.add(outcome)
+            for line in failure_lines(results.of([outcome["name"]])):
+                message(line)
+            if time.monotonic() - written > WRITE_SECONDS:
+                _write(config, results.of(names))
+                written = time.monotonic()
+        outcomes = results.of(names)
+        files = _write(config, outcomes)
+    return {
+        "out": str(config.out),
+        "runs": outcomes,
+        "failed": sum("error" in outcome for outcome in outcomes),
+        "seconds": time.monotonic() - begun,
+        "files": files,
+    }
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """What `mobilesam sweep` prints: the tables, what they are of, and what failed."""
+    outcomes = result["runs"]
+    lines: list[str] = []
+    for table in sweep_tables(outcomes):
+        lines += [*table.lines(), ""]
+    lines.append(judged_on(outcomes))
+    lines += failure_lines(outcomes)
+    counts = f"{len(outcomes)} runs, {result['failed']} failed, {result['seconds']:.0f} s"
+    return [*lines, f"{counts}; {result['files']['page']}"]
+
+
+def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
+    """The number of rows to train on, and a digest of the test store's; VerifyError for stores that can't be used,
+    before anything is trained."""
+    with EmbeddingStore.open(config.base.store) as store:
+        spec, records = store.spec, _usable_records(store)
+    split = split_rows({record.row: str(record.sha256) for record in records}, config.base.val_fraction)
+    if config.test_store is None:
+        return len(split.train), None
+    with EmbeddingStore.open(config.test_store) as test:
+        records = _usable_records(test)
+        for name, ours, theirs in (
+            ("image size", spec.image_size, test.spec.image_size),
+            ("teacher", spec.teacher, test.spec.teacher),
+            ("checkpoint", spec.checkpoint_sha256, test.spec.checkpoint_sha256),
+        ):
+            if ours != theirs:
+                raise VerifyError(
+                    f"{config.test_store} can't judge students of {config.base.store}: its {name} is {theirs}, "
+                    f"theirs {ours}; give a test store of the same teacher and image size"
+                )
+        check_preprocessing(test, refusal=VerifyError)
+        if config.scheduler is None:  # workers may have the images elsewhere
+            image_root(test, config.test_images, None, refusal=VerifyError)
+        open_head(test, torch.device("cpu"))
+        return len(split.train), f"{test.spec.store_id}-{rows_digest(records)}"
+
+
+def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
+    """The committed rows; VerifyError without any, or where the audit says that they are not the teacher's."""
+    records = store.records("done")
+    if not records:
+        raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
+    faults = audit_faults(store)
+    if faults:
+        raise VerifyError(f"{store.path}: {faults[0]}")
+    return records
+
+
+def _outcomes(
+    config: SweepConfig,
+    trials: Sequence[Trial],
+    judging: Judging,
+    results: Results,
+    stop: StopFlag,
+    message: Callable[[str], None],
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[Outcome]:
+    known = dict(results.outcomes)
+    if config.scheduler is None:
+        yield from one_after_another(trials, judging, known, message=message, progress=progress)
+        return
+    from .cluster import ClusterRuns, connected_workers
+
+    with connected_workers(config.scheduler) as client:
+        runs = ClusterRuns(client, trials, judging, known, message)
+        yield from runs.outcomes_as_they_come(stop)
+
+
+def _write(config: SweepConfig, outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Tables and page; their paths."""
+    lines: list[str] = []
+    for table in sweep_tables(outcomes):
+        lines += [*table.markdown(), ""]
+    lines += [judged_on(outcomes), ""]
+    lines += [f"- {line}" for line in failure_lines(outcomes)]
+    write_atomic(config.out / MARKDOWN_FILE, ("\n".join(lines).rstrip() + "\n").encode())
+    write_atomic(config.out / PAGE_FILE, page(config, outcomes).encode())
+    return {"tables": str(config.out / MARKDOWN_FILE), "page": str(config.out / PAGE_FILE)}

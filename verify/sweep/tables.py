@@ -1,0 +1,170 @@
+"""The tables of a sweep, in the shape of the paper's (arXiv 2306.14289): batch and epochs (its Table 4), and ways to
+distil (its Table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import shown
+from ...common.table import Table
+from .aggregate import Group, Spread, grouped, judged_by, varying
+from .trial import FAILED
+
+_LENGTH = ("batch_size", "epochs")
+_NOT_TOLD = "-"
+
+
+def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Batch and epochs always, ways to distil where there are several. None where nothing is done."""
+    groups = grouped(outcomes)
+    if not groups:
+        return []
+    tables = [_length_table(groups)]
+    if len({group.options["objective"] for group in groups}) > 1:
+        tables.append(_objective_table(groups))
+    return tables
+
+
+def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers are of, in words."""
+    done = [outcome for outcome in outcomes if "val" in outcome]
+    if not done:
+        return "nothing was measured"
+    split = judged_by(done)
+    numbers = done[0][split]
+    image = "image" if numbers["images"] == 1 else "images"
+    where = (
+        f"held-out {image}" if split == "val" else f"{image} of {Path(done[0]['judged']['test_store']).name}"
+    )
+    return (
+        f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
+    )
+
+
+def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each run that failed, be it after it had come to something."""
+    return [
+        shown(f"FAILED  {outcome['name']}: {' '.join(str(outcome['error']).split())}{_earlier(outcome)}")
+        for outcome in outcomes
+        if "error" in outcome
+    ]
+
+
+def _earlier(outcome: Mapping[str, Any]) -> str:
+    return "" if outcome["status"] == FAILED else "; its earlier numbers are kept"
+
+
+def others(groups: Sequence[Group]) -> list[str]:
+    """Options in which the groups differ besides batch, epochs and objective."""
+    return [name for name in varying(groups) if name not in (*_LENGTH, "objective")]
+
+
+def _length_table(groups: Sequence[Group]) -> Table:
+    named = [name for name in varying(groups) if name not in _LENGTH]
+    ordered = sorted(groups, key=lambda group: (_placed(groups, group, named), _length(group)))
+    columns = [
+        *named,
+        "batch",
+        "epochs",
+        "iterations",
+        "seeds",
+        "mIoU",
+        "lowest",
+        "highest",
+        "skill",
+        "cosine",
+    ]
+    rows = [[*_values(groups, group, named), *_length_cells(group)] for group in ordered]
+    numeric = [False] * len(named) + [True] * (len(columns) - len(named))
+    return Table(title="Batch, epochs and iterations", columns=_headings(columns), numeric=numeric, rows=rows)
+
+
+def _length_cells(group: Group) -> list[str]:
+    miou = group.judged("miou")
+    return [
+        *(str(value) for value in _length(group)),
+        _text(group.spread("steps"), ",.0f"),
+        _seeds(group),
+        _text(miou, ".4f"),
+        _NOT_TOLD if miou is None else f"{miou.lowest:.4f}",
+        _NOT_TOLD if miou is None else f"{miou.highest:.4f}",
+        _text(group.judged("skill_valid"), ".4f"),
+        _text(group.judged("cosine_valid", "mean"), ".4f"),
+    ]
+
+
+def _objective_table(groups: Sequence[Group]) -> Table:
+    named = ["objective", *others(groups)]
+    ordered = sorted(groups, key=lambda group: (_length(group), _placed(groups, group, named)))
+    columns = [*named, "mIoU", "batch", "iterations", "images", "epochs", "seeds", "seconds"]
+    rows = []
+    for group in ordered:
+        batch, epochs = _length(group)
+        cells = [
+            _text(group.judged("miou"), ".4f"),
+            str(batch),
+            _text(group.spread("steps"), ",.0f"),
+            _text(group.spread("images", "train"), ",.0f"),
+            str(epochs),
+            _seeds(group),
+            _text(group.spread("seconds"), ",.0f"),
+        ]
+        rows.append([*_values(groups, group, named), *cells])
+    numeric = [False] * len(named) + [True] * (len(columns) - len(named))
+    return Table(title="Ways to distil", columns=_headings(columns), numeric=numeric, rows=rows)
+
+
+def _length(group: Group) -> tuple[int, int]:
+    return group.options["batch_size"], group.options["epochs"]
+
+
+def _seeds(group: Group) -> str:
+    """How many runs there are, and how many of them the mIoU is of where it is undefined for some."""
+    miou, runs = group.judged("miou"), len(group.outcomes)
+    defined = 0 if miou is None else miou.count
+    return str(runs) if defined == runs else f"{runs}, {runs - defined} undefined"
+
+
+def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
+    """Where a group's values come among the values, each in the order in which they were asked for."""
+    return [
+        list(dict.fromkeys(repr(each.options.get(name)) for each in groups)).index(
+            repr(group.options.get(name))
+        )
+        for name in named
+    ]
+
+
+def _values(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[str]:
+    return [shown(told_apart(groups, group, name)) if name in group.options else _NOT_TOLD for name in named]
+
+
+def told_apart(groups: Sequence[Group], group: Group, name: str) -> str:
+    """A group's value of an option, as `value_text`: a file by as much of its path as tells it from the others'."""
+    return value_text(group.options[name], [each.options.get(name) for each in groups])
+
+
+def value_text(value: Any, values: Sequence[Any] = ()) -> str:
+    """An option's value for people: a file by its name, and by more of its path where `values` have that name too."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value is None or "/" not in str(value):
+        return "none" if value is None else str(value)
+    path, others = Path(value), {Path(other) for other in values if other is not None} - {Path(value)}
+    for count in range(1, len(path.parts)):
+        if all(other.parts[-count:] != path.parts[-count:] for other in others):
+            return str(Path(*path.parts[-count:]))
+    return str(path)
+
+
+def _headings(columns: Sequence[str]) -> list[str]:
+    return [column.replace("_", " ") for column in columns]
+
+
+def _text(spread: Spread | None, digits: str) -> str:
+    """Means alone where all seeds agree: iterations are the same, seconds are not."""
+    if spread is None:
+        return _NOT_TOLD
+    return format(spread.mean, digits) if spread.lowest == spread.highest else spread.text(digits)
