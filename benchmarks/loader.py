@@ -51,7 +51,7 @@ class Side:
     def __init__(self, store: EmbeddingStore, photos: Path, batch: int) -> None:
         self.store, self.batch = store, batch
         self.photos = None if store.spec.kept_images else photos
-        self.records = store.records()
+        self.records = store.manifest.records()
         self.image_size = store.spec.image_size
         self.rows = epoch_order([record.row for record in self.records], seed=0, epoch=0)
         self._own = local()
@@ -80,7 +80,7 @@ class Side:
     def read(self, row: int) -> None:
         """The row's embedding from the store, verified, into the thread's own place."""
         if not hasattr(self._own, "place"):
-            self._own.place = self.store.empty_batch(1)
+            self._own.place = self.store.reader.empty_batch(1)
         self.store.read([row], self._own.place)
 
 
@@ -151,7 +151,7 @@ def _parts(name: str, side: Side, rounds: int) -> list[str]:
     def assemble() -> None:
         for rows in split_batches(range(len(images)), side.batch):
             canvas_BHWC = np.empty((len(rows), size, size, 3), np.uint8)
-            side.store.empty_batch(len(rows))
+            side.store.reader.empty_batch(len(rows))
             for place, row in enumerate(rows):
                 place_on_canvas(images[row], canvas_BHWC[place])
 

@@ -23,7 +23,7 @@ from mobilesam.store.inspection import inspect_store
 def count(store: str) -> dict[str, Any]:
     """Open to read, and count by status."""
     with EmbeddingStore.open(store) as opened:
-        counts = opened.counts()
+        counts = opened.manifest.counts()
     return {"done": counts.done, "failed": counts.failed, "pending": counts.pending}
 
 
@@ -38,7 +38,7 @@ def resume(store: str) -> dict[str, Any]:
     pending shard's records."""
     with EmbeddingStore.open(store, writable=True) as opened:
         pending = opened.pending_shards()
-        records = opened.records(None, opened.shard_rows(pending[0]))
+        records = opened.manifest.records(None, opened.shard_rows(pending[0]))
     return {"pending_shards": len(pending), "records": len(records)}
 
 

@@ -77,7 +77,7 @@ class Ours:
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
-        self._batch = store.empty_batch(BATCH)
+        self._batch = store.reader.empty_batch(BATCH)
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
         return self.store.read(rows, self._batch if len(rows) == BATCH else None).values
@@ -280,8 +280,8 @@ def _listing(folder: Path) -> Figure:
     for _ in range(5):
         began = time.perf_counter()
         with EmbeddingStore.open(path) as store:
-            shards = store.committed_shards()
-            failed = store.shards_with_failures()
+            shards = store.manifest.committed_shards()
+            failed = store.manifest.shards_with_failures()
         times.append(time.perf_counter() - began)
     return Figure(
         what=f"milliseconds to open a store and know which of {LISTED_ROWS:,} rows exist",

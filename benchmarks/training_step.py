@@ -66,7 +66,7 @@ def _step(side: Side, path: Path, images: int, device: torch.device) -> Iterator
         keep_freed_memory()
     with EmbeddingStore.open(path) as store:
         root = Path(store.spec.image_root)
-        with Loader(store, store.records(), root, workers=1) as loader:
+        with Loader(store, store.manifest.records(), root, workers=1) as loader:
             rows = list(range(images))
             with closing(loader.batches([rows])) as batches:
                 batch = next(batches)

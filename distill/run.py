@@ -201,7 +201,7 @@ def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
 
 def _committed(store: EmbeddingStore) -> list[ImageRecord]:
     """The rows to learn from; says how many are missing."""
-    records, counts = store.records("done"), store.counts()
+    records, counts = store.manifest.records("done"), store.manifest.counts()
     if not records:
         raise DistillError(
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
@@ -253,7 +253,7 @@ def describe(
         device,
         masks=None if config.objective == "decoupled" else mask_options(config),
     )
-    counts = store.counts()
+    counts = store.manifest.counts()
     root = _image_root(config, store)
     return {
         "format": FORMAT,

@@ -40,7 +40,7 @@ def shuffle_store(source: Path, out: Path, seed: int) -> None:
     draft = out.with_name(f"{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     with EmbeddingStore.open(source) as store:
-        records = store.records("done")
+        records = store.manifest.records("done")
         spec = dataclasses.replace(store.spec, store_id=uuid.uuid4().hex, kept_images=None)
         images = [ImageRef(key=each.key, size=each.size, offset=each.offset) for each in records]
         everything = Selection(fraction=1.0, seed=0, limit=None)

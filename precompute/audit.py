@@ -121,7 +121,7 @@ def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
         return False
     worst: Audit = max(missed, key=lambda audit: audit.relative_mse)
     allowed = tolerance(store.spec.dtype, store.spec.precision)
-    (record,) = store.records(None, range(worst.row, worst.row + 1))
+    (record,) = store.manifest.records(None, range(worst.row, worst.row + 1))
     observer.message(
         f"WARNING: {len(missed)} audited row(s) of {store.path} are not what {store.spec.teacher} gives, the worst: "
         f"row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (at least {allowed.cosine:g} is "
@@ -150,7 +150,7 @@ def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditAnswer]:
     """Embed each row's image again, and compare. Runs in a dask worker; raises what `compute_shard` does."""
     plugin: TeacherPlugin = get_worker().plugins[plugin_name]
     with EmbeddingStore.open(task.store) as store, plugin.teacher_anew() as teacher:
-        records = [store.records("done", range(row, row + 1))[0] for row in task.rows]
+        records = [store.manifest.records("done", range(row, row + 1))[0] for row in task.rows]
         batches = decoded_batches(
             [_task_image(record) for record in records],
             task.image_root,

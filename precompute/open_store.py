@@ -74,17 +74,17 @@ def _go_on(
     store: EmbeddingStore, stored: Stored, plan: Plan, teacher: TeacherFile, observer: Observer
 ) -> None:
     """Bring an open store to what is planned."""
-    if store.row_count() != stored.rows:
+    if store.manifest.row_count() != stored.rows:
         raise PrecomputeError(
             f"another process extended {plan.config.out} just now, from {stored.rows:,} to "
-            f"{store.row_count():,} images: run the same command again"
+            f"{store.manifest.row_count():,} images: run the same command again"
         )
     _mend_head(store, teacher, observer)
     if plan.new:
         store.extend(plan.new, plan.selection)
-        observer.message(f"extended by {len(plan.new):,} images to {store.row_count():,}")
+        observer.message(f"extended by {len(plan.new):,} images to {store.manifest.row_count():,}")
     if plan.config.retry_failed:
-        store.withdraw(store.shards_with_failures())
+        store.withdraw(store.manifest.shards_with_failures())
     if store.pending_shards():
         store.relist(plan.listing.files)
 

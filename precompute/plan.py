@@ -47,9 +47,9 @@ def look_up(path: Path) -> Stored | None:
     with EmbeddingStore.open(path) as store:
         return Stored(
             spec=store.spec,
-            rows=store.row_count(),
-            committed=store.committed_shards(),
-            with_failures=tuple(store.shards_with_failures()),
+            rows=store.manifest.row_count(),
+            committed=store.manifest.committed_shards(),
+            with_failures=tuple(store.manifest.shards_with_failures()),
         )
 
 
@@ -130,7 +130,7 @@ def make_plan(
     if stored:
         spec = stored.spec
         with EmbeddingStore.open(config.out) as store:
-            new = select_more(listing.files, selection, store.sorted_keys())
+            new = select_more(listing.files, selection, store.manifest.sorted_keys())
         _refuse_unasked_growth(config, new, stored.rows)
         teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
     else:

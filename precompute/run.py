@@ -50,13 +50,13 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
         plan, cluster = planned(config, stack, observer)
         teacher = find_teacher(plan, observer)
         store = stack.enter_context(open_store(plan, teacher, observer))
-        before = store.counts()
+        before = store.manifest.counts()
         _introduce(store, observer)
         tally, audit = Tally(), None
         if store.pending_shards():
             cluster = cluster or stack.enter_context(connect(config))
             tally, audit = _compute(plan, teacher, store, cluster, observer, stop)
-        after = store.counts()
+        after = store.manifest.counts()
         _refuse_interrupted(stop, after)
         _warn_of_failures(tally, observer)
         return {
@@ -137,7 +137,7 @@ def _check_report_place(path: Path | None) -> None:
 
 
 def _introduce(store: EmbeddingStore, observer: Observer) -> None:
-    spec, counts = store.spec, store.counts()
+    spec, counts = store.spec, store.manifest.counts()
     observer.message(
         f"{counts.rows:,} images, {counts.done:,} done before; teacher {spec.teacher} at {spec.image_size} px in "
         f"{spec.precision}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
@@ -162,7 +162,7 @@ def _compute(
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     watch = Watch(cluster, plugin.run, observer, stop)
     sample = Sample(config.audit)
-    before = store.counts()
+    before = store.manifest.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
     job = Job(
         store, cluster, plugin, batch_size, config.image_timeout, sample, progress, watch, observer, stop

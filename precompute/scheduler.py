@@ -115,7 +115,7 @@ class Job:
         return self.tally
 
     def _task(self, shard: int, image_root: Path) -> ShardTask:
-        records = self._store.records(None, self._store.shard_rows(shard))
+        records = self._store.manifest.records(None, self._store.shard_rows(shard))
         return ShardTask(
             shard=shard,
             store=self._store.path.absolute(),

@@ -210,7 +210,7 @@ class Manifest:
                 f"{self.path} is damaged (its sets of images: {error}): {MAKE_ANEW}"
             ) from error
 
-    def records(self, status: Status | None = None, rows: range | None = None) -> list[ImageRecord]:
+    def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:
         """Records in row order: those of one status, or all; of a range of rows, or all. StoreDamaged when one
         is not as it was committed."""
         select, where, values = SELECT_RECORDS, ["1"], []

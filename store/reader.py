@@ -201,7 +201,7 @@ class DirectReader:
             StoreError: a row isn't done, or can't be read.
             ValueError: `out` is not for these rows of this store.
         """
-        batch = self.empty(len(rows)) if out is None else out
+        batch = self.empty_batch(len(rows)) if out is None else out
         arrays = self._arrays(batch, len(rows))
         places = [(int(row), [array[place] for array in arrays]) for place, row in enumerate(rows)]
         if len(places) == 1:
@@ -213,7 +213,7 @@ class DirectReader:
                 future.result()
         return batch
 
-    def empty(self, rows: int) -> StoredBatch:
+    def empty_batch(self, rows: int) -> StoredBatch:
         """An uninitialised batch for so many rows that starts at a page, as reads past the cache like it best."""
         arrays = [aligned_empty((rows, *layout.item_shape), layout.dtype) for layout in self._layouts]
         return StoredBatch(arrays[0], arrays[1] if len(arrays) > 1 else None)
@@ -316,5 +316,5 @@ class DirectReader:
             )
 
     def _damage(self, shard: ShardFile, row: int, fact: str) -> StoreDamaged:
-        key = self._manifest.records(rows=range(row, row + 1))[0].key
+        key = self._manifest.records(None, range(row, row + 1))[0].key
         return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {TAKE_OUT}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from .layout import HEAD, MANIFEST, PRIVATE, local_path, rows_of, shard_count, s
 from .lock import WriterLock
 from .manifest import Manifest
 from .reader import DirectReader, StoredBatch
-from .records import TAKE_OUT, Audit, Counts, ImageRecord, RowResult, Selection, Status
+from .records import TAKE_OUT, Audit, RowResult, Selection
 from .sam_head import read_head, write_head
 from .spec import StoreSpec
 from .writer import partial_path
@@ -46,9 +46,9 @@ class EmbeddingStore:
     ) -> None:
         self.path = path
         self.spec = spec
-        self._manifest = manifest
+        self.manifest = manifest
         self._lock = lock
-        self._reader = DirectReader(path, spec, manifest, direct=direct_io)
+        self.reader = DirectReader(path, spec, manifest, direct=direct_io)
 
     # ---- opening
 
@@ -107,8 +107,8 @@ class EmbeddingStore:
 
     def close(self) -> None:
         """Let go of the manifest and, for a writer, of the lock; attempts that came to nothing are removed."""
-        self._reader.close()
-        self._manifest.close()
+        self.reader.close()
+        self.manifest.close()
         if self._lock:
             try:
                 self._remove_partials()
@@ -134,37 +134,13 @@ class EmbeddingStore:
         """The content of `head_path`; StoreDamaged when it isn't what was stored."""
         return read_head(self.head_path, self.spec.head_sha256)
 
-    def counts(self) -> Counts:
-        """Rows by status."""
-        return self._manifest.counts()
-
-    def row_count(self) -> int:
-        """Rows of any status."""
-        return self._manifest.row_count()
-
-    def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:
-        """Records in row order: done ones unless another status, or None for all, is given."""
-        return self._manifest.records(status, rows)
-
-    def sorted_keys(self) -> Iterator[bytes]:
-        """Every row's key as bytes, ascending, without holding all of them."""
-        return self._manifest.sorted_keys()
-
-    def selections(self) -> list[Selection]:
-        """How the first set of images and each extension were chosen."""
-        return self._manifest.selections()
-
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
         """Embeddings of done rows, in the order given, each verified by its bytes' checksum, the one stored with
         it, and the manifest's; into `out`, where that is given (`empty_batch` makes one to be used again).
 
         Raises StoreDamaged or StoreError; ValueError when `out` has other shapes or dtypes. Safe to call from several
         threads."""
-        return self._reader.read(rows, out)
-
-    def empty_batch(self, rows: int) -> StoredBatch:
-        """An uninitialised batch of so many rows, page-aligned, for `read` to fill."""
-        return self._reader.empty(rows)
+        return self.reader.read(rows, out)
 
     def read_image(self, row: int) -> bytes:
         """The image file that is kept of a done row, its bytes verified against the manifest.
@@ -181,7 +157,7 @@ class EmbeddingStore:
         if self.spec.kept_images is None:
             raise ValueError(f"{self.path} keeps no images")
         path = tar_path(self.path, shard_of(row, self.spec.shard_size))
-        record = self._manifest.records(rows=range(row, row + 1))[0]
+        record = self.manifest.records(None, range(row, row + 1))[0]
         if record.status != "done":
             raise StoreError(f"row {row} of {self.path} is not done (its image is pending or failed)")
         if record.kept is None:
@@ -189,35 +165,23 @@ class EmbeddingStore:
         with explained(path):
             return read_kept(path, record.key, row, record.kept)
 
-    def committed_shards(self) -> dict[int, int]:
-        """Every committed shard, with the number of rows that it was committed with."""
-        return self._manifest.committed_shards()
-
-    def shards_with_failures(self) -> list[int]:
-        """Committed shards in which an image failed."""
-        return self._manifest.shards_with_failures()
-
-    def audits(self) -> list[Audit]:
-        """What fresh runs of the teacher gave for some of the done rows, in row order."""
-        return self._manifest.audits()
-
     def audits_out_of_tolerance(self) -> list[Audit]:
         """Those that miss the tolerance of the store's dtype and precision."""
         limits = tolerance(self.spec.dtype, self.spec.precision)
-        return [audit for audit in self.audits() if limits.missed_by(audit)]
+        return [audit for audit in self.manifest.audits() if limits.missed_by(audit)]
 
     # ---- writing
 
     def shard_rows(self, shard: int) -> range:
         """The rows that a shard holds, given how many the store has now."""
-        return rows_of(shard, self.spec.shard_size, self.row_count())
+        return rows_of(shard, self.spec.shard_size, self.manifest.row_count())
 
     def pending_shards(self) -> list[int]:
         """Shards to compute, ascending: those that aren't committed."""
-        committed = self.committed_shards()
+        committed = self.manifest.committed_shards()
         return [
             shard
-            for shard in range(shard_count(self.row_count(), self.spec.shard_size))
+            for shard in range(shard_count(self.manifest.row_count(), self.spec.shard_size))
             if shard not in committed
         ]
 
@@ -242,8 +206,8 @@ class EmbeddingStore:
             for attempted, place, _ in reversed(moves):
                 os.rename(attempted, place)
                 fsync_directory(place.parent)
-        self._manifest.commit_shard(shard, attempt, results)
-        self._reader.forget(shard)
+        self.manifest.commit_shard(shard, attempt, results)
+        self.reader.forget(shard)
 
     def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:
         """The files of an attempt: where each is, where it belongs, and the length that it has when it is whole."""
@@ -265,13 +229,13 @@ class EmbeddingStore:
         """Unlist shards before they are computed anew; their rows are pending from then on."""
         self._assert_writer()
         for shard in shards:
-            self._manifest.withdraw_shard(shard, self.shard_rows(shard))
-            self._reader.forget(shard)
+            self.manifest.withdraw_shard(shard, self.shard_rows(shard))
+            self.reader.forget(shard)
 
     def record_audits(self, audits: Sequence[Audit]) -> None:
         """Keep audits of done rows. One replaces an earlier one of its row, and goes when its shard is withdrawn."""
         self._assert_writer()
-        self._manifest.record_audits(audits)
+        self.manifest.record_audits(audits)
 
     def restore_head(self, data: bytes) -> None:
         """Write the head anew; StoreMismatch unless it is the one that the store was made with."""
@@ -281,13 +245,13 @@ class EmbeddingStore:
     def extend(self, images: Sequence[ImageRef], selection: Selection) -> range:
         """Append rows for more images; their range. A short last shard is withdrawn, since it grows."""
         self._assert_writer()
-        first = self.row_count()
+        first = self.manifest.row_count()
         short = first % self.spec.shard_size
         if short and images:
             self.withdraw([first // self.spec.shard_size])
-        rows = self._manifest.append(images, selection, partial(documents_of, self.spec))
+        rows = self.manifest.append(images, selection, partial(documents_of, self.spec))
         with explained(self.path):
-            write_documents(self.path, self._manifest.documents())
+            write_documents(self.path, self.manifest.documents())
         return rows
 
     def relist(self, images: Iterable[ImageRef]) -> None:
@@ -296,10 +260,10 @@ class EmbeddingStore:
         self._assert_writer()
         pending = [self.shard_rows(shard) for shard in self.pending_shards()]
         if sum(map(len, pending)) <= RELISTED_BY_KEY:
-            keys = {key for rows in pending for key in self._manifest.keys(rows)}
+            keys = {key for rows in pending for key in self.manifest.keys(rows)}
             images = (image for image in images if os.fsencode(image.key) in keys)
         if pending:
-            self._manifest.relist(images)
+            self.manifest.relist(images)
 
     def _assert_writer(self) -> None:
         assert self._lock is not None, "the store is open for reading only"
@@ -308,7 +272,7 @@ class EmbeddingStore:
         """Remove what killed attempts left, and finish an extension that was cut short."""
         with explained(self.path):
             self._remove_partials()
-            write_documents(self.path, self._manifest.documents())
+            write_documents(self.path, self.manifest.documents())
             if self.spec.kept_images is not None:
                 make_folder(self.path / FOLDER)
 

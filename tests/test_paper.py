@@ -165,7 +165,7 @@ def test_in_a_shuffled_store_every_image_has_another_ones_embedding(
         EmbeddingStore.open(tmp_path / "a.zarr") as before,
         EmbeddingStore.open(tmp_path / "b.zarr") as after,
     ):
-        olds, news = before.records("done"), after.records("done")
+        olds, news = before.manifest.records("done"), after.manifest.records("done")
         assert [(old.key, old.sha256, old.resized_size) for old in olds] == [
             (new.key, new.sha256, new.resized_size) for new in news
         ]

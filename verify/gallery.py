@@ -136,7 +136,7 @@ def take_specimens(
     """
     worst, best = pick_extremes([image.cosine_valid for image in per_image])
     chosen = [*worst, *best]
-    records = {record.row: record for record in subject.store.records("done")}
+    records = {record.row: record for record in subject.store.manifest.records("done")}
     rows = [subject.rows[position] for position in chosen]
     specimens = []
     with (

@@ -133,7 +133,7 @@ def _check_fit(info: Mapping[str, Any], store: EmbeddingStore) -> None:
 
 
 def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_store: bool) -> Sequence[int]:
-    done = [record.row for record in store.records("done")]
+    done = [record.row for record in store.manifest.records("done")]
     if config.split == "all":
         rows: Sequence[int] = done
     elif run is None:
@@ -150,7 +150,7 @@ def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_stor
         rows = run.split.val if config.split == "val" else run.split.train
     missing = len(set(rows) - set(done))
     if missing or not rows:
-        counts = store.counts()
+        counts = store.manifest.counts()
         raise VerifyError(
             f"{store.path} lacks {missing or 'all'} of the rows to compare ({counts.done} done, "
             f"{counts.pending} pending, {counts.failed} failed): run precompute to the end first"
@@ -186,7 +186,7 @@ def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_
         )
     if run is not None:
         notes += run.unfinished(info)
-    counts = store.counts()
+    counts = store.manifest.counts()
     if counts.pending or counts.failed:
         notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
     return notes

@@ -232,7 +232,7 @@ def _teacher(subject: Subject) -> Pairs:
 
 
 def _store(subject: Subject) -> Pairs:
-    spec, counts = subject.store.spec, subject.store.counts()
+    spec, counts = subject.store.spec, subject.store.manifest.counts()
     return [
         ("path", str(subject.store.path.absolute())),
         ("id", spec.store_id),

@@ -60,7 +60,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 
 def open_masks(subject: Subject, side: int) -> MaskComparison:
     """A comparison of the subject's masks for side x side points an image. Raises as `open_head`."""
-    records = {record.row: record for record in subject.store.records("done")}
+    records = {record.row: record for record in subject.store.manifest.records("done")}
     own = own_head(subject.file, subject.store.spec.image_size, subject.device)
     return MaskComparison(open_head(subject.store, subject.device), records, side, own)
 

@@ -87,7 +87,7 @@ def distinguishable(value: float, threshold: float) -> tuple[str, str]:
 
 def store_audit(store: EmbeddingStore) -> dict[str, Any] | None:
     """The store's audits, as `audit_summary` gives them."""
-    return audit_summary(store.audits(), tolerance(store.spec.dtype, store.spec.precision))
+    return audit_summary(store.manifest.audits(), tolerance(store.spec.dtype, store.spec.precision))
 
 
 def audit_checks(audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:

@@ -180,7 +180,7 @@ class Loader:
     def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Values and scales to be read into: both pinned and other memory starts at a page here."""
         if not self._pin_memory:
-            stored = self._store.empty_batch(rows)
+            stored = self._store.reader.empty_batch(rows)
             scales_BC = None if stored.scales is None else torch.from_numpy(stored.scales)
             return torch.from_numpy(stored.values), scales_BC
         dtype = self._store.spec.dtype

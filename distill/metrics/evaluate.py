@@ -105,7 +105,7 @@ def evaluate(
     student = student.to(memory_format=memory_format)
     pin_memory = device.type == "cuda"
     with (
-        Loader(store, store.records(), image_root, workers=workers, pin_memory=pin_memory) as loader,
+        Loader(store, store.manifest.records(), image_root, workers=workers, pin_memory=pin_memory) as loader,
         closing(loader.batches(split_batches(rows, batch_size))) as batches,
     ):
         metrics = evaluate_batches(

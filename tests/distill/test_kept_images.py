@@ -101,7 +101,7 @@ def test_a_store_that_keeps_none_still_wants_its_photos(
         distill(options(store, images=tmp_path / "nowhere"))
     with (
         EmbeddingStore.open(store) as opened,
-        Loader(opened, opened.records(), None, workers=1) as loader,
+        Loader(opened, opened.manifest.records(), None, workers=1) as loader,
         pytest.raises(ValueError, match="keeps no images"),
     ):
         list(loader.batches([[0]]))

@@ -32,7 +32,7 @@ def opened(
 
     def open_both(workers: int = 2, **options: object) -> tuple[EmbeddingStore, Loader]:
         store = EmbeddingStore.open(make_store(images, **options))
-        loader = Loader(store, store.records(), images, workers=workers)
+        loader = Loader(store, store.manifest.records(), images, workers=workers)
         to_close.extend([loader, store])
         return store, loader
 

@@ -56,7 +56,7 @@ def test_early_batch_norm_statistics_are_plain_averages() -> None:
 
 def test_an_int8_row_becomes_values_times_scales(images: Path, make_store: Callable[..., Path]) -> None:
     with EmbeddingStore.open(make_store(images, dtype="int8")) as store:
-        loader = Loader(store, store.records(), images, workers=1)
+        loader = Loader(store, store.manifest.records(), images, workers=1)
         batch = next(loader.batches([[2, 4]]))
         loader.close()
         _, teacher_BCHW = embed(nn.Identity(), batch, torch.device("cpu"), "float32")
@@ -87,7 +87,7 @@ def one_step(config: DistillConfig, student: nn.Module, images: Path) -> Trainer
     distill_folder(config)
     with (
         EmbeddingStore.open(config.store) as store,
-        Loader(store, store.records(), images, workers=1) as loader,
+        Loader(store, store.manifest.records(), images, workers=1) as loader,
     ):
         trainer = make_trainer(config, student, loader, "cpu")
         rows, size = [0, 1, 2, 3, 4], config.micro_batch or 5
@@ -160,7 +160,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(store: Path, images: Path, options: 
     student = build_student("tiny_vit", 64, seed=0)
     with (
         EmbeddingStore.open(store) as opened,
-        Loader(opened, opened.records(), images, workers=1, pin_memory=True) as loader,
+        Loader(opened, opened.manifest.records(), images, workers=1, pin_memory=True) as loader,
     ):
         trainer = make_trainer(config, student, loader, "cuda")
         trainer.student.train()

@@ -63,7 +63,7 @@ def without_bad(undisturbed: Snapshot) -> Snapshot:
 
 def failed(store: Path) -> dict[str, str | None]:
     with EmbeddingStore.open(store) as opened:
-        return {record.key: record.reason for record in opened.records("failed")}
+        return {record.key: record.reason for record in opened.manifest.records("failed")}
 
 
 # ---- the teacher's values
@@ -255,7 +255,7 @@ def test_a_photo_that_changed_before_the_rest_is_computed(
     )  # fmt: skip
     assert (wrong, lost) == ([], [])
     with EmbeddingStore.open(store) as opened, EmbeddingStore.open(tmp_path / "anew.zarr") as anew:
-        assert [record.sha256 for record in opened.records()] == [record.sha256 for record in anew.records()]
+        assert [record.sha256 for record in opened.manifest.records()] == [record.sha256 for record in anew.manifest.records()]
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_every_name_gets_its_own_embedding(
     assert (result["images"], result["failed"]) == (len(files), 0)
     wrong = 0
     with EmbeddingStore.open("store.zarr") as store, EmbeddingStore.open("plain.zarr") as twin:
-        records = store.records()
+        records = store.manifest.records()
         assert [record.key for record in records] == order
         for record in records:
             same = store.read([record.row]).values.tobytes() == twin.read([record.row]).values.tobytes()

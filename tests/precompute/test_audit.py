@@ -42,7 +42,7 @@ def test_random_rows_of_a_run_are_embedded_again_and_found_to_be_the_teachers(
     assert result["out_of_tolerance"] is False
     assert any(message.startswith("audit: 3 rows, cosine at least ") for message in listener.messages)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        kept = store.audits()
+        kept = store.manifest.audits()
         assert len({audit.row for audit in kept}) == 3
         assert min(audit.cosine for audit in kept) == audit["cosine_min"]
     again = run(audit=3, dtype=dtype)
@@ -177,7 +177,7 @@ class InterruptingWhenCommitted(Listener):
 
     def progress(self, snapshot: Snapshot) -> None:
         with EmbeddingStore.open(self._store) as store:
-            committed = store.counts().done
+            committed = store.manifest.counts().done
         if committed == snapshot.images:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -202,7 +202,7 @@ def test_a_signal_ends_an_audit_that_lasts(run: Run, tmp_path: Path, monkeypatch
         run(audit=2, observer=InterruptingAtMessage("audit: embedding 2"))
     release.set()
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        assert store.audits() == []
+        assert store.manifest.audits() == []
 
 
 def _result(row: int, reason: str | None = None) -> RowResult:

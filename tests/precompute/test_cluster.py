@@ -64,7 +64,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_and_what_is_committed_stays(
     ):
         run(scheduler=address, shard_size=1, observer=_Closing(own_cluster, tmp_path / "store.zarr"))
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        done = store.counts().done
+        done = store.manifest.counts().done
     assert 1 <= done < 7
     assert run(shard_size=1)["done_before"] == done
 

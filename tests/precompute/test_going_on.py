@@ -26,7 +26,7 @@ Run = Callable[..., dict[str, Any]]
 
 def _embeddings(path: Path) -> dict[str, bytes]:
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.records("done")}
+        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "short"])
@@ -53,7 +53,7 @@ def test_a_head_that_is_damaged_or_missing_is_written_anew_from_the_teacher(
 
 def _records(path: Path) -> dict[str, ImageRecord]:
     with EmbeddingStore.open(path) as store:
-        return {record.key: record for record in store.records(None)}
+        return {record.key: record for record in store.manifest.records(None)}
 
 
 def test_photos_that_changed_before_a_resume_are_taken_as_they_are_where_pending_and_refused_where_done(
@@ -95,7 +95,7 @@ def test_the_store_keeps_which_folders_and_limits_were_named_each_time(
     monkeypatch.chdir(tmp_path)
     run(images=(Path("photos"), more), extend=True)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        first, second = store.selections()
+        first, second = store.manifest.selections()
     assert (first.sources, first.limit, first.checkpoint) == ((str(photos),), 2, None)
     assert (second.sources, second.limit) == ((str(photos), str(more)), None)
 

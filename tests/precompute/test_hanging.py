@@ -46,7 +46,7 @@ def _hang(*photos: Path) -> None:
 
 def _embeddings(path: Path) -> dict[str, bytes]:
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.records("done")}
+        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
 
 
 def test_more_hanging_images_than_threads_fail_alone_and_the_others_are_as_they_were(
@@ -58,7 +58,7 @@ def test_more_hanging_images_than_threads_fail_alone_and_the_others_are_as_they_
     result = run(batch_size=3, image_timeout=4)
     assert (result["done"], result["failed"]) == (4, 3)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        failed = store.records("failed")
+        failed = store.manifest.records("failed")
     assert [record.key for record in failed] == hanging
     assert {record.reason for record in failed} == {
         "reading and decoding it took longer than 4 s (--image-timeout)"
@@ -80,7 +80,7 @@ def test_when_too_many_images_hang_at_once_the_run_ends_and_asks_for_the_disk(
     with pytest.raises(PrecomputeError, match=r"3 images at once took longer than 0\.5 s .*disk or server"):
         run(image_timeout=0.5)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        assert store.counts().failed == 0, "of a disk that went away, no image is to blame"
+        assert store.manifest.counts().failed == 0, "of a disk that went away, no image is to blame"
     release.set()
     assert run(image_timeout=60)["done"] == 7
 

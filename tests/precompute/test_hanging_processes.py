@@ -47,9 +47,9 @@ def _processes(marker: str) -> list[int]:
 def _others_are_whole(out: Path, undisturbed: dict[str, bytes], failed: str, reason: str) -> None:
     """Every image but one is stored as in the undisturbed run, in shards of one image."""
     with EmbeddingStore.open(out) as store:
-        (record,) = store.records("failed")
+        (record,) = store.manifest.records("failed")
         assert (record.key, record.reason) == (failed, reason)
-        assert store.counts().done == 6
+        assert store.manifest.counts().done == 6
     stored = contents(out)
     del stored[f"c.{record.row}.0.0.0"]
     assert stored.items() <= undisturbed.items()

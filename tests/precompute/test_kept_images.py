@@ -25,7 +25,7 @@ def test_every_kept_image_has_the_pixels_that_the_teacher_saw(run: Run, tmp_path
     assert (result["done"], result["failed"], result["audit"]["rows"]) == (7, 1, 2)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
         assert store.spec.kept_images == "webp"
-        for record in store.records("done"):
+        for record in store.manifest.records("done"):
             seen = load_image((photos / record.key).read_bytes(), 64)
             kept = load_image(store.read_image(record.row), 64)
             assert kept.resized_size == seen.resized_size == record.resized_size

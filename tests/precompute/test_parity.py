@@ -34,7 +34,7 @@ def _predicted(sam: Sam, photo: Path) -> np.ndarray:
 
 def _stored(path: Path, key: str) -> np.ndarray:
     with EmbeddingStore.open(path) as store:
-        (row,) = [record.row for record in store.records() if record.key == key]
+        (row,) = [record.row for record in store.manifest.records() if record.key == key]
         return store.read([row]).to_float32()[0]
 
 

@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert (result["done"], result["done_before"], result["failed"]) == (7, done_before, 0)
     after = shard_files(out)
     with EmbeddingStore.open(out) as store:
-        assert store.counts().done == 7
+        assert store.manifest.counts().done == 7
     untouched = [name for name in before if after[name][0] == before[name][0]]
     assert len(untouched) == done_before
     assert contents(out) == undisturbed
@@ -142,8 +142,8 @@ def test_an_image_that_kills_workers_is_found_and_the_job_goes_on(photos: Path, 
     result = run_command(photos, out, "--shard-size", "4", env=preload(tmp_path, KILLER))
     assert (result["done"], result["failed"]) == (6, 1)
     with EmbeddingStore.open(out) as store, EmbeddingStore.open(tmp_path / "whole.zarr") as whole:
-        (record,) = store.records("failed")
+        (record,) = store.manifest.records("failed")
         assert record.key == "2-coffee.png"
         assert record.reason == "a worker process died each time it processed this image"
-        rows = [record.row for record in store.records("done")]
+        rows = [record.row for record in store.manifest.records("done")]
         assert store.read(rows).values.tobytes() == whole.read(rows).values.tobytes()

@@ -23,7 +23,7 @@ Run = Callable[..., dict[str, Any]]
 def _embeddings(path: Path) -> dict[str, bytes]:
     """The payload of every done image, by key."""
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.records("done")}
+        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
 
 
 def _shard_files(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -53,7 +53,7 @@ def test_the_store_says_how_it_was_made(run: Run, tmp_path: Path, photos: Path) 
         assert spec.image_root == str(photos)
         assert {"mobilesam", "torch", "zarr", "pillow"} <= spec.versions.keys()
         assert store.read_head()
-        record = store.records()[0]
+        record = store.manifest.records()[0]
         file = photos / record.key
         assert record.bytes == file.stat().st_size
         assert record.original_size == Image.open(file).size[::-1]
@@ -116,10 +116,10 @@ def test_new_files_are_appended_in_their_own_order(run: Run, tmp_path: Path, pho
     shutil.copy(photos / "6-cat.png", photos / "9-zzz.png")
     run(extend=True)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        keys = [record.key for record in store.records(None)]
+        keys = [record.key for record in store.manifest.records(None)]
         assert keys[:7] == sorted(keys[:7])
         assert keys[7:] == ["0-aaa.png", "9-zzz.png"]
-        assert store.counts().done == 9
+        assert store.manifest.counts().done == 9
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_shard_that_ran_beside_the_deadly_one_is_not_blamed(
     result = run(observer=listener)
     assert (result["done"], result["failed"]) == (6, 1)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
-        (record,) = store.records("failed")
+        (record,) = store.manifest.records("failed")
     assert (record.key, record.reason) == ("2-coffee.png", suspects.REASON)
     assert [message for message in listener.messages if "workers died" in message] == [
         "workers died under shard 1: looking for the image among 3",

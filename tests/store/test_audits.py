@@ -30,13 +30,13 @@ def test_audits_are_kept_in_row_order_and_replaced_by_newer_ones(full_store: Emb
     full_store.record_audits([_audit(5, 0.5), _audit(1)])
     full_store.record_audits([_audit(5, 0.75)])
     with EmbeddingStore.open(full_store.path) as reader:
-        assert reader.audits() == [_audit(1), _audit(5, 0.75)]
+        assert reader.manifest.audits() == [_audit(1), _audit(5, 0.75)]
 
 
 def test_an_audit_goes_when_its_shard_is_withdrawn(full_store: EmbeddingStore) -> None:
     full_store.record_audits([_audit(0), _audit(4), _audit(7)])
     full_store.withdraw([1])
-    assert [audit.row for audit in full_store.audits()] == [0, 7]
+    assert [audit.row for audit in full_store.manifest.audits()] == [0, 7]
 
 
 @pytest.mark.parametrize("row", [4, 7, 99])
@@ -45,7 +45,7 @@ def test_a_row_that_is_not_done_cant_have_been_audited(new_store: NewStore, row:
     compute(store, embeddings(), failed=[4], shards=[0, 1])
     with pytest.raises(StoreError, match=f"row {row} .* is not done"):
         store.record_audits([_audit(0), _audit(row)])
-    assert store.audits() == []
+    assert store.manifest.audits() == []
 
 
 def test_audits_out_of_tolerance_are_told(full_store: EmbeddingStore) -> None:

@@ -31,7 +31,7 @@ def _files(store: EmbeddingStore) -> dict[str, tuple[int, bytes]]:
 
 def test_a_new_store_has_only_pending_rows(new_store: NewStore) -> None:
     store = new_store()
-    assert store.counts() == Counts(done=0, failed=0, pending=8)
+    assert store.manifest.counts() == Counts(done=0, failed=0, pending=8)
     assert store.pending_shards() == [0, 1, 2]
     with pytest.raises(StoreError, match="no committed rows"):
         store.read([0])
@@ -48,7 +48,7 @@ def test_float16_is_the_nearest_float16(full_store: EmbeddingStore) -> None:
 
 
 def test_records_tell_what_the_worker_learned(full_store: EmbeddingStore) -> None:
-    record = full_store.records()[5]
+    record = full_store.manifest.records()[5]
     assert (record.row, record.key, record.status) == (5, "photo0005.jpg", "done")
     assert (record.bytes, record.original_size, record.resized_size) == (105, (30, 40), (48, 64))
     assert record.sha256 == f"{5:064x}"
@@ -57,9 +57,9 @@ def test_records_tell_what_the_worker_learned(full_store: EmbeddingStore) -> Non
 def test_a_failed_row_is_listed_with_its_reason_and_never_read(new_store: NewStore) -> None:
     store = new_store()
     compute(store, embeddings(), failed=[4])
-    assert store.counts() == Counts(done=7, failed=1, pending=0)
-    assert [(record.row, record.reason) for record in store.records("failed")] == [(4, "truncated")]
-    assert store.shards_with_failures() == [1]
+    assert store.manifest.counts() == Counts(done=7, failed=1, pending=0)
+    assert [(record.row, record.reason) for record in store.manifest.records("failed")] == [(4, "truncated")]
+    assert store.manifest.shards_with_failures() == [1]
     with pytest.raises(StoreError, match=r"row 4 .* is not done"):
         store.read([3, 4])
 
@@ -115,7 +115,7 @@ def test_extending_fills_the_short_last_shard_and_leaves_the_others_alone(full_s
     rows = full_store.extend(images(11)[8:], EVERYTHING)
     assert rows == range(8, 11)
     assert full_store.pending_shards() == [2, 3]
-    assert full_store.counts() == Counts(done=6, failed=0, pending=5)
+    assert full_store.manifest.counts() == Counts(done=6, failed=0, pending=5)
     compute(full_store, embeddings(11))
     after = _files(full_store)
     for name in ("c.0.0.0.0", "c.1.0.0.0"):
@@ -133,7 +133,7 @@ def test_extending_after_a_full_last_shard_withdraws_nothing(new_store: NewStore
 def test_a_withdrawn_shard_is_pending_and_can_be_committed_again(full_store: EmbeddingStore) -> None:
     first = _files(full_store)
     full_store.withdraw([1])
-    assert full_store.counts() == Counts(done=5, failed=0, pending=3)
+    assert full_store.manifest.counts() == Counts(done=5, failed=0, pending=3)
     with pytest.raises(StoreError, match="no committed rows"):
         full_store.read([3])
     compute(full_store, embeddings())
@@ -146,7 +146,7 @@ def test_a_withdrawn_shard_is_pending_and_can_be_committed_again(full_store: Emb
 def test_a_reader_that_was_open_sees_shards_committed_later(new_store: NewStore) -> None:
     writer = new_store()
     with EmbeddingStore.open(writer.path) as reader:
-        assert reader.counts().done == 0
+        assert reader.manifest.counts().done == 0
         compute(writer, embeddings())
         np.testing.assert_array_equal(reader.read([2]).values[0], embeddings()[2].astype(np.float16))
 
@@ -163,21 +163,21 @@ def test_a_reader_that_was_open_reads_on_when_its_shard_was_extended(full_store:
 
 def test_a_full_disk_under_the_manifest_is_told_as_such_and_changes_nothing(new_store: NewStore) -> None:
     store = new_store()
-    connection = store._manifest._connection
+    connection = store.manifest._connection
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
     connection.execute(f"PRAGMA max_page_count = {pages}")
     many = [ImageRef(key=f"{number:0200d}.jpg", size=1) for number in range(500)]
     with pytest.raises(StoreError, match="no room left on the disk") as caught:
         store.extend(many, EVERYTHING)
     assert not isinstance(caught.value, StoreDamaged)
-    assert store.row_count() == 8
+    assert store.manifest.row_count() == 8
     compute(store, embeddings())
-    assert store.counts().done == 8
+    assert store.manifest.counts().done == 8
 
 
 def test_a_key_twice_is_refused_without_calling_the_store_damaged(full_store: EmbeddingStore) -> None:
     with pytest.raises(StoreError, match="nothing was changed") as caught:
-        full_store._manifest.append(images(1), EVERYTHING, lambda rows: {})
+        full_store.manifest.append(images(1), EVERYTHING, lambda rows: {})
     assert not isinstance(caught.value, StoreDamaged)
 
 
@@ -187,13 +187,13 @@ def test_keys_come_back_whatever_their_bytes(tmp_path: Path) -> None:
     names = [os.fsdecode(b"caf\xe9.jpg"), "new\nline.jpg", "-dash.jpg", "日本.png", "a" * 255, "'; DROP.jpg"]
     new = [ImageRef(key=name, size=1) for name in names]
     with EmbeddingStore.create(tmp_path / "s.zarr", make_spec(), new, EVERYTHING, HEAD) as store:
-        assert [record.key for record in store.records(None)] == names
+        assert [record.key for record in store.manifest.records(None)] == names
 
 
 def test_every_selection_is_remembered(full_store: EmbeddingStore) -> None:
     more = Selection(fraction=0.5, seed=3, limit=9)
     full_store.extend(images(9)[8:], more)
-    assert full_store.selections() == [EVERYTHING, more]
+    assert full_store.manifest.selections() == [EVERYTHING, more]
 
 
 def test_sources_survive_whatever_their_bytes(full_store: EmbeddingStore) -> None:
@@ -201,7 +201,7 @@ def test_sources_survive_whatever_their_bytes(full_store: EmbeddingStore) -> Non
     more = Selection(fraction=1.0, seed=0, limit=None, sources=paths, checkpoint=paths[0])
     full_store.extend(images(9)[8:], more)
     with EmbeddingStore.open(full_store.path) as reader:
-        assert reader.selections()[-1] == more
+        assert reader.manifest.selections()[-1] == more
 
 
 def test_sorted_keys_are_all_of_them_ascending_by_bytes(
@@ -213,14 +213,14 @@ def test_sorted_keys_are_all_of_them_ascending_by_bytes(
     names = [b"b", b"a\xff", b"\xe9", b"B", b"a", b"aa", b"\xc3\xa9"]
     new = [ImageRef(key=os.fsdecode(name), size=1) for name in names]
     with EmbeddingStore.create(tmp_path / "s.zarr", make_spec(), new, EVERYTHING, HEAD) as store:
-        assert list(store.sorted_keys()) == sorted(names)
+        assert list(store.manifest.sorted_keys()) == sorted(names)
 
 
 def test_keys_out_of_order_are_damage_rather_than_a_search_for_ever(full_store: EmbeddingStore) -> None:
-    keys = full_store._manifest.query
-    full_store._manifest.query = lambda *arguments: keys(*arguments)[::-1]
+    keys = full_store.manifest.query
+    full_store.manifest.query = lambda *arguments: keys(*arguments)[::-1]
     with pytest.raises(StoreDamaged, match="keys are out of order"):
-        list(full_store.sorted_keys())
+        list(full_store.manifest.sorted_keys())
 
 
 @pytest.mark.parametrize("by_key", [0, 100])
@@ -231,7 +231,7 @@ def test_relisting_moves_pending_images_only(
     store = new_store()
     compute(store, embeddings(), shards=[0])
     store.relist([ImageRef(key=f"photo{row:04d}.jpg", size=7, offset=512) for row in range(8)])
-    sizes = [(record.size, record.offset) for record in store.records(None)]
+    sizes = [(record.size, record.offset) for record in store.manifest.records(None)]
     assert sizes == [(100, None), (101, None), (102, None)] + [(7, 512)] * 5
 
 

@@ -178,7 +178,7 @@ def test_by_default_only_what_memory_cannot_keep_is_read_past_the_cache(
 def test_a_batch_that_is_not_the_stores_is_refused(new_store: NewStore, tmp_path: Path) -> None:
     path, _ = full(new_store, tmp_path)
     with EmbeddingStore.open(path) as store:
-        good = store.empty_batch(2)
+        good = store.reader.empty_batch(2)
         wrong = [
             StoredBatch(good.values[:1], None),
             StoredBatch(good.values.astype(np.float32), None),

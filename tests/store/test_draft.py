@@ -50,7 +50,7 @@ def test_a_link_to_an_empty_folder_stays_a_link_and_the_store_is_made_behind_it(
     assert link.is_symlink()
     assert (disk / "zarr.json").exists()
     with EmbeddingStore.open(link) as store:
-        assert store.counts().done == 8
+        assert store.manifest.counts().done == 8
 
 
 def test_a_link_that_leads_nowhere_is_named_with_its_goal(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_of_two_that_make_the_same_store_the_later_is_told_that_it_is_there(tmp_
     with pytest.raises(StoreError, match="holds a store already"), draft_of(place):
         _create(place).close()
     with EmbeddingStore.open(place) as store:
-        assert store.counts().pending == 8
+        assert store.manifest.counts().pending == 8
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
 
 

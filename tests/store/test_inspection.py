@@ -233,7 +233,7 @@ def test_a_changed_field_of_a_listed_row_names_the_row(store: EmbeddingStore, st
     _sql(store, statement)
     assert _found(store) == [("listing", 1, 3)]
     with EmbeddingStore.open(store.path) as reader, pytest.raises(StoreDamaged, match="row 3 is damaged"):
-        reader.records(None)
+        reader.manifest.records(None)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_a_flipped_bit_in_the_manifests_schema_is_damage(store: EmbeddingStore) 
 def test_text_that_is_no_utf8_in_the_manifest_is_damage(store: EmbeddingStore) -> None:
     _sql(store, "UPDATE results SET reason = CAST(x'ff' AS TEXT) WHERE row = 4")
     with EmbeddingStore.open(store.path) as reader, pytest.raises(StoreDamaged, match="damaged"):
-        reader.records("failed")
+        reader.manifest.records("failed")
     assert _found(store) == [("listing", 1, None)]
 
 
@@ -546,7 +546,7 @@ def test_a_shard_is_checked_in_the_memory_of_one_row(tmp_path: Path) -> None:
     path, emb_CHW = tmp_path / "s.zarr", np.zeros((256, 32, 32), np.float32)
     with EmbeddingStore.create(path, spec, images(rows), EVERYTHING, HEAD) as store:
         compute(store, np.broadcast_to(emb_CHW, (rows, *emb_CHW.shape)))
-        listing = shard_listing(store._manifest, 0, rows)
+        listing = shard_listing(store.manifest, 0, rows)
     assert listing is not None
     tracemalloc.start()
     assert check_shard(path, spec, listing) == []

@@ -64,7 +64,7 @@ def test_zarr_readers_see_nothing_of_them(store: EmbeddingStore, recwarn: pytest
 
 def test_a_store_that_keeps_none_has_none(full_store: EmbeddingStore) -> None:
     assert not (full_store.path / FOLDER).exists()
-    assert all(record.kept is None for record in full_store.records())
+    assert all(record.kept is None for record in full_store.manifest.records())
     with pytest.raises(ValueError, match="keeps no images"):
         full_store.read_image(0)
 

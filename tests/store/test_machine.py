@@ -210,7 +210,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def _die(self, store: EmbeddingStore) -> None:
         """Let go of what the kernel lets go of, and clean nothing up."""
-        store._manifest.close()
+        store.manifest.close()
         assert store._lock is not None
         os.close(store._lock._descriptor)
 
@@ -359,7 +359,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self._damaged() == set()
         assert inspect_store(self.path, check=True)["problems"] == []
         with EmbeddingStore.open(self.path) as store:
-            counts = store.counts()
+            counts = store.manifest.counts()
             assert (counts.rows, counts.pending) == (len(self.content), 0)
             assert counts.failed == sum(row in self.content for row in FAILING)
 

@@ -48,7 +48,7 @@ def test_a_second_writer_is_refused_and_the_first_is_named(full_store: Embedding
 
 def test_readers_are_welcome_while_somebody_writes(full_store: EmbeddingStore) -> None:
     with EmbeddingStore.open(full_store.path) as reader:
-        assert reader.counts().done == 8
+        assert reader.manifest.counts().done == 8
 
 
 def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
@@ -63,7 +63,7 @@ def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     with EmbeddingStore.open(full_store.path, writable=True) as store:
-        assert store.counts().done == 8
+        assert store.manifest.counts().done == 8
 
 
 @pytest.mark.parametrize("left", [b'{"host": "here", "pid": 1}', b"", b"[]", b"\xff" * 9000])
@@ -137,7 +137,7 @@ def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
     import zarr
 
     full_store.withdraw([2])
-    full_store._manifest.append(images(9)[8:], EVERYTHING, partial(documents_of, full_store.spec))
+    full_store.manifest.append(images(9)[8:], EVERYTHING, partial(documents_of, full_store.spec))
     full_store.close()
     with EmbeddingStore.open(full_store.path, writable=True) as store:
         assert store.pending_shards() == [2]
@@ -175,7 +175,7 @@ def test_what_is_in_the_way_is_neither_overwritten_nor_mixed_with(tmp_path: Path
 def test_an_empty_folder_becomes_the_store(tmp_path: Path) -> None:
     (tmp_path / "store.zarr").mkdir()
     with _create(tmp_path / "store.zarr") as store:
-        assert store.counts().pending == 8
+        assert store.manifest.counts().pending == 8
 
 
 @pytest.mark.parametrize("make", ["nothing", "folder", "file"])
@@ -253,8 +253,8 @@ def test_a_transaction_that_a_killed_writer_left_is_rolled_back(full_store: Embe
     subprocess.run([sys.executable, "-c", script, str(manifest)], check=False)
     assert manifest.with_name("manifest.sqlite-journal").exists()
     with EmbeddingStore.open(full_store.path) as store:
-        assert store.row_count() == 8
-        assert store.counts().done == 8
+        assert store.manifest.row_count() == 8
+        assert store.manifest.counts().done == 8
     assert sqlite3.connect(manifest).execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
@@ -288,5 +288,5 @@ def test_a_writer_removes_the_journal_of_a_transaction_that_was_killed_before_it
     journal = full_store.path / f"{MANIFEST}-journal"
     journal.write_bytes(bytes(512))
     with EmbeddingStore.open(full_store.path, writable=True) as store:
-        assert store.counts().done == 8
+        assert store.manifest.counts().done == 8
         assert not journal.exists()

@@ -68,7 +68,7 @@ def _damage(store: EmbeddingStore) -> None:
 def _assert_whole(store: EmbeddingStore) -> None:
     assert inspect_store(store.path, check=True)["problems"] == []
     with EmbeddingStore.open(store.path) as reader:
-        assert reader.counts().pending == 0
+        assert reader.manifest.counts().pending == 0
         reader.read(range(15))
     assert {name: data for name, (_, _, data) in _state(store).items()} == store.whole
 
@@ -269,7 +269,7 @@ def test_a_listed_shard_that_no_row_belongs_to_is_taken_out(store: EmbeddingStor
     _sql(store, "UPDATE shards SET shard = 77 WHERE shard = 2")
     inspect_store(store.path, repair=True)
     with EmbeddingStore.open(store.path) as reader:
-        assert list(reader.committed_shards()) == [0, 1, 3, 4]
+        assert list(reader.manifest.committed_shards()) == [0, 1, 3, 4]
     assert inspect_store(store.path, check=True)["problems"] == []
 
 
@@ -289,7 +289,7 @@ def test_damaged_indexes_of_the_manifest_are_built_anew(store: EmbeddingStore) -
         mended.append(left == [])
         if left == []:
             with EmbeddingStore.open(store.path) as reader:
-                assert list(reader.sorted_keys()) == [b"photo%04d.jpg" % row for row in range(15)]
+                assert list(reader.manifest.sorted_keys()) == [b"photo%04d.jpg" % row for row in range(15)]
     assert sorted(mended) == [False, True]
 
 

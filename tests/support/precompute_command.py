@@ -47,7 +47,7 @@ def committed(path: Path) -> int:
     """How many shards are listed; 0 while there is no store yet."""
     try:
         with EmbeddingStore.open(path) as store:
-            return len(store.committed_shards())
+            return len(store.manifest.committed_shards())
     except Exception:  # noqa: BLE001 - it is being made
         return 0
 

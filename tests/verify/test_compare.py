@@ -59,7 +59,7 @@ def test_the_numbers_agree_with_a_computation_by_hand(world):
     result = verify(asked(split="all"))
     student, _ = load_student(world.run.path)
     with EmbeddingStore.open(world.store) as store:
-        records = store.records()
+        records = store.manifest.records()
         teacher_NCHW = store.read([record.row for record in records]).to_float32().astype(np.float64)
     outputs, valid = [], []
     for record in records:
@@ -171,7 +171,7 @@ def test_rows_that_are_no_longer_committed_are_counted(world):
 
 def test_an_image_that_changed_stops_by_name(world):
     with EmbeddingStore.open(world.store) as store:
-        key = store.records()[world.run.split.val[0]].key
+        key = store.manifest.records()[world.run.split.val[0]].key
     content = bytearray((world.photos / key).read_bytes())
     content[-20] ^= 1
     (world.photos / key).write_bytes(content)

@@ -105,7 +105,7 @@ def by_brute_force(world: Any, student: Any) -> dict[str, Any]:
     model = SamPredictor(student)
     found: dict[str, list[list[float]]] = {}
     with EmbeddingStore.open(world.store) as store:
-        for seed, record in enumerate(store.records()[:3]):
+        for seed, record in enumerate(store.manifest.records()[:3]):
             image_HWC = np.asarray(Image.open(world.photos / record.key).convert("RGB"))
             size = image_HWC.shape[:2]
             model.set_image(image_HWC)
@@ -239,7 +239,7 @@ def test_a_store_shows_what_was_held_out_of_every_run(world: Any) -> None:
     result = evaluate_masks(EvaluateConfig(models=models, **options))
     assert result["split"] == "val"
     with EmbeddingStore.open(world.store) as store:
-        keys = {record.key for record in store.records() if record.row in held_out}
+        keys = {record.key for record in store.manifest.records() if record.row in held_out}
     assert {one["key"] for one in result["per_image"]} == keys
     assert 0 < len(keys) < 6
     everything = evaluate_masks(EvaluateConfig(models=models, split="all", **options))

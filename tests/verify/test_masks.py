@@ -53,7 +53,7 @@ def test_the_mean_agrees_with_a_computation_by_hand(world):
     head = build_head(load_head("vit_nano", None), 128)
     means = []
     with EmbeddingStore.open(world.store) as store:
-        for record in store.records():
+        for record in store.manifest.records():
             teacher_1CHW = torch.from_numpy(store.read([record.row]).to_float32())
             image = load_image((world.photos / record.key).read_bytes(), 128)
             canvas_HWC = np.zeros((128, 128, 3), np.uint8)
@@ -147,7 +147,7 @@ def test_a_damaged_head_is_named_with_its_mend(world, damage):
 def test_an_embedding_that_is_not_finite_leaves_the_mean_undefined(world):
     head = build_head(load_head("vit_nano", None), 128)
     with EmbeddingStore.open(world.store) as store:
-        comparison = MaskComparison(head, {record.row: record for record in store.records()}, 2)
+        comparison = MaskComparison(head, {record.row: record for record in store.manifest.records()}, 2)
         emb_BCHW = torch.from_numpy(store.read([0, 1]).to_float32())
     broken_BCHW = emb_BCHW.clone()
     broken_BCHW[1, 0, 0, 0] = np.nan
@@ -161,7 +161,7 @@ def test_an_embedding_that_is_not_finite_leaves_the_mean_undefined(world):
 def test_empty_masks_are_counted_for_each_side(world):
     head = build_head({key: value.clone() for key, value in load_head("vit_nano", None).items()}, 128)
     with EmbeddingStore.open(world.store) as store:
-        comparison = MaskComparison(head, {record.row: record for record in store.records()}, 2)
+        comparison = MaskComparison(head, {record.row: record for record in store.manifest.records()}, 2)
         emb_BCHW = torch.from_numpy(store.read([0]).to_float32())
     comparison.add([0], emb_BCHW, emb_BCHW)
     assert comparison.result()["empty_masks"] == {"teacher": 0, "student": 0}

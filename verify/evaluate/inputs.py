@@ -137,7 +137,7 @@ def _records(
     config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]
 ) -> tuple[Sequence[ImageRecord], str]:
     """The rows to look at, and which split they are; `own` are the runs that were trained on the store."""
-    records = store.records("done")
+    records = store.manifest.records("done")
     if config.split == "val" and not own:
         raise VerifyError(
             f"no model is a run that was trained on {store.path}, so nothing is held out there: give --split all"
@@ -149,7 +149,7 @@ def _records(
         held_out = set.intersection(*(set(run.split.val) for run in own))
         records = [record for record in records if record.row in held_out]
     if not records:
-        counts = store.counts()
+        counts = store.manifest.counts()
         raise VerifyError(
             f"{store.path} has no row to look at (split {split}; {counts.done} done, {counts.pending} pending, "
             f"{counts.failed} failed): run precompute to the end, or give --split all"
@@ -158,7 +158,7 @@ def _records(
 
 
 def _notes(store: EmbeddingStore, own: Sequence[Run], models: Sequence[Opened]) -> list[str]:
-    counts, notes = store.counts(), []
+    counts, notes = store.manifest.counts(), []
     if counts.pending or counts.failed:
         notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
     notes += audit_faults(store)

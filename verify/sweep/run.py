@@ -123,7 +123,7 @@ def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
 
 def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
     """The committed rows; VerifyError without any, or where the audit says that they are not the teacher's."""
-    records = store.records("done")
+    records = store.manifest.records("done")
     if not records:
         raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
     faults = audit_faults(store)

@@ -62,12 +62,12 @@ def listed_first(patch: Patch) -> None:
     plain = EmbeddingStore.commit
 
     def changed(self: Any, shard: int, attempt: str, results: Sequence[Any]) -> None:
-        self._manifest.commit_shard(shard, attempt, results)
-        self._manifest.commit_shard = lambda *_: None
+        self.manifest.commit_shard(shard, attempt, results)
+        self.manifest.commit_shard = lambda *_: None
         try:
             plain(self, shard, attempt, results)
         finally:
-            del self._manifest.commit_shard
+            del self.manifest.commit_shard
 
     patch(EmbeddingStore, "commit", changed)
 

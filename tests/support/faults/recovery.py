@@ -26,8 +26,8 @@ class Snapshot:
     def of(cls, path: Path) -> Snapshot:
         """Read the store whole; every error of the reader comes through."""
         with EmbeddingStore.open(path) as store:
-            rows = {record.key: digest(store, record.row) for record in store.records("done")}
-            failed = frozenset(record.key for record in store.records("failed"))
+            rows = {record.key: digest(store, record.row) for record in store.manifest.records("done")}
+            failed = frozenset(record.key for record in store.manifest.records("failed"))
         return cls(rows, failed, files_of(path))
 
 
@@ -88,7 +88,7 @@ def listed_keys(path: Path) -> set[str]:
     """Keys of the rows that the manifest lists as done; none when no store can be opened."""
     try:
         with EmbeddingStore.open(path) as store:
-            return {record.key for record in store.records("done")}
+            return {record.key for record in store.manifest.records("done")}
     except StoreError:
         return set()
 
@@ -101,7 +101,7 @@ def wrong_reads(path: Path, undisturbed: Snapshot) -> list[str]:
     wrong = []
     try:
         with EmbeddingStore.open(path) as store:
-            for record in store.records("done"):
+            for record in store.manifest.records("done"):
                 try:
                     found = digest(store, record.row)
                 except StoreError:
@@ -118,7 +118,7 @@ def missing_rows(path: Path, undisturbed: Snapshot) -> list[str]:
     readable = set()
     try:
         with EmbeddingStore.open(path) as store:
-            for record in store.records("done"):
+            for record in store.manifest.records("done"):
                 try:
                     digest(store, record.row)
                 except StoreError:

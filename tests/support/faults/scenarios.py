@@ -127,7 +127,7 @@ def _resume(scene: Scene) -> Scenario:
     shutil.rmtree(store)
     traced(scene, store, Injection(third.call, third.ordinal))
     with EmbeddingStore.open(store) as opened:
-        assert 0 < len(opened.committed_shards()) < 4
+        assert 0 < len(opened.manifest.committed_shards()) < 4
     (store / "embeddings" / "c.3.0.0.0.0123456789ab.partial").write_bytes(b"abandoned")
     (store / "zarr.json.01234567.partial").write_bytes(b"abandoned")
     return _scenario("resume", scene, store, ())

@@ -143,7 +143,7 @@ def promised_keys(stages: Path, store: Path) -> list[str]:
         size = opened.spec.shard_size
         return [
             record.key
-            for record in opened.records(None)
+            for record in opened.manifest.records(None)
             if record.row // size in shards and record.status != "failed"
         ]
 

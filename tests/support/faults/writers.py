@@ -68,6 +68,6 @@ def committed(path: Path) -> int:
     """Shards that a store lists; 0 while there is none."""
     try:
         with EmbeddingStore.open(path) as store:
-            return len(store.committed_shards())
+            return len(store.manifest.committed_shards())
     except StoreError:
         return 0
