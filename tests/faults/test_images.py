@@ -255,7 +255,9 @@ def test_a_photo_that_changed_before_the_rest_is_computed(
     )  # fmt: skip
     assert (wrong, lost) == ([], [])
     with EmbeddingStore.open(store) as opened, EmbeddingStore.open(tmp_path / "anew.zarr") as anew:
-        assert [record.sha256 for record in opened.manifest.records()] == [record.sha256 for record in anew.manifest.records()]
+        assert [record.sha256 for record in opened.manifest.records()] == [
+            record.sha256 for record in anew.manifest.records()
+        ]
 
 
 @pytest.fixture
