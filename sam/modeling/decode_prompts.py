@@ -1,8 +1,8 @@
 """Prompts of several images at once through SAM's head, with gradients; the mask decoder's own class takes one image.
 
-Shape suffixes: P prompts, N points of one prompt or tokens of a sequence, T mask tokens of a prompt (SAM's single mask,
-then its three), C channels, H and W rows and columns of the embedding, h and w those of low-resolution masks (4g),
-L positions of the flattened embedding; g is the side of the embedding's grid.
+Shape suffixes: P prompts, N points of one prompt or tokens of a sequence, T mask tokens of a prompt (SAM's single
+mask, then its three), C channels, H and W rows and columns of the embedding, h and w those of low-resolution masks
+(4g), L positions of the flattened embedding; g is the side of the embedding's grid.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .head import SamHead
 class Prompts:
     """P prompts of one kind, each about one object: points, a box, or a box and points.
 
-    Coordinates are x, y in floating point, pixel centres at whole numbers. They are pixels of the encoder's square for
-    `embed_prompts` and `decode_prompts`; an evaluation holds them in pixels of the original image until then.
+    Coordinates are x, y in floating point, pixel centres at whole numbers. They are pixels of the encoder's square
+    for `embed_prompts` and `decode_prompts`; an evaluation holds them in pixels of the original image until then.
     """
 
     points_PN2: Tensor

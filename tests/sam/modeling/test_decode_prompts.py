@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -72,3 +73,28 @@ def test_no_shape_depends_on_what_is_asked_so_that_a_gpu_is_not_waited_for(kind:
     with FakeTensorMode():
         logits_PThw, _ = decode_prompts(SamHead(64), torch.randn(3, 256, 4, 4), prompts(kind))
     assert logits_PThw.shape == (3, 4, 16, 16)
+
+
+def test_parts_of_prompts_are_all_of_them_in_order():
+    boxes_P4 = np.arange(28.0).reshape(7, 4)
+    parts = list(Prompts.of_boxes(boxes_P4).parts(3))
+    assert [len(part) for _, part in parts] == [3, 3, 1]
+    assert [place for place, _ in parts] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert torch.equal(torch.cat([part.boxes_P4 for _, part in parts]), torch.from_numpy(boxes_P4))
+    assert all(part.points_PN2.shape == (len(part), 0, 2) for _, part in parts)
+
+
+def test_a_part_of_prompts_has_their_points_labels_boxes_and_masks():
+    asked = prompts("box, points and mask")
+    part = asked.take(slice(1, 3))
+    for name in ("points_PN2", "labels_PN", "boxes_P4", "masks_P1hw"):
+        assert torch.equal(getattr(part, name), getattr(asked, name)[1:])
+
+
+def test_points_keep_their_dtype_and_are_on_the_object():
+    points_P2 = np.array([[0.25, 3.0], [7.5, 1.0]])
+    asked = Prompts.of_points(points_P2)
+    assert asked.points_PN2.dtype == torch.float64
+    assert asked.points_PN2.numpy()[:, 0].tolist() == points_P2.tolist()
+    assert asked.labels_PN.tolist() == [[1], [1]]
+    assert asked.labels_PN.dtype == torch.int64
