@@ -82,6 +82,10 @@ class DistillInterrupted(Interrupted, DistillError):
     """A signal stopped a run after its checkpoint was saved."""
 
 
+class HeadNotFound(DistillError):
+    """A student has no mask decoder in its file, its run or its folder."""
+
+
 class RunLocked(DistillError):
     """Another process is training the run."""
 

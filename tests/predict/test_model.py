@@ -16,7 +16,7 @@ from segment_anything import SamPredictor
 
 from mobilesam.distill import DistillError, Run, build_student, save_student
 from mobilesam.predict import load_model, load_teacher_model
-from mobilesam.predict.model import read_head
+from mobilesam.predict.head_source import read_head_file
 from mobilesam.sam import CheckpointError
 from mobilesam.sam.modeling.head_shapes import HEAD_PREFIXES
 from mobilesam.sam.teacher import load_head
@@ -80,7 +80,7 @@ def test_an_exports_folder_or_file_has_its_own_head(tmp_path: Path, head: dict[s
         model = load_model(given)
         assert same_head(model, head)
         assert model.info["teacher"] == "vit_b"
-    assert read_head(tmp_path / "model.safetensors").keys() == head.keys()
+    assert read_head_file(tmp_path / "model.safetensors").state.keys() == head.keys()
 
 
 def test_a_head_works_at_any_image_size(store: Path, tmp_path: Path, head: dict[str, torch.Tensor]) -> None:
@@ -296,7 +296,7 @@ def test_a_head_of_a_terabyte_is_an_error_before_it_is_read(tmp_path: Path) -> N
         opened.write(safetensors(json.dumps(header).encode()))
         opened.truncate(10**12)
     with pytest.raises(DistillError, match=r"sparse.safetensors is damaged"):
-        read_head(sparse)
+        read_head_file(sparse)
 
 
 _PROGRAM = """

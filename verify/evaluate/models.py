@@ -11,10 +11,10 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from ...common.errors import VerifyError, shown
+from ...common.errors import HeadNotFound, VerifyError, shown
 from ...distill import Run
 from ...distill.students.registry import outline_student, student_info
-from ...predict.model import Model, NoHead, load_model, load_teacher_model
+from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
 from ...sam.checkpoint import looks_like, read_state
 from ...sam.download import Progress
@@ -116,7 +116,7 @@ class Opener:
             model = load_model(
                 path, fallback_head=self.store, device=str(self.device), image_size=self._size_of(path)
             )
-        except NoHead:
+        except HeadNotFound:
             raise VerifyError(
                 f"--model {shown(name)}: {shown(str(path))} lies without a mask decoder: give its run's folder, or "
                 "--store with the store that it learned from"
