@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.profile import shares
-from mobilesam.distill import Batch, DistillConfig, Loader, Run, StopFlag, build_student
+from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, StopFlag, build_student
 from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.trainer import Trainer
 from mobilesam.sam import normalize_and_pad
@@ -103,9 +103,7 @@ def _our_step(
         ),
         build_student(config.student, image_size, seed=0).to(device),
         loader,
-        device=device,
-        precision=precision,
-        micro_batch=len(rows),
+        compute=ComputeSettings(device=device, precision=precision, batch_size=len(rows)),
         student_info={},
         stop=StopFlag(),
     )

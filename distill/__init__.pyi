@@ -7,6 +7,7 @@ from .data.loader import Loader as Loader
 from .metrics.embedding import ImageMetrics as ImageMetrics
 from .metrics.embedding import Metrics as Metrics
 from .metrics.embedding import mean_embedding as mean_embedding
+from .metrics.evaluate import ComputeSettings as ComputeSettings
 from .metrics.evaluate import embed as embed
 from .metrics.evaluate import evaluate as evaluate
 from .run import distill as distill

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import DistillError, DistillInterrupted
 from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.allocator import keep_freed_memory
@@ -28,6 +28,7 @@ from .data.loader import Loader
 from .data.sampler import split_rows
 from .distributed import Replicas, joined_replicas
 from .loss.objectives import build_objective, mask_options
+from .metrics.evaluate import ComputeSettings
 from .run_folder import FORMAT, RUNS, Run, digest, point_latest, prepared_folder, rows_digest
 from .students.cost import default_micro_batch
 from .students.init_weights import InitialWeights, read_initial
@@ -80,7 +81,7 @@ def distill(
         folder = config.out or RUNS / name
         begun: tuple[Path, dict[str, Any] | None] | None = None
         if replicas.first:
-            stack.enter_context(explained(folder))
+            stack.enter_context(explain_os_errors(folder))
             run = stack.enter_context(
                 prepared_folder(folder, description, split, head, restart=config.restart)
             )
@@ -130,6 +131,9 @@ def _train(
     if device.type == "cpu":
         keep_freed_memory()
     resolved = run.config["resolved"]
+    compute = ComputeSettings(
+        device=device, precision=resolved["precision"], batch_size=resolved["micro_batch"]
+    )
     workers = config.workers or default_workers(device)
     pin_memory = device.type == "cuda"
     student = build_student(config.student, store.spec.image_size, config.seed)
@@ -151,9 +155,7 @@ def _train(
             run,
             student,
             loader,
-            device=device,
-            precision=resolved["precision"],
-            micro_batch=resolved["micro_batch"],
+            compute=compute,
             student_info=student_metadata(run),
             objective=objective,
             replicas=replicas,

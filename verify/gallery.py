@@ -153,7 +153,7 @@ def take_specimens(
 
 @torch.no_grad()
 def _embed(subject: Subject, batch: Batch) -> tuple[Tensor, Tensor]:
-    return embed(subject.student, batch, subject.device, subject.precision, subject.memory_format)
+    return embed(subject.student, batch, subject.compute)
 
 
 def _specimen(

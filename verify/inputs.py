@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import VerifyError
-from ..distill import DistillError, Run, load_student, mean_embedding
+from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
 from ..distill.data.image_root import check_preprocessing, image_root
 from ..distill.loss.objectives import store_head
 from ..distill.run_folder import CONFIG_FILE
@@ -22,6 +22,8 @@ from ..store import EmbeddingStore
 from .config import VerifyConfig
 
 DEFAULT_STORE = Path("store.zarr")
+BATCH_SIZES = {"cpu": 2, "cuda": 16}
+"""Default number of images in a forward pass, by type of device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,8 @@ class Subject:
     rows: Sequence[int]
     mean_CHW: Tensor
     mean_source: str
-    device: torch.device
-    precision: str
-    memory_format: torch.memory_format
-    """What the student is run in."""
+    compute: ComputeSettings
+    """Device, precision, batch size and memory format that the student is run in."""
     notes: list[str]
     """What a reader of the numbers has to know."""
 
@@ -54,8 +54,8 @@ class Subject:
             "run": None if self.run is None else self.run.path.name,
             "teacher": self.store.spec.teacher,
             "store": str(self.store.path),
-            "precision": self.precision,
-            "device": str(self.device),
+            "precision": self.compute.precision,
+            "device": str(self.compute.device),
             "mean_embedding": self.mean_source,
             "notes": self.notes,
         }
@@ -97,9 +97,12 @@ def open_subject(config: VerifyConfig) -> Subject:
             rows=rows,
             mean_CHW=mean_CHW,
             mean_source=mean_source,
-            device=device,
-            precision=precision,
-            memory_format=_memory_format(run, precision),
+            compute=ComputeSettings(
+                device=device,
+                precision=precision,
+                batch_size=config.batch_size or BATCH_SIZES[device.type],
+                memory_format=_memory_format(run, precision),
+            ),
             notes=_notes(info, run, store, own_store),
         )
     except BaseException:

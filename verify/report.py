@@ -257,7 +257,7 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
 def _comparison(subject: Subject, split: str) -> Pairs:
     return [
         ("split", f"{split}: {len(subject.rows):,} images"),
-        ("computed in", f"{subject.precision} on {subject.device}; metrics in float64"),
+        ("computed in", f"{subject.compute.precision} on {subject.compute.device}; metrics in float64"),
         ("skill against", f"the mean embedding of {subject.mean_source}"),
         ("computed by", _versions({"mobilesam": __version__, "torch": torch.__version__})),
     ]

@@ -14,8 +14,6 @@ from .inputs import Subject, open_head, open_subject, own_head
 from .report import ReportData, check_report, keeping, provenance, read_curves, write_report
 from .thresholds import audit_checks, failed_checks, run_checks, store_audit
 
-BATCH_SIZES = {"cpu": 2, "cuda": 16}
-
 
 def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Compares a student with its teacher's stored embeddings and returns what `--json` prints.
@@ -43,11 +41,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
             subject.store,
             subject.rows,
             subject.image_root,
+            subject.compute,
             mean_embedding=subject.mean_CHW,
-            device=subject.device,
-            precision=subject.precision,
-            batch_size=config.batch_size or BATCH_SIZES[subject.device.type],
-            memory_format=subject.memory_format,
             on_embeddings=None if masks is None else masks.add,
             on_image=progress,
         )
@@ -61,8 +56,8 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 def open_masks(subject: Subject, side: int) -> MaskComparison:
     """A comparison of the subject's masks for side x side points an image. Raises as `open_head`."""
     records = {record.row: record for record in subject.store.manifest.records("done")}
-    own = own_head(subject.file, subject.store.spec.image_size, subject.device)
-    return MaskComparison(open_head(subject.store, subject.device), records, side, own)
+    own = own_head(subject.file, subject.store.spec.image_size, subject.compute.device)
+    return MaskComparison(open_head(subject.store, subject.compute.device), records, side, own)
 
 
 def _result(config: VerifyConfig, subject: Subject, numbers: Mapping[str, Any]) -> dict[str, Any]:

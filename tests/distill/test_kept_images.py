@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from one_process import one_process_cluster, precompute_small
 
-from mobilesam.distill import DistillConfig, DistillError, Loader, Run, distill, evaluate
+from mobilesam.distill import ComputeSettings, DistillConfig, DistillError, Loader, Run, distill, evaluate
 from mobilesam.store import EmbeddingStore, StoreDamaged
 from mobilesam.verify import VerifyConfig, verify
 
@@ -117,10 +118,8 @@ def test_evaluate_takes_kept_images(kept: Path, images: Path, options: Options, 
                 store,
                 range(6),
                 root,
+                ComputeSettings(device=torch.device("cpu"), precision="float32", batch_size=2),
                 mean_embedding=None,
-                device="cpu",
-                precision="float32",
-                batch_size=2,
             )[0]
             for root in (None, images)
         ]

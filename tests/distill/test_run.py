@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mobilesam.distill import (
+    ComputeSettings,
     DistillConfig,
     DistillError,
     Run,
@@ -123,10 +124,8 @@ def test_the_saved_student_gives_the_numbers_that_were_logged(
             opened,
             getattr(run.split, rows),
             images,
+            ComputeSettings(device=torch.device("cpu"), precision="float32", batch_size=4),
             mean_embedding=run.mean_embedding(),
-            device="cpu",
-            precision="float32",
-            batch_size=4,
             on_image=lambda done, total: counted.append((done, total)),
         )
     assert len(per_image) == logged["rows"] == counted[-1][0] == counted[-1][1]

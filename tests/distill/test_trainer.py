@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mobilesam.distill import (
+    ComputeSettings,
     DistillConfig,
     DistillError,
     DistillInterrupted,
@@ -59,7 +60,11 @@ def test_an_int8_row_becomes_values_times_scales(images: Path, make_store: Calla
         loader = Loader(store, store.manifest.records(), images, workers=1)
         batch = next(loader.batches([[2, 4]]))
         loader.close()
-        _, teacher_BCHW = embed(nn.Identity(), batch, torch.device("cpu"), "float32")
+        _, teacher_BCHW = embed(
+            nn.Identity(),
+            batch,
+            ComputeSettings(device=torch.device("cpu"), precision="float32", batch_size=2),
+        )
         wanted = torch.from_numpy(store.read([2, 4]).to_float32())
     assert torch.equal(teacher_BCHW, wanted)
 
@@ -111,9 +116,9 @@ def make_trainer(config: DistillConfig, student: nn.Module, loader: Loader, devi
         Run.open(config.out),
         student.to(device),
         loader,
-        device=torch.device(device),
-        precision=config.precision,
-        micro_batch=config.micro_batch or 5,
+        compute=ComputeSettings(
+            device=torch.device(device), precision=config.precision, batch_size=config.micro_batch or 5
+        ),
         student_info={},
         stop=StopFlag(),
     )
