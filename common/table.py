@@ -1,7 +1,8 @@
-"""A table of texts, for a terminal, a document, or a page."""
+"""Tables of texts for a terminal or a document."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,28 +11,44 @@ from .errors import shown
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """`numeric` says of each column whether its cells are numbers, which end where the column does."""
+    """Title, headings, rows of texts, and a note.
+
+    Fields:
+        title: one line above the headings; "" for none.
+        columns: headings, one a column.
+        numeric: for each column, True if its cells are numbers, which are aligned to the right.
+        rows: texts, one a column.
+        note: explanation of the numbers below the rows; "" where the title suffices.
+    """
 
     title: str
     columns: Sequence[str]
     numeric: Sequence[bool]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    """What the numbers are; "" where the title says it."""
 
     def lines(self) -> list[str]:
-        """For a terminal: the title, a line of headings, a line a row, the note."""
-        rows = [[shown(cell) for cell in row] for row in (self.columns, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        aligned = [self._line(row, widths) for row in rows]
-        return [self.title, *aligned, *([self.note] if self.note else [])]
+        """Return the table for a terminal or a pipe: plain text as wide as it needs, never cut, wrapped or coloured."""
+        from rich.console import Console
+        from rich.table import Table as Grid
+        from rich.text import Text
 
-    def _line(self, row: Sequence[str], widths: Sequence[int]) -> str:
-        cells = zip(row, widths, self.numeric, strict=True)
-        return "  ".join(f"{cell:>{w}}" if number else f"{cell:<{w}}" for cell, w, number in cells).rstrip()
+        cells = [[shown(cell) for cell in row] for row in (self.columns, *self.rows)]
+        grid = Grid(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for number in self.numeric:
+            grid.add_column(justify="right" if number else "left", no_wrap=True)
+        for row in cells:
+            grid.add_row(*map(Text, row))
+        # Twice the letters, because a letter can be two cells wide.
+        width = sum(2 * max(map(len, column)) + 2 for column in zip(*cells, strict=True))
+        console = Console(file=io.StringIO(), width=max(width, 1), color_system=None, legacy_windows=False)
+        console.print(grid)
+        printed: str = console.file.getvalue()  # type: ignore[attr-defined]
+        title, note = ([text] if text else [] for text in (self.title, self.note))
+        return [*title, *(line.rstrip() for line in printed.splitlines()), *note]
 
     def markdown(self) -> list[str]:
-        """For a document."""
+        """Return the table for a Markdown document."""
         rule = ["---:" if number else "---" for number in self.numeric]
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows)]
         lines = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
