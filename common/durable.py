@@ -9,7 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import StoreError
+from .errors import MobileSamError, StoreError, shown
+
+_MENDS = {
+    errno.ENOSPC: "free some room and run again",
+    errno.EDQUOT: "your disk quota is used up: free some room and run again",
+    errno.ENOENT: "is it there, on every machine that works on it?",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EIO: "the disk fails: check it, and then the store with mobilesam inspect STORE --check",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EROFS: "choose a folder on a writable file system",
+}
 
 
 def fsync_directory(path: Path) -> None:
@@ -47,19 +59,24 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """The operating system's refusals as StoreError, with the mend."""
+def explain_os_errors(
+    path: Path, error: type[MobileSamError] = StoreError, option: str | None = None
+) -> Iterator[None]:
+    """Raise the operating system's errors inside the context as one of ours: the file, the reason, the mend.
+
+    Args:
+        path: named in the message where the system's error names no file.
+        error: exception to raise.
+        option: command line option, or words, that the path comes from; named first in the message.
+
+    Raises:
+        MobileSamError: of the type `error`, with the OSError as its cause.
+    """
     try:
         yield
-    except OSError as error:
-        mend = {
-            errno.ENOSPC: "free some room and run again",
-            errno.EDQUOT: "your disk quota is used up: free some room and run again",
-            errno.ENOENT: "is it there, on every machine that works on it?",
-            errno.EACCES: "check its permissions",
-            errno.EPERM: "check its permissions",
-            errno.EIO: "the disk fails: check it, and then the store with mobilesam inspect STORE --check",
-            errno.EMFILE: "raise the limit of open files (ulimit -n)",
-            errno.EROFS: "choose a folder on a writable file system",
-        }.get(error.errno or 0, "check the disk and run again")
-        raise StoreError(f"{error.filename or path}: {error.strerror or error}; {mend}") from error
+    except OSError as cause:
+        mend = _MENDS.get(cause.errno or 0, "check the disk and run again")
+        place, reason = shown(str(cause.filename or path)), cause.strerror or cause
+        if option is None:
+            raise error(f"{place}: {reason}; {mend}") from cause
+        raise error(f"{option}: {place} can't be written: {reason}; {mend}") from cause

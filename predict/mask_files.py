@@ -1,4 +1,7 @@
-"""Masks as files: a folder of pictures, and SA-1B's JSON."""
+"""Masks of an image: run-length encoded in memory, and written as a folder of PNG files or as SA-1B's JSON.
+
+Shape suffixes: H, W rows and columns of an image or mask.
+"""
 
 from __future__ import annotations
 
@@ -17,51 +20,64 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from pycocotools import mask as coco
 
 from ..common.errors import PredictError, shown
-from .outputs import PARTIAL, Outputs, check_writable, explained
+from .outputs import Outputs, check_writable, explained, is_partial
 
 SOFTWARE = "mobilesam"
-"""In the text of each PNG: a folder of someone's numbered pictures must not pass for masks of an earlier run."""
+"""Written into each PNG's text, so that a folder of someone's numbered pictures isn't taken for masks of an earlier
+run."""
 
-_MASK = re.compile(r"\d{3,}\.png")
-_PARTIAL = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
-
-
-def mask_name(index: int) -> str:
-    """The file of the mask of this number: 000.png, 001.png, ..."""
-    return f"{index:03d}.png"
+_MASK_NAME = re.compile(r"\d{3,}\.png")
 
 
-def check_masks_folder(path: Path, option: str = "--masks") -> None:
-    """Refuses a folder that masks can't be written to, or that holds other files than an earlier run's masks.
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """One mask of an image, kept run-length encoded: a photo may have hundreds."""
 
-    Raises PredictError.
-    """
-    with explained(path, option):
-        if not path.exists():
-            return check_writable(path.resolve().parent, option)
-        if not path.is_dir():
-            raise PredictError(f"{option} {shown(str(path))} is a file: give a folder's name")
-        others = sorted(file.name for file in path.iterdir() if not _is_ours(file))
-        if others:
-            raise PredictError(
-                f"{option} {shown(str(path))} holds {len(others):,} other files, such as {shown(others[0])}: "
-                "give a new or empty folder"
-            )
-        check_writable(path, option)
+    size: tuple[int, int]
+    """Height and width of the image."""
+    counts: str
+    """COCO's compressed runs."""
+    predicted_iou: float | None
+    """SAM's own estimate of the mask's quality; None where it isn't finite."""
+    stability_score: float | None
+    """IoU of the masks at logits above 1 and above -1, 0 to 1; None where both are empty."""
+    point_coords: Sequence[Sequence[float]]
+    """x, y of each point on the object that SAM was given."""
+    crop_box: Sequence[float]
+    """x, y, width and height of the part of the image that SAM was given."""
 
+    @classmethod
+    def from_pixels(cls, pixels_HW: npt.NDArray[np.bool_], **fields: Any) -> Mask:
+        """Encode a mask given as bool (H, W), true inside; `fields` are all but `size` and `counts`."""
+        runs = coco.encode(np.asfortranarray(pixels_HW, dtype=np.uint8))
+        height, width = pixels_HW.shape
+        return cls(size=(height, width), counts=runs["counts"].decode("ascii"), **fields)
 
-def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str = "--masks") -> list[Path]:
-    """Adds a PNG of each mask; returns what an earlier run left in the folder, to be removed."""
-    outputs.make_folder(path, option)
-    with explained(path, option):
-        stale = [file for file in path.iterdir() if _is_ours(file)]
-    for index, mask in enumerate(masks):
-        outputs.add(path / mask_name(index), encode_mask(mask), option)
-    return stale
+    @property
+    def segmentation(self) -> dict[str, Any]:
+        """COCO's compressed RLE with its counts as text: JSON values that pycocotools takes."""
+        return {"size": list(self.size), "counts": self.counts}
+
+    @property
+    def area(self) -> int:
+        """Number of pixels inside."""
+        return int(coco.area(self.segmentation))
+
+    @property
+    def bbox(self) -> list[int]:
+        """x, y, width and height in pixels of the smallest box around the mask; zeros where it is empty.
+
+        COCO's convention. SamAutomaticMaskGenerator's boxes are one pixel narrower and lower than the mask.
+        """
+        return [int(number) for number in coco.toBbox(self.segmentation)]
+
+    def pixels(self) -> npt.NDArray[np.bool_]:
+        """Decode to bool (H, W), true inside."""
+        return coco.decode(self.segmentation).view(np.bool_)
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """An 8-bit grey PNG: 255 where the mask is, else 0."""
+    """Return an 8-bit grey PNG: 255 inside the mask, else 0."""
     text = PngInfo()
     text.add_text("Software", SOFTWARE)
     buffer = io.BytesIO()
@@ -70,9 +86,14 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def encode_rle(masks: Sequence[Mask], file_name: str, original_size: tuple[int, int]) -> bytes:
-    """Masks of an image of `original_size` (height, width) in the JSON layout of SA-1B, which pycocotools reads.
+    """Return the masks of one image in the JSON layout of SA-1B, which pycocotools reads.
 
     The image has no `image_id`. `predicted_iou` and `stability_score` are null where they are undefined.
+
+    Args:
+        masks: in order; a mask's `id` is its index.
+        file_name: the image's, without its folder.
+        original_size: height and width of the image.
     """
     height, width = original_size
     annotations = [
@@ -92,62 +113,56 @@ def encode_rle(masks: Sequence[Mask], file_name: str, original_size: tuple[int, 
     return json.dumps({"image": image, "annotations": annotations}).encode()
 
 
+def mask_name(index: int) -> str:
+    """Return the file name of the mask with this index: 000.png, 001.png, ..."""
+    return f"{index:03d}.png"
+
+
+def check_masks_folder(path: Path, option: str = "--masks") -> None:
+    """Refuse a folder that masks can't be written to, or that holds other files than masks of an earlier run.
+
+    Raises:
+        PredictError: names `option` and the first of the other files.
+    """
+    with explained(path, option):
+        if not path.exists():
+            return check_writable(path.resolve().parent, option)
+        if not path.is_dir():
+            raise PredictError(f"{option} {shown(str(path))} is a file: give a folder's name")
+        others = sorted(file.name for file in path.iterdir() if not _is_ours(file))
+        if others:
+            raise PredictError(
+                f"{option} {shown(str(path))} holds {len(others):,} other files, such as {shown(others[0])}: "
+                "give a new or empty folder"
+            )
+        check_writable(path, option)
+
+
+def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str = "--masks") -> list[Path]:
+    """Add a PNG file for each mask, in the folder `path`, to `outputs`.
+
+    Returns:
+        The files of an earlier run in that folder, for `outputs.commit` to remove.
+
+    Raises:
+        PredictError: a file can't be written.
+    """
+    outputs.make_folder(path, option)
+    with explained(path, option):
+        stale = [file for file in path.iterdir() if _is_ours(file)]
+    for index, mask in enumerate(masks):
+        outputs.add(path / mask_name(index), encode_mask(mask), option)
+    return stale
+
+
 def _is_ours(file: Path) -> bool:
-    if _PARTIAL.fullmatch(file.name):  # of a run that was killed
+    """Return True if an earlier run wrote the file: a mask, or a temporary file left by a kill."""
+    if is_partial(file):
         return file.is_file()
-    if not _MASK.fullmatch(file.name) or not file.is_file():
+    if not _MASK_NAME.fullmatch(file.name) or not file.is_file():
         return False
     try:
         with PngImageFile(file) as image:
             return image.info.get("Software") == SOFTWARE
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for other content
         return False
-
-
-# --- One mask and what is known of it. Pixels are kept run-length encoded: a photo may have hundreds of masks.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mask:
-    """A mask of an image of `size` (height, width).
-
-    `counts` are COCO's compressed runs. `predicted_iou` is SAM's own guess of the mask's quality; `stability_score`
-    the IoU of the masks at logits above 1 and above -1. Either is None where it is undefined. `point_coords` are
-    the points on the object that SAM was given, and `crop_box` (x, y, width, height) the part of the image it saw.
-    """
-
-    size: tuple[int, int]
-    counts: str
-    predicted_iou: float | None
-    stability_score: float | None
-    point_coords: Sequence[Sequence[float]]
-    crop_box: Sequence[float]
-
-    @classmethod
-    def of(cls, pixels_HW: npt.NDArray[np.bool_], **known: Any) -> Mask:
-        """The mask whose pixels are true in `pixels_HW`; `known` are the other fields."""
-        runs = coco.encode(np.asfortranarray(pixels_HW, dtype=np.uint8))
-        height, width = pixels_HW.shape
-        return cls(size=(height, width), counts=runs["counts"].decode("ascii"), **known)
-
-    @property
-    def segmentation(self) -> dict[str, Any]:
-        """COCO's compressed RLE, its counts as text: JSON values that pycocotools takes."""
-        return {"size": list(self.size), "counts": self.counts}
-
-    @property
-    def area(self) -> int:
-        """Pixels that are in it."""
-        return int(coco.area(self.segmentation))
-
-    @property
-    def bbox(self) -> list[int]:
-        """x, y, width and height of the smallest box around it, counting pixels; zeros where it is empty.
-
-        COCO's convention. SamAutomaticMaskGenerator's boxes are one pixel narrower and lower than the mask.
-        """
-        return [int(number) for number in coco.toBbox(self.segmentation)]
-
-    def pixels(self) -> npt.NDArray[np.bool_]:
-        """Which pixels are in it, bool (height, width)."""
-        return coco.decode(self.segmentation).view(np.bool_)

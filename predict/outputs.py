@@ -1,8 +1,9 @@
-"""Files that a command leaves: checked before any long work, and written together, each of them whole."""
+"""Output files of a command: checked before any long work, and written together, each of them whole."""
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,13 +13,18 @@ from types import TracebackType
 from ..common.durable import fsync_directory
 from ..common.errors import PredictError, shown
 
-PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 
 
 def check_file(path: Path, option: str) -> None:
-    """Refuses a file that could not be made or replaced in the end.
+    """Refuse a file that can't be created or replaced.
 
-    Raises PredictError when it is a folder or a device, or its folder is missing or can't be written to.
+    Args:
+        path: the file that will be written.
+        option: the command line's option that named it, for the message.
+
+    Raises:
+        PredictError: it is a folder or a device, or its folder is missing or can't be written to.
     """
     with explained(path, option):
         if path.is_dir():
@@ -29,7 +35,7 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises PredictError unless `folder` is one that files can be made in."""
+    """Create a file in `folder` and remove it; PredictError where the folder is missing or refuses."""
     with explained(folder, option):
         if not folder.is_dir():
             raise PredictError(f"{option}: there is no folder {shown(str(folder))}; make it first")
@@ -40,7 +46,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 @contextmanager
 def explained(path: Path, option: str) -> Iterator[None]:
-    """The operating system's refusals as PredictError."""
+    """Turn the operating system's errors into PredictError: the option, the file, the reason."""
     try:
         yield
     except OSError as error:
@@ -49,14 +55,14 @@ def explained(path: Path, option: str) -> Iterator[None]:
 
 
 class Outputs:
-    """Files written beside their places, which all take their places at `commit`; none do without it.
+    """Files that are written under temporary names, and renamed together by `commit`.
 
-    Used as a context, which leaves nothing behind when it ends early. Raises PredictError when a file can't be
-    written.
+    A context manager: on the way out, temporary files that weren't committed are removed, and after an error also the
+    folders that were made for them. All methods raise PredictError when a file can't be written.
     """
 
     def __init__(self) -> None:
-        self._written: list[tuple[Path, Path, str]] = []
+        self._written: list[tuple[Path, Path, str]] = []  # temporary file, its place, the option that named it
         self._made: list[Path] = []
 
     def __enter__(self) -> Outputs:
@@ -71,15 +77,15 @@ class Outputs:
                     folder.rmdir()
 
     def make_folder(self, path: Path, option: str) -> None:
-        """Makes a folder where there is none."""
+        """Make a folder if it doesn't exist."""
         with explained(path, option):
             if not path.is_dir():
                 path.mkdir()
                 self._made.append(path)
 
     def add(self, path: Path, data: bytes, option: str) -> None:
-        """Writes a file's content durably, under another name in the same folder."""
-        # A link stays one: what it points to is replaced.
+        """Write `data` durably under a temporary name in the folder of `path`."""
+        # A link stays one: its target is replaced.
         path = path.resolve()
         partial = _partial(path.parent)
         self._written.append((partial, path, option))
@@ -89,7 +95,7 @@ class Outputs:
             os.fsync(file.fileno())
 
     def commit(self, stale: Iterable[Path] = ()) -> None:
-        """Puts every file into its place, and removes those in `stale` that weren't replaced."""
+        """Rename every file to its place, and remove those in `stale` that weren't replaced."""
         for partial, path, option in self._written:
             with explained(path, option):
                 os.replace(partial, path)
@@ -104,5 +110,10 @@ class Outputs:
         self._made.clear()
 
 
+def is_partial(path: Path) -> bool:
+    """Return True if the name is that of a temporary file, which a killed command may leave behind."""
+    return _PARTIAL_NAME.fullmatch(path.name) is not None
+
+
 def _partial(folder: Path) -> Path:
-    return folder / f".{uuid.uuid4().hex[:8]}{PARTIAL}"
+    return folder / f".{uuid.uuid4().hex[:8]}.partial"

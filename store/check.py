@@ -12,7 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged
 from .audit import tolerance
 from .check_shard import Finding, check_shard, manifest_problems, shard_listing
@@ -143,7 +143,7 @@ def _orphan_problems(store: OpenStore) -> list[Problem]:
 
 
 def _orphans(store: OpenStore) -> Iterator[Problem]:
-    with explained(store.path):
+    with explain_os_errors(store.path):
         for path in partial_files(store.path, store.spec.layouts):
             yield Problem(
                 kind="orphan", message="a file that was cut short, and that nothing lists", file=str(path)
@@ -176,7 +176,7 @@ def _document_problems(store: OpenStore) -> Iterator[Problem]:
 
 
 def _changed(store: OpenStore) -> list[str]:
-    with explained(store.path):
+    with explain_os_errors(store.path):
         return changed_documents(store.path, store.manifest.documents())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged
 from .images import BLOCK, END, header, padding, tar_bytes, tar_path
 from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c
@@ -42,7 +42,7 @@ class FileCheck(ABC):
     def findings(self) -> list[Finding]:
         """Everything that is wrong with the file. StoreError when it can't be read for a reason that says nothing of
         it, as for want of permission."""
-        with explained(self._path):
+        with explain_os_errors(self._path):
             try:
                 descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):

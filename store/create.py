@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..common.durable import explained, fsync_directory, make_folder
+from ..common.durable import explain_os_errors, fsync_directory, make_folder
 from ..common.errors import StoreError, StoreLocked
 from .layout import MANIFEST, PRIVATE
 from .lock import WriterLock
@@ -24,7 +24,7 @@ def refuse_taken(path: Path) -> None:
         raise StoreError(
             f"{path} can't become a store: name a folder of its own, as in {path / 'store.zarr'}"
         )
-    with explained(path):
+    with explain_os_errors(path):
         if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
             return
     if (path / MANIFEST).exists():
@@ -41,7 +41,7 @@ def draft_of(path: Path) -> Iterator[Path]:
     refuse_taken(path)
     # A link stays a link: the store is made on the disk that it leads to.
     place = Path(os.path.realpath(path))
-    with explained(path):
+    with explain_os_errors(path):
         make_folder(place.parent)
         _remove_abandoned(place)
         draft = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -49,7 +49,7 @@ def draft_of(path: Path) -> Iterator[Path]:
     lock = WriterLock(draft / PRIVATE)
     try:
         lock.acquire()
-        with explained(path):
+        with explain_os_errors(path):
             yield draft
             lock.forget_owner()
             _move_into_place(draft, place, path)

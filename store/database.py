@@ -43,7 +43,7 @@ COMMIT;
 
 def create(path: Path) -> None:
     """Make an empty manifest."""
-    with explained(path), closing(sqlite3.connect(path)) as connection:
+    with explain_sqlite_errors(path), closing(sqlite3.connect(path)) as connection:
         connection.executescript(_SCHEMA)
 
 
@@ -52,7 +52,7 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     be rolled back first, which takes write access once."""
     if not path.is_file():
         raise StoreDamaged(f"{path} is missing: without its manifest a store can't be read; {MAKE_ANEW}")
-    with explained(path):
+    with explain_sqlite_errors(path):
         try:
             return _open(path, "rw" if writable else "ro", writable)
         except sqlite3.OperationalError as error:
@@ -128,7 +128,7 @@ def _code(error: sqlite3.Error) -> int | None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_sqlite_errors(path: Path) -> Iterator[None]:
     """SQLite's errors as the store's, with the mend."""
     try:
         yield

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged, StoreError, StoreNotFound
 from .audit import audit_summary, tolerance
 from .check import OpenStore, full_problems, quick_problems
@@ -135,7 +135,7 @@ def _bytes_on_disk(store: OpenStore) -> int:
 
 def _file_bytes(folder: Path) -> int:
     total = 0
-    with explained(folder):
+    with explain_os_errors(folder):
         try:
             entries = os.scandir(folder)
         except FileNotFoundError:

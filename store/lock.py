@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..common.durable import explained, write_atomic
+from ..common.durable import explain_os_errors, write_atomic
 from ..common.errors import StoreLocked
 
 _NETWORK_FILE_SYSTEMS = (
@@ -32,7 +32,7 @@ class WriterLock:
 
     def acquire(self) -> None:
         """Take the lock or raise StoreLocked, naming who holds it; StoreError when there can be none."""
-        with explained(self._lock_path):
+        with explain_os_errors(self._lock_path):
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._hold(descriptor)
@@ -44,7 +44,7 @@ class WriterLock:
     def live_owner(self) -> dict[str, Any] | None:
         """Host and pid (None where not known) of the process that holds the lock, or may hold it from another
         host; None when nobody does. Needs no write access."""
-        with explained(self._lock_path):
+        with explain_os_errors(self._lock_path):
             try:
                 descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -62,7 +62,7 @@ class WriterLock:
         return {"host": owner.get("host"), "pid": owner.get("pid")}
 
     def _hold(self, descriptor: int) -> None:
-        with explained(self._lock_path):
+        with explain_os_errors(self._lock_path):
             if not _flock_soon(descriptor):
                 raise StoreLocked(
                     f"{self._describe(self._owner())} is writing to this store: wait for it, or stop it"
@@ -73,7 +73,7 @@ class WriterLock:
                 f"{self._describe(owner)} may be writing to this store (a lock need not reach over "
                 f"this file system): if that process has ended, delete {self._owner_path}"
             )
-        with explained(self._owner_path):
+        with explain_os_errors(self._owner_path):
             mine = {"host": socket.gethostname(), "pid": os.getpid()}
             write_atomic(self._owner_path, json.dumps(mine).encode())
 

@@ -61,7 +61,7 @@ class Manifest:
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        with self._mutex, database.explained(self.path):
+        with self._mutex, database.explain_sqlite_errors(self.path):
             self._connection.execute(begin)
             try:
                 yield self._connection
@@ -80,7 +80,7 @@ class Manifest:
 
     def query(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
         """All rows of a SELECT."""
-        with self._mutex, database.explained(self.path):
+        with self._mutex, database.explain_sqlite_errors(self.path):
             return self._connection.execute(statement, values).fetchall()
 
     # ---- the store as a whole
@@ -337,7 +337,7 @@ class Manifest:
 
     def reindex(self) -> None:
         """Build the indexes anew from their tables; StoreDamaged when these are damaged themselves."""
-        with self._mutex, database.explained(self.path):
+        with self._mutex, database.explain_sqlite_errors(self.path):
             try:
                 self._connection.execute("REINDEX")
             except sqlite3.IntegrityError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged, StoreError
 from .layout import ALIGNMENT, CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c, rows_of, shard_of
 from .manifest import Manifest
@@ -69,7 +69,7 @@ class ShardFile:
     def __init__(self, path: Path, layout: ArrayLayout, checksums: dict[int, int], *, direct: bool) -> None:
         self.path = path
         self.checksums = checksums
-        with explained(path):
+        with explain_os_errors(path):
             try:
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
@@ -303,7 +303,7 @@ class DirectReader:
         if offset == EMPTY or length != layout.payload_bytes + CHECKSUM_BYTES:
             raise self._damage(shard, row, "its index does not list the row")
         payload = out.reshape(-1).view(np.uint8)
-        with explained(shard.path):
+        with explain_os_errors(shard.path):
             stored = shard.read(int(offset), payload)
         if stored is None:
             raise self._damage(shard, row, "the file is too short")

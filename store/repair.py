@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged
 from .check import OpenStore, Tell, full_problems, is_past_trust, quick_problems
 from .check_shard import integrity_errors
@@ -90,7 +90,7 @@ def _remove_files(store: OpenStore, shards: Sequence[int], problems: Sequence[Pr
     places += [Path(problem.file) for problem in problems if problem.kind == "orphan" and problem.file]
     removed = []
     for path in places:
-        with explained(path):
+        with explain_os_errors(path):
             if os.path.lexists(path):
                 path.unlink()
                 removed.append(str(path.relative_to(store.path)))
@@ -108,7 +108,7 @@ def _rewrite_documents(store: OpenStore) -> list[str]:
     except StoreDamaged:
         documents = documents_of(store.spec, store.manifest.row_count())
         store.manifest.restore_documents(documents)
-    with explained(store.path):
+    with explain_os_errors(store.path):
         changed = changed_documents(store.path, documents)
         write_documents(store.path, documents)
     return changed

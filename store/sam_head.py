@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.durable import explained, write_atomic
+from ..common.durable import explain_os_errors, write_atomic
 from ..common.errors import StoreDamaged, StoreError, StoreMismatch
 
 _MEND = "run the same mobilesam precompute again, which writes it anew"
@@ -25,7 +25,7 @@ def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
 def read_head(path: Path, sha256: str) -> bytes:
     """The file's content; StoreDamaged when it is gone, or not the one with this SHA-256."""
     try:
-        with explained(path):
+        with explain_os_errors(path):
             data = path.read_bytes()
     except StoreError as error:
         if isinstance(error.__cause__, FileNotFoundError):
@@ -44,5 +44,5 @@ def write_head(path: Path, data: bytes, sha256: str) -> None:
             f"this head (SHA-256 {found[:16]}) is not the one that {path} was made with ({sha256[:16]}): "
             "give the checkpoint that the store was made with"
         )
-    with explained(path):
+    with explain_os_errors(path):
         write_atomic(path, data)

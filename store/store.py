@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from ..common.durable import explained, fsync_directory, make_folder, write_atomic
+from ..common.durable import explain_os_errors, fsync_directory, make_folder, write_atomic
 from ..common.errors import StoreDamaged, StoreError
 from ..common.image_ref import ImageRef
 from .audit import tolerance
@@ -162,7 +162,7 @@ class EmbeddingStore:
             raise StoreError(f"row {row} of {self.path} is not done (its image is pending or failed)")
         if record.kept is None:
             raise StoreDamaged(f"{path}, row {row} ({record.key!r}): the manifest lists no image; {TAKE_OUT}")
-        with explained(path):
+        with explain_os_errors(path):
             return read_kept(path, record.key, row, record.kept)
 
     def audits_out_of_tolerance(self) -> list[Audit]:
@@ -197,11 +197,11 @@ class EmbeddingStore:
         )
         moves = self._moves(shard, attempt, results)
         for attempted, _, expected in moves:
-            with explained(attempted):
+            with explain_os_errors(attempted):
                 size = attempted.stat().st_size
             if size != expected:
                 raise StoreError(f"{attempted} has {size} bytes instead of {expected}: run again")
-        with explained(self.path):
+        with explain_os_errors(self.path):
             # Embeddings last: a row exists for other Zarr readers only when all its files are there.
             for attempted, place, _ in reversed(moves):
                 os.rename(attempted, place)
@@ -250,7 +250,7 @@ class EmbeddingStore:
         if short and images:
             self.withdraw([first // self.spec.shard_size])
         rows = self.manifest.append(images, selection, partial(documents_of, self.spec))
-        with explained(self.path):
+        with explain_os_errors(self.path):
             write_documents(self.path, self.manifest.documents())
         return rows
 
@@ -270,7 +270,7 @@ class EmbeddingStore:
 
     def _tidy(self) -> None:
         """Remove what killed attempts left, and finish an extension that was cut short."""
-        with explained(self.path):
+        with explain_os_errors(self.path):
             self._remove_partials()
             write_documents(self.path, self.manifest.documents())
             if self.spec.kept_images is not None:

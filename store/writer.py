@@ -10,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ..common.durable import explained
+from ..common.durable import explain_os_errors
 from .images import BLOCK, END, header, padding, partial_tar_path
 from .layout import CHECKSUM_BYTES, ArrayLayout, crc32c
 from .quantize import quantize
@@ -58,7 +58,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         try:
             for path in self._paths:
-                with explained(path):
+                with explain_os_errors(path):
                     self._descriptors.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except BaseException:
             self._abandon()
@@ -75,7 +75,7 @@ class ShardWriter:
             raise ValueError(f"the embedding has shape {emb_CHW.shape}, not {self._layouts[0].item_shape}")
         items = _encode(emb_CHW, self._layouts[0].dtype)
         descriptors = self._descriptors[: len(items)]
-        with explained(self._paths[0]):
+        with explain_os_errors(self._paths[0]):
             checksums = [
                 _write_chunk(descriptor, slot * layout.stride, item)
                 for descriptor, layout, item in zip(descriptors, self._layouts, items, strict=True)
@@ -90,7 +90,7 @@ class ShardWriter:
         if self._kept_images is None or image is None:
             return None
         head = header(self._first_row + slot, self._kept_images, len(image))
-        with explained(self._paths[-1]):
+        with explain_os_errors(self._paths[-1]):
             _write_all(self._descriptors[-1], [head, image, bytes(padding(len(image)))], self._kept_end)
         kept = KeptImage(offset=self._kept_end + BLOCK, bytes=len(image), crc32c=crc32c(image))
         self._kept_end += BLOCK + len(image) + padding(len(image))
@@ -102,7 +102,7 @@ class ShardWriter:
         if self._kept_images is not None:
             ends.append((END, self._kept_end))
         for path, descriptor, (end, offset) in zip(self._paths, self._descriptors, ends, strict=True):
-            with explained(path):
+            with explain_os_errors(path):
                 _write_all(descriptor, [end], offset)
                 os.fsync(descriptor)
         self._finished = True

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from ...common.durable import explain_os_errors
 from ...common.errors import PredictError, shown
 from ...distill import DistillError, save_student
 from ...distill.students.student_file import KEY_PREFIX, MODEL_FILE
 from ...sam import preprocessing_recipe
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ..model import Model
-from ..outputs import PARTIAL, Outputs, check_writable, explained
+from ..outputs import PARTIAL, Outputs, check_writable
 from .model_card import card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
@@ -44,8 +44,8 @@ def check_folder(folder: Path) -> None:
             raise PredictError(f"--out {shown(str(folder))} is a link to nothing: give another name")
         check_writable(folder.absolute().parent, "--out")
         return
-    with explained(folder, "--out"):
-        names = {path.name for path in folder.iterdir() if not _is_leftover(path)}
+    with explain_os_errors(folder, PredictError, "--out"):
+        names = {path.name for path in folder.iterdir() if not is_partial(path)}
     others = sorted(names - set(FILES)) if _is_export(folder) else sorted(names)
     if others:
         raise PredictError(
@@ -53,11 +53,6 @@ def check_folder(folder: Path) -> None:
             f"{shown(others[0])}: give a new folder"
         )
     check_writable(folder, "--out")
-
-
-def _is_leftover(path: Path) -> bool:
-    """Whether a killed export left it."""
-    return re.fullmatch(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL)}", path.name) is not None
 
 
 def _is_export(folder: Path) -> bool:
@@ -110,7 +105,7 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
 def _write(folder: Path, content: Mapping[str, bytes]) -> None:
     with Outputs() as outputs:
         outputs.make_folder(folder, "--out")
-        stale = [path for path in folder.iterdir() if path.name in FILES or _is_leftover(path)]
+        stale = [path for path in folder.iterdir() if path.name in FILES or is_partial(path)]
         for name, data in content.items():
             outputs.add(folder / name, data, "--out")
         outputs.commit(stale)
@@ -127,7 +122,10 @@ def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     kept = {key: known[key] for key in ("data", "metrics") if known[key] is not None}
     # save_student writes a file, atomically; here it is one of several that go out together.
-    with explained(Path(gettempdir()), "a temporary file"), TemporaryDirectory(prefix="mobilesam-") as folder:
+    with (
+        explain_os_errors(Path(gettempdir()), PredictError, "a temporary file"),
+        TemporaryDirectory(prefix="mobilesam-") as folder,
+    ):
         path = Path(folder) / MODEL_FILE
         info = {**model.info, **kept}
         save_student(model.sam.image_encoder, path, model.student, model.image_size, info, head)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
-from mobilesam.common.durable import explained
+from mobilesam.common.durable import explain_os_errors
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch, StoreNotFound, exists
 from mobilesam.store.layout import MANIFEST, PRIVATE
 from mobilesam.store.lock import WriterLock
@@ -96,7 +96,7 @@ def test_an_owner_of_another_host_counts_as_live_where_a_lock_need_not_reach_it(
     [(errno.EIO, "the disk fails: check it"), (errno.ENOSPC, "free some room"), (errno.EMFILE, "ulimit -n")],
 )
 def test_what_the_system_refuses_is_told_with_its_mend(tmp_path: Path, number: int, mend: str) -> None:
-    with pytest.raises(StoreError, match=mend) as caught, explained(tmp_path):
+    with pytest.raises(StoreError, match=mend) as caught, explain_os_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path) in str(caught.value)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...common.durable import explained, write_atomic
+from ...common.durable import explain_os_errors, write_atomic
 from ...common.errors import DistillInterrupted, VerifyError
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
@@ -58,7 +58,7 @@ def sweep(
         rows, test_data = _checked_stores(config)
         trials = plan_trials(config, rows)
         check_folder(config.out)
-        stack.enter_context(explained(config.out))
+        stack.enter_context(explain_os_errors(config.out))
         stack.enter_context(run_lock(config.out))
         check_report(config.out / PAGE_FILE)
         results = Results.open(config.out)
