@@ -16,7 +16,7 @@ from ...distill.students.student_file import KEY_PREFIX, MODEL_FILE
 from ...sam import preprocessing_recipe
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ..model import Model
-from ..outputs import PARTIAL, Outputs, check_writable
+from ..outputs import Outputs, check_writable, is_partial
 from .model_card import card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
