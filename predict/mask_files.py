@@ -19,8 +19,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from pycocotools import mask as coco
 
+from ..common.durable import explain_os_errors
 from ..common.errors import PredictError, shown
-from .outputs import Outputs, check_writable, explained, is_partial
+from .outputs import Outputs, check_writable, is_partial
 
 SOFTWARE = "mobilesam"
 """Written into each PNG's text, so that a folder of someone's numbered pictures isn't taken for masks of an earlier
@@ -124,7 +125,7 @@ def check_masks_folder(path: Path, option: str = "--masks") -> None:
     Raises:
         PredictError: names `option` and the first of the other files.
     """
-    with explained(path, option):
+    with explain_os_errors(path, PredictError, option):
         if not path.exists():
             return check_writable(path.resolve().parent, option)
         if not path.is_dir():
@@ -148,7 +149,7 @@ def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str =
         PredictError: a file can't be written.
     """
     outputs.make_folder(path, option)
-    with explained(path, option):
+    with explain_os_errors(path, PredictError, option):
         stale = [file for file in path.iterdir() if _is_ours(file)]
     for index, mask in enumerate(masks):
         outputs.add(path / mask_name(index), encode_mask(mask), option)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from ..common.durable import fsync_directory
+from ..common.durable import explain_os_errors, fsync_directory
 from ..common.errors import PredictError, shown
 
 _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
@@ -26,7 +25,7 @@ def check_file(path: Path, option: str) -> None:
     Raises:
         PredictError: it is a folder or a device, or its folder is missing or can't be written to.
     """
-    with explained(path, option):
+    with explain_os_errors(path, PredictError, option):
         if path.is_dir():
             raise PredictError(f"{option} {shown(str(path))} is a folder: give a file's name")
         if path.exists() and not path.is_file():
@@ -36,22 +35,12 @@ def check_file(path: Path, option: str) -> None:
 
 def check_writable(folder: Path, option: str) -> None:
     """Create a file in `folder` and remove it; PredictError where the folder is missing or refuses."""
-    with explained(folder, option):
+    with explain_os_errors(folder, PredictError, option):
         if not folder.is_dir():
             raise PredictError(f"{option}: there is no folder {shown(str(folder))}; make it first")
         trial = _partial(folder)
         trial.touch()
         trial.unlink()
-
-
-@contextmanager
-def explained(path: Path, option: str) -> Iterator[None]:
-    """Turn the operating system's errors into PredictError: the option, the file, the reason."""
-    try:
-        yield
-    except OSError as error:
-        place = shown(str(error.filename or path))
-        raise PredictError(f"{option}: {place} can't be written: {error.strerror or error}") from error
 
 
 class Outputs:
@@ -78,7 +67,7 @@ class Outputs:
 
     def make_folder(self, path: Path, option: str) -> None:
         """Make a folder if it doesn't exist."""
-        with explained(path, option):
+        with explain_os_errors(path, PredictError, option):
             if not path.is_dir():
                 path.mkdir()
                 self._made.append(path)
@@ -89,7 +78,7 @@ class Outputs:
         path = path.resolve()
         partial = _partial(path.parent)
         self._written.append((partial, path, option))
-        with explained(path, option), open(partial, "wb") as file:
+        with explain_os_errors(path, PredictError, option), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -97,12 +86,12 @@ class Outputs:
     def commit(self, stale: Iterable[Path] = ()) -> None:
         """Rename every file to its place, and remove those in `stale` that weren't replaced."""
         for partial, path, option in self._written:
-            with explained(path, option):
+            with explain_os_errors(path, PredictError, option):
                 os.replace(partial, path)
         replaced = {path for _, path, _ in self._written}
         for path in stale:
             if path.resolve() not in replaced:
-                with explained(path, "an older file"):
+                with explain_os_errors(path, PredictError, "an older file"):
                     path.unlink()
         for folder in {path.parent for path in replaced}:
             fsync_directory(folder)

@@ -88,7 +88,7 @@ def _one_object(predictor: _TimedPredictor, prompt: ObjectPrompt) -> Mask:
     best = int(np.argmax(iou_C))
     logits_HW = logits_CHW[best]
     points = [] if prompt.coords_N2 is None else prompt.coords_N2[prompt.labels_N == 1].tolist()
-    return Mask.of(
+    return Mask.from_pixels(
         logits_HW > predictor.model.mask_threshold,
         predicted_iou=_finite(float(iou_C[best])),
         stability_score=stability_score(logits_HW, predictor.model.mask_threshold),

@@ -23,7 +23,7 @@ PIXELS = arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 
 def mask(pixels_HW: np.ndarray, iou: float | None = 0.9) -> Mask:
     height, width = pixels_HW.shape
-    return Mask.of(
+    return Mask.from_pixels(
         pixels_HW,
         predicted_iou=iou,
         stability_score=None,

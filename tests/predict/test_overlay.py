@@ -24,7 +24,7 @@ NOWHERE = Prompts(everything=True)
 
 def mask(pixels_HW: np.ndarray) -> Mask:
     height, width = pixels_HW.shape
-    return Mask.of(
+    return Mask.from_pixels(
         pixels_HW, predicted_iou=0.9, stability_score=1.0, point_coords=[], crop_box=[0, 0, width, height]
     )
 
