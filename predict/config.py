@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.errors import PredictError as PredictError
 from .overlay import FORMATS
-from .prompts import Box, Point, Prompts
+from .prompts import Box, ImagePrompts, Point
 
 MAX_IMAGE_SIZE = 16384
 
@@ -21,7 +21,7 @@ class SegmentConfig:
     without `teacher` the run that started last (runs/latest) is meant. `head` is a store or a file that holds SAM's
     prompt encoder and mask decoder, where the student lies without them. `teacher` with its `checkpoint` takes a
     student's place. `image_size` in pixels is for teachers and files in mobile_sam.pt's format, which don't say
-    (1024 where None). The prompts are those of `Prompts`.
+    (1024 where None). The prompts are those of `ImagePrompts`.
 
     `out` is the picture to draw, PNG or JPEG by its name; `masks` a folder for one PNG a mask; `rle` a file for the
     masks in SA-1B's JSON layout.
@@ -58,9 +58,9 @@ class SegmentConfig:
         _ = self.prompts  # made, and so checked
 
     @property
-    def prompts(self) -> Prompts:
+    def prompts(self) -> ImagePrompts:
         """What is to be segmented."""
-        return Prompts(
+        return ImagePrompts(
             points=self.points,
             negative_points=self.negative_points,
             boxes=self.boxes,

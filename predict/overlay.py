@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..common.errors import PredictError
 from .mask_files import Mask
-from .prompts import Point, Prompts
+from .prompts import Point, ImagePrompts
 
 Rgb = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
@@ -37,7 +37,7 @@ LARGE = 800
 """Longest side in pixels from which lines are two pixels wide rather than one."""
 
 
-def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: Prompts) -> Rgb:
+def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -> Rgb:
     """Draws masks and prompts over a photo.
 
     Where masks overlap the smaller one is on top, and the photo shines through it alone. Points on the object are

@@ -14,7 +14,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
 from .mask_files import Mask
-from .prompts import ObjectPrompt, Prompts
+from .prompts import ObjectPrompt, ImagePrompts
 
 STABILITY_OFFSET = 1.0
 """As SamAutomaticMaskGenerator's default."""
@@ -38,7 +38,7 @@ class Prediction:
     """Prompt encoder, mask decoder, and whatever makes masks of its logits."""
 
 
-def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: Prompts) -> Prediction:
+def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -> Prediction:
     """Segments an image.
 
     Args:

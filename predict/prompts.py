@@ -1,4 +1,7 @@
-"""What is to be segmented: points and boxes in pixels of the image as it is seen, or everything."""
+"""Prompts as a user gives them: points and boxes in pixels of the image as it is seen, or everything in it.
+
+Shape suffixes: N points of one prompt, 2 (x, y), 4 (x0, y0, x1, y1).
+"""
 
 from __future__ import annotations
 
@@ -9,94 +12,106 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..common.config import require
 from ..common.errors import PredictError
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ObjectPrompt:
-    """What SAM is told of one object, as `SamPredictor.predict` takes it."""
-
-    coords_N2: npt.NDArray[np.float64] | None
-    """x and y of each point; None without any."""
-    labels_N: npt.NDArray[np.int64] | None
-    """1 for a point on the object, 0 for one beside it."""
-    box_4: npt.NDArray[np.float64] | None
-    """x0, y0, x1, y1."""
-    ambiguous: bool
-    """One point alone may mean a whole, a part or a part of that: SAM gives three masks."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Points (x, y) and boxes (x0, y0, x1, y1) in pixels of the original image, its EXIF orientation applied; x to
-    the right, y down, (0, 0) the first pixel.
+class ImagePrompts:
+    """All prompts for one image, checked where they are made.
 
-    All points together mean one object, with the box if there is one. Several boxes mean an object each.
+    Coordinates are pixels of the original image, its EXIF orientation applied; x to the right, y down, (0, 0) the
+    first pixel. All points together mean one object, with the box if there is one. Several boxes mean an object each.
 
-    Raises PredictError for prompts that contradict each other.
+    Raises:
+        PredictError: prompts contradict each other, a number isn't finite, or a box is empty.
     """
 
     points: Sequence[Point] = ()
+    """(x, y) of each point on the object."""
     negative_points: Sequence[Point] = ()
+    """(x, y) of each point that is not on the object."""
     boxes: Sequence[Box] = ()
+    """(x0, y0, x1, y1) of each box."""
     everything: bool = False
+    """Segment everything in the image; takes no points or boxes."""
 
     def __post_init__(self) -> None:
         for name, length in (("points", 2), ("negative_points", 2), ("boxes", 4)):
             values = tuple(tuple(float(number) for number in value) for value in getattr(self, name))
             object.__setattr__(self, name, values)
             for value in values:
-                _require(len(value) == length, f"{_shown(value)} has {len(value)} numbers, not {length}")
-                _require(all(map(math.isfinite, value)), f"{_shown(value)} holds a number that isn't finite")
+                require(
+                    len(value) == length,
+                    f"{_joined(value)} has {len(value)} numbers, not {length}",
+                    PredictError,
+                )
+                require(
+                    all(map(math.isfinite, value)),
+                    f"{_joined(value)} holds a number that isn't finite",
+                    PredictError,
+                )
         self._check_combination()
         for x0, y0, x1, y1 in self.boxes:
-            _require(
+            require(
                 x0 < x1 and y0 < y1,
-                f"--box {_shown((x0, y0, x1, y1))} is empty: give X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1",
+                f"--box {_joined((x0, y0, x1, y1))} is empty: give X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1",
+                PredictError,
             )
 
     def _check_combination(self) -> None:
         points, negative, boxes = len(self.points), len(self.negative_points), len(self.boxes)
         if self.everything:
-            _require(
+            require(
                 not points + negative + boxes,
                 f"--everything takes no prompts, and there are {points + negative} points and {boxes} boxes: "
                 "leave out one or the other",
+                PredictError,
             )
             return
-        _require(
+        require(
             bool(points + negative + boxes),
             "nothing to segment: give --point X Y, --box X0 Y0 X1 Y1 or --everything",
+            PredictError,
         )
-        _require(
+        require(
             bool(points or boxes),
             f"{negative} negative points alone say what is not meant: give a --point or --box with them",
+            PredictError,
         )
-        _require(
+        require(
             boxes < 2 or not points + negative,
             f"{points + negative} points with {boxes} boxes: points belong to one object, so give one box with them, "
             "or boxes alone",
+            PredictError,
         )
 
     def check_inside(self, original_size: tuple[int, int]) -> None:
-        """Raises PredictError for the first prompt that isn't inside an image of `original_size` (height, width).
+        """Refuse prompts that aren't inside an image of `original_size` (height, width).
 
         A point lies on a pixel: 0 <= x < width. A box's sides may lie on the image's edge: 0 <= x0 < x1 <= width.
+
+        Raises:
+            PredictError: names the first such prompt, and the image's size.
         """
         height, width = original_size
-        told = f"outside the image, which is {width} x {height} pixels"
+        outside = f"outside the image, which is {width} x {height} pixels"
         for option, points in (("--point", self.points), ("--negative-point", self.negative_points)):
             for x, y in points:
-                _require(0 <= x < width and 0 <= y < height, f"{option} {_shown((x, y))} is {told}")
+                require(
+                    0 <= x < width and 0 <= y < height,
+                    f"{option} {_joined((x, y))} is {outside}",
+                    PredictError,
+                )
         for x0, y0, x1, y1 in self.boxes:
             inside = min(x0, y0) >= 0 and x1 <= width and y1 <= height
-            _require(inside, f"--box {_shown((x0, y0, x1, y1))} is {told}")
+            require(inside, f"--box {_joined((x0, y0, x1, y1))} is {outside}", PredictError)
 
     def objects(self) -> list[ObjectPrompt]:
-        """One prompt for each object, in the order of the boxes; none for everything."""
+        """Return one prompt for each object, in the order of the boxes; an empty list for everything."""
         coords = [*self.points, *self.negative_points]
         if not coords:
             return [
@@ -113,10 +128,19 @@ class Prompts:
         ]
 
 
-def _shown(numbers: Sequence[float]) -> str:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ObjectPrompt:
+    """Prompt for one object, in the arrays that `SamPredictor.predict` takes."""
+
+    coords_N2: npt.NDArray[np.float64] | None
+    """x and y of each point; None without any."""
+    labels_N: npt.NDArray[np.int64] | None
+    """1 for a point on the object, 0 for one that isn't."""
+    box_4: npt.NDArray[np.float64] | None
+    """x0, y0, x1, y1."""
+    ambiguous: bool
+    """One point alone, which may mean an object, a part, or a part of that: SAM gives three masks."""
+
+
+def _joined(numbers: Sequence[float]) -> str:
     return " ".join(f"{number:.10g}" for number in numbers)
-
-
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise PredictError(message)

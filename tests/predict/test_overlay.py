@@ -17,9 +17,9 @@ from mobilesam.predict.overlay import (
     encode_picture,
     mask_colour,
 )
-from mobilesam.predict.prompts import Prompts
+from mobilesam.predict.prompts import ImagePrompts
 
-NOWHERE = Prompts(everything=True)
+NOWHERE = ImagePrompts(everything=True)
 
 
 def mask(pixels_HW: np.ndarray) -> Mask:
@@ -79,7 +79,7 @@ def test_a_mask_is_its_colour_over_the_photo_with_a_contour_and_all_else_is_the_
 def test_the_photo_itself_is_left_as_it_was(photo: np.ndarray) -> None:
     before = photo.copy()
     photo.setflags(write=False)
-    draw_overlay(photo, [mask(np.ones((40, 60), bool))], Prompts(points=[(3, 3)], boxes=[(0, 0, 9, 9)]))
+    draw_overlay(photo, [mask(np.ones((40, 60), bool))], ImagePrompts(points=[(3, 3)], boxes=[(0, 0, 9, 9)]))
     np.testing.assert_array_equal(photo, before)
 
 
@@ -98,7 +98,7 @@ def test_an_empty_mask_leaves_the_photo(photo: np.ndarray) -> None:
 
 
 def test_points_are_green_or_red_discs_with_a_white_ring_around_their_pixel(photo: np.ndarray) -> None:
-    drawn = draw_overlay(photo, [], Prompts(points=[(20, 10)], negative_points=[(45, 30)]))
+    drawn = draw_overlay(photo, [], ImagePrompts(points=[(20, 10)], negative_points=[(45, 30)]))
     green, red = drawn[10, 20].astype(int), drawn[30, 45].astype(int)
     assert green[1] > green[0] + 100
     assert red[0] > red[1] + 100
@@ -115,7 +115,7 @@ def test_prompts_in_the_corners_of_any_picture_are_drawn(size: tuple[int, int]) 
     height, width = size
     photo = np.full((height, width, 3), 7, np.uint8)
     corners = [(0, 0), (width - 1, height - 1), (width - 0.01, 0)]
-    prompts = Prompts(points=corners, negative_points=[(0, height - 1)], boxes=[(0, 0, width, height)])
+    prompts = ImagePrompts(points=corners, negative_points=[(0, height - 1)], boxes=[(0, 0, width, height)])
     drawn = draw_overlay(photo, [mask(np.ones(size, bool))], prompts)
     assert drawn.shape == photo.shape
     assert (drawn[0, 0] != 7).any()
@@ -128,7 +128,7 @@ def test_prompts_in_the_corners_of_any_picture_are_drawn(size: tuple[int, int]) 
 def test_a_box_is_outlined_in_its_masks_colour_and_not_beyond_it(
     photo: np.ndarray, box: tuple[float, float, float, float]
 ) -> None:
-    drawn = draw_overlay(photo, [], Prompts(boxes=[(0, 0, 1, 1), box]))
+    drawn = draw_overlay(photo, [], ImagePrompts(boxes=[(0, 0, 1, 1), box]))
     x0, y0, x1, y1 = (min(round(number), side) for number, side in zip(box, (59, 39, 60, 40), strict=True))
     x1, y1 = max(x1, x0 + 1), max(y1, y0 + 1)
     assert (drawn[y0, x0:x1] == mask_colour(1)).all()

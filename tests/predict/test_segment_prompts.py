@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from mobilesam.predict import PredictError, SegmentConfig
-from mobilesam.predict.prompts import Prompts
+from mobilesam.predict.prompts import ImagePrompts
 
 POINT, BOX = {"points": [(3, 4)]}, {"boxes": [(1, 2, 5, 6)]}
 
 
 def test_all_points_and_the_one_box_prompt_one_object() -> None:
-    (prompt,) = Prompts(points=[(1, 2), (3, 4)], negative_points=[(5, 6)], boxes=[(0, 0, 9, 9)]).objects()
+    (prompt,) = ImagePrompts(points=[(1, 2), (3, 4)], negative_points=[(5, 6)], boxes=[(0, 0, 9, 9)]).objects()
     np.testing.assert_array_equal(prompt.coords_N2, [[1, 2], [3, 4], [5, 6]])
     np.testing.assert_array_equal(prompt.labels_N, [1, 1, 0])
     np.testing.assert_array_equal(prompt.box_4, [0, 0, 9, 9])
@@ -21,7 +21,7 @@ def test_all_points_and_the_one_box_prompt_one_object() -> None:
 
 
 def test_several_boxes_prompt_an_object_each() -> None:
-    prompts = Prompts(boxes=[(0, 0, 9, 9), (1, 1, 2, 2)]).objects()
+    prompts = ImagePrompts(boxes=[(0, 0, 9, 9), (1, 1, 2, 2)]).objects()
     assert [prompt.box_4.tolist() for prompt in prompts] == [[0, 0, 9, 9], [1, 1, 2, 2]]
     assert all(prompt.coords_N2 is None and not prompt.ambiguous for prompt in prompts)
 
@@ -31,7 +31,7 @@ def test_several_boxes_prompt_an_object_each() -> None:
     [(POINT, True), (POINT | BOX, False), (POINT | {"negative_points": [(1, 1)]}, False), (BOX, False)],
 )
 def test_only_one_point_by_itself_is_ambiguous(prompts: dict[str, Any], ambiguous: bool) -> None:
-    assert [prompt.ambiguous for prompt in Prompts(**prompts).objects()] == [ambiguous]
+    assert [prompt.ambiguous for prompt in ImagePrompts(**prompts).objects()] == [ambiguous]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_contradicts_itself_is_refused_with_the_numbers(prompts: dict[str, 
     ],
 )
 def test_prompts_on_the_very_edge_are_inside(prompts: dict[str, Any]) -> None:
-    Prompts(**prompts).check_inside((40, 60))
+    ImagePrompts(**prompts).check_inside((40, 60))
 
 
 @pytest.mark.parametrize(
@@ -97,5 +97,5 @@ def test_prompts_on_the_very_edge_are_inside(prompts: dict[str, Any]) -> None:
 )
 def test_prompts_outside_the_image_are_refused_with_both_sizes(prompts: dict[str, Any], told: str) -> None:
     with pytest.raises(PredictError) as raised:
-        Prompts(**prompts).check_inside((40, 60))
+        ImagePrompts(**prompts).check_inside((40, 60))
     assert told in str(raised.value)
