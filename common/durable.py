@@ -1,4 +1,4 @@
-"""Writing so that what was reported written is there after a crash."""
+"""Durable writes: what was reported written is there after a crash; and the operating system's errors in words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MENDS = {
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a folder durable (a rename is not, until its folder is synced)."""
+    """Make the names in a folder durable: a rename is not until its folder is synced."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, with their names durable; nothing where there is one."""
+    """Make a folder and those above it that are missing, with their names durable; do nothing if it exists."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -42,7 +42,11 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file's content as a whole: temporary file, fsync, rename, fsync of the folder."""
+    """Replace a file's content as a whole: temporary file, fsync, rename, fsync of the folder.
+
+    Raises:
+        OSError: with the file's name; the old content is still there, and no temporary file is left.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with open(partial, "wb") as file:

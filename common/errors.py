@@ -1,4 +1,4 @@
-"""All exceptions of this package, and how names are shown in their messages.
+"""All exceptions of this package, the mends that several messages name, and names made fit for a message.
 
 Every message is ready for the user: the fact, the numbers, the mend, in one or two lines. `cli.py` alone turns
 exceptions into exit codes.
@@ -44,6 +44,14 @@ class StoreLocked(StoreError):
 
 class StoreDamaged(StoreError):
     """Bytes on disk are not those that were committed."""
+
+
+REPAIR_METADATA = "put it back with mobilesam inspect STORE --repair"
+"""Mend of damage to a zarr.json, or to the manifest's copy of one."""
+REPAIR_SHARDS = "take damaged shards out with mobilesam inspect STORE --repair, and compute them again"
+"""Mend of damage to shard files, or to their rows in the manifest."""
+REPLACE_MANIFEST = "put a whole copy of it back, or make the store again in another place"
+"""Mend of damage to the manifest itself, which repair can't undo."""
 
 
 class SamError(MobileSamError):
@@ -112,5 +120,6 @@ class ReportError(VerifyError):
 
 
 def shown(name: str) -> str:
-    """Escape what can't be printed in a key or path (newlines, bytes that are not UTF-8), for one line of output."""
+    """Escape what can't be printed in a key, path or message (newlines, bytes that are not UTF-8), for one line of
+    output."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -1,4 +1,4 @@
-"""Reference to one image: what travels from the listing to the manifest and to the workers."""
+"""Reference to one image, as it travels from the listing to the manifest and to the workers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """One image file, or one member of a tar.
-
-    `key` is the path below the image root, "/"-separated, bytes that are not UTF-8 as surrogates; a tar acts as a
-    folder. `size` is the file's length in bytes as listed. `offset` is where a tar member's bytes begin in its tar;
-    None for a file of its own.
-    """
+    """One image file, or one member of a tar."""
 
     key: str
+    """Path below the image root, separated by "/", with bytes that are not UTF-8 as surrogates; a tar acts as a
+    folder."""
     size: int
+    """Length of the file in bytes, as listed."""
     offset: int | None = None
+    """Byte in its tar at which a member's content begins; None for a file that is not in a tar."""

@@ -197,7 +197,7 @@ def _audit_problems(store: OpenStore) -> Iterator[Problem]:
         yield Problem(
             kind="audit",
             message=f"a fresh run of the teacher gave cosine {audit.cosine:.6f} and relative MSE "
-            f"{audit.relative_mse:.3g}, past {limits.cosine:g} and {limits.relative_mse:g}: make the store anew "
+            f"{audit.relative_mse:.3g}, past {limits.cosine:g} and {limits.relative_mse:g}: make the store again "
             "with --precision float32 or a finer --dtype",
             shard=audit.row // store.spec.shard_size,
             row=audit.row,

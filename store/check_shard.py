@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged
+from ..common.errors import REPLACE_MANIFEST, StoreDamaged
 from .images import BLOCK, END, header, padding, tar_bytes, tar_path
 from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c
 from .manifest import PAGE_KEYS, SELECT_RECORDS, KeysDigest, Manifest, record_of, shard_digest
 from .reader import read_chunk, read_fully
-from .records import MAKE_ANEW, ImageRecord, KeptImage, Problem, ProblemKind
+from .records import ImageRecord, KeptImage, Problem, ProblemKind
 from .spec import StoreSpec
 
 FAILING_DISK = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.ENODATA}
@@ -185,7 +185,7 @@ def integrity_errors(manifest: Manifest) -> list[str]:
 def _database_problems(manifest: Manifest) -> Iterator[Problem]:
     lines = integrity_errors(manifest)
     if lines:
-        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {MAKE_ANEW}")
+        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {REPLACE_MANIFEST}")
 
 
 def _image_problems(manifest: Manifest) -> Iterator[Problem]:
@@ -204,7 +204,7 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
         if count != rows or keys.value() != digest:
             yield _problem(
                 manifest,
-                f"the {rows:,} keys from row {first:,} on are not those that were listed: {MAKE_ANEW}",
+                f"the {rows:,} keys from row {first:,} on are not those that were listed: {REPLACE_MANIFEST}",
             )
 
 

@@ -8,8 +8,7 @@ from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
-from ..common.errors import StoreDamaged, StoreError
-from .records import MAKE_ANEW
+from ..common.errors import REPLACE_MANIFEST, StoreDamaged, StoreError
 
 BUSY_SECONDS = 300.0
 """How long a statement waits for another process's transaction; `inspect --check` reads the whole manifest in one."""
@@ -51,7 +50,9 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     """Open without creating. A reader leaves the file system alone unless a killed writer's transaction has to
     be rolled back first, which takes write access once."""
     if not path.is_file():
-        raise StoreDamaged(f"{path} is missing: without its manifest a store can't be read; {MAKE_ANEW}")
+        raise StoreDamaged(
+            f"{path} is missing: without its manifest a store can't be read; {REPLACE_MANIFEST}"
+        )
     with explain_sqlite_errors(path):
         try:
             return _open(path, "rw" if writable else "ro", writable)
@@ -95,7 +96,7 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     schema = _schema(connection)
     if not {"meta", "images", "shards", "results"} <= schema.keys():
-        raise StoreDamaged(f"{path} is damaged (it has none of a manifest's tables): {MAKE_ANEW}")
+        raise StoreDamaged(f"{path} is damaged (it has none of a manifest's tables): {REPLACE_MANIFEST}")
     if version != SCHEMA_VERSION:
         other = "an earlier" if version < SCHEMA_VERSION else "a later"
         raise StoreError(
@@ -103,7 +104,7 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
             f"{SCHEMA_VERSION}): read it with that version, or precompute anew into another place"
         )
     if schema != _expected_schema():
-        raise StoreDamaged(f"{path} is damaged (its tables are not as they were made): {MAKE_ANEW}")
+        raise StoreDamaged(f"{path} is damaged (its tables are not as they were made): {REPLACE_MANIFEST}")
 
 
 def _schema(connection: sqlite3.Connection) -> dict[str, str]:
@@ -148,9 +149,9 @@ def explain_sqlite_errors(path: Path) -> Iterator[None]:
                 f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it"
             ) from error
         if code in (sqlite3.SQLITE_ERROR, None):
-            raise StoreDamaged(f"{path} is damaged ({error}): {MAKE_ANEW}") from error
+            raise StoreDamaged(f"{path} is damaged ({error}): {REPLACE_MANIFEST}") from error
         raise StoreError(f"{path}: {error}; check the disk and run again") from error
     except sqlite3.IntegrityError as error:
         raise StoreError(f"{path} refuses what it was given ({error}): nothing was changed") from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        raise StoreDamaged(f"{path} is damaged ({error}): {MAKE_ANEW}") from error
+        raise StoreDamaged(f"{path} is damaged ({error}): {REPLACE_MANIFEST}") from error

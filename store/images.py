@@ -11,9 +11,9 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..common.errors import StoreDamaged
+from ..common.errors import REPAIR_SHARDS, StoreDamaged
 from .layout import PRIVATE, crc32c
-from .records import TAKE_OUT, KeptImage
+from .records import KeptImage
 
 FOLDER = PRIVATE / "images"
 BLOCK = tarfile.BLOCKSIZE
@@ -56,6 +56,6 @@ def read_kept(path: Path, key: str, row: int, kept: KeptImage) -> bytes:
         data = os.pread(tar.fileno(), kept.bytes, kept.offset)
     if len(data) != kept.bytes or crc32c(data) != kept.crc32c:
         raise StoreDamaged(
-            f"{path}, row {row} ({key!r}): the image kept there is not the one that was committed; {TAKE_OUT}"
+            f"{path}, row {row} ({key!r}): the image kept there is not the one that was committed; {REPAIR_SHARDS}"
         )
     return data

@@ -16,21 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..common.errors import StoreDamaged, StoreError
+from ..common.errors import REPAIR_METADATA, REPLACE_MANIFEST, StoreDamaged, StoreError
 from ..common.image_ref import ImageRef
 from . import database
 from .layout import crc32c
-from .records import (
-    MAKE_ANEW,
-    PUT_BACK,
-    Audit,
-    Counts,
-    ImageRecord,
-    KeptImage,
-    RowResult,
-    Selection,
-    Status,
-)
+from .records import Audit, Counts, ImageRecord, KeptImage, RowResult, Selection, Status
 from .spec import StoreSpec, spec_digest
 
 PAGE_KEYS = 10_000
@@ -95,7 +85,7 @@ class Manifest:
             )
         if meta.get("spec_sha256") != spec.digest():
             raise StoreDamaged(
-                f"the attributes in zarr.json are not those that {self.path} was made with: {PUT_BACK}"
+                f"the attributes in zarr.json are not those that {self.path} was made with: {REPAIR_METADATA}"
             )
 
     def spec(self) -> StoreSpec:
@@ -106,10 +96,12 @@ class Manifest:
             value = json.loads(meta["spec"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreDamaged(
-                f"{self.path} is damaged: its copy of the spec is unreadable; {PUT_BACK}"
+                f"{self.path} is damaged: its copy of the spec is unreadable; {REPAIR_METADATA}"
             ) from error
         if spec_digest(value) != meta.get("spec_sha256"):
-            raise StoreDamaged(f"{self.path} is damaged: its copy of the spec is not as written; {PUT_BACK}")
+            raise StoreDamaged(
+                f"{self.path} is damaged: its copy of the spec is not as written; {REPAIR_METADATA}"
+            )
         spec = StoreSpec.from_json(value)
         self.refuse_foreign(spec)
         return spec
@@ -131,7 +123,7 @@ class Manifest:
         for name, content, sha256 in found:
             if not isinstance(content, bytes) or hashlib.sha256(content).digest() != sha256:
                 raise StoreDamaged(
-                    f"{self.path} is damaged: its copy of {name} is not as written; {PUT_BACK}"
+                    f"{self.path} is damaged: its copy of {name} is not as written; {REPAIR_METADATA}"
                 )
         return {name: content for name, content, _ in found}
 
@@ -150,7 +142,7 @@ class Manifest:
         count = last + 1 if isinstance(last, int) else 0
         if count != appended:
             raise StoreDamaged(
-                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {MAKE_ANEW}"
+                f"{self.path} is damaged (its last row is {last}, but {appended} were appended): {REPLACE_MANIFEST}"
             )
         return count
 
@@ -163,7 +155,7 @@ class Manifest:
         """Every committed shard with the number of rows that it was committed with."""
         committed = dict(self.query("SELECT shard, rows FROM shards ORDER BY shard"))
         if not all(isinstance(shard, int) for shard in committed):
-            raise StoreDamaged(f"{self.path} is damaged (a shard has no number): {MAKE_ANEW}")
+            raise StoreDamaged(f"{self.path} is damaged (a shard has no number): {REPLACE_MANIFEST}")
         return committed
 
     def shards_with_failures(self) -> list[int]:
@@ -185,7 +177,9 @@ class Manifest:
         ):
             for (key,) in page:
                 if not isinstance(key, bytes) or key <= last:
-                    raise StoreDamaged(f"{self.path} is damaged (its keys are out of order): {MAKE_ANEW}")
+                    raise StoreDamaged(
+                        f"{self.path} is damaged (its keys are out of order): {REPLACE_MANIFEST}"
+                    )
                 yield key
                 last = key
 
@@ -207,7 +201,7 @@ class Manifest:
             ]
         except (TypeError, ValueError) as error:
             raise StoreDamaged(
-                f"{self.path} is damaged (its sets of images: {error}): {MAKE_ANEW}"
+                f"{self.path} is damaged (its sets of images: {error}): {REPLACE_MANIFEST}"
             ) from error
 
     def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged, StoreError
+from ..common.errors import REPAIR_SHARDS, StoreDamaged, StoreError
 from .layout import ALIGNMENT, CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c, rows_of, shard_of
 from .manifest import Manifest
 from .quantize import dequantize
-from .records import TAKE_OUT
 from .spec import StoreSpec
 
 
@@ -73,13 +72,15 @@ class ShardFile:
             try:
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError as error:
-                raise StoreDamaged(f"{path} is missing, though the manifest lists it; {TAKE_OUT}") from error
+                raise StoreDamaged(
+                    f"{path} is missing, though the manifest lists it; {REPAIR_SHARDS}"
+                ) from error
             size = os.fstat(self._descriptor).st_size
             tail = os.pread(self._descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
         try:
             self.index = layout.decode_index(tail)
         except ValueError as error:
-            raise StoreDamaged(f"{path} ({size} bytes): {error}; {TAKE_OUT}") from error
+            raise StoreDamaged(f"{path} ({size} bytes): {error}; {REPAIR_SHARDS}") from error
         self.direct = direct and layout.payload_bytes % ALIGNMENT == 0 and self._set_direct(True)
 
     def read(self, offset: int, payload: np.ndarray) -> int | None:
@@ -317,4 +318,4 @@ class DirectReader:
 
     def _damage(self, shard: ShardFile, row: int, fact: str) -> StoreDamaged:
         key = self._manifest.records(None, range(row, row + 1))[0].key
-        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {TAKE_OUT}")
+        return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {REPAIR_SHARDS}")

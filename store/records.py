@@ -7,13 +7,6 @@ from typing import Any, Literal
 
 from ..common.image_ref import ImageRef
 
-PUT_BACK = "put it back with mobilesam inspect STORE --repair"
-"""How damage to documents is mended."""
-TAKE_OUT = "take damaged shards out with mobilesam inspect STORE --repair, and compute them anew"
-"""How damage to shards is mended."""
-MAKE_ANEW = "put a whole copy of it back, or make the store anew in another place"
-"""How damage to the manifest itself is mended."""
-
 Status = Literal["pending", "done", "failed"]
 ProblemKind = Literal[
     "missing",

@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import StoreDamaged, StoreError, StoreMismatch
+from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
-from .records import PUT_BACK
 
 FORMAT_VERSION = 1
 DTYPES = ("float16", "float32", "int8")
@@ -103,13 +102,13 @@ class StoreSpec:
         missing = sorted(names - value.keys())
         if missing:
             raise StoreDamaged(
-                f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged; {PUT_BACK}"
+                f"the store's attributes lack {', '.join(missing)}: zarr.json is damaged; {REPAIR_METADATA}"
             )
         try:
             return cls(**{name: value[name] for name in names})
         except TypeError as error:
             raise StoreDamaged(
-                f"the store's attributes make no sense ({error}): zarr.json is damaged; {PUT_BACK}"
+                f"the store's attributes make no sense ({error}): zarr.json is damaged; {REPAIR_METADATA}"
             ) from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:

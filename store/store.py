@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..common.durable import explain_os_errors, fsync_directory, make_folder, write_atomic
-from ..common.errors import StoreDamaged, StoreError
+from ..common.errors import REPAIR_SHARDS, StoreDamaged, StoreError
 from ..common.image_ref import ImageRef
 from .audit import tolerance
 from .check import partial_files
@@ -20,7 +20,7 @@ from .layout import HEAD, MANIFEST, PRIVATE, local_path, rows_of, shard_count, s
 from .lock import WriterLock
 from .manifest import Manifest
 from .reader import DirectReader, StoredBatch
-from .records import TAKE_OUT, Audit, RowResult, Selection
+from .records import Audit, RowResult, Selection
 from .sam_head import read_head, write_head
 from .spec import StoreSpec
 from .writer import partial_path
@@ -161,7 +161,9 @@ class EmbeddingStore:
         if record.status != "done":
             raise StoreError(f"row {row} of {self.path} is not done (its image is pending or failed)")
         if record.kept is None:
-            raise StoreDamaged(f"{path}, row {row} ({record.key!r}): the manifest lists no image; {TAKE_OUT}")
+            raise StoreDamaged(
+                f"{path}, row {row} ({record.key!r}): the manifest lists no image; {REPAIR_SHARDS}"
+            )
         with explain_os_errors(path):
             return read_kept(path, record.key, row, record.kept)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.durable import write_atomic
-from ..common.errors import StoreDamaged, StoreError, StoreNotFound
+from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreNotFound
 from .layout import MANIFEST, ArrayLayout, local_path
-from .records import PUT_BACK
 from .spec import StoreSpec
 
 DOCUMENT = "zarr.json"
@@ -97,7 +96,7 @@ def read_spec(store: Path) -> StoreSpec:
     except OSError as error:
         raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path} is damaged (no JSON): {PUT_BACK}") from error
+        raise StoreDamaged(f"{path} is damaged (no JSON): {REPAIR_METADATA}") from error
     except (KeyError, TypeError, IndexError) as error:
         raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
     return StoreSpec.from_json(attributes)
@@ -114,7 +113,7 @@ def exists(path: Path | str) -> bool:
 
 def _none(store: Path, reason: str) -> StoreError:
     if (store / MANIFEST).exists():
-        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {PUT_BACK}")
+        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {REPAIR_METADATA}")
     if store.is_file():
         return StoreNotFound(f"{store} is a file, not a mobilesam store")
     return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")

@@ -111,7 +111,7 @@ def test_a_lost_manifest_means_to_make_the_store_anew(run: Run, ledger: Ledger, 
     (store / MANIFEST).unlink()
     wrong = wrong_reads(store, undisturbed)
     for attempt in (run, lambda: inspect_store(store), lambda: inspect_store(store, repair=True)):
-        with pytest.raises(StoreError, match=r"manifest\.sqlite is missing.*anew"):
+        with pytest.raises(StoreError, match=r"manifest\.sqlite is missing.*again"):
             attempt()
     shutil.rmtree(store)
     run()

@@ -267,7 +267,7 @@ def test_a_changed_key_or_selection_is_past_mending(store: EmbeddingStore, state
     for repair in (False, True):
         (problem,) = inspect_store(store.path, check=True, repair=repair)["problems"]
         assert (problem["kind"], problem["shard"]) == ("listing", None)
-        assert "make the store anew" in problem["message"]
+        assert "make the store again" in problem["message"]
 
 
 def test_sources_that_are_no_json_are_damage(store: EmbeddingStore) -> None:

@@ -302,7 +302,7 @@ def test_damaged_pages_of_the_manifest_are_told_and_nothing_is_written(store: Em
     start = (page - 1) * 4096
     data[start : start + 4096] = b"\xff" * 4096
     manifest.write_bytes(data)
-    with pytest.raises(StoreDamaged, match=r"manifest\.sqlite is damaged .*make the store anew"):
+    with pytest.raises(StoreDamaged, match=r"manifest\.sqlite is damaged .*make the store again"):
         inspect_store(store.path)
     with pytest.raises(StoreDamaged, match=r"manifest\.sqlite is damaged"):
         inspect_store(store.path, repair=True)

@@ -106,14 +106,14 @@ def found_problems(path: Path) -> list[dict[str, Any]]:
 
 
 def mend(path: Path, dtype: str) -> None:
-    """What the messages say: repair and compute what is pending, or make the store anew."""
+    """What the messages say: repair and compute what is pending, or make the store again."""
     try:
         left = inspect_store(path, repair=True)["problems"]
         beyond = [problem["message"] for problem in left if problem["kind"] != "head"]
     except StoreError as error:
         beyond = [str(error)]
     if beyond:
-        assert any(mend in message for mend in ("anew", "back") for message in beyond), beyond
+        assert any(mend in message for mend in ("make the store again", "precompute again", "back") for message in beyond), beyond
         shutil.rmtree(path)
         new_store(path, dtype)
         return
