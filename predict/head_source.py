@@ -1,6 +1,6 @@
 """SAM's head for a student: the order of the places it is taken from, and reading it out of each kind of file.
 
-A head is SAM's prompt encoder and mask decoder, the tensors `prompt_encoder.*` and `mask_decoder.*`. It may be read from
+A head is SAM's prompt encoder and mask decoder, the tensors `prompt_encoder.*` and `mask_decoder.*`. It can be in
 
 - a store, which has the head that precompute saved beside the embeddings;
 - a safetensors file: sam_head.safetensors, an export's model.safetensors, or another program's;
@@ -44,7 +44,7 @@ class LoadedHead:
     checkpoint_sha256: str | None = None
 
     def build(self, image_size: int) -> SamHead:
-        """Return the head as a module for encoders of `image_size` pixels; DistillError where the tensors don't fit."""
+        """Build the module for encoders of `image_size` pixels; DistillError where the tensors don't fit."""
         try:
             return build_head(self.state, image_size)
         except CheckpointError as error:

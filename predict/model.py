@@ -73,7 +73,8 @@ def load_model(
         student: a run's or an export's folder, a student's file, or a file in mobile_sam.pt's format; None is
             runs/latest.
         head: a store, or a file with `prompt_encoder.*` and `mask_decoder.*` among its tensors: sam_head.safetensors,
-            model.safetensors, or any SAM checkpoint. None: the head in the student's own file, or beside it in its run.
+            model.safetensors, or any SAM checkpoint. None: the head in the student's own file, or in its run or
+            folder.
         fallback_head: likewise, used where neither the student's file nor its folder has a head.
         device: auto, cpu, cuda or cuda:i.
         image_size: in pixels, for a file in mobile_sam.pt's format, which doesn't record it (1024 where None).

@@ -1,4 +1,7 @@
-"""The picture that shows masks: the photo, coloured where they are, with contours and the prompts."""
+"""Overlay picture of a segmentation: the photo, each mask tinted and outlined, and the prompts on top.
+
+Shape suffixes: H, W rows and columns of an image or mask, C channels, L pixels of a flattened mask, 3 RGB.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from PIL import Image
 
 from ..common.errors import PredictError
 from .mask_files import Mask
-from .prompts import Point, ImagePrompts
+from .prompts import ImagePrompts, Point
 
 Rgb = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
@@ -24,12 +27,13 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
 }
-"""How a picture is written, by the end of its name."""
+"""Pillow's format and options, by the end of a picture's name."""
 
 MAX_JPEG_SIDE = 65_500
-"""Pixels; libjpeg's limit."""
+"""Pixels; limit of libjpeg."""
 
 OPACITY = 0.45
+"""Share of a mask's colour in its pixels, 0 to 1."""
 FIRST_HUE = 0.58
 GOLDEN_RATIO = 0.618034
 GREEN, RED, WHITE = (0, 170, 60), (220, 20, 40), (255, 255, 255)
@@ -38,14 +42,14 @@ LARGE = 800
 
 
 def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -> Rgb:
-    """Draws masks and prompts over a photo.
+    """Draw masks and prompts over a photo.
 
-    Where masks overlap the smaller one is on top, and the photo shines through it alone. Points on the object are
-    green, others red; a box has its mask's colour.
+    Where masks overlap the smaller one is on top, blended with the photo alone. Points on the object are green,
+    others red; a box has its mask's colour.
 
     Args:
-        image_HWC: uint8 RGB (H, W, 3); left as it is.
-        masks: of the photo's size.
+        image_HWC: uint8 RGB (H, W, 3); not changed.
+        masks: of the photo's size; the index of a mask chooses its colour.
         prompts: inside the photo.
 
     Returns:
@@ -54,35 +58,43 @@ def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -
     canvas_HWC = image_HWC.copy()
     line = 2 if max(canvas_HWC.shape[:2]) >= LARGE else 1
     for index in sorted(range(len(masks)), key=lambda i: -masks[i].area):
-        _paint(canvas_HWC, image_HWC, masks[index], mask_colour(index), line)
+        _draw_mask(canvas_HWC, image_HWC, masks[index], mask_colour(index), line)
     for index, box in enumerate(prompts.boxes):
-        _frame(canvas_HWC, [round(number) for number in box], mask_colour(index), line)
+        _draw_box(canvas_HWC, [round(number) for number in box], mask_colour(index), line)
     for colour, points in ((GREEN, prompts.points), (RED, prompts.negative_points)):
         for point in points:
-            _mark(canvas_HWC, point, colour)
+            _draw_point(canvas_HWC, point, colour)
     return canvas_HWC
 
 
 def mask_colour(index: int) -> tuple[int, int, int]:
-    """A strong colour for the mask of this number; hues in steps of the golden ratio stay far apart."""
+    """Return a saturated RGB colour, 0 to 255, for the mask with this index.
+
+    Hues in steps of the golden ratio stay far apart.
+    """
     red, green, blue = colorsys.hsv_to_rgb((FIRST_HUE + index * GOLDEN_RATIO) % 1, 0.88, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _paint(canvas_HWC: Rgb, image_HWC: Rgb, mask: Mask, colour: tuple[int, int, int], line: int) -> None:
+def _draw_mask(canvas_HWC: Rgb, image_HWC: Rgb, mask: Mask, colour: tuple[int, int, int], line: int) -> None:
     x, y, width, height = mask.bbox
     where = np.s_[y : y + height, x : x + width]
     inside = mask.pixels()[where]
-    photo_N3, tint_3 = image_HWC[where][inside].astype(np.float32), np.array(colour, np.float32)
-    shade = (1 - OPACITY) * photo_N3 + OPACITY * tint_3
-    canvas_HWC[where][inside] = np.rint(shade)
+    photo_L3, tint_3 = image_HWC[where][inside].astype(np.float32), np.array(colour, np.float32)
+    blend_L3 = (1 - OPACITY) * photo_L3 + OPACITY * tint_3
+    canvas_HWC[where][inside] = np.rint(blend_L3)
     canvas_HWC[where][contour(inside, line)] = colour
 
 
 def contour(inside_HW: Bools, line: int) -> Bools:
-    """Pixels of a mask that are at most `line` steps up, down, left or right from leaving it.
+    """Return the pixels of a mask that are at most `line` steps up, down, left or right from its outside.
 
-    Beyond the array there is no mask.
+    Args:
+        inside_HW: bool (H, W), true inside the mask; what lies beyond the array is outside.
+        line: width of the contour in pixels.
+
+    Returns:
+        bool (H, W).
     """
     core = inside_HW
     for _ in range(line):
@@ -91,8 +103,8 @@ def contour(inside_HW: Bools, line: int) -> Bools:
     return inside_HW & ~core
 
 
-def _frame(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], line: int) -> None:
-    """The outline of a box, inwards, with a white one inside it that tells it from its mask's colour."""
+def _draw_box(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], line: int) -> None:
+    """Draw the outline of a box inwards, and a white line inside it that sets it off from its mask's colour."""
     x0, y0, x1, y1 = box
     x0, y0 = min(x0, canvas_HWC.shape[1] - 1), min(y0, canvas_HWC.shape[0] - 1)
     inside = canvas_HWC[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
@@ -102,8 +114,8 @@ def _frame(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], li
         inside = inside[line:-line, line:-line]
 
 
-def _mark(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> None:
-    """A disc with a white ring, its edges smoothed; the point's pixel is its centre."""
+def _draw_point(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> None:
+    """Draw an antialiased disc with a white ring, centred on the point's pixel."""
     x, y = point
     radius = max(1.0, max(canvas_HWC.shape[:2]) / 110)
     ring = radius + max(1.5, radius / 2.5)
@@ -118,7 +130,7 @@ def _mark(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> None:
 
 
 def check_format(suffix: str, original_size: tuple[int, int]) -> None:
-    """Raises PredictError where a picture of (height, width) pixels can't be written in the format of `suffix`."""
+    """Refuse, with PredictError, a picture of (height, width) pixels that is too large for the format of `suffix`."""
     height, width = original_size
     if FORMATS[suffix.lower()][0] == "JPEG" and max(height, width) > MAX_JPEG_SIDE:
         raise PredictError(
@@ -127,7 +139,15 @@ def check_format(suffix: str, original_size: tuple[int, int]) -> None:
 
 
 def encode_picture(rgb_HWC: Rgb, suffix: str) -> bytes:
-    """The content of a file whose name ends in `suffix`, one of FORMATS in any case."""
+    """Encode a picture.
+
+    Args:
+        rgb_HWC: uint8 RGB (H, W, 3).
+        suffix: end of the file's name, one of FORMATS in upper or lower case.
+
+    Returns:
+        The file's content.
+    """
     kind, options = FORMATS[suffix.lower()]
     buffer = io.BytesIO()
     Image.fromarray(rgb_HWC).save(buffer, kind, **options)

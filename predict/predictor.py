@@ -1,4 +1,8 @@
-"""The masks that a SAM gives for an image and prompts, and how long that took."""
+"""Masks that a SAM gives for an image and prompts, and the seconds they took.
+
+Shape suffixes: H, W rows and columns of an image or mask, C channels, N points of one prompt, T mask tokens of a
+prompt (SAM's single mask, or its three), 2 (x, y), 4 (x0, y0, x1, y1).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,10 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
 from .mask_files import Mask
-from .prompts import ObjectPrompt, ImagePrompts
+from .prompts import ImagePrompts, ObjectPrompt
 
 STABILITY_OFFSET = 1.0
-"""As SamAutomaticMaskGenerator's default."""
+"""Distance in logits from the threshold; SamAutomaticMaskGenerator's default."""
 
 POINTS_AT_ONCE = 64
 """SamAutomaticMaskGenerator's default."""
@@ -29,33 +33,37 @@ so these take 800 MB; at 64 points whatever the photo, 12 megapixels would take 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Masks in the order of the boxes, or by area, the largest first, for everything; and seconds."""
+    """Masks of an image, and the seconds they took."""
 
     masks: list[Mask]
+    """In the order of the boxes; for everything by area, the largest first."""
     embedding_seconds: float
     """Resizing, normalising and the image encoder."""
     mask_seconds: float
-    """Prompt encoder, mask decoder, and whatever makes masks of its logits."""
+    """Prompt encoder, mask decoder, and turning its logits into masks."""
 
 
 def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -> Prediction:
-    """Segments an image.
-
-    Args:
-        sam: as `Model.sam`.
-        image_HWC: uint8 RGB (H, W, 3).
-        prompts: inside the image.
+    """Segment an image.
 
     One point alone is ambiguous: of SAM's three masks the one with the highest predicted IoU is taken. For other
     prompts it is SAM's single mask. Everything is SamAutomaticMaskGenerator with its defaults.
+
+    Args:
+        sam: the `sam` of a `Model`.
+        image_HWC: uint8 RGB (H, W, 3).
+        prompts: inside the image.
+
+    Returns:
+        One mask for each object; for everything as many as are found.
     """
     predictor = _TimedPredictor(sam)
     start = time.perf_counter()
     if prompts.everything:
-        masks = _everything(predictor, image_HWC)
+        masks = _predict_everything(predictor, image_HWC)
     else:
         predictor.set_image(image_HWC)
-        masks = [_one_object(predictor, prompt) for prompt in prompts.objects()]
+        masks = [_predict_object(predictor, prompt) for prompt in prompts.objects()]
     seconds = time.perf_counter() - start
     return Prediction(
         masks=masks,
@@ -64,8 +72,18 @@ def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -
     )
 
 
+def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0) -> float | None:
+    """Return the IoU of the masks at `threshold` + 1 and - 1, 0 to 1; None where both are empty.
+
+    Source: `calculate_stability_score` in segment_anything/utils/amg.py, whose sums overflow beyond 32,767 columns.
+    """
+    either = int((logits_HW > threshold - STABILITY_OFFSET).sum())
+    both = int((logits_HW > threshold + STABILITY_OFFSET).sum())
+    return both / either if either else None
+
+
 class _TimedPredictor(SamPredictor):
-    """Knows how long its images took to embed."""
+    """SamPredictor that adds up the seconds of its embeddings."""
 
     seconds = 0.0
 
@@ -77,37 +95,27 @@ class _TimedPredictor(SamPredictor):
         self.seconds += time.perf_counter() - start
 
 
-def _one_object(predictor: _TimedPredictor, prompt: ObjectPrompt) -> Mask:
-    logits_CHW, iou_C, _ = predictor.predict(
+def _predict_object(predictor: _TimedPredictor, prompt: ObjectPrompt) -> Mask:
+    logits_THW, iou_T, _ = predictor.predict(
         point_coords=prompt.coords_N2,
         point_labels=prompt.labels_N,
         box=prompt.box_4,
         multimask_output=prompt.ambiguous,
         return_logits=True,
     )
-    best = int(np.argmax(iou_C))
-    logits_HW = logits_CHW[best]
+    best = int(np.argmax(iou_T))
+    logits_HW = logits_THW[best]
     points = [] if prompt.coords_N2 is None else prompt.coords_N2[prompt.labels_N == 1].tolist()
     return Mask.from_pixels(
         logits_HW > predictor.model.mask_threshold,
-        predicted_iou=_finite(float(iou_C[best])),
+        predicted_iou=_finite(float(iou_T[best])),
         stability_score=stability_score(logits_HW, predictor.model.mask_threshold),
         point_coords=points,
         crop_box=[0, 0, logits_HW.shape[1], logits_HW.shape[0]],
     )
 
 
-def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0) -> float | None:
-    """IoU of the masks at `threshold` + 1 and - 1, 0 to 1; None where both are empty.
-
-    As `calculate_stability_score` in segment_anything/utils/amg.py, whose sums overflow beyond 32,767 columns.
-    """
-    either = int((logits_HW > threshold - STABILITY_OFFSET).sum())
-    both = int((logits_HW > threshold + STABILITY_OFFSET).sum())
-    return both / either if either else None
-
-
-def _everything(predictor: _TimedPredictor, image_HWC: npt.NDArray[np.uint8]) -> list[Mask]:
+def _predict_everything(predictor: _TimedPredictor, image_HWC: npt.NDArray[np.uint8]) -> list[Mask]:
     height, width = image_HWC.shape[:2]
     generator = SamAutomaticMaskGenerator(
         predictor.model,

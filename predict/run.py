@@ -1,4 +1,7 @@
-"""One segmentation: check what is asked, load the model, make the masks, write them down."""
+"""`mobilesam segment`: check the request, load the model, predict masks, write them.
+
+Shape suffixes: H, W rows and columns of an image, C channels.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import PredictError, shown
+from ..common.table import Table
 from ..sam import ImageError, decode_image, read_image, resized_size
 from ..sam.download import Progress
 from .config import SegmentConfig
@@ -21,26 +25,33 @@ from .predictor import Prediction, predict
 
 
 def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[str, Any]:
-    """Segments one image in float32, draws the masks over it, and returns what `--json` prints.
+    """Segment one image in float32, draw the masks over it, and write the files asked for.
 
-    The keys are `image`, `original_size` (height, width), `student` (its name; None for a teacher), `teacher`,
-    `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
-    `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height, `predicted_iou`, `stability_score`,
-    `file`), and the places of what was written: `out`, `masks_dir`, `rle`. Masks are in the order of the boxes, or
-    for everything by area, the largest first.
+    Everything that can be refused is refused before the model is loaded. Existing files are replaced whole: all of
+    them, or none when one can't be written.
 
-    Whatever can be refused is refused before the model is loaded. Files that are there are replaced whole, all of
-    them or, when one can't be written, none. `download(done, total)` counts bytes of a teacher's checkpoint.
+    Args:
+        config: the request.
+        download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
 
-    Raises PredictError, and the other rooms' errors for an image, a model or a store that is missing or damaged.
+    Returns:
+        The object that `--json` prints: `image`, `original_size` (height, width), `student` (its name; None for a
+        teacher), `teacher`, `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
+        `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height, `predicted_iou`, `stability_score`,
+        `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks are in the order of the boxes;
+        for everything by area, the largest first.
+
+    Raises:
+        PredictError: a prompt lies outside the image, an output can't be written, or memory runs out.
+        ImageError, DistillError, StoreError, SamError: the image, the model or the store is missing or damaged.
     """
     _check_outputs(config)
-    image_HWC = _read(config.image)
+    image_HWC = _read_image(config.image)
     original_size = image_HWC.shape[0], image_HWC.shape[1]
     config.prompts.check_inside(original_size)
     check_format(config.out.suffix, original_size)
     model = _load(config, download)
-    _check_size(config.image, original_size, model.image_size)
+    _check_resized(config.image, original_size, model.image_size)
     prediction = _predict(model, image_HWC, config)
     _write(config, image_HWC, prediction.masks)
     return _result(config, original_size, model, prediction)
@@ -54,7 +65,7 @@ def _check_outputs(config: SegmentConfig) -> None:
         check_masks_folder(config.masks)
 
 
-def _read(path: Path) -> npt.NDArray[np.uint8]:
+def _read_image(path: Path) -> npt.NDArray[np.uint8]:
     # Reading a pipe or a device might never end.
     if path.exists() and not path.is_file():
         raise ImageError(f"{shown(str(path))} is not a regular file: give an image's file")
@@ -64,7 +75,8 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
         raise ImageError(f"{shown(str(path))}: {error}") from error
 
 
-def _check_size(path: Path, original_size: tuple[int, int], image_size: int) -> None:
+def _check_resized(path: Path, original_size: tuple[int, int], image_size: int) -> None:
+    """Refuse an image so thin that a side of it vanishes when it is resized."""
     try:
         resized_size(*original_size, image_size)
     except ImageError as error:
@@ -89,7 +101,7 @@ def _predict(model: Model, image_HWC: npt.NDArray[np.uint8], config: SegmentConf
     try:
         return predict(model.sam, image_HWC, config.prompts)
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not _is_out_of_memory(error):
             raise
         height, width = image_HWC.shape[:2]
         raise PredictError(
@@ -98,10 +110,10 @@ def _predict(model: Model, image_HWC: npt.NDArray[np.uint8], config: SegmentConf
         ) from error
 
 
-def _is_memory(error: Exception) -> bool:
-    """torch's errors of a CPU's memory have no class of their own."""
-    named = type(error).__name__ == "OutOfMemoryError"
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    by_name = type(error).__name__ == "OutOfMemoryError"
+    # torch has no exception class for a CPU's memory.
+    return by_name or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _write(config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], masks: Sequence[Mask]) -> None:
@@ -147,41 +159,45 @@ def _result(
     }
 
 
-# --- What this room's commands have come to, as lines for people.
-
 ROWS = 20
 """Masks that are listed; everything may find hundreds."""
 
 
 def segment_lines(result: Mapping[str, Any]) -> list[str]:
-    """The result of `segment`: what made the masks, how long it took, each mask, and where they are."""
+    """Return the result of `segment` as text: the model, its notes, the seconds, each mask, the files written."""
     height, width = result["original_size"]
-    masks = result["masks"]
-    name = result["student"] or result["teacher"]
+    name, masks = result["student"] or result["teacher"], result["masks"]
+    places = {"overlay": result["out"], "masks": result["masks_dir"], "RLE": result["rle"]}
     lines = [
         f"{result['image']}: {width} x {height} pixels, {name} at {result['image_size']} on {result['device']}",
-    ]
-    lines += [f"note: {note}" for note in result["notes"]]
-    lines.append(
+        *(f"note: {note}" for note in result["notes"]),
         f"embedding {result['embedding_seconds']:.2f} s, {len(masks):,} mask{'' if len(masks) == 1 else 's'} "
-        f"{result['mask_seconds']:.2f} s"
-    )
-    if masks:
-        lines.append(
-            f"{'mask':>4}{'area':>12}{'share':>8}  {'x, y, width, height':<26}{'IoU':>6}{'stability':>11}"
-        )
-    for index, mask in enumerate(masks[:ROWS]):
-        box = ", ".join(map(str, mask["bbox"]))
-        numbers = f"{_number(mask['predicted_iou']):>6}{_number(mask['stability_score']):>11}"
-        lines.append(
-            f"{index:>4}{mask['area']:>12,}{mask['area'] / (height * width):>8.1%}  {box:<26}{numbers}"
-        )
-    if len(masks) > ROWS:
-        lines.append(f"and {len(masks) - ROWS:,} more")
-    places = {"overlay": result["out"], "masks": result["masks_dir"], "RLE": result["rle"]}
-    lines += [f"{kind:<8}{place}" for kind, place in places.items() if place is not None]
+        f"{result['mask_seconds']:.2f} s",
+        *(_masks_table(masks, height * width).lines() if masks else []),
+        *(f"{kind:<8}{place}" for kind, place in places.items() if place is not None),
+    ]
     return [shown(line) for line in lines]
 
 
-def _number(value: float | None) -> str:
+def _masks_table(masks: Sequence[Mapping[str, Any]], pixels: int) -> Table:
+    return Table(
+        title="",
+        columns=("mask", "area", "share", "x, y, width, height", "IoU", "stability"),
+        numeric=(True, True, True, False, True, True),
+        rows=[
+            (
+                str(index),
+                f"{mask['area']:,}",
+                f"{mask['area'] / pixels:.1%}",
+                ", ".join(map(str, mask["bbox"])),
+                _score(mask["predicted_iou"]),
+                _score(mask["stability_score"]),
+            )
+            for index, mask in enumerate(masks[:ROWS])
+        ],
+        note=f"and {len(masks) - ROWS:,} more" if len(masks) > ROWS else "",
+    )
+
+
+def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
