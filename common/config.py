@@ -67,9 +67,18 @@ def device_option() -> Any:
     )
 
 
-def precision_option(help: str) -> Any:
+def precision_option(help: str, default: str = "auto") -> Any:
     """Return the field `precision`, which all commands that compute share."""
-    return option("auto", choices=AUTO_PRECISIONS, help=help)
+    return option(default, choices=AUTO_PRECISIONS, help=help)
+
+
+def checkpoint_option() -> Any:
+    """Return the field `checkpoint` of commands that run a teacher."""
+    return option(
+        None,
+        metavar="FILE",
+        help="Teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]",
+    )
 
 
 def moved_images_option() -> Any:

@@ -28,7 +28,7 @@ class Table:
     note: str = ""
 
     def lines(self) -> list[str]:
-        """Return the table for a terminal or a pipe: plain text as wide as it needs, never cut, wrapped or coloured."""
+        """Return plain text as wide as the table needs, never cut, wrapped or coloured."""
         from rich.console import Console
         from rich.table import Table as Grid
         from rich.text import Text

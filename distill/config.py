@@ -1,12 +1,25 @@
-"""What a distillation is asked to do."""
+"""Options of a distillation and of the students' cost table."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from operator import not_
 from pathlib import Path
 from typing import Any
 
+from ..common.config import (
+    AUTO_PRECISIONS,
+    device_option,
+    moved_images_option,
+    must_be,
+    option,
+    paths_from_text,
+    precision_option,
+    require,
+)
+
+# For `mobilesam.distill`, whose stub can only name modules of this room.
 from ..common.errors import DistillError as DistillError
 from ..common.errors import DistillInterrupted as DistillInterrupted
 from ..common.signals import StopFlag as StopFlag
@@ -14,16 +27,16 @@ from ..common.signals import StopFlag as StopFlag
 OBJECTIVES = ("decoupled", "semi_coupled", "coupled", "decoder")
 LOSS_REGIONS = ("all", "valid")
 LABELS = ("teacher", "annotations")
-PRECISIONS = ("auto", "float32", "bfloat16")
 
-# What doesn't change what the student learns: where things lie, and how fast the machine gets there.
+OF_MASKS = frozenset(
+    {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
+)
+"""Options of the objectives that compare masks; they mean nothing for the decoupled one."""
+
+# Options that don't change what the student learns: where files are, and how fast the machine computes.
 # The file of initial weights counts by its SHA-256, which the run's description adds.
 _NOT_IDENTITY = frozenset(
     {"store", "images", "init", "out", "restart", "device", "workers", "compile", "checkpoint_seconds"}
-)
-# What only objectives that look at masks use; of another objective it says nothing.
-OF_MASKS = frozenset(
-    {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
 )
 
 
@@ -31,122 +44,159 @@ OF_MASKS = frozenset(
 class DistillConfig:
     """All options of one distillation, checked where they are made.
 
-    `init` is a file of weights to start from (None: all are drawn from `seed`). `batch_size` is the effective
-    batch of one optimizer step; `micro_batch` (None: by device and free memory) bounds memory, batch norms average
-    over it, and random prompts are drawn for it. `warmup` is the share of all steps over which the rate rises
-    linearly to `lr`, before it falls along a half cosine; a head that is trained has a tenth of the rate. `clip`
-    bounds the norm of the gradient. `freeze_norm` is the share of all steps after which batch norms keep the
-    statistics they have (1: never). `val_fraction` is a share of image contents, not of rows. `workers`
-    counts decoding threads (None: by device and processors). `compile` hands the student to torch.compile.
+    A micro-batch is also what batch norms average over and what random prompts are drawn for. The loss of the
+    objectives that compare masks is the weighted sum of focal, dice and IoU loss, its mean over an image's objects
+    and then over images, plus the weighted embedding MSE of the decoupled objective.
 
-    `objective` is one of OBJECTIVES. All but decoupled compare masks: `objects` of each image a step, taken from the
-    teacher's masks or, with `labels` "annotations", from SA-1B's JSON files beside the images where they exist; asked
-    for by a box (a share of `boxes`) or a point, and corrected by further points for `rounds` in all. Their loss is
-    the sum of focal, dice and IoU loss by their weights, its mean over an image's objects and then over images, to
-    which the decoupled loss is added times `mse_weight`.
-    "decoder" trains the head alone, for the finished student that `init` names.
-
-    Raises DistillError when a value is outside its range.
+    Raises:
+        DistillError: a value is outside its range, or options contradict each other.
     """
 
-    store: Path = Path("store.zarr")
-    images: Path | None = None
-    student: str = "tiny_vit"
-    init: Path | None = None
-    epochs: int = 8
-    batch_size: int = 8
-    micro_batch: int | None = None
-    lr: float = 1e-3
-    weight_decay: float = 5e-4
-    warmup: float = 0.05
+    store: Path = option(Path("store.zarr"), help="Store that precompute made.")
+    images: Path | None = moved_images_option()
+    student: str = option(
+        "tiny_vit",
+        metavar="NAME",
+        help="Student to train: tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, or timm:NAME for one of timm.",
+    )
+    init: Path | None = option(
+        None,
+        metavar="FILE",
+        help="Weights to start from: ImageNet's (files of timm or TinyViT), MobileSAM's or a student's "
+        "[default: random weights drawn from --seed]",
+    )
+    epochs: int = option(8, help="Number of passes over the training images.")
+    batch_size: int = option(8, help="Images per optimizer step.")
+    micro_batch: int | None = option(
+        None, metavar="M", help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"
+    )
+    lr: float = option(1e-3, help="Peak learning rate; a mask decoder that is trained has a tenth of it.")
+    weight_decay: float = option(5e-4, help="Weight decay of AdamW.")
+    warmup: float = option(
+        0.05, help="Share of the steps over which the learning rate rises linearly; a half cosine follows."
+    )
     clip: float = 1.0
+    """Largest norm of the gradient."""
     freeze_norm: float = 0.5
-    seed: int = 0
-    val_fraction: float = 0.05
-    objective: str = "decoupled"
-    labels: str = "teacher"
-    objects: int = 8
-    rounds: int = 2
-    boxes: float = 0.25
-    mse_weight: float = 0.0
-    focal_weight: float = 20.0
-    dice_weight: float = 1.0
-    iou_weight: float = 1.0
-    loss_region: str = "all"
-    precision: str = "auto"
-    device: str = "auto"
+    """Share of all steps after which batch norms keep their statistics; 1 is never."""
+    seed: int = option(0, help="Seed of initial weights, split, order of the images and prompts.")
+    val_fraction: float = option(
+        0.05, help="Share of images held out for validation; copies of one image count once."
+    )
+    objective: str = option(
+        "decoupled",
+        choices=OBJECTIVES,
+        help="Training objective: the embeddings (decoupled); the masks of SAM's decoder, which is frozen "
+        "(semi_coupled) or trained too (coupled); or the decoder alone, for the student that --init names (decoder).",
+    )
+    labels: str = option(
+        "teacher",
+        choices=LABELS,
+        help="Source of the target masks: the teacher, or SA-1B's JSON files beside the images where they exist.",
+    )
+    objects: int = option(8, metavar="N", help="Objects per image and step.")
+    rounds: int = option(2, metavar="N", help="Prompts per object: the first one, then corrective points.")
+    boxes: float = option(
+        0.25, metavar="SHARE", help="Share of objects whose first prompt is a box; the others get a point."
+    )
+    mse_weight: float = option(0.0, help="Weight of the embedding MSE term.")
+    focal_weight: float = option(20.0, help="Weight of the focal loss of the masks.")
+    dice_weight: float = option(1.0, help="Weight of the dice loss of the masks.")
+    iou_weight: float = option(1.0, help="Weight of the error of the predicted IoUs.")
+    loss_region: str = option(
+        "all",
+        choices=LOSS_REGIONS,
+        help="Cells of the embedding in the MSE: all, or only the valid ones that show the image, not padding.",
+    )
+    precision: str = precision_option(
+        "Precision of training; auto is bfloat16 where the hardware accelerates it."
+    )
+    device: str = device_option()
     workers: int | None = None
-    compile: bool = False
+    """Decoding threads; None chooses by device and processors."""
+    compile: bool = option(
+        False, help="Compile the student with torch.compile: minutes at the start, then faster on GPUs."
+    )
     checkpoint_seconds: float = 300.0
-    restart: bool = False
-    out: Path | None = None
+    """Seconds between checkpoints."""
+    restart: bool = option(
+        False,
+        flag="--resume/--restart",
+        parse=not_,
+        text=True,
+        help="Continue the run in its folder, or start over.",
+    )
+    out: Path | None = option(
+        None, metavar="runs/NAME", help="Folder of the run [default: named after student, options and data]"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("store", "images", "init", "out"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value))
+        paths_from_text(self, "store", "images", "init", "out")
         for name in ("epochs", "batch_size", "micro_batch", "workers", "objects", "rounds"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
+            self._require(value is None or value >= 1, name, "at least 1")
         if self.micro_batch is not None:
-            wanted = f"at most the batch size, {self.batch_size}"
-            _require(self.micro_batch <= self.batch_size, "micro_batch", self.micro_batch, wanted)
+            fits = self.micro_batch <= self.batch_size
+            self._require(fits, "micro_batch", f"at most the batch size, {self.batch_size}")
         for name in ("lr", "clip", "checkpoint_seconds"):
-            value = getattr(self, name)
-            _require(0 < value < float("inf"), name, value, "above 0")
-        _require(0 <= self.weight_decay < float("inf"), "weight_decay", self.weight_decay, "0 or more")
-        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a share of all steps, from 0 to below 1")
-        wanted = "a share of all steps, from 0 to 1"
-        _require(0 <= self.freeze_norm <= 1, "freeze_norm", self.freeze_norm, wanted)
-        _require(
-            0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1, both excluded"
-        )
-        for name in ("mse_weight", "focal_weight", "dice_weight", "iou_weight"):
-            value = getattr(self, name)
-            _require(0 <= value < float("inf"), name, value, "0 or more")
-        _require(0 <= self.boxes <= 1, "boxes", self.boxes, "a share of all objects, from 0 to 1")
-        _require(self.objective in OBJECTIVES, "objective", self.objective, ", ".join(OBJECTIVES))
-        _require(self.labels in LABELS, "labels", self.labels, " or ".join(LABELS))
+            self._require(0 < getattr(self, name) < float("inf"), name, "above 0")
+        for name in ("weight_decay", "mse_weight", "focal_weight", "dice_weight", "iou_weight"):
+            self._require(0 <= getattr(self, name) < float("inf"), name, "0 or more")
+        self._require(0 <= self.warmup < 1, "warmup", "a share of all steps, from 0 to below 1")
+        self._require(0 <= self.freeze_norm <= 1, "freeze_norm", "a share of all steps, from 0 to 1")
+        self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1, both excluded")
+        self._require(0 <= self.boxes <= 1, "boxes", "a share of all objects, from 0 to 1")
+        self._require(self.objective in OBJECTIVES, "objective", ", ".join(OBJECTIVES))
+        self._require(self.labels in LABELS, "labels", " or ".join(LABELS))
         self._check_objective()
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more")
-        _require(self.loss_region in LOSS_REGIONS, "loss_region", self.loss_region, " or ".join(LOSS_REGIONS))
-        _require(self.precision in PRECISIONS, "precision", self.precision, ", ".join(PRECISIONS))
+        self._require(0 <= self.seed < 2**63, "seed", "0 or more")
+        self._require(self.loss_region in LOSS_REGIONS, "loss_region", " or ".join(LOSS_REGIONS))
+        self._require(self.precision in AUTO_PRECISIONS, "precision", ", ".join(AUTO_PRECISIONS))
+
+    def _require(self, good: bool, name: str, wanted: str) -> None:
+        require(good, must_be(name, getattr(self, name), wanted), DistillError)
 
     def _check_objective(self) -> None:
         if self.objective == "decoupled":
-            given = [name for name in sorted(OF_MASKS) if getattr(self, name) != _default(name)]
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            given = [name for name in sorted(OF_MASKS) if getattr(self, name) != defaults[name]]
             if given:
                 raise DistillError(
-                    f"{given[0].replace('_', ' ')} is {getattr(self, given[0])!r}, but the decoupled objective looks "
-                    "at no masks: choose another --objective, or leave it out"
+                    f"{given[0].replace('_', ' ')} is {getattr(self, given[0])!r}, but the decoupled objective "
+                    "compares no masks: choose another --objective, or leave it out"
                 )
         if self.objective == "decoder" and self.init is None:
             raise DistillError(
                 "the decoder objective finetunes the head of a finished student: name its run or file with --init"
             )
         if self.objective != "decoupled" and not (self.focal_weight or self.dice_weight):
-            raise DistillError("focal weight and dice weight are both 0: nothing says what a mask should be")
+            raise DistillError(
+                "focal weight and dice weight are both 0, so that nothing trains the masks: set one above 0"
+            )
         if self.objective == "decoder" and self.mse_weight:
-            raise DistillError("mse weight must be 0 where the encoder isn't trained: it changes nothing")
+            raise DistillError(
+                f"mse weight must be 0 for the decoder objective, which trains no encoder; it is {self.mse_weight!r}"
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """Every option as plain JSON values."""
+        """Return every option as a plain JSON value."""
         values = dataclasses.asdict(self)
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide what the student learns; a run goes on only with the same ones."""
+        """Return the options that decide what the student learns; a run is resumed only with the same ones."""
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
-            left_out |= OF_MASKS | {"objective"}  # as runs had it that were begun before there were others
+            left_out |= OF_MASKS | {
+                "objective"
+            }  # runs from before there were other objectives have none of these
         return {name: v for name, v in self.to_json().items() if name not in left_out}
 
 
-def _default(name: str) -> object:
-    return DistillConfig.__dataclass_fields__[name].default
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Options of the table that `students_table` makes."""
 
-
-def _require(good: bool, name: str, value: object, wanted: str) -> None:
-    if not good:
-        raise DistillError(f"{name.replace('_', ' ')} must be {wanted}; it is {value!r}")
+    image_size: int = option(1024, metavar="PX", help="Side of the encoder's input in pixels.")
+    device: str = device_option()
+    precision: str = precision_option("Precision of the encoder's arithmetic.", default="float32")

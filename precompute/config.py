@@ -1,91 +1,138 @@
-"""What a precompute job is asked to do."""
+"""Options of a precompute job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..common.config import (
+    AUTO_PRECISIONS,
+    DTYPES,
+    checkpoint_option,
+    device_option,
+    option,
+    precision_option,
+    require,
+    require_image_size,
+)
+
+# For `mobilesam.precompute`, whose stub can only name modules of this room.
 from ..common.errors import PrecomputeError as PrecomputeError
 from ..common.errors import PrecomputeInterrupted as PrecomputeInterrupted
-from ..store import DTYPES, PRECISIONS
+from ..sam.registry import TEACHERS
 
 DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024
 DEFAULT_DTYPE = "float16"
 DEFAULT_IMAGE_TIMEOUT = 120.0
-"""Seconds: a hundred times what the slowest photo of a camera takes, and short of a night's work lost to one file."""
+"""Seconds: a hundred times as long as a camera's slowest photo takes, and too short for one file to cost a night."""
 LARGEST_SHARD_SIZE = 10_000
 """Images; at SAM's 2 MB each that is a file of 20 GB, and all of it is lost with a killed worker."""
 
 
+def _auto_or_number(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("give auto or a number of images") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
-    """Options of one run. None (for `precision`: "auto") means the store's own setting where there is a store,
-    else the default: vit_h, 1024 pixels, float16, a shard size and precision chosen for the hardware.
+    """Options of one precompute job, checked where they are made.
 
-    `fraction` in (0, 1] and `seed` choose images by the hash of their key; `limit` then caps their number.
-    `workers` are processes of a local cluster, ignored when `scheduler` (a dask address) is given. `compile`: workers
-    have torch.compile translate the teacher for batches; the audit's is left as it is. An image that
-    takes longer than `image_timeout` seconds to read and decode fails. At the end `audit` random images of the run
-    are embedded again in float32 and compared with what is stored. `keep_images` has a new store keep the resized
-    images too, losslessly, so that training needs no other; a store that is there goes on as it was made.
+    None (for `precision`: "auto") means the setting of the store where one exists, else the default. `fraction` is
+    applied before `limit`. `workers` is ignored where `scheduler` is given. `compile` leaves the audit's teacher as
+    it is, and `keep_images` an existing store; the images are kept losslessly.
+
+    Raises:
+        PrecomputeError: a value is outside its range.
     """
 
-    images: tuple[Path, ...]
-    out: Path
-    teacher: str | None = None
-    checkpoint: Path | None = None
-    fraction: float = 1.0
-    seed: int = 0
-    limit: int | None = None
-    extend: bool = False
-    retry_failed: bool = False
-    dtype: str | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    workers: int | None = None
-    scheduler: str | None = None
-    shard_size: int | None = None
-    batch_size: int | None = None
-    compile: bool = False
-    image_size: int | None = None
-    image_timeout: float = DEFAULT_IMAGE_TIMEOUT
-    audit: int = 2
-    keep_images: bool = False
-    performance_report: Path | None = None
+    images: tuple[Path, ...] = option(
+        metavar="DIR|TAR...",
+        help="Folders (searched recursively) and .tar files with the images; several may follow one --images.",
+    )
+    out: Path = option(Path("store.zarr"), help="Store to write; the work on an existing one is continued.")
+    teacher: str | None = option(
+        None,
+        choices=tuple(TEACHERS),
+        help="Teacher that embeds the images [default: the store's, else vit_h]",
+    )
+    checkpoint: Path | None = checkpoint_option()
+    fraction: float = option(
+        1.0, metavar="F", help="Share of the images to embed, chosen by a hash of each image's name."
+    )
+    seed: int = option(0, help="Seed of the choice made for --fraction.")
+    limit: int | None = option(None, metavar="N", help="Embed at most this many images.")
+    extend: bool = option(False, help="Append images that the store lacks.")
+    retry_failed: bool = option(False, help="Recompute shards with failed images.")
+    dtype: str | None = option(
+        None, choices=DTYPES, help="Type of the stored embeddings [default: the store's, else float16]"
+    )
+    precision: str = precision_option(
+        "Precision of the teacher's arithmetic; auto is bfloat16 where the hardware accelerates it."
+    )
+    device: str = device_option()
+    workers: int | None = option(
+        None, metavar="N", help="Number of worker processes [default: one per GPU; 1 on a CPU]"
+    )
+    scheduler: str | None = option(None, metavar="ADDRESS", help="Use the dask cluster at this address.")
+    shard_size: int | None = option(
+        None,
+        metavar="S",
+        parse=_auto_or_number,
+        text="auto",
+        help="Images per shard; auto is 64, or fewer where a shard would take over five minutes.",
+    )
+    batch_size: int | None = option(
+        None, metavar="B", help="Images per batch of the teacher [default: by device]"
+    )
+    compile: bool = option(
+        False, help="Compile the teacher with torch.compile; takes minutes at the start of each worker."
+    )
+    image_size: int | None = option(
+        None, metavar="PX", help="Side of the teacher's input in pixels [default: the store's, else 1024]"
+    )
+    image_timeout: float = option(
+        DEFAULT_IMAGE_TIMEOUT,
+        metavar="SECONDS",
+        help="Time to read and decode one image; an image that takes longer fails.",
+    )
+    audit: int = option(
+        2,
+        metavar="K",
+        help="Number of random images to embed again in float32 at the end and compare with the store.",
+    )
+    keep_images: bool = option(
+        False,
+        help="Keep the resized images in a new store, which then trains and verifies without the photos.",
+    )
+    performance_report: Path | None = option(
+        None, metavar="FILE.html", help="Write dask's performance report to this file."
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.images, str | Path):
             raise TypeError(f"images is a tuple of paths, not {self.images!r} alone")
-        _check(bool(self.images), "no images: name a folder or a .tar file with --images")
-        _check(0 < self.fraction <= 1, f"--fraction {self.fraction} is not in (0, 1]")
+        self._require(bool(self.images), "no images: name a folder or a .tar file with --images")
+        self._require(0 < self.fraction <= 1, f"--fraction {self.fraction} is not in (0, 1]")
         for name in ("limit", "workers", "shard_size", "batch_size"):
             value = getattr(self, name)
-            _check(value is None or value >= 1, f"--{name.replace('_', '-')} {value} is less than 1")
-        _check(self.audit >= 0, f"--audit {self.audit} is less than 0")
-        _check(
-            0 < self.image_timeout < float("inf"),
-            f"--image-timeout {self.image_timeout:g} is no number of seconds above 0",
-        )
-        _check(
-            self.shard_size is None or self.shard_size <= LARGEST_SHARD_SIZE,
-            f"--shard-size {self.shard_size} is more than {LARGEST_SHARD_SIZE}",
-        )
-        _check(
-            self.dtype is None or self.dtype in DTYPES,
-            f"--dtype {self.dtype} is none of {', '.join(DTYPES)}",
-        )
-        _check(
-            self.precision in ("auto", *PRECISIONS),
-            f"--precision {self.precision} is none of auto, {', '.join(PRECISIONS)}",
-        )
-        size = self.image_size
-        _check(
-            size is None or (size >= 64 and size % 16 == 0),
-            f"--image-size {size} is not a multiple of 16 from 64 upwards",
-        )
+            self._require(value is None or value >= 1, f"--{name.replace('_', '-')} {value} is less than 1")
+        self._require(self.audit >= 0, f"--audit {self.audit} is less than 0")
+        timeout = self.image_timeout
+        good = 0 < timeout < float("inf")
+        self._require(good, f"--image-timeout {timeout:g} is not a number of seconds above 0")
+        good = self.shard_size is None or self.shard_size <= LARGEST_SHARD_SIZE
+        self._require(good, f"--shard-size {self.shard_size} is more than {LARGEST_SHARD_SIZE}")
+        good = self.dtype is None or self.dtype in DTYPES
+        self._require(good, f"--dtype {self.dtype} is none of {', '.join(DTYPES)}")
+        good = self.precision in AUTO_PRECISIONS
+        self._require(good, f"--precision {self.precision} is none of {', '.join(AUTO_PRECISIONS)}")
+        require_image_size(self.image_size, PrecomputeError)
 
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise PrecomputeError(message)
+    def _require(self, good: bool, message: str) -> None:
+        require(good, message, PrecomputeError)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.config import PRECISIONS
 from ..common.errors import SamError
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..common.config import DTYPES, PRECISIONS
 from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
 
 FORMAT_VERSION = 1
-DTYPES = ("float16", "float32", "int8")
-PRECISIONS = ("float32", "bfloat16")
 
 _COMPARED = (
     "teacher",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mobilesam.distill import DistillConfig, DistillError, DistillInterrupted, Run, StopFlag, distill
-from mobilesam.distill.data.loader import LabelledObjects
+from mobilesam.distill.data.loader import AnnotatedObjects
 from mobilesam.distill.loss.base import Part, WholeBatch, part_generator
 from mobilesam.distill.loss.masks import MaskLossWeights, MaskTraining, Objects
 from mobilesam.distill.loss.objectives import (
@@ -150,7 +150,7 @@ def make_part(annotated: list[bool]) -> Part:
         valid_BHW=torch.ones(count, 4, 4, dtype=torch.bool),
         sizes_B2=torch.full((count, 2), 64),
         generator=torch.Generator().manual_seed(2),
-        objects=LabelledObjects(masks_BKMM=masks, known_BK=known, annotated_B=torch.tensor(annotated)),
+        objects=AnnotatedObjects(masks_BQMM=masks, known_BQ=known, annotated_B=torch.tensor(annotated)),
     )
 
 
@@ -158,7 +158,7 @@ def test_annotations_count_where_an_image_has_them_and_the_teachers_masks_elsewh
     mixed = batch_objects(head, make_part([True, False, True]), 2)
     assert mixed.image_P.tolist() == [0, 0, 1, 1, 2, 2]
     assert mixed.weight_P[[0, 1, 4, 5]].tolist() == [1, 0, 1, 0]
-    assert torch.equal(mixed.masks_PMM[0], make_part([True]).objects.masks_BKMM[0, 0])
+    assert torch.equal(mixed.masks_PMM[0], make_part([True]).objects.masks_BQMM[0, 0])
     teachers = batch_objects(head, make_part([False, False, False]), 2)
     assert torch.equal(mixed.masks_PMM[2:4], teachers.masks_PMM[2:4])
     own = batch_objects(head, make_part([True, True, True]), 2)
@@ -394,15 +394,15 @@ def test_annotations_that_came_later_are_not_passed_over(labelled_store: Path, o
 
 def test_an_images_loss_is_the_mean_over_the_objects_that_it_has(head: SamHead):
     part = make_part([True, True])
-    part.objects.known_BK[1] = True
-    part.objects.masks_BKMM[1, 1, 8:] = True
+    part.objects.known_BQ[1] = True
+    part.objects.masks_BQMM[1, 1, 8:] = True
     assert batch_objects(head, part, 2).weight_P.tolist() == [1, 0, 0.5, 0.5]
 
 
 def test_objects_outside_the_image_are_none(head: SamHead):
     part = dataclasses.replace(make_part([True]), sizes_B2=torch.tensor([[16, 64]]))
-    part.objects.masks_BKMM[0, 0] = False
-    part.objects.masks_BKMM[0, 0, 20:] = True  # below the 8 rows that are image
+    part.objects.masks_BQMM[0, 0] = False
+    part.objects.masks_BQMM[0, 0, 20:] = True  # below the 8 rows that are image
     objects = batch_objects(head, part, 2)
     assert not objects.masks_PMM.any()
     assert objects.weight_P.tolist() == [0, 0]
@@ -459,15 +459,15 @@ def test_masks_need_a_store_with_a_head(store: Path, options: Options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objects": 3}, "looks at no masks"),
+        ({"objects": 3}, "compares no masks"),
         (
             {"objective": "coupled", "focal_weight": 0.0, "dice_weight": 0.0},
-            "nothing says what a mask should be",
+            "nothing trains the masks",
         ),
         ({"objective": "coupled", "boxes": 1.5}, "from 0 to 1"),
         ({"objective": "coupled", "rounds": 0}, "at least 1"),
         ({"objective": "masks"}, "objective must be decoupled"),
-        ({"objective": "decoder", "init": "x", "mse_weight": 1.0}, "changes nothing"),
+        ({"objective": "decoder", "init": "x", "mse_weight": 1.0}, "trains no encoder"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(store: Path, options: Options, changes: dict, message: str):
