@@ -16,6 +16,8 @@ from torch import nn
 from benchmarks.profile import shares
 from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, StopFlag, build_student
 from mobilesam.distill.data.sampler import Split
+from mobilesam.distill.distributed import Replicas
+from mobilesam.distill.run import describe
 from mobilesam.distill.trainer import Trainer
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.allocator import keep_freed_memory
@@ -95,12 +97,12 @@ def _our_step(
 ) -> Step:
     """The step of distill's trainer as it begins its first epoch, from the loader's batch on."""
     rows, image_size = batch.rows, store.spec.image_size
-    config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows))
+    config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows), micro_batch=len(rows))
+    split = Split(train=tuple(rows), val=())
+    description = describe(config, store, store.records("done"), split, None, Replicas())
     trainer = Trainer(
         config,
-        Run(
-            path=store.path.parent, config={"image_size": image_size}, split=Split(train=tuple(rows), val=())
-        ),
+        Run(path=store.path.parent, description=description, split=split),
         build_student(config.student, image_size, seed=0).to(device),
         loader,
         compute=ComputeSettings(device=device, precision=precision, batch_size=len(rows)),

@@ -21,15 +21,24 @@ from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.allocator import keep_freed_memory
 from ..sam.device import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
+from .checksummed_json import digest
 from .config import DistillConfig
 from .data.image_root import check_preprocessing, image_root
 from .data.labels import Labels, count_annotated
 from .data.loader import Loader
-from .data.sampler import split_rows
+from .data.sampler import Split, split_rows
 from .distributed import Replicas, joined_replicas
-from .loss.objectives import build_objective, mask_options
+from .loss.coupled import MaskOptions
+from .loss.registry import build_objective
 from .metrics.evaluate import ComputeSettings
-from .run_folder import FORMAT, RUNS, Run, digest, point_latest, prepared_folder, rows_digest
+from .run_description import (
+    DataDescription,
+    ResolvedSettings,
+    RunDescription,
+    StoreDescription,
+    rows_digest,
+)
+from .run_folder import RUNS, Run, open_or_create_run, point_latest, split_sha256
 from .students.cost import default_micro_batch
 from .students.init_weights import InitialWeights, read_initial
 from .students.registry import build_student, student_info
@@ -73,17 +82,17 @@ def distill(
             initial = read_initial(config.init, config.student, store.spec.image_size)
             if config.objective == "decoder":
                 _check_finished(initial, config.student)
-        description = describe(config, store, records, initial, replicas)
+        description = describe(config, store, records, split, initial, replicas)
         # No colon in a folder's name: rsync and scp take what is before it for a host.
         label = config.student.replace(":", "-")
-        name = f"{label}-{digest(description['identity'], description['data'])}"
+        name = f"{label}-{digest(description.identity, description.data.to_json())}"
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / name
         begun: tuple[Path, dict[str, Any] | None] | None = None
         if replicas.first:
             stack.enter_context(explain_os_errors(folder))
             run = stack.enter_context(
-                prepared_folder(folder, description, split, head, restart=config.restart)
+                open_or_create_run(folder, description, split, head, restart=config.restart)
             )
             if latest:
                 point_latest(run.path)
@@ -130,10 +139,8 @@ def _train(
     device = resolve_device(replicas.device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
-    resolved = run.config["resolved"]
-    compute = ComputeSettings(
-        device=device, precision=resolved["precision"], batch_size=resolved["micro_batch"]
-    )
+    resolved = run.description.resolved
+    compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
     workers = config.workers or default_workers(device)
     pin_memory = device.type == "cuda"
     student = build_student(config.student, store.spec.image_size, config.seed)
@@ -156,7 +163,7 @@ def _train(
             student,
             loader,
             compute=compute,
-            student_info=student_metadata(run),
+            student_info=run.student_metadata(),
             objective=objective,
             replicas=replicas,
             stop=stop,
@@ -179,7 +186,7 @@ def _labels(config: DistillConfig, run: Run) -> Labels | None:
     if config.labels == "teacher":
         return None
     assert run.image_root is not None, "_image_root has seen to it"
-    return Labels(run.image_root, run.config["image_size"], config.objects, config.seed)
+    return Labels(run.image_root, run.description.image_size, config.objects, config.seed)
 
 
 @contextmanager
@@ -240,9 +247,10 @@ def describe(
     config: DistillConfig,
     store: EmbeddingStore,
     records: Sequence[ImageRecord],
+    split: Split,
     initial: InitialWeights | None,
     replicas: Replicas,
-) -> dict[str, Any]:
+) -> RunDescription:
     """The content of config.json for a run begun now."""
     info = student_info(config.student)
     device = resolve_device(replicas.device(config.device))
@@ -253,72 +261,57 @@ def describe(
         store.spec.image_size,
         precision,
         device,
-        masks=None if config.objective == "decoupled" else mask_options(config),
+        masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
     )
     counts = store.manifest.counts()
     root = _image_root(config, store)
-    return {
-        "format": FORMAT,
-        "student": config.student,
-        "image_size": store.spec.image_size,
-        "config": config.to_json(),
-        "identity": config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
-        **({"init": initial.report()} if initial else {}),
-        "data": {
-            "store_id": store.spec.store_id,
-            "rows": len(records),
-            "rows_digest": rows_digest(records),
-            **({"annotated": _annotated(root, records)} if config.labels == "annotations" else {}),
-        },
-        "resolved": {
-            "device": str(device),
-            "precision": precision,
-            "micro_batch": micro_batch,
-            "processes": replicas.count,
-        },
-        "store": {"path": str(Path(config.store).resolve()), "spec": store.spec.to_json()},
-        "image_root": root,
-        "counts": {"done": counts.done, "failed": counts.failed, "pending": counts.pending},
-        "versions": {
+    return RunDescription(
+        student=config.student,
+        image_size=store.spec.image_size,
+        options=config.to_json(),
+        identity=config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
+        init=initial.report() if initial else None,
+        data=DataDescription(
+            store_id=store.spec.store_id,
+            rows=len(records),
+            rows_digest=rows_digest(records),
+            annotated=_annotated(root, records) if config.labels == "annotations" else None,
+        ),
+        resolved=ResolvedSettings(
+            device=str(device), precision=precision, micro_batch=micro_batch, processes=replicas.count
+        ),
+        store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
+        image_root=root,
+        counts={"done": counts.done, "failed": counts.failed, "pending": counts.pending},
+        versions={
             "mobilesam": __version__,
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "numpy", "pillow")},
         },
-    }
+        split_sha256=split_sha256(split),
+    )
 
 
-def _image_root(config: DistillConfig, store: EmbeddingStore) -> str | None:
+def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
     """The folder of the images that are learned from; None for those that the store keeps."""
     root = image_root(store, config.images)
     if root is None and config.labels == "annotations":
         raise DistillError(
             f"{store.path} keeps images but no annotations: say where both are with --images DIR"
         )
-    return None if root is None else str(root)
+    return root
 
 
-def _annotated(root: str | None, records: Sequence[ImageRecord]) -> int:
+def _annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
     """How many of the images have annotations beside them; DistillError where none has."""
     assert root is not None, "_image_root has seen to it"
-    count = count_annotated(Path(root), records)
+    count = count_annotated(root, records)
     if not count:
         raise DistillError(
             f"none of the {len(records):,} images in {root} has annotations beside it, as 1.json is beside 1.jpg: "
             "say with --images where there are some, or learn from the teacher's masks with --labels teacher"
         )
     return count
-
-
-def student_metadata(run: Run) -> dict[str, Any]:
-    spec = run.config["store"]["spec"]
-    kept = ("teacher", "checkpoint_sha256", "preprocessing", "store_id")
-    return {
-        **{name: spec[name] for name in kept},
-        **({"init": run.config["init"]} if "init" in run.config else {}),
-        "run": run.path.name,
-        "run_id": run.id,
-        "versions": run.config["versions"],
-    }
 
 
 # --- What a run has come to, as lines for people.

@@ -1,18 +1,22 @@
-"""A run's folder: what lies in it, and how to read it."""
+"""A run's folder: its files and how to read them, and how it is made, resumed, locked and pointed to by runs/latest.
+
+config.json (run_description.py), split.json, metrics.jsonl and TensorBoard's events (train_log.py), last.pt and
+previous.pt (checkpoint.py), student.safetensors, sam_head.safetensors, mean_embedding.safetensors, run.lock.
+
+Shape suffixes: C channels, H, W rows and columns of the embedding (g each).
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +24,20 @@ from torch import Tensor, nn
 from ..common.durable import make_folder, write_atomic
 from ..common.errors import DistillError, RunLocked
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
+from .checksummed_json import (
+    decode_line,
+    decode_lines,
+    digest,
+    json_sha256,
+    read_checksummed,
+    write_checksummed,
+)
 from .data.sampler import Split
+from .run_description import FORMAT, RunDescription
 from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
 
-if TYPE_CHECKING:
-    from ..store import ImageRecord
+logger = logging.getLogger(__name__)
 
-FORMAT = 2
 RUNS = Path("runs")
 LATEST = RUNS / "latest"
 CONFIG_FILE = "config.json"
@@ -41,23 +52,27 @@ EVENTS = "events.out.tfevents.*"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that `distill` has begun. Files that are written later are read when they are asked for.
+    """A run that `distill` has begun. Files that are written during training are read when they are asked for.
 
-    `config` is config.json: `student`, `image_size`, `config` (options as given), `resolved` (micro-batch,
-    precision, device), `store` (path and spec), `image_root`, `counts`, `versions`.
-
-    Whatever is read from the folder is checked against a checksum and against the run it belongs to.
+    Everything that is read from the folder is checked against a checksum and against the run it belongs to.
     """
 
     path: Path
-    config: dict[str, Any]
+    """Absolute path of the folder."""
+    description: RunDescription
+    """Content of config.json."""
     split: Split
+    """Rows for training and for validation: content of split.json."""
 
     @classmethod
     def open(cls, path: Path | str | None = None) -> Run:
-        """Opens a run's folder, or with None the one that `runs/latest` points to.
+        """Open a run's folder.
 
-        Raises DistillError when there is none or its description is damaged.
+        Args:
+            path: the folder; None is the one that `runs/latest` points to.
+
+        Raises:
+            DistillError: there is no run, or its description or split is damaged.
         """
         folder = Path(path) if path is not None else LATEST
         if not folder.is_dir():
@@ -65,50 +80,77 @@ class Run:
         folder = folder.resolve()
         if not (folder / CONFIG_FILE).is_file():
             raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE}")
-        config = read_description(folder)
-        return cls(path=folder, config=config, split=read_split(folder, config))
+        description = RunDescription.from_json(_read_config(folder))
+        return cls(path=folder, description=description, split=_read_split(folder, description.split_sha256))
 
     @property
     def id(self) -> str:
-        """Hex SHA-256 of what was asked for and of the data: equal where runs learn the same."""
-        return json_sha256([self.config["identity"], self.config["data"]])
+        """Hexadecimal SHA-256 of what was asked for and of the data: equal where runs learn the same."""
+        return json_sha256([self.description.identity, self.description.data.to_json()])
 
     @property
     def store_path(self) -> Path:
-        """Where the store lay when the run began."""
-        return Path(self.config["store"]["path"])
+        """Path of the store when the run was last started."""
+        return self.description.store.path
 
     @property
     def image_root(self) -> Path | None:
-        """Where the images lay when the run was last started; None when they were those that the store keeps."""
-        root = self.config["image_root"]
-        return None if root is None else Path(root)
+        """Folder of the images when the run was last started; None: the images that the store keeps."""
+        return self.description.image_root
 
     @property
     def student_path(self) -> Path:
-        """The student as of the last complete epoch."""
+        """File of the student as of the last complete epoch."""
         return self.path / STUDENT_FILE
 
     @property
     def head_path(self) -> Path:
-        """SAM's prompt encoder and mask decoder, copied from the store."""
+        """File of SAM's prompt encoder and mask decoder, copied from the store."""
         return self.path / HEAD_FILE
 
     @property
     def checkpoints(self) -> Checkpoints:
-        """What a rerun goes on from."""
+        """Checkpoints that the run resumes from."""
         return Checkpoints(folder=self.path, run_id=self.id)
 
     def student(self, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-        """As `load_student`; DistillError also when the file in the folder is another run's."""
+        """Load the student.
+
+        Returns:
+            The encoder in evaluation mode and the metadata of its file, as `load_student`.
+
+        Raises:
+            DistillError: the file is missing, damaged or another run's.
+        """
         student, info = load_student(self.student_path, device)
         if info.get("run_id") != self.id:
             raise DistillError(f"{self.student_path} is another run's; {MEND}")
         return student, info
 
+    def student_metadata(self) -> dict[str, Any]:
+        """Return what the student's file says of its origin: teacher, preprocessing, store, initial weights, run."""
+        description, spec = self.description, self.description.store.spec
+        return {
+            "teacher": spec.teacher,
+            "checkpoint_sha256": spec.checkpoint_sha256,
+            "preprocessing": spec.preprocessing,
+            "store_id": spec.store_id,
+            **({} if description.init is None else {"init": description.init}),
+            "run": self.path.name,
+            "run_id": self.id,
+            "versions": description.versions,
+        }
+
     def read_head(self) -> bytes:
-        """SAM's head as safetensors; DistillError when it isn't the store's."""
-        wanted = self.config["store"]["spec"]["head_sha256"]
+        """Read SAM's head.
+
+        Returns:
+            A safetensors file's content.
+
+        Raises:
+            DistillError: the file is missing, or is not the head of the store.
+        """
+        wanted = self.description.store.spec.head_sha256
         try:
             data = self.head_path.read_bytes()
         except OSError as error:
@@ -118,9 +160,16 @@ class Run:
         return data
 
     def mean_embedding(self) -> Tensor:
-        """The training rows' mean embedding, float32 (256, g, g); there after the first epoch."""
-        path, grid = self.path / MEAN_FILE, self.config["image_size"] // 16
-        mend = "run distill again, which goes on or writes it anew"
+        """Read the mean of the training rows' embeddings, which exists after the first epoch.
+
+        Returns:
+            float32 (256, g, g).
+
+        Raises:
+            DistillError: the file is missing, damaged or another run's.
+        """
+        path, grid = self.path / MEAN_FILE, self.description.image_size // 16
+        mend = "run distill again, which resumes or restores it"
         try:
             header = check_tensors(path)
             if header.metadata.get("run_id") != self.id or header.shapes != {MEAN_KEY: (256, grid, grid)}:
@@ -132,34 +181,41 @@ class Run:
             raise DistillError(f"{error}; {mend}") from error
 
     def save_mean_embedding(self, mean_CHW: Tensor) -> None:
-        """Writes what `mean_embedding` reads."""
+        """Write the file that `mean_embedding` reads; `mean_CHW` is float32 (256, g, g) on the CPU."""
         save_tensors(self.path / MEAN_FILE, {MEAN_KEY: mean_CHW}, {"run_id": self.id})
 
     def unfinished(self, info: Mapping[str, Any]) -> list[str]:
-        """A note on the student, by its description, where the run hasn't come to its end; else none."""
-        done, wanted = info.get("epoch"), self.config["config"]["epochs"]
+        """Return a note if the student of this metadata was saved before the run's last epoch; else an empty list."""
+        done, wanted = info.get("epoch"), self.description.options["epochs"]
         return [f"the run isn't finished: epoch {done} of {wanted}"] if (done or 0) < wanted else []
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, in order; `kind` tells them apart: train, val, train_eval, result."""
-        # A kill may leave half a last line; every other line was whole when it was followed.
+        """Read metrics.jsonl.
+
+        Returns:
+            Its lines in order; `kind` of each is "train", "val", "train_eval" or "result".
+
+        Raises:
+            DistillError: a line is damaged.
+        """
         return decode_lines(self.path / METRICS_FILE, self._lines())
 
     def _lines(self) -> list[bytes]:
+        """Return the complete lines of metrics.jsonl, without newlines: a kill may leave half of the last one."""
         try:
             return (self.path / METRICS_FILE).read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
 
     def last(self, kind: str) -> dict[str, Any] | None:
-        """The newest line of one kind."""
+        """Return the newest line of one kind, or None."""
         return next((line for line in reversed(self.history()) if line["kind"] == kind), None)
 
     def result(self) -> dict[str, Any] | None:
-        """What distill() returned when the run finished, or None while it hasn't.
+        """Return the result of a finished run as `distill` returned it, or None.
 
-        It is the last line. One that is damaged, as a power cut may leave it, is no result: the run goes on from
-        its checkpoint and writes it again.
+        It is the last line of metrics.jsonl. A damaged one, as a power cut may leave it, counts as none: the run
+        resumes from its checkpoint and writes it again.
         """
         try:
             line = decode_line(self._lines()[-1])
@@ -168,10 +224,10 @@ class Run:
         return line if line.pop("kind") == "result" else None
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The content of config.json; DistillError when it is missing or damaged."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; DistillError when it is missing, damaged or of another format."""
     try:
-        config = read_sealed(folder / CONFIG_FILE)
+        config = read_checksummed(folder / CONFIG_FILE)
     except DistillError as error:
         mend = "put back a whole copy, or start over with distill --restart"
         raise DistillError(f"{error}; {mend}") from error
@@ -183,86 +239,46 @@ def read_description(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_split(folder: Path, config: dict[str, Any]) -> Split:
-    """The content of split.json; DistillError when it is missing, damaged, or not the one of this description."""
+def _read_split(folder: Path, sha256: str) -> Split:
+    """Read split.json; DistillError when it is missing, damaged, or doesn't have this SHA-256."""
     file = folder / SPLIT_FILE
-    mend = "run distill again, which writes it anew"
+    mend = "run distill again, which restores it"
     try:
-        split = read_sealed(file)
+        split = read_checksummed(file)
     except DistillError as error:
         raise DistillError(f"{error}; {mend}") from error
-    if json_sha256(split) != config["split_sha256"]:
+    if json_sha256(split) != sha256:
         raise DistillError(f"{file} is another run's; {mend}")
     return Split(train=tuple(split["train"]), val=tuple(split["val"]))
 
 
-def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
-    """Decodes lines of `path`; DistillError naming the first that is damaged."""
-    decoded = []
-    for number, line in enumerate(lines, 1):
-        try:
-            decoded.append(decode_line(line))
-        except ValueError as error:
-            raise DistillError(
-                f"{path} is damaged in line {number} of {len(lines)} ({error}); put back a whole copy, or give "
-                "--restart to start over"
-            ) from error
-    return decoded
+def split_sha256(split: Split) -> str:
+    """Return the hexadecimal SHA-256 of split.json's value, which config.json holds as `split_sha256`."""
+    return json_sha256(asdict(split))
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Holds the folder for one trainer; DistillError when another one has it. A dead one's lock is gone."""
-    make_folder(folder)
-    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise RunLocked(
-                f"{folder} is being trained by {owner}; wait for it, or give another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
-
-
-def point_latest(folder: Path) -> None:
-    """Makes `runs/latest` point at `folder` by a relative link, replaced atomically."""
-    RUNS.mkdir(exist_ok=True)
-    if os.path.lexists(LATEST) and not LATEST.is_symlink():
-        raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
-    # One name for each folder, which the caller has locked: what a kill leaves is replaced by the rerun.
-    draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))
-    os.replace(draft, LATEST)
-
-
-# --- Making a run's folder, or finding the one to go on with.
-
-logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def prepared_folder(
-    folder: Path, description: dict[str, Any], split: Split, head: bytes | None, *, restart: bool
+def open_or_create_run(
+    folder: Path, description: RunDescription, split: Split, head: bytes | None, *, restart: bool
 ) -> Iterator[Run]:
-    """Holds the folder for this process and gives the run in it: a new one, or the one begun before.
+    """Lock a folder for this process, and yield the run in it: the one that is there, or a new one.
 
-    `description` becomes config.json. A run that is there goes on only if `identity` and `data` are the same;
-    what was resolved for it stays, and what the store still tells (split, head) is written anew where it was
-    damaged. With `restart` it is set aside under another name and nothing of it is lost. One that was begun
-    differently, but never came to a checkpoint, is begun anew.
+    The run that is there resumes only if `identity` and `data` are the same. Its resolved settings stay; the split
+    and the head are written again from the store where they were damaged. A run that was begun with other settings
+    but never saved a checkpoint is replaced by the new one.
 
-    Raises DistillError when another process trains in the folder, when it holds something else, or when the
-    run there was asked for differently or its description is damaged.
+    Args:
+        folder: the run's folder.
+        description: content of config.json if the run is new; its `split_sha256` is that of `split`.
+        split: rows for training and for validation.
+        head: SAM's head as safetensors, None where the store has none.
+        restart: set the run that is there aside, under another name in the same folder, and begin a new one.
+
+    Raises:
+        RunLocked: another process trains in the folder.
+        DistillError: the folder holds something else, or a run of other settings, or its description is damaged.
     """
-    rows = {"train": split.train, "val": split.val}
-    description = {**description, "split_sha256": json_sha256(rows)}
-    _refuse_foreign(folder)
+    _refuse_other_content(folder)
     if restart and (folder / CONFIG_FILE).exists():
         with run_lock(folder):
             _set_aside(folder)
@@ -270,17 +286,17 @@ def prepared_folder(
         for leftover in folder.glob("*.partial"):
             leftover.unlink(missing_ok=True)
         if (folder / CONFIG_FILE).exists():
-            _join(folder, description)
+            _resume_or_clear(folder, description)
         if not (folder / CONFIG_FILE).exists():
             if head is not None:
                 write_atomic(folder / HEAD_FILE, head)
-            write_sealed(folder / SPLIT_FILE, rows)
-            write_sealed(folder / CONFIG_FILE, description)  # last: it makes the folder a run
-        _restore(folder, rows, head)
+            write_checksummed(folder / SPLIT_FILE, asdict(split))
+            write_checksummed(folder / CONFIG_FILE, description.to_json())  # last: it makes the folder a run
+        _restore_from_store(folder, split, head)
         yield Run.open(folder)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_other_content(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / CONFIG_FILE).exists():
@@ -299,113 +315,95 @@ def _set_aside(folder: Path) -> None:
     logger.warning("the run that was in %s is kept as %s", folder, aside)
 
 
-def _join(folder: Path, description: dict[str, Any]) -> None:
-    """Checks that the run is the one asked for, and notes where the images lie now."""
-    config = read_description(folder)
-    lines = [
+def _resume_or_clear(folder: Path, description: RunDescription) -> None:
+    """Check that the run in the folder is the one asked for, and update where store and images lie now.
+
+    A run of other settings is cleared away if it never saved anything, else refused with each difference.
+    """
+    # JSON, not the typed description: keys that this version doesn't know stay in the file.
+    config, wanted = _read_config(folder), description.to_json()
+    differences = [
         f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
         for part in ("identity", "data")
-        for old, new in [(config.get(part, {}), description[part])]
+        for old, new in [(config.get(part, {}), wanted[part])]
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    if lines and _never_saved(folder):
+    if differences and not _has_learned(folder):
         _clear(folder)
-    elif lines:
+    elif differences:
         raise DistillError(
-            f"the run in {folder} was begun differently ({'; '.join(lines)})\n"
+            f"the run in {folder} was begun differently ({'; '.join(differences)})\n"
             "ask for the same, give another --out, or --restart to set it aside and start over"
         )
     else:
-        moved = {"image_root": description["image_root"], "store": description["store"]}
+        moved = {"image_root": wanted["image_root"], "store": wanted["store"]}
         if any(config.get(name) != value for name, value in moved.items()):
-            write_sealed(folder / CONFIG_FILE, {**config, **moved})
+            write_checksummed(folder / CONFIG_FILE, {**config, **moved})
 
 
-def _never_saved(folder: Path) -> bool:
-    """Whether nothing that was learned is in the folder: a photo may have stopped the run before its first step."""
-    return not any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE, STUDENT_FILE))
+def _has_learned(folder: Path) -> bool:
+    """Return True if a checkpoint or a student was saved; an image may have stopped the run before its first step."""
+    return any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE, STUDENT_FILE))
 
 
 def _clear(folder: Path) -> None:
-    """Takes away what such a run left; config.json last, so that a kill leaves it as it was or no run."""
+    """Delete the files of a run; config.json last, so that a kill leaves either the run or no run."""
     for path in (folder / METRICS_FILE, *folder.glob(EVENTS), folder / CONFIG_FILE):
         path.unlink(missing_ok=True)
-    logger.info("the run in %s was begun differently and never saved anything: begun anew", folder)
+    logger.info("the run in %s was begun differently and never saved anything: replaced by a new one", folder)
 
 
-def _restore(folder: Path, rows: dict[str, Any], head: bytes | None) -> None:
-    """Writes split.json and the head anew where they aren't what the run began with and the store still tells."""
-    config = read_description(folder)
+def _restore_from_store(folder: Path, split: Split, head: bytes | None) -> None:
+    """Write split.json and the head again where they are missing or damaged."""
+    sha256 = _read_config(folder)["split_sha256"]
     try:
-        read_split(folder, config)
+        _read_split(folder, sha256)
     except DistillError as error:
-        if json_sha256(rows) != config["split_sha256"]:
+        if split_sha256(split) != sha256:
             raise
         logger.warning("%s", error)
-        write_sealed(folder / SPLIT_FILE, rows)
+        write_checksummed(folder / SPLIT_FILE, asdict(split))
     path = folder / HEAD_FILE
     if head is not None and not (path.exists() and path.read_bytes() == head):
         logger.warning("%s was missing or damaged: copied from the store again", path)
         write_atomic(path, head)
 
 
-# --- JSON that carries a checksum of itself: whole files (SHA-256) and the lines of a log (CRC-32).
-#
-# Both stay plain JSON to everybody else: the checksum is one more key, the last one.
-#
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock a folder for one trainer; the lock of a dead process falls away by itself.
 
-_FILE_KEY = "sha256"
-_LINE_KEY = "crc32"
-
-
-def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object as JSON with its SHA-256, atomically and durably."""
-    write_atomic(path, json.dumps({**value, _FILE_KEY: json_sha256(value)}, indent=1).encode() + b"\n")
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what write_sealed wrote; DistillError when the file is missing, damaged or not what was written."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise DistillError(f"{path} is missing or damaged ({reason})") from error
-    if not isinstance(value, dict) or value.pop(_FILE_KEY, None) != json_sha256(value):
-        raise DistillError(f"{path} is damaged: its SHA-256 isn't the one it was written with")
-    return value
+    Raises:
+        RunLocked: another process holds the lock.
+    """
+    make_folder(folder)
+    with open(folder / LOCK_FILE, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunLocked(
+                f"{folder} is being trained by {owner}; wait for it, or give another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
 
 
-def encode_line(value: Mapping[str, Any]) -> bytes:
-    """One line of JSON, its last key the CRC-32 (hex) of the line as it would be without that key."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-    return text[:-1] + b',"%s":"%08x"}\n' % (_LINE_KEY.encode(), zlib.crc32(text))
+def point_latest(folder: Path) -> None:
+    """Make `runs/latest` a relative link to a folder, replaced atomically.
 
-
-def decode_line(line: bytes) -> dict[str, Any]:
-    """The object of a line, which ends before its newline, without its checksum; ValueError if that is wrong."""
-    text, _, found = line.rpartition(b',"%s":"' % _LINE_KEY.encode())
-    text += b"}"
-    if found != b'%08x"}' % zlib.crc32(text):
-        raise ValueError("its checksum is wrong")
-    value: dict[str, Any] = json.loads(text)
-    return value
-
-
-# --- What names a JSON value: its SHA-256, whole or short enough for a folder.
-
-
-def json_sha256(value: object) -> str:
-    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest(*parts: object) -> str:
-    """Eight hexadecimal digits of the SHA-256 of some JSON values: short enough for a folder's name."""
-    return json_sha256(parts)[:8]
-
-
-def rows_digest(records: Iterable[ImageRecord]) -> str:
-    """Of what committed rows hold: their images' and their embeddings' checksums."""
-    return digest([(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records])
+    Raises:
+        DistillError: `runs/latest` is not a link.
+    """
+    RUNS.mkdir(exist_ok=True)
+    if os.path.lexists(LATEST) and not LATEST.is_symlink():
+        raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
+    # One temporary name for each folder, which the caller has locked: the rerun replaces what a kill leaves.
+    draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))
+    os.replace(draft, LATEST)

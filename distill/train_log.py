@@ -16,8 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..common.errors import DistillError
 from .checkpoint import TrainState
+from .checksummed_json import decode_lines, encode_line
 from .data.loader import Loader
-from .run_folder import METRICS_FILE, decode_lines, encode_line
+from .run_folder import METRICS_FILE
 
 
 class Recorder:

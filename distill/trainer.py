@@ -22,15 +22,14 @@ from .data.sampler import epoch_order, split_batches
 from .distributed import Replicas
 from .loss.base import (
     HEAD_LR_SHARE,
-    Decoupled,
+    BatchTotals,
+    MicroBatch,
     Objective,
-    Part,
-    WholeBatch,
-    loss_elements,
-    part_generator,
-    part_of,
+    make_micro_batch,
+    micro_batch_generator,
 )
-from .loss.objectives import head_state
+from .loss.decoupled import Decoupled, loss_elements
+from .loss.head import head_state
 from .metrics.evaluate import ComputeSettings, Validation, embed
 from .optimizer import learning_rate, parameter_groups
 from .run_folder import Run
@@ -89,7 +88,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(run.split.train) / config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.log_every = max(1, self.steps_per_epoch // LINES_PER_EPOCH)
-        grid = run.config["image_size"] // 16
+        grid = run.description.image_size // 16
         self.state = TrainState(mean_sum_CHW=torch.zeros(256, grid, grid, dtype=torch.float64, device=device))
         self.meter = Meter(self.state, loader)
 
@@ -166,7 +165,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_share"]
         elements = loss_elements(self.loader.valid(rows), 256, config.loss_region)
-        whole = WholeBatch(elements=elements, images=len(rows))
+        whole = BatchTotals(elements=elements, images=len(rows))
         self.replicas.copy_buffers(self.student)
         loss = torch.zeros((), device=self.compute.device)
         for batch in micro_batches:
@@ -186,7 +185,7 @@ class Trainer:
         self.meter.add(loss, norm)
         state.step, state.batch, state.images = state.step + 1, state.batch + 1, state.images + len(rows)
 
-    def embedded(self, batch: Batch) -> Part:
+    def embedded(self, batch: Batch) -> MicroBatch:
         """A micro-batch on the device, with the student's embeddings of it."""
         trains, state = self.objective.trains_encoder, self.state
         if trains:
@@ -194,8 +193,8 @@ class Trainer:
             self.batch_norms.prepare(state.micro_steps, frozen=frozen)
         with torch.set_grad_enabled(trains):
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.compute)
-        generator = part_generator(self.config.seed, state.epoch, batch.rows[0])
-        return part_of(batch, student_BCHW, teacher_BCHW, generator)
+        generator = micro_batch_generator(self.config.seed, state.epoch, batch.rows[0])
+        return make_micro_batch(batch, student_BCHW, teacher_BCHW, generator)
 
     def after_step(self, *, last: bool) -> None:
         """Logs, shows, saves, stops: whatever is due."""
@@ -220,7 +219,7 @@ class Trainer:
             return
         for broken, empty in self.replicas.gathered((dict(labels.broken), set(labels.empty)))[1:]:
             for key, reason in broken.items():
-                labels.note(key, reason)
+                labels.mark_broken(key, reason)
             labels.empty |= empty
 
     def validate(self) -> None:
@@ -275,8 +274,8 @@ class Trainer:
         }
         if self.loader.labels is not None:
             result["labels"] = {
-                "annotated": self.run.config["data"]["annotated"],
-                "images": self.run.config["data"]["rows"],
+                "annotated": self.run.description.data.annotated,
+                "images": self.run.description.data.rows,
                 "empty": len(self.loader.labels.empty),
                 "broken": len(self.loader.labels.broken),
             }
@@ -309,7 +308,7 @@ class Trainer:
             self.student,
             self.run.student_path,
             self.config.student,
-            self.run.config["image_size"],
+            self.run.description.image_size,
             {
                 **self.student_info,
                 "epoch": state.epoch,

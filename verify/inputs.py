@@ -1,4 +1,7 @@
-"""What is compared: a student, the rows of a store, and the mean embedding that skill is measured against."""
+"""Inputs of a verification: student, rows of a store, mean embedding that skill is measured against, heads for masks.
+
+Shape suffixes: C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from ..common.errors import VerifyError
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
 from ..distill.data.image_root import check_preprocessing, image_root
-from ..distill.loss.objectives import store_head
+from ..distill.loss.head import store_head
 from ..distill.run_folder import CONFIG_FILE
 from ..distill.students.student_file import STUDENT_FILE, lacks_image_size, trained_head
 from ..sam.device import resolve_device, resolve_precision
@@ -22,88 +25,89 @@ from ..store import EmbeddingStore
 from .config import VerifyConfig
 
 DEFAULT_STORE = Path("store.zarr")
+
 BATCH_SIZES = {"cpu": 2, "cuda": 16}
 """Default number of images in a forward pass, by type of device."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A student and a store that belong together, opened and checked. `store` is open: close it."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """A student's encoder, on its device, and what is known of it."""
 
-    student: nn.Module
+    encoder: nn.Module
     info: Mapping[str, Any]
-    """What the student's file says of itself: `student`, `image_size`, `teacher`, `epoch`, ..."""
+    """Description in the student's file: `student`, `image_size`, `teacher`, `epoch`, ..."""
     file: Path
     run: Run | None
     """None for a student's file away from its run."""
-    store: EmbeddingStore
-    image_root: Path | None
-    rows: Sequence[int]
-    mean_CHW: Tensor
-    mean_source: str
-    compute: ComputeSettings
-    """Device, precision, batch size and memory format that the student is run in."""
-    notes: list[str]
-    """What a reader of the numbers has to know."""
 
-    def names(self) -> dict[str, Any]:
-        """What was compared, as plain JSON values."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeanEmbedding:
+    """Constant prediction that skill is measured against."""
+
+    mean_CHW: Tensor
+    source: str
+    """The rows that it is the mean of, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """A student and a store that belong together, opened and checked. `store` is open: the caller closes it."""
+
+    student: Student
+    store: EmbeddingStore
+    rows: Sequence[int]
+    image_root: Path | None
+    """Folder of the images; None: those that the store keeps."""
+    mean: MeanEmbedding
+    compute: ComputeSettings
+    notes: list[str]
+    """Facts that a reader of the numbers has to know."""
+
+    def subject(self) -> dict[str, Any]:
+        """Return the names of all that is compared, as plain JSON values."""
+        run = self.student.run
         return {
-            "student": self.info["student"],
-            "file": str(self.file),
-            "run": None if self.run is None else self.run.path.name,
+            "student": self.student.info["student"],
+            "file": str(self.student.file),
+            "run": None if run is None else run.path.name,
             "teacher": self.store.spec.teacher,
             "store": str(self.store.path),
             "precision": self.compute.precision,
             "device": str(self.compute.device),
-            "mean_embedding": self.mean_source,
+            "mean_embedding": self.mean.source,
             "notes": self.notes,
         }
 
 
-def open_subject(config: VerifyConfig) -> Subject:
-    """Finds and opens student and store, and checks that they can be compared.
+def open_inputs(config: VerifyConfig) -> Inputs:
+    """Find and open the student and the store, and check that they can be compared.
 
-    Raises VerifyError when they can't: no split, no committed rows, another image size or store; DistillError
-    and StoreError when one of them is missing or damaged.
+    Raises:
+        VerifyError: they can't be compared: no split, no committed rows, another image size or another store.
+        DistillError, StoreError: one of them is missing or damaged.
     """
     run, file = _find_student(config)
     device = resolve_device(config.device)
-    # A file that doesn't say its image size has to wait for the store; any other tells its own faults first.
-    loaded = None if run is None and lacks_image_size(file) else _load(run, file, device)
+    # A file that doesn't say its image size has to wait for the store; of any other, faults are reported first.
+    loaded = None if run is None and lacks_image_size(file) else _load_student(run, file, device)
     store = EmbeddingStore.open(config.store or (DEFAULT_STORE if run is None else run.store_path))
     try:
-        student, info = loaded or load_student(file, device, image_size=store.spec.image_size)
+        encoder, info = loaded or load_student(file, device, image_size=store.spec.image_size)
         _check_fit(info, store)
-        own_store = run is not None and run.config["data"]["store_id"] == store.spec.store_id
+        student = Student(encoder=encoder, info=info, file=file, run=run)
+        own_store = run is not None and run.description.data.store_id == store.spec.store_id
         rows = _rows(config, run, store, own_store)
-        if run is None:
-            mean_CHW, mean_source = mean_embedding(store, rows), "all committed rows of the store"
-        else:
-            mean_CHW, mean_source = run.mean_embedding(), "the run's training rows"
-        precision = _precision(config, run, device)
-        return Subject(
+        last_root = run.image_root if run is not None and own_store else None
+        return Inputs(
             student=student,
-            info=info,
-            file=file,
-            run=run,
             store=store,
-            image_root=image_root(
-                store,
-                config.images,
-                run.image_root if run is not None and own_store else None,
-                refusal=VerifyError,
-            ),
             rows=rows,
-            mean_CHW=mean_CHW,
-            mean_source=mean_source,
-            compute=ComputeSettings(
-                device=device,
-                precision=precision,
-                batch_size=config.batch_size or BATCH_SIZES[device.type],
-                memory_format=_memory_format(run, precision),
-            ),
-            notes=_notes(info, run, store, own_store),
+            image_root=image_root(store, config.images, last_root, refusal=VerifyError),
+            mean=_mean_embedding(run, store, rows),
+            compute=_compute_settings(config, run, device),
+            notes=_notes(student, store, own_store),
         )
     except BaseException:
         store.close()
@@ -111,7 +115,7 @@ def open_subject(config: VerifyConfig) -> Subject:
 
 
 def _find_student(config: VerifyConfig) -> tuple[Run | None, Path]:
-    """The run, if there is one, and the student's file: a file that lies in its run's folder belongs to it."""
+    """Return the run, if there is one, and the student's file; a file in its run's folder belongs to the run."""
     path = config.student
     if path is not None and not path.is_dir():
         if path.name != STUDENT_FILE or not (path.parent / CONFIG_FILE).is_file():
@@ -121,7 +125,7 @@ def _find_student(config: VerifyConfig) -> tuple[Run | None, Path]:
     return run, run.student_path
 
 
-def _load(run: Run | None, file: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+def _load_student(run: Run | None, file: Path, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     return load_student(file, device) if run is None else run.student(device)
 
 
@@ -161,20 +165,33 @@ def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_stor
     return rows
 
 
-def _precision(config: VerifyConfig, run: Run | None, device: torch.device) -> str:
-    """As asked, else the run's, so that the numbers are those the trainer logged, else the device's."""
-    if config.precision == "auto" and run is not None:
-        return resolve_precision(run.config["resolved"]["precision"], device)
-    return resolve_precision(config.precision, device)
+def _mean_embedding(run: Run | None, store: EmbeddingStore, rows: Sequence[int]) -> MeanEmbedding:
+    if run is None:
+        return MeanEmbedding(mean_CHW=mean_embedding(store, rows), source="all committed rows of the store")
+    return MeanEmbedding(mean_CHW=run.mean_embedding(), source="the run's training rows")
 
 
-def _memory_format(run: Run | None, precision: str) -> torch.memory_format:
-    """The trainer's for a run. A file alone may hold the teacher itself: in float32 it is run as precompute runs
-    teachers, so that equal weights give equal numbers to the bit."""
-    return torch.contiguous_format if run is None and precision == "float32" else torch.channels_last
+def _compute_settings(config: VerifyConfig, run: Run | None, device: torch.device) -> ComputeSettings:
+    """Return the precision asked for, else the run's, so that the numbers are its trainer's, else the device's.
+
+    The memory format is the trainer's for a run. A file alone may hold the teacher itself: in float32 it is run as
+    precompute runs teachers, so that equal weights give equal numbers to the bit.
+    """
+    asked = config.precision
+    if asked == "auto" and run is not None:
+        asked = run.description.resolved.precision
+    precision = resolve_precision(asked, device)
+    as_teacher = run is None and precision == "float32"
+    return ComputeSettings(
+        device=device,
+        precision=precision,
+        batch_size=config.batch_size or BATCH_SIZES[device.type],
+        memory_format=torch.contiguous_format if as_teacher else torch.channels_last,
+    )
 
 
-def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_store: bool) -> list[str]:
+def _notes(student: Student, store: EmbeddingStore, own_store: bool) -> list[str]:
+    info, run = student.info, student.run
     notes: list[str] = []
     if run is None:
         notes.append("the student came without its run: skill is against the mean of all rows of the store")
@@ -195,21 +212,20 @@ def _notes(info: Mapping[str, Any], run: Run | None, store: EmbeddingStore, own_
     return notes
 
 
-# --- The heads that masks are compared with.
-
-
 def open_head(store: EmbeddingStore, device: torch.device) -> SamHead:
-    """As `store_head`; VerifyError says how to go on without masks."""
+    """Build the head that the store keeps, frozen, on a device.
+
+    Raises:
+        VerifyError: it isn't a SAM head; the message says how to continue without masks.
+        StoreDamaged: its bytes are not those that were saved.
+    """
     try:
         return store_head(store, device)
     except DistillError as error:
         raise VerifyError(f"{error}, so masks can't be compared: --points 0 goes on without them") from error
 
 
-def own_head(student: Path, image_size: int, device: torch.device) -> SamHead | None:
-    """The head that was trained with a student, on `device`, frozen; None where it has the teacher's.
-
-    `student` was read by `load_student`, which has checked it.
-    """
-    state = trained_head(student)
+def open_student_head(student: Student, image_size: int, device: torch.device) -> SamHead | None:
+    """Build the head that was trained with the student, frozen, on a device; None where it uses the teacher's."""
+    state = trained_head(student.file)  # checked when the student was loaded
     return None if state is None else build_head(state, image_size).to(device)

@@ -21,7 +21,7 @@ from .model_card import card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import versions
-from .torch_export import size_warning, torch_file, why_not_torch
+from .torch_export import export_torch, size_warning, unsupported_reason
 
 FORMAT = "mobilesam model 1"
 TORCH_FILE = "model.pt"
@@ -74,9 +74,9 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     known, warnings = _known(model)
     content: dict[str, bytes] = {}
     left_out = {}
-    reason = why_not_torch(model.student)
+    reason = unsupported_reason(model.student)
     if reason is None:
-        content[TORCH_FILE] = torch_file(model)
+        content[TORCH_FILE] = export_torch(model)
     else:
         left_out[TORCH_FILE] = reason
     content[MODEL_FILE] = _safetensors(model, known)
@@ -141,7 +141,7 @@ def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
         data = {
             "images_trained": len(split.train),
             "images_held_out": len(split.val),
-            "store_id": model.run.config["data"]["store_id"],
+            "store_id": model.run.description.data.store_id,
         }
         try:
             metrics = _metrics(model)

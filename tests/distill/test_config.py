@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mobilesam.distill import DistillConfig, DistillError
-from mobilesam.distill.run_folder import digest
+from mobilesam.distill.checksummed_json import digest
 
 
 @pytest.mark.parametrize(

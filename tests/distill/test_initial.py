@@ -377,10 +377,10 @@ def test_a_run_starts_from_the_file_and_remembers_it(
     run = Run.open(result["run"])
     student, info = run.student()
     assert torch.allclose(student.state_dict()["backbone.norm.weight"], deit_state()["norm.weight"])
-    init = run.config["init"]
+    init = run.description.init
     assert init["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert run.config["identity"]["init_sha256"] == init["sha256"]
-    assert "init" not in run.config["identity"]
+    assert run.description.identity["init_sha256"] == init["sha256"]
+    assert "init" not in run.description.identity
     assert info["init"] == init == json.loads(json.dumps(init))
     assert "starting from" in caplog.text
     assert "left new: neck (6); unused in the file: cls_token (1), head (2)" in caplog.text

@@ -99,7 +99,7 @@ def test_a_student_without_batch_norm_learns_the_same_from_one_global_batch(
     alone = lines("one", "result")[0]
     for name in ("mse", "mse_valid", "relative_mse", "skill", "skill_valid"):
         assert result["val"][name] == pytest.approx(alone["val"][name], rel=1e-4), name
-    assert Run.open("many").config["resolved"]["processes"] == processes
+    assert Run.open("many").description.resolved.processes == processes
     torch.testing.assert_close(
         Run.open("one").mean_embedding(), Run.open("many").mean_embedding(), rtol=1e-6, atol=1e-7
     )

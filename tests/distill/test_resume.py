@@ -23,7 +23,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
-from mobilesam.distill.run_folder import read_sealed, write_sealed
+from mobilesam.distill.checksummed_json import read_checksummed, write_checksummed
 from mobilesam.sam import ImageError
 
 Options = Callable[..., DistillConfig]
@@ -126,9 +126,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
 
 def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, small_options: Options) -> None:
     interrupted_at(1, "train", small_options(store, out="run", epochs=1, precision="auto"))
-    config = read_sealed(Path("run/config.json"))
+    config = read_checksummed(Path("run/config.json"))
     config["resolved"].update(precision="bfloat16", micro_batch=1)
-    write_sealed(Path("run/config.json"), config)
+    write_checksummed(Path("run/config.json"), config)
     phases = []
     distill(
         small_options(store, out="run", epochs=1, precision="auto"),
@@ -136,7 +136,7 @@ def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, small
     )
     # One image at a time: the five training rows are judged in five batches, not in three.
     assert phases.count("evaluate") == 5
-    assert Run.open("run").config["resolved"]["precision"] == "bfloat16"
+    assert Run.open("run").description.resolved.precision == "bfloat16"
 
 
 def test_a_checkpoint_is_written_every_so_often(store: Path, small_options: Options) -> None:

@@ -23,6 +23,7 @@ from mobilesam.distill import (
     load_student,
     mean_embedding,
 )
+from mobilesam.distill.run_description import ResolvedSettings
 from mobilesam.distill.run_folder import run_lock
 from mobilesam.store import Audit, EmbeddingStore
 
@@ -83,17 +84,14 @@ def test_the_name_is_the_student_with_a_digest_and_latest_is_a_relative_link(run
 
 def test_the_runs_description_holds_where_it_came_from(run: Run, store: Path, images: Path) -> None:
     with EmbeddingStore.open(store) as opened:
-        assert run.config["store"]["spec"] == opened.spec.to_json()
+        assert run.description.store.spec == opened.spec
     assert run.store_path == store.resolve()
     assert run.image_root == images.resolve()
-    assert run.config["counts"] == {"done": 6, "failed": 0, "pending": 0}
-    assert run.config["resolved"] == {
-        "device": "cpu",
-        "precision": "float32",
-        "micro_batch": 1,
-        "processes": 1,
-    }
-    assert torch.__version__.startswith(run.config["versions"]["torch"])
+    assert run.description.counts == {"done": 6, "failed": 0, "pending": 0}
+    assert run.description.resolved == ResolvedSettings(
+        device="cpu", precision="float32", micro_batch=1, processes=1
+    )
+    assert torch.__version__.startswith(run.description.versions["torch"])
 
 
 def test_each_kind_of_line_is_in_the_metrics(run: Run) -> None:
@@ -210,7 +208,7 @@ def test_failed_rows_are_left_out_and_said(
         distill(options(make_store(images, failed=[1, 4]), epochs=1, student=small))
     assert "the 4 rows that are done; 0 are pending, 2 failed" in caplog.text
     run = Run.open()
-    assert run.config["counts"] == {"done": 4, "failed": 2, "pending": 0}
+    assert run.description.counts == {"done": 4, "failed": 2, "pending": 0}
     assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]
 
 

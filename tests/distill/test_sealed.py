@@ -9,19 +9,19 @@ import torch
 from flips import flipped
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.run_folder import decode_line, encode_line, read_sealed, write_sealed
+from mobilesam.distill.checksummed_json import decode_line, encode_line, read_checksummed, write_checksummed
 from mobilesam.distill.students.student_file import check_tensors, load_tensors, save_tensors
 
 
 def test_a_flipped_bit_in_sealed_json_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     path, value = tmp_path / "value.json", {"rows": [1, 20], "lr": 0.001, "name": "\u00e4", "none": None}
-    write_sealed(path, value)
+    write_checksummed(path, value)
     data = path.read_bytes()
     outcomes = set()
     for bit in range(8 * len(data)):
         path.write_bytes(flipped(data, bit))
         try:
-            assert read_sealed(path) == value
+            assert read_checksummed(path) == value
             outcomes.add("same")
         except DistillError as error:
             outcomes.add("error" if str(path) in str(error) else "another file's error")

@@ -20,7 +20,7 @@ PROGRAM = """
 import importlib, os, sys
 from torch import nn
 from mobilesam.cli import main
-from mobilesam.distill.students import STUDENTS, StudentInfo
+from mobilesam.distill.students.registry import STUDENTS, StudentInfo
 
 def build(size):
     return nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 256, 1))
@@ -84,13 +84,13 @@ def wanted(store: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object
 
 BEFORE = "nothing was lost"
 FIRST = [
-    pytest.param("job", "split_rows", 1, BEFORE, id="the store is loaded"),
-    pytest.param("folder", "write_sealed", 2, BEFORE, id="the folder is made"),
-    pytest.param("job", "build_student", 1, BEFORE, id="the student is built"),
+    pytest.param("run", "split_rows", 1, BEFORE, id="the store is loaded"),
+    pytest.param("run_folder", "write_checksummed", 2, BEFORE, id="the folder is made"),
+    pytest.param("run", "build_student", 1, BEFORE, id="the student is built"),
     pytest.param("trainer", "embed", 2, "after step 2 of 6", id="training"),
-    pytest.param("validation", "evaluate_batches", 1, "after step 3 of 6", id="validation"),
+    pytest.param("metrics.evaluate", "evaluate_batches", 1, "after step 3 of 6", id="validation"),
     pytest.param("checkpoint", "write_atomic", 1, "after step 4 of 6", id="saving"),
-    pytest.param("validation", "evaluate_batches", 3, "after step 6 of 6", id="the last evaluation"),
+    pytest.param("metrics.evaluate", "evaluate_batches", 3, "after step 6 of 6", id="the last evaluation"),
 ]  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_the_first_signal_saves_and_the_exit_code_names_it(
 
 SECOND = [
     pytest.param("trainer", "embed", 5, id="training"),
-    pytest.param("validation", "evaluate_batches", 2, id="validation"),
+    pytest.param("metrics.evaluate", "evaluate_batches", 2, id="validation"),
     pytest.param("checkpoint", "write_atomic", 2, id="writing the second checkpoint"),
     # Renames: head, split, config; mean, student, checkpoint twice; student, checkpoint thrice.
     pytest.param("checkpoint", "os.rename", 10, id="before its first rename"),

@@ -110,7 +110,7 @@ def parts(run: Path) -> dict[str, bytes | None]:
         except DistillError:
             return None
 
-    opened = told(lambda: Run.open(run).config)
+    opened = told(lambda: Run.open(run).description)
     if opened is None:
         return dict.fromkeys(("config", "split", "student", "mean", "head", "history", "result"))
     return {

@@ -143,7 +143,7 @@ def test_a_folder_tells_the_runs_data_and_last_metrics(run: Path, tmp_path: Path
     assert described["data"] == {
         "images_trained": len(opened.split.train),
         "images_held_out": len(opened.split.val),
-        "store_id": opened.config["data"]["store_id"],
+        "store_id": opened.description.data.store_id,
     }
     result = opened.result()
     assert result is not None

@@ -15,7 +15,7 @@ from PIL import Image
 from small_store import EVERYTHING, make_spec
 
 from mobilesam.distill import DistillConfig, Run, distill
-from mobilesam.distill.run_folder import read_sealed, write_sealed
+from mobilesam.distill.checksummed_json import read_checksummed, write_checksummed
 from mobilesam.sam import preprocessing_recipe, resized_size
 from mobilesam.sam.teacher import load_head
 from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter, encode_head
@@ -113,8 +113,8 @@ def world(finished_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / "world"
     shutil.copytree(finished_world, folder, symlinks=True)
     for config in (folder / "runs").glob("*/config.json"):
-        moved = json.dumps(read_sealed(config)).replace(str(finished_world), str(folder))
-        write_sealed(config, json.loads(moved))
+        moved = json.dumps(read_checksummed(config)).replace(str(finished_world), str(folder))
+        write_checksummed(config, json.loads(moved))
     monkeypatch.chdir(folder)
     return World(path=folder, store=folder / "store.zarr", photos=folder / "photos-0")
 

@@ -130,7 +130,7 @@ def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | Coc
 
 def _is_of(run: Run, store: EmbeddingStore) -> bool:
     """Whether a run was trained on this store."""
-    return run.config["data"]["store_id"] == store.spec.store_id
+    return run.description.data.store_id == store.spec.store_id
 
 
 def _records(

@@ -10,8 +10,8 @@ from math import ceil
 from typing import Any
 
 from ...common.errors import VerifyError
+from ...distill.checksummed_json import digest
 from ...distill.config import OF_MASKS, DistillConfig
-from ...distill.run_folder import digest
 from .config import AXES, SweepConfig
 
 RUNS = "runs"

@@ -20,7 +20,8 @@ from ...distill import Progress
 from ...distill.data.image_root import check_preprocessing, image_root
 from ...distill.data.sampler import split_rows
 from ...distill.run import STOPPED_EARLY
-from ...distill.run_folder import rows_digest, run_lock
+from ...distill.run_description import rows_digest
+from ...distill.run_folder import run_lock
 from ...store import EmbeddingStore, ImageRecord
 from ..inputs import open_head
 from ..report import check_report

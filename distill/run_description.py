@@ -1,0 +1,136 @@
+"""A run's config.json as typed objects: what was asked for, the data, and what was resolved on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import DistillError, StoreError
+from ..store import ImageRecord
+from ..store.spec import StoreSpec
+from .checksummed_json import digest
+
+FORMAT = 2
+"""Version of config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDescription:
+    """The rows of a store that a run learns from; a run resumes only on the same."""
+
+    store_id: str
+    rows: int
+    """Number of committed rows, training and validation together."""
+    rows_digest: str
+    """`rows_digest` of these rows."""
+    annotated: int | None = None
+    """Number of images with annotations beside them; None where labels are the teacher's."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values as in config.json, which lacks `annotated` where it is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings:
+    """Settings as the machine that began the run resolved them; a resumed run keeps precision and micro-batch."""
+
+    device: str
+    precision: str
+    """"float32" or "bfloat16"."""
+    micro_batch: int
+    """Images of one forward pass."""
+    processes: int = 1
+    """Number of processes that torchrun started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreDescription:
+    """The store as of the last start of the run."""
+
+    path: Path
+    """Absolute path."""
+    spec: StoreSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """The content of config.json."""
+
+    student: str
+    """Name in the registry of students."""
+    image_size: int
+    """Side of the encoder's square input, in pixels."""
+    options: Mapping[str, Any]
+    """All options as they were given when the run began (`DistillConfig.to_json`); in JSON the key is `config`."""
+    identity: Mapping[str, Any]
+    """Options that decide what the student learns (`DistillConfig.identity`, SHA-256 of the file of initial weights);
+    a run resumes only with the same."""
+    init: Mapping[str, Any] | None = None
+    """Report on the initial weights (`InitialWeights.report`); None where all were drawn."""
+    data: DataDescription
+    resolved: ResolvedSettings
+    store: StoreDescription
+    image_root: Path | None
+    """Folder of the images as of the last start of the run; None: the images that the store keeps."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Number of rows of the store by status: `done`, `failed`, `pending`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of mobilesam, Python and the libraries that began the run."""
+    split_sha256: str
+    """SHA-256 of split.json's value."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return config.json's value, without its checksum."""
+        return {
+            "format": FORMAT,
+            "student": self.student,
+            "image_size": self.image_size,
+            "config": self.options,
+            "identity": self.identity,
+            **({} if self.init is None else {"init": self.init}),
+            "data": self.data.to_json(),
+            "resolved": asdict(self.resolved),
+            "store": {"path": str(self.store.path), "spec": self.store.spec.to_json()},
+            "image_root": None if self.image_root is None else str(self.image_root),
+            "counts": self.counts,
+            "versions": self.versions,
+            "split_sha256": self.split_sha256,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RunDescription:
+        """Return the inverse of `to_json`; keys that this version doesn't know are ignored.
+
+        Raises:
+            DistillError: the value has another format, or lacks a key.
+        """
+        if value.get("format") != FORMAT:
+            raise DistillError(f"it has format {value.get('format')}, this version reads {FORMAT}")
+        try:
+            store, root = value["store"], value["image_root"]
+            known: dict[str, Any] = {
+                **{"options" if name == "config" else name: each for name, each in value.items()},
+                "data": DataDescription(**_known(DataDescription, value["data"])),
+                "resolved": ResolvedSettings(**_known(ResolvedSettings, value["resolved"])),
+                "store": StoreDescription(path=Path(store["path"]), spec=StoreSpec.from_json(store["spec"])),
+                "image_root": None if root is None else Path(root),
+            }
+            return cls(**_known(cls, known))
+        except KeyError as error:
+            raise DistillError(f"it lacks {error}") from error
+        except StoreError as error:
+            raise DistillError(f"its store's spec can't be used: {error}") from error
+
+
+def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that are fields of a dataclass; KeyError where one that has no default is missing."""
+    optional = {one.name for one in fields(cls) if not (one.default is one.default_factory is MISSING)}
+    return {one.name: value[one.name] for one in fields(cls) if one.name in value or one.name not in optional}
+
+
+def rows_digest(records: Iterable[ImageRecord]) -> str:
+    """Return a digest of the checksums of committed rows: of their images and their embeddings."""
+    return digest([(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records])
