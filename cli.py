@@ -24,13 +24,13 @@ import click
 
 from . import __version__
 from .distill.config import LABELS, OBJECTIVES, DistillConfig
+from .sam.registry import TEACHERS
 
 if TYPE_CHECKING:
     from .distill import Progress
     from .precompute import Snapshot
 
 FAILED_CHECK, INPUT = 1, 3
-TEACHERS = ("vit_h", "vit_l", "vit_b", "mobile_sam", "vit_nano")
 # Whether a path can be read is for the rooms to say: that is input, not usage.
 _PATH = click.Path(path_type=Path, readable=False)
 
@@ -237,7 +237,7 @@ _precompute_options = _options(
     click.argument("more", nargs=-1, type=_PATH, metavar="[DIR|TAR]..."),
     click.option("--out", type=_PATH, default="store.zarr", show_default=True,
                   help="The store, made or gone on with."),
-    click.option("--teacher", type=click.Choice(TEACHERS),
+    click.option("--teacher", type=click.Choice(list(TEACHERS)),
                   help="[default: the store's, else vit_h]"),
     click.option("--checkpoint", type=_PATH, metavar="FILE",
                   help="The teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]"),
@@ -547,7 +547,7 @@ _segment_options = _options(
                   help="A run, an export, a student's file, or one like mobile_sam.pt [default: runs/latest]"),
     click.option("--head", type=_PATH, metavar="STORE_OR_FILE",
                   help="SAM's mask decoder, where the student lies without it."),
-    click.option("--teacher", type=click.Choice(TEACHERS), help="In a student's place."),
+    click.option("--teacher", type=click.Choice(list(TEACHERS)), help="In a student's place."),
     _checkpoint,
     click.option("--point", "points", type=float, nargs=2, multiple=True, metavar="X Y",
                   help="On the object, in pixels of the image; may be repeated."),
@@ -647,7 +647,7 @@ _evaluate_options = _options(
     click.option("--store", type=_PATH, help="Its images and its teacher's embeddings."),
     click.option("--images", type=_PATH, metavar="DIR|TAR",
                  help="Without a store: the images. With one: where they are now, if they moved."),
-    click.option("--teacher", type=click.Choice(TEACHERS), help="To be run on --images."),
+    click.option("--teacher", type=click.Choice(list(TEACHERS)), help="To be run on --images."),
     _checkpoint,
     click.option("--coco", type=_PATH, metavar="FILE.json",
                  help="Labels: a COCO instances file [default: SA-1B's JSON beside each image]"),

@@ -25,7 +25,7 @@ from benchmarks.profile import shares
 from benchmarks.ratios import EMULATED, Figure, by_turns, report
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.device import cpu_accelerates_bfloat16
-from mobilesam.sam.modeling.vit import build_vit
+from mobilesam.sam.registry import TEACHERS
 
 LOW_TARGETS = {"vit_b": 8.0, "vit_l": 8.0, "vit_h": 9.0}
 EXACT_TARGET = 1.3
@@ -59,7 +59,7 @@ def encoders(teacher: str, *, bfloat16: bool) -> dict[str, Callable[[], Tensor]]
     """The encoders that are compared, each with the same weights and photo at 1024 pixels."""
     pixels = photo_pixels("astronaut.jpg", 1024)
     theirs = spread(sam_model_registry[teacher]().image_encoder.eval())
-    ours = build_vit(teacher, 1024).eval()
+    ours = TEACHERS[teacher].encoder.build(1024).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     sides = {"segment_anything": partial(theirs, pixels), "float32": partial(ours, pixels)}
     if bfloat16:

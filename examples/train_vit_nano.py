@@ -41,13 +41,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mobilesam.distill.loss.masks import MaskLossWeights, MaskTraining, Objects, mask_side
-from mobilesam.distill.loss.objectives import inside_square
+from mobilesam.distill.data.labels import mask_side
+from mobilesam.distill.loss.coupled import valid_pixels
+from mobilesam.distill.loss.masks import MaskLoss, MaskLossWeights, PromptedObjects
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.modeling.head import SamHead
-from mobilesam.sam.modeling.vit import VITS, build_vit, fit_positions
+from mobilesam.sam.modeling.vit import fit_positions
 from mobilesam.sam.preprocess import normalize_and_pad
-from mobilesam.sam.teacher import STORED_IMAGE_SIZE
+from mobilesam.sam.registry import TEACHERS
+
+NANO = TEACHERS["vit_nano"]
 
 # Pictures and objects of each in one step, by image size in pixels, and how often a size comes up.
 BATCHES = {128: (16, 6), 256: (8, 5), 512: (3, 5), 1024: (1, 6)}
@@ -67,24 +70,24 @@ MUON_LR = 5.0
 AVERAGE = 0.998
 
 
-def collate(samples: list[Sample], side: int) -> tuple[Tensor, Objects, Tensor]:
+def collate(samples: list[Sample], side: int) -> tuple[Tensor, PromptedObjects, Tensor]:
     """Normalised pixels (B, 3, S, S), the chosen objects of all samples, and segments int64 (B, M, M)."""
     sizes_B2 = torch.tensor([sample.size for sample in samples])
     pixels_BCHW = normalize_and_pad(torch.from_numpy(np.stack([s.canvas_HWC for s in samples])), sizes_B2)
-    inside_BMM = inside_square(sizes_B2, side, mask_side(side))
+    valid_BMM = valid_pixels(sizes_B2, side, mask_side(side))
     segments_BMM = torch.from_numpy(np.stack([s.segments_MM for s in samples])).long()
     image_P = torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.chosen) for s in samples]))
     numbers_P = torch.tensor([number for s in samples for number in s.chosen])
-    objects = Objects(
+    objects = PromptedObjects(
         masks_PMM=segments_BMM[image_P] == numbers_P[:, None, None],
         image_P=image_P,
-        inside_BMM=inside_BMM,
+        valid_BMM=valid_BMM,
         weight_P=torch.ones(len(image_P)),
     )
     return pixels_BCHW, objects, segments_BMM
 
 
-def likeness_loss(emb_BCHW: Tensor, segments_BMM: Tensor, inside_BMM: Tensor) -> Tensor:
+def likeness_loss(emb_BCHW: Tensor, segments_BMM: Tensor, valid_BMM: Tensor) -> Tensor:
     """How badly a cell tells cells of its own segment from the others': supervised contrastive loss over cosines.
 
     A cell is of the segment that most of its pixels are of. Source: arXiv 2004.11362, equation 3 (L_in).
@@ -93,16 +96,16 @@ def likeness_loss(emb_BCHW: Tensor, segments_BMM: Tensor, inside_BMM: Tensor) ->
     cells_BL = (
         segments_BMM.unfold(1, size, size).unfold(2, size, size).flatten(3).mode(dim=3).values.flatten(1)
     )
-    inside_BL = F.avg_pool2d(inside_BMM[:, None].float(), size).flatten(1) > 0.5
+    valid_BL = F.avg_pool2d(valid_BMM[:, None].float(), size).flatten(1) > 0.5
     unit_BLC = F.normalize(emb_BCHW.flatten(2).transpose(1, 2), dim=2)
     cosine_BLL = SHARPNESS * unit_BLC @ unit_BLC.transpose(1, 2)
-    others_BLL = inside_BL[:, None, :] & ~torch.eye(cells_BL.shape[1], dtype=torch.bool)
+    others_BLL = valid_BL[:, None, :] & ~torch.eye(cells_BL.shape[1], dtype=torch.bool)
     own_BLL = (cells_BL[:, :, None] == cells_BL[:, None, :]) & others_BLL
     own_BL, others_BL = (
         torch.logsumexp(cosine_BLL.masked_fill(~pairs_BLL, -1e4), dim=2)
         for pairs_BLL in (own_BLL, others_BLL)
     )
-    counted_BL = own_BLL.any(dim=2) & inside_BL
+    counted_BL = own_BLL.any(dim=2) & valid_BL
     return ((others_BL - own_BL) * counted_BL).sum() / counted_BL.sum()
 
 
@@ -123,25 +126,25 @@ class Sam(nn.Module):
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
-        self.image_encoder = build_vit("vit_nano", image_size)
+        self.image_encoder = NANO.encoder.build(image_size)
         self.head = SamHead(image_size)
 
     def forward(
         self,
         stage: Stage,
-        training: MaskTraining,
-        batch: tuple[Tensor, Objects, Tensor],
+        mask_loss: MaskLoss,
+        batch: tuple[Tensor, PromptedObjects, Tensor],
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         pixels_BCHW, objects, segments_BMM = batch
         emb_BCHW = self.image_encoder(pixels_BCHW)
         if stage == "encoder":
-            loss = likeness_loss(emb_BCHW, segments_BMM, objects.inside_BMM) * len(objects.image_P)
+            loss = likeness_loss(emb_BCHW, segments_BMM, objects.valid_BMM) * len(objects.image_P)
             return loss, loss.new_zeros(())
         if stage == "head":
-            return training.loss(self.head, emb_BCHW.detach(), objects, generator)
-        loss, picked = training.loss(self.head, emb_BCHW, objects, generator)
-        likeness = likeness_loss(emb_BCHW, segments_BMM, objects.inside_BMM)
+            return mask_loss(self.head, emb_BCHW.detach(), objects, generator)
+        loss, picked = mask_loss(self.head, emb_BCHW, objects, generator)
+        likeness = likeness_loss(emb_BCHW, segments_BMM, objects.valid_BMM)
         return loss + LIKENESS * likeness * len(objects.image_P), picked
 
 
@@ -161,10 +164,10 @@ def look_at_the_place(head: SamHead) -> None:
 def call(
     sizes: dict[int, Sam], weights: dict[str, Tensor], side: int, *arguments: object
 ) -> tuple[Tensor, Tensor]:
-    """`Sam.forward` at an image size, with weights whose positions are for STORED_IMAGE_SIZE."""
+    """`Sam.forward` at an image size, with weights whose positions are for the trained image size."""
     prefix = "image_encoder."
     encoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    fitted, _ = fit_positions(encoder, VITS["vit_nano"], side)
+    fitted, _ = fit_positions(encoder, NANO.encoder, side)
     at_size = weights | {prefix + key: value for key, value in fitted.items()}
     return functional_call(sizes[side], at_size, arguments)
 
@@ -182,7 +185,7 @@ class Run:
         """A training goes on where its folder has it, else from `weights`, if any are given."""
         self.folder = folder
         torch.manual_seed(SEED)
-        self.sam = Sam(STORED_IMAGE_SIZE)
+        self.sam = Sam(NANO.trained_image_size)
         nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
         look_at_the_place(self.sam.head)
         named = list(self.sam.named_parameters())
@@ -237,13 +240,13 @@ class Run:
         return dict(self.sam.named_parameters()) | dict(self.sam.named_buffers())
 
 
-def plan(step: int, sizes: list[int]) -> tuple[int, MaskTraining, torch.Generator]:
+def plan(step: int, sizes: list[int]) -> tuple[int, MaskLoss, torch.Generator]:
     """What a step is made of; decided by its number alone."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     shares = torch.tensor([SHARES[size] for size in sizes])
     side = sizes[int(torch.multinomial(shares, 1, generator=generator))]
     rounds = 2 if float(torch.rand((), generator=generator)) < TWO_ROUNDS else 1
-    return side, MaskTraining(rounds=rounds, weights=MaskLossWeights(focal=FOCAL)), generator
+    return side, MaskLoss(rounds=rounds, weights=MaskLossWeights(focal=FOCAL)), generator
 
 
 def samples_of(step: int, pictures: Pictures, generator: torch.Generator) -> list[Sample]:
@@ -265,7 +268,7 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
     log = (run.folder / "log.jsonl").open("a")
     start, window = time.monotonic(), {"loss": 0.0, "picked": 0.0, "objects": 0}
     for step in range(first, until):
-        side, training, generator = plan(step, sizes)
+        side, mask_loss, generator = plan(step, sizes)
         samples = samples_of(step, pictures[side], generator)
         stage, stage_start = stage_of(step)
         run.lr = started_lr + (final_lr - started_lr) * (step - first) / (until - first)
@@ -276,7 +279,7 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
                 group["lr"] = rate * gain
         batch = collate(samples, side)
         objects = batch[1]
-        loss, picked = call(at_sizes, run.weights(), side, stage, training, batch, generator)
+        loss, picked = call(at_sizes, run.weights(), side, stage, mask_loss, batch, generator)
         (loss / len(objects.image_P)).backward()
         nn.utils.clip_grad_norm_(run.sam.parameters(), CLIP)
         run.adamw.step()
@@ -317,7 +320,7 @@ def validate(run: Run, at_sizes: dict[int, Sam], sizes: list[int]) -> dict[str, 
         samples = [pictures.sample(index, 6, rng) for index in range(len(pictures.sizes_N2))]
         total, objects_seen = 0.0, 0
         generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-        points = MaskTraining(rounds=1, boxes=0.0)
+        points = MaskLoss(rounds=1, boxes=0.0)
         for sample in samples:
             batch = collate([sample], side)
             _, picked = call(at_sizes, averaged, side, "coupled", points, batch, generator)
@@ -329,7 +332,7 @@ def validate(run: Run, at_sizes: dict[int, Sam], sizes: list[int]) -> dict[str, 
 def save(run: Run, path: Path) -> None:
     """The averaged weights in float16, keyed as in a SAM checkpoint."""
     state = {key.removeprefix("head."): value.half().contiguous() for key, value in run.average.items()}
-    metadata = {"step": str(run.step), "seed": str(SEED), "image_size": str(STORED_IMAGE_SIZE)}
+    metadata = {"step": str(run.step), "seed": str(SEED), "image_size": str(NANO.trained_image_size)}
     save_file(state, path, metadata)
 
 

@@ -13,7 +13,7 @@ from ..common.errors import PrecomputeError
 from ..sam import KEPT_KIND, preprocessing_recipe
 from ..sam.download import file_sha256, find_checkpoint
 from ..sam.registry import TEACHERS
-from ..sam.teacher import load_head, positions_interpolated, weights_sha256
+from ..sam.teacher import embedded_sha256, load_head, positions_interpolated
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
 from .plan import Plan, Stored
 from .progress import Observer
@@ -34,8 +34,8 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
     PrecomputeError, before any download, when the store was made with a checkpoint that is not the official one and
     none is given.
     """
-    stored, official = plan.stored and plan.stored.spec, TEACHERS[plan.teacher].sha256
-    if stored and plan.config.checkpoint is None and official not in (None, stored.checkpoint_sha256):
+    stored, official = plan.stored and plan.stored.spec, TEACHERS[plan.teacher].checkpoint
+    if stored and plan.config.checkpoint is None and official and official.sha256 != stored.checkpoint_sha256:
         raise PrecomputeError(
             f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}), which "
             f"is not the official {plan.teacher}: name it with --checkpoint"
@@ -44,7 +44,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         plan.teacher, plan.config.checkpoint, progress=observer.download, download=download
     )
     if path is None:
-        return TeacherFile(name=plan.teacher, path=None, sha256=weights_sha256())
+        return TeacherFile(name=plan.teacher, path=None, sha256=embedded_sha256())
     return TeacherFile(name=plan.teacher, path=path.absolute(), sha256=file_sha256(path))
 
 

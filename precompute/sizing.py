@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from ..sam.registry import TEACHERS
+
 LARGEST_SHARD = 64
 SHARD_SECONDS = 300
 """A shard is what a kill loses: no more than five minutes of work."""
@@ -24,15 +26,6 @@ SLOWER_THAN_SLOWEST = 20.0
 
 _EFFICIENCY = 0.4
 """Of a matrix product's speed that a ViT's forward pass reaches, roughly."""
-
-# Multiply-accumulates of one forward pass at 1024 x 1024 (published for the ViTs and TinyViT, counted for vit_nano).
-_MACS_AT_1024 = {
-    "vit_h": 2.98e12,
-    "vit_l": 1.49e12,
-    "vit_b": 0.49e12,
-    "mobile_sam": 38.8e9,
-    "vit_nano": 14e9,
-}
 
 
 def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
@@ -64,7 +57,7 @@ def compile_timeout(batch_size: int) -> float:
 
 def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> float:
     """Roughly what one image costs a worker with the speed `macs_per_second` of matrix products."""
-    return _MACS_AT_1024[teacher] * (image_size / 1024) ** 2 / (macs_per_second * _EFFICIENCY)
+    return TEACHERS[teacher].macs_at_1024 * (image_size / 1024) ** 2 / (macs_per_second * _EFFICIENCY)
 
 
 def macs_per_second(device: torch.device, precision: str) -> float:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import CheckpointError as CheckpointError
-from .modeling.tiny_vit import CLASSIFIER_PREFIXES
-from .modeling.vit import VITS
-from .registry import TEACHERS
+from .registry import TEACHERS, TeacherInfo
 from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, ArchiveError, ForeignObjects, read_torch_file
 
 ENCODER_PREFIX = "image_encoder."
@@ -73,8 +71,9 @@ def _check_start(path: Path) -> None:
 
 def _damage(path: Path, reason: str) -> str:
     size = path.stat().st_size
-    official = [info for info in TEACHERS.values() if info.file == path.name and info.bytes != size]
-    lengths = f", {official[0].bytes:,} expected" if official else ""
+    official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
+    wanted = [file.bytes for file in official if file.name == path.name and file.bytes != size]
+    lengths = f", {wanted[0]:,} expected" if wanted else ""
     return f"{path} ({size:,} bytes{lengths}) is truncated or damaged; download it again.\n({reason})"
 
 
@@ -92,34 +91,40 @@ def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
     return state
 
 
-def looks_like(state: Mapping[str, Tensor]) -> str | None:
-    """The teacher whose encoder these keys and shapes are, or None. ``state`` has ``image_encoder.*``."""
-    if f"{ENCODER_PREFIX}patch_embed.seq.0.c.weight" in state:
-        return "mobile_sam"
-    patches = state.get(f"{ENCODER_PREFIX}patch_embed.proj.weight")
-    if patches is None or not patches.ndim:
-        return None
-    blocks = {key.split(".")[2] for key in state if key.startswith(f"{ENCODER_PREFIX}blocks.")}
-    sizes = (patches.shape[0], len(blocks))
-    return next((name for name, vit in VITS.items() if (vit.width, vit.depth) == sizes), None)
+def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a checkpoint's `image_encoder.*` with the prefix removed."""
+    prefix = ENCODER_PREFIX
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def identify_teacher(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the teacher whose encoder the keys and shapes of a checkpoint are, None for another's."""
+    encoder = encoder_state(state)
+    return next((name for name, info in TEACHERS.items() if info.encoder.matches(encoder)), None)
 
 
 def check_state(
-    path: Path, name: str, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+    path: Path, info: TeacherInfo, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    """The part of ``state`` that teacher ``name`` uses, every key and shape checked.
+    """Check every key, shape and dtype of a teacher's checkpoint.
 
-    mobile_sam's unused classifier is left out.
+    Args:
+        path: the file, for messages.
+        info: the teacher that it should be of.
+        state: as `read_state` returns it.
+        expected: shapes by key (`state_shapes`).
+
+    Returns:
+        The part of the state that the teacher uses: mobile_sam's unused classifier is left out.
 
     Raises:
-        CheckpointError: naming the teacher that the file looks like, or the first differences.
+        CheckpointError: naming the teacher that the file belongs to, or the first differences.
     """
-    found = looks_like(state)
+    name, found = info.name, identify_teacher(state)
     if found is not None and found != name:
         raise CheckpointError(f"{path} is a {found} checkpoint, not {name}; use --teacher {found}")
-    classifier = tuple(ENCODER_PREFIX + prefix for prefix in CLASSIFIER_PREFIXES)
-    if name == "mobile_sam":
-        state = {key: value for key, value in state.items() if not key.startswith(classifier)}
+    unused = tuple(ENCODER_PREFIX + prefix for prefix in info.encoder.unused_prefixes)
+    state = {key: value for key, value in state.items() if not key.startswith(unused)}
     missing = [key for key in expected if key not in state]
     unknown = [key for key in state if key not in expected]
     if missing or unknown:

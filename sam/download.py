@@ -22,9 +22,9 @@ from typing import BinaryIO
 
 import platformdirs
 
-from ..common.errors import CheckpointError, SamError
+from ..common.errors import CheckpointError
 from ..common.errors import DownloadError as DownloadError
-from .registry import EMBEDDED_TEACHER, TEACHERS, TeacherInfo
+from .registry import EMBEDDED_TEACHER, find_teacher_info
 
 CACHE_VARIABLE = "MOBILESAM_CACHE"
 
@@ -76,21 +76,26 @@ def find_checkpoint(
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
-    if teacher not in TEACHERS:
-        raise SamError(f"unknown teacher {teacher!r}: use {', '.join(TEACHERS)}")
-    info = TEACHERS[teacher]
-    if info.file is None:
+    info = find_teacher_info(teacher)
+    if info.checkpoint is None:
         if checkpoint is not None:
             raise CheckpointError(f"{teacher} is embedded and takes no checkpoint; leave out {checkpoint}")
         return None
     if checkpoint is not None:
         return _existing(checkpoint)
-    cached = cache_directory() / info.file
+    cached = cache_directory() / info.checkpoint.name
     if cached.is_file():
         return cached
     if not download:
-        raise CheckpointError(f"{info.file} ({teacher}) is not in the cache.\n{_mend(cached)}")
-    return _download(info, cached, progress, url)
+        raise CheckpointError(f"{info.checkpoint.name} ({teacher}) is not in the cache.\n{_mend(cached)}")
+    file = info.checkpoint
+    request = Request(url=url or file.url, target=cached, size=file.bytes, sha256=file.sha256)
+    try:
+        download_file(request, progress)
+    except DownloadError as error:
+        named = f"{file.name} ({teacher}, {file.bytes / 1e6:,.0f} MB)"
+        raise DownloadError(f"{named} could not be downloaded: {error}.\n{_mend(cached)}") from None
+    return cached
 
 
 def _existing(checkpoint: Path) -> Path:
@@ -100,19 +105,6 @@ def _existing(checkpoint: Path) -> Path:
     if not checkpoint.exists():
         raise CheckpointError(f"{checkpoint} does not exist; --checkpoint takes a .pth or .pt file")
     return checkpoint
-
-
-def _download(info: TeacherInfo, target: Path, progress: Progress | None, url: str | None) -> Path:
-    assert info.url is not None
-    assert info.bytes is not None
-    assert info.sha256 is not None
-    request = Request(url=url or info.url, target=target, size=info.bytes, sha256=info.sha256)
-    try:
-        download_file(request, progress)
-    except DownloadError as error:
-        what = f"{info.file} ({info.name}, {info.bytes / 1e6:,.0f} MB)"
-        raise DownloadError(f"{what} could not be downloaded: {error}.\n{_mend(target)}") from None
-    return target
 
 
 def _mend(target: Path) -> str:

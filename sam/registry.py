@@ -1,79 +1,166 @@
-"""The teachers by name: which file each one's weights are in, and how to know the file."""
+"""Teachers by name: architecture, cost and checkpoint file of each. To add a teacher, add an entry to `_ENTRIES`.
+
+Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture is
+imported from `sam/modeling` once it is asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
 
-SAM_BASE = "https://dl.fbaipublicfiles.com/segment_anything"
-MOBILE_SAM_BASE = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
+from ..common.errors import SamError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 EMBEDDED_TEACHER = "vit_nano"
+"""The teacher whose weights are part of the package, for trials and tests."""
+
+_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
+_MOBILE_SAM_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
+
+
+class Architecture(Protocol):
+    """Image encoder of given sizes; a state is a checkpoint's `image_encoder.*` with the prefix removed."""
+
+    @property
+    def has_positions(self) -> bool:
+        """True if the encoder has position tables, which another image size than the trained one resamples."""
+
+    @property
+    def unused_prefixes(self) -> tuple[str, ...]:
+        """Prefixes of keys that checkpoints have and the encoder doesn't."""
+
+    def build(self, image_size: int) -> nn.Module:
+        """Build the encoder: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16), S being `image_size`."""
+
+    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[nn.Module, bool]:
+        """Build an encoder that holds the state's own tensors; also True if its positions were resampled."""
+
+    def matches(self, state: Mapping[str, Tensor]) -> bool:
+        """Return True if the keys and shapes of a state are this encoder's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFile:
+    """Official checkpoint: its file name, where it is downloaded from, and how the file is recognised."""
+
+    name: str
+    url: str
+    bytes: int
+    sha256: str
+    """Hex digest of the whole file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """One teacher. ``file``, ``url``, ``bytes`` and ``sha256`` are None for the embedded one.
-
-    Attributes:
-        name: what ``--teacher`` takes.
-        parameters: of the image encoder alone.
-        file: the official file's name.
-        url: where it is downloaded from.
-        bytes: its length.
-        sha256: hex digest of the whole file.
-    """
+    """One teacher."""
 
     name: str
+    """The value of `--teacher`."""
     parameters: int
-    file: str | None = None
-    url: str | None = None
-    bytes: int | None = None
-    sha256: str | None = None
+    """Parameters of the image encoder alone."""
+    macs_at_1024: float
+    """Multiply-accumulates of one image through the encoder at 1024 x 1024 pixels."""
+    architecture: str
+    """Module of `sam/modeling` and the `Architecture` class in it, with a dot between."""
+    settings: Mapping[str, Any] = field(repr=False)
+    """Arguments of the architecture's class."""
+    trained_image_size: int = 1024
+    """Side in pixels of the images that the checkpoint's position tables are for."""
+    checkpoint: CheckpointFile | None
+    """None for the embedded teacher."""
 
     @property
     def embedded(self) -> bool:
-        return self.file is None
+        """True if the weights are part of the package."""
+        return self.checkpoint is None
+
+    @property
+    def encoder(self) -> Architecture:
+        """The encoder's architecture; imports torch."""
+        module, name = self.architecture.split(".")
+        architecture: Architecture = getattr(import_module(f".modeling.{module}", __package__), name)(
+            **self.settings
+        )
+        return architecture
 
 
-def _official(name: str, parameters: int, base: str, file: str, size: int, sha256: str) -> TeacherInfo:
-    url = f"{base}/{file}"
-    return TeacherInfo(name=name, parameters=parameters, file=file, url=url, bytes=size, sha256=sha256)
-
-
-_ALL = (
-    _official(
-        "vit_h",
-        637_026_048,
-        SAM_BASE,
-        "sam_vit_h_4b8939.pth",
-        2_564_550_879,
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+# Multiply-accumulates are the published ones for SAM's ViTs and TinyViT, counted for vit_nano. The sizes of SAM's
+# ViTs are those of segment_anything/build_sam.py; vit_nano is ours.
+_ENTRIES = (
+    TeacherInfo(
+        name="vit_h",
+        parameters=637_026_048,
+        macs_at_1024=2.98e12,
+        architecture="vit.ViTConfig",
+        settings={"width": 1280, "depth": 32, "heads": 16, "global_blocks": (7, 15, 23, 31)},
+        checkpoint=CheckpointFile(
+            name="sam_vit_h_4b8939.pth",
+            url=f"{_SAM_URL}/sam_vit_h_4b8939.pth",
+            bytes=2_564_550_879,
+            sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        ),
     ),
-    _official(
-        "vit_l",
-        308_278_272,
-        SAM_BASE,
-        "sam_vit_l_0b3195.pth",
-        1_249_524_607,
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    TeacherInfo(
+        name="vit_l",
+        parameters=308_278_272,
+        macs_at_1024=1.49e12,
+        architecture="vit.ViTConfig",
+        settings={"width": 1024, "depth": 24, "heads": 16, "global_blocks": (5, 11, 17, 23)},
+        checkpoint=CheckpointFile(
+            name="sam_vit_l_0b3195.pth",
+            url=f"{_SAM_URL}/sam_vit_l_0b3195.pth",
+            bytes=1_249_524_607,
+            sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        ),
     ),
-    _official(
-        "vit_b",
-        89_670_912,
-        SAM_BASE,
-        "sam_vit_b_01ec64.pth",
-        375_042_383,
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    TeacherInfo(
+        name="vit_b",
+        parameters=89_670_912,
+        macs_at_1024=0.49e12,
+        architecture="vit.ViTConfig",
+        settings={"width": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
+        checkpoint=CheckpointFile(
+            name="sam_vit_b_01ec64.pth",
+            url=f"{_SAM_URL}/sam_vit_b_01ec64.pth",
+            bytes=375_042_383,
+            sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        ),
     ),
-    _official(
-        "mobile_sam",
-        5_743_892,
-        MOBILE_SAM_BASE,
-        "mobile_sam.pt",
-        40_728_226,
-        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    TeacherInfo(
+        name="mobile_sam",
+        parameters=5_743_892,
+        macs_at_1024=38.8e9,
+        architecture="tiny_vit.TinyViTVariant",
+        settings={"name": "5m"},
+        checkpoint=CheckpointFile(
+            name="mobile_sam.pt",
+            url=f"{_MOBILE_SAM_URL}/mobile_sam.pt",
+            bytes=40_728_226,
+            sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        ),
     ),
-    TeacherInfo(name=EMBEDDED_TEACHER, parameters=1_657_728),
+    TeacherInfo(
+        name=EMBEDDED_TEACHER,
+        parameters=1_657_728,
+        macs_at_1024=14e9,
+        architecture="vit.ViTConfig",
+        settings={"width": 128, "depth": 4, "heads": 4, "global_blocks": (1, 3)},
+        # Between 256 and 1024 px, so that both are one halving or doubling of the grid away.
+        trained_image_size=512,
+        checkpoint=None,
+    ),
 )
-TEACHERS: Mapping[str, TeacherInfo] = MappingProxyType({info.name: info for info in _ALL})
+TEACHERS: Mapping[str, TeacherInfo] = MappingProxyType({info.name: info for info in _ENTRIES})
+
+
+def find_teacher_info(name: str) -> TeacherInfo:
+    """Return the entry of a teacher; SamError with the known names for an unknown one."""
+    if name not in TEACHERS:
+        raise SamError(f"unknown teacher {name!r}: use {', '.join(TEACHERS)}")
+    return TEACHERS[name]

@@ -11,7 +11,9 @@ Shape suffixes: B images, C channels, H and W rows and columns, N tokens of a wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,33 @@ VARIANTS = {
     "11m": TinyViTConfig(widths=(64, 128, 256, 448), heads=(2, 4, 8, 14)),
     "21m": TinyViTConfig(widths=(96, 192, 384, 576), heads=(3, 6, 12, 18)),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyViTVariant:
+    """One of VARIANTS as a teacher's encoder: an `Architecture` of the registry of teachers."""
+
+    name: str
+
+    has_positions: ClassVar[bool] = False
+    unused_prefixes: ClassVar[tuple[str, ...]] = CLASSIFIER_PREFIXES
+
+    def build(self, image_size: int) -> TinyViT:
+        """Build the encoder with weights from torch's global generator."""
+        return TinyViT(image_size, self.name)
+
+    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[TinyViT, bool]:
+        """Build an encoder that holds the state's own tensors; also False, since it has no position tables."""
+        # Not on meta: TinyViT has index buffers that no checkpoint holds. It is small. The fork keeps its initial
+        # values out of the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.build(image_size)
+        encoder.load_state_dict(state, assign=True)
+        return encoder, False
+
+    def matches(self, state: Mapping[str, Tensor]) -> bool:
+        """Return True if a state has TinyViT's first convolution; the variants aren't told apart."""
+        return "patch_embed.seq.0.c.weight" in state
 
 
 class ConvNorm(nn.Sequential):

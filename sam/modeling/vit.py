@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,34 +19,38 @@ from .neck import EMBEDDING_CHANNELS, neck_convolution, neck_projection
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Sizes of one SAM ViT; ``global_blocks`` attend over the whole grid, the others in 14 x 14 windows.
-
-    Source: segment_anything/build_sam.py (vit_nano is ours).
-    """
+    """Sizes of one of SAM's ViT encoders: an `Architecture` of the registry of teachers."""
 
     width: int
+    """Channels of a token."""
     depth: int
+    """Transformer blocks."""
     heads: int
     global_blocks: tuple[int, ...]
+    """Indices of the blocks that attend over the whole grid; the others attend in windows of 14 x 14 cells."""
 
+    has_positions: ClassVar[bool] = True
+    unused_prefixes: ClassVar[tuple[str, ...]] = ()
 
-VITS: Mapping[str, ViTConfig] = MappingProxyType(
-    {
-        "vit_h": ViTConfig(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
-        "vit_l": ViTConfig(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
-        "vit_b": ViTConfig(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
-        "vit_nano": ViTConfig(width=128, depth=4, heads=4, global_blocks=(1, 3)),
-    }
-)
+    def build(self, image_size: int) -> ViTEncoder:
+        """Build the encoder; under `torch.device("meta")` that costs neither memory nor initialisation."""
+        return ViTEncoder(image_size, self.width, self.depth, self.heads, self.global_blocks)
 
+    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[ViTEncoder, bool]:
+        """Build an encoder that holds the state's own tensors; also True if its positions were resampled."""
+        fitted, resampled = fit_positions(state, self, image_size)
+        with torch.device("meta"):
+            encoder = self.build(image_size)
+        encoder.load_state_dict(fitted, assign=True)
+        return encoder, resampled
 
-def build_vit(name: str, image_size: int) -> ViTEncoder:
-    """SAM's image encoder ``name``: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16).
-
-    Built under ``torch.device("meta")`` it costs neither memory nor initialisation.
-    """
-    config = VITS[name]
-    return ViTEncoder(image_size, config.width, config.depth, config.heads, config.global_blocks)
+    def matches(self, state: Mapping[str, Tensor]) -> bool:
+        """Return True if the patches' width and the number of blocks of a state are this encoder's."""
+        patches = state.get("patch_embed.proj.weight")
+        if patches is None or not patches.ndim:
+            return False
+        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+        return (patches.shape[0], len(blocks)) == (self.width, self.depth)
 
 
 def fit_positions(

@@ -18,7 +18,7 @@ from mobilesam.precompute.messages import ShardResult, ShardTask, Span, Stopwatc
 from mobilesam.precompute.shard import Embeddings, compute_shard
 from mobilesam.precompute.worker import TeacherPlugin
 from mobilesam.sam import list_images
-from mobilesam.sam.teacher import weights_sha256
+from mobilesam.sam.teacher import embedded_sha256
 from mobilesam.store import array_layouts
 
 SHARDS, SIZE, SIDE = 5, 3, 256
@@ -43,7 +43,7 @@ def results(
 
     monkeypatch.setattr(shard_module, "embed", slowly)
     setup = TeacherSetup(
-        name="vit_nano", checkpoint=None, checkpoint_sha256=weights_sha256(), image_size=SIDE,
+        name="vit_nano", checkpoint=None, checkpoint_sha256=embedded_sha256(), image_size=SIDE,
         precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,
     )  # fmt: skip
     layouts = array_layouts("float16", SIDE, SIZE)

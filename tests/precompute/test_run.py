@@ -23,7 +23,9 @@ Run = Callable[..., dict[str, Any]]
 def _embeddings(path: Path) -> dict[str, bytes]:
     """The payload of every done image, by key."""
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
+        return {
+            record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")
+        }
 
 
 def _shard_files(path: Path) -> dict[str, tuple[int, bytes]]:
@@ -290,7 +292,7 @@ def test_a_store_of_another_checkpoint_than_the_official_asks_for_its_name(
     import mobilesam.precompute.open_store as module
 
     run(limit=3)
-    official = replace(module.TEACHERS["vit_nano"], sha256="ab" * 32)
+    official = replace(module.TEACHERS["vit_nano"], checkpoint=module.TEACHERS["vit_b"].checkpoint)
     monkeypatch.setattr(module, "TEACHERS", {"vit_nano": official})
     monkeypatch.setattr(
         module, "find_checkpoint", lambda *_: pytest.fail("looked for it, perhaps downloaded")

@@ -51,7 +51,7 @@ def test_a_file_in_the_cache_is_found_by_its_official_name(
     cache: Path, teacher: str, requests: list[Request]
 ) -> None:
     cache.mkdir()
-    file = cache / str(TEACHERS[teacher].file)
+    file = cache / TEACHERS[teacher].checkpoint.name
     file.write_bytes(b"anything")
     assert find_checkpoint(teacher) == file
     assert requests == []

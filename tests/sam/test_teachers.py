@@ -12,8 +12,8 @@ from segment_anything import SamPredictor, sam_model_registry
 from mobilesam.common.errors import CheckpointError, SamError
 from mobilesam.sam.modeling.head import build_head
 from mobilesam.sam.modeling.tiny_vit import TinyViT
-from mobilesam.sam.modeling.vit import VITS, build_vit
-from mobilesam.sam.teacher import TEACHERS, Teacher, load_head, load_teacher
+from mobilesam.sam.registry import TEACHERS
+from mobilesam.sam.teacher import Teacher, load_head, load_teacher
 
 HEAD = ("prompt_encoder.", "mask_decoder.")
 
@@ -146,12 +146,12 @@ def test_mobile_sam_loads_with_its_classifier_left_out(mobile_sam_file: Path) ->
     assert not teacher.positions_interpolated
 
 
-@pytest.mark.parametrize("name", VITS)
-def test_the_catalog_counts_each_encoders_parameters(name: str) -> None:
-    image_size = 512 if name == "vit_nano" else 1024
+@pytest.mark.parametrize("name", TEACHERS)
+def test_the_registry_counts_each_encoders_parameters(name: str) -> None:
+    info = TEACHERS[name]
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in build_vit(name, image_size).parameters())
-    assert count == TEACHERS[name].parameters
+        encoder = info.encoder.build(info.trained_image_size)
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == info.parameters
 
 
 def test_embeddings_are_float32_contiguous_and_free_of_gradients() -> None:

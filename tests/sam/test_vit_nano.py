@@ -10,8 +10,17 @@ from safetensors import safe_open
 from segment_anything import sam_model_registry
 
 from mobilesam.sam.modeling.head_shapes import head_shapes
-from mobilesam.sam.modeling.vit import VITS, build_vit, fit_positions
-from mobilesam.sam.teacher import load_teacher, positions_interpolated, read_weights, shapes, weights_sha256
+from mobilesam.sam.modeling.vit import fit_positions
+from mobilesam.sam.registry import TEACHERS
+from mobilesam.sam.teacher import (
+    embedded_sha256,
+    load_teacher,
+    positions_interpolated,
+    read_embedded_weights,
+    state_shapes,
+)
+
+NANO = TEACHERS["vit_nano"]
 
 WEIGHTS = Path(__file__).parents[2] / "sam" / "vit_nano.safetensors"
 
@@ -21,18 +30,18 @@ SHA256 = "5cab47dd4448405c11da1a1edaf1f01fa8eb377b5c047c8ee09559de93148499"
 
 
 def test_the_file_is_the_one_that_stores_were_made_with() -> None:
-    assert weights_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == SHA256
+    assert embedded_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == SHA256
 
 
 def test_the_file_holds_every_weight_in_float16_and_tells_what_made_it() -> None:
     with safe_open(WEIGHTS, "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
         assert set(file.metadata()) == {"image_size", "seed", "step"}
-    assert {key: value.shape for key, value in read_weights().items()} == shapes()
+    assert {key: value.shape for key, value in read_embedded_weights().items()} == state_shapes(NANO)
 
 
 def test_weights_are_read_as_finite_float32_and_anew_each_time() -> None:
-    state, again = read_weights(), read_weights()
+    state, again = read_embedded_weights(), read_embedded_weights()
     for key, value in state.items():
         assert value.dtype == torch.float32
         assert bool(value.isfinite().all()), key
@@ -45,28 +54,30 @@ def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
         k: v.shape for k, v in sam_model_registry["vit_b"]().state_dict().items() if "image_encoder" not in k
     }
     assert head_shapes() == official
-    state = read_weights()
+    state = read_embedded_weights()
     assert {key: value.shape for key, value in state.items() if "image_encoder" not in key} == official
 
 
 def test_its_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
-    encoder = build_vit("vit_nano", 512)
+    encoder = NANO.encoder.build(512)
     assert 1_500_000 < sum(parameter.numel() for parameter in encoder.parameters()) < 2_000_000
     assert [(block.attn.windowed, block.attn.side) for block in encoder.blocks] == [
         (True, 14),
         (False, 32),
     ] * 2
-    assert set(shapes()) == {f"image_encoder.{key}" for key in encoder.state_dict()} | set(head_shapes())
+    assert set(state_shapes(NANO)) == {f"image_encoder.{key}" for key in encoder.state_dict()} | set(
+        head_shapes()
+    )
 
 
 @pytest.mark.parametrize("image_size", [256, 1024])
 def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) -> None:
     state = {
         key.removeprefix("image_encoder."): value
-        for key, value in read_weights().items()
+        for key, value in read_embedded_weights().items()
         if key.startswith("image_encoder.")
     }
-    fitted, resampled = fit_positions(state, VITS["vit_nano"], image_size)
+    fitted, resampled = fit_positions(state, NANO.encoder, image_size)
     grid = image_size // 16
     assert resampled
     assert fitted["pos_embed"].shape == (1, grid, grid, 128)
@@ -74,7 +85,7 @@ def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) 
     assert fitted["blocks.0.attn.rel_pos_h"].shape == (27, 32)
     # A table that rises evenly from top to bottom still does.
     ramp = torch.linspace(0, 1, 32)[None, :, None, None].expand(1, 32, 32, 128)
-    fitted, _ = fit_positions(state | {"pos_embed": ramp}, VITS["vit_nano"], image_size)
+    fitted, _ = fit_positions(state | {"pos_embed": ramp}, NANO.encoder, image_size)
     rows = fitted["pos_embed"][0, 2:-2, 5, 0]
     steps = rows.diff()
     assert (steps > 0).all()
@@ -91,7 +102,7 @@ def test_the_stored_size_needs_no_resampling() -> None:
 @pytest.fixture(scope="module")
 def embeddings(photo_pixels_BCHW: torch.Tensor) -> torch.Tensor:
     teacher = load_teacher("vit_nano", None, image_size=256)
-    assert teacher.checkpoint_sha256 == weights_sha256()
+    assert teacher.checkpoint_sha256 == embedded_sha256()
     return teacher.embed(photo_pixels_BCHW)
 
 

@@ -9,12 +9,12 @@ import torch
 from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
-from mobilesam.sam.modeling.vit import VITS
+from mobilesam.sam.registry import TEACHERS
 
 
 def upstream_vit(name: str, image_size: int) -> ImageEncoderViT:
     """segment_anything's class with the sizes of one of our ViTs, in evaluation mode."""
-    config = VITS[name]
+    config = TEACHERS[name].encoder
     return upstream_encoder(image_size, config.width, config.depth, config.heads, config.global_blocks)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.errors import VerifyError, shown
-from ...sam.teacher import TEACHERS
+from ...sam.registry import TEACHERS
 from ..config import MOST_POINTS
 from .prompts import DISTANCES
 

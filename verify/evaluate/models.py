@@ -16,12 +16,11 @@ from ...distill import Run
 from ...distill.students.registry import outline_student, student_info
 from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
-from ...sam.checkpoint import looks_like, read_state
+from ...sam.checkpoint import identify_teacher, read_state
 from ...sam.download import Progress
 from ...sam.modeling.head_shapes import WIDTH
-from ...sam.modeling.vit import VITS, ViTConfig
-from ...sam.registry import EMBEDDED_TEACHER
-from ...sam.teacher import TEACHERS
+from ...sam.modeling.vit import ViTConfig
+from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
 from ...sam.torch_file import in_torch_format
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
 from .predictor import Contender
@@ -30,8 +29,8 @@ from .sam_predictor import SamContender
 FASTSAM = "fastsam"
 """The name, or the word before a colon, that says that a file is FastSAM's."""
 
-CHECKPOINTS = ("vit_h", "vit_l", "vit_b")
-"""Teachers that a file of torch's format may hold, beside mobile_sam."""
+CHECKPOINTS = tuple(name for name, info in TEACHERS.items() if not info.embedded)
+"""Teachers whose checkpoint a file of torch's format may be."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,10 +152,11 @@ class Opener:
 
 def outline_encoder(kind: str, image_size: int) -> nn.Module:
     """An encoder without its memory, to be counted. In a teacher's place mobile_sam is called so, too."""
-    if kind in VITS:
+    architecture = TEACHERS[kind].encoder if kind in TEACHERS else None
+    if isinstance(architecture, ViTConfig):
         # SAM's own class: ours does the same with other multiplications, and published counts are of the former.
         with torch.device("meta"):
-            return _upstream_vit(VITS[kind], image_size)
+            return _upstream_vit(architecture, image_size)
     return outline_student(student_info("tiny_vit" if kind in TEACHERS else kind), image_size)
 
 
@@ -179,11 +179,11 @@ def _checkpoint(name: str, path: Path) -> str | None:
     """Which SAM a file of torch's format holds; None for one of another format."""
     if not _in_torch_format(path):
         return None
-    found = looks_like(read_state(path))
-    if found not in (*CHECKPOINTS, "mobile_sam"):
+    found = identify_teacher(read_state(path))
+    if found not in CHECKPOINTS:
         raise VerifyError(
-            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(CHECKPOINTS)} and mobile_sam; for "
-            f"FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
+            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(CHECKPOINTS[:-1])} and "
+            f"{CHECKPOINTS[-1]}; for FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
         )
     return found
 

@@ -27,11 +27,11 @@ def prepare() -> None:
     import mobilesam.distill.run
     import mobilesam.precompute.run
     import mobilesam.precompute.shard  # noqa: F401
-    from mobilesam.sam.teacher import weights_sha256
+    from mobilesam.sam.teacher import embedded_sha256
 
     torch.set_num_threads(1)
     zarr.create_group({}, zarr_format=3)
-    weights_sha256()
+    embedded_sha256()
     _shrink_head()
     _add_speck()
     stages.watch()
