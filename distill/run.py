@@ -27,7 +27,7 @@ from .data.image_root import check_preprocessing, image_root
 from .data.labels import Labels, count_annotated
 from .data.loader import Loader
 from .data.sampler import Split, split_rows
-from .distributed import Replicas, joined_replicas
+from .distributed import ProcessGroup, join_process_group
 from .loss.coupled import MaskOptions
 from .loss.registry import build_objective
 from .metrics.evaluate import ComputeSettings
@@ -73,7 +73,7 @@ def distill(
     """
     stop = stop or StopFlag()
     with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
-        replicas = stack.enter_context(joined_replicas())
+        processes = stack.enter_context(join_process_group())
         store = stack.enter_context(EmbeddingStore.open(config.store))
         records = _committed(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
@@ -82,14 +82,14 @@ def distill(
             initial = read_initial(config.init, config.student, store.spec.image_size)
             if config.objective == "decoder":
                 _check_finished(initial, config.student)
-        description = describe(config, store, records, split, initial, replicas)
+        description = describe(config, store, records, split, initial, processes)
         # No colon in a folder's name: rsync and scp take what is before it for a host.
         label = config.student.replace(":", "-")
         name = f"{label}-{digest(description.identity, description.data.to_json())}"
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / name
         begun: tuple[Path, dict[str, Any] | None] | None = None
-        if replicas.first:
+        if processes.is_main:
             stack.enter_context(explain_os_errors(folder))
             run = stack.enter_context(
                 open_or_create_run(folder, description, split, head, restart=config.restart)
@@ -97,12 +97,12 @@ def distill(
             if latest:
                 point_latest(run.path)
             begun = run.path, _finished(run)
-        path, finished = replicas.shared(begun)
-        if not replicas.first:
+        path, finished = processes.broadcast(begun)
+        if not processes.is_main:
             run = Run.open(path)
         if finished is not None:
             return {**finished, "run": str(path)}
-        return _train(config, run, store, records, initial, replicas, stop, progress)
+        return _train(config, run, store, records, initial, processes, stop, progress)
 
 
 def _finished(run: Run) -> dict[str, Any] | None:
@@ -132,11 +132,11 @@ def _train(
     store: EmbeddingStore,
     records: Sequence[ImageRecord],
     initial: InitialWeights | None,
-    replicas: Replicas,
+    processes: ProcessGroup,
     stop: StopFlag,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
-    device = resolve_device(replicas.device(config.device))
+    device = resolve_device(processes.local_device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
     resolved = run.description.resolved
@@ -165,7 +165,7 @@ def _train(
             compute=compute,
             student_info=run.student_metadata(),
             objective=objective,
-            replicas=replicas,
+            processes=processes,
             stop=stop,
             progress=progress,
         )
@@ -249,15 +249,15 @@ def describe(
     records: Sequence[ImageRecord],
     split: Split,
     initial: InitialWeights | None,
-    replicas: Replicas,
+    processes: ProcessGroup,
 ) -> RunDescription:
     """The content of config.json for a run begun now."""
     info = student_info(config.student)
-    device = resolve_device(replicas.device(config.device))
+    device = resolve_device(processes.local_device(config.device))
     precision = resolve_precision(config.precision, device)
     micro_batch = config.micro_batch or default_micro_batch(
         info,
-        -(-config.batch_size // replicas.count),
+        -(-config.batch_size // processes.world_size),
         store.spec.image_size,
         precision,
         device,
@@ -278,7 +278,7 @@ def describe(
             annotated=_annotated(root, records) if config.labels == "annotations" else None,
         ),
         resolved=ResolvedSettings(
-            device=str(device), precision=precision, micro_batch=micro_batch, processes=replicas.count
+            device=str(device), precision=precision, micro_batch=micro_batch, processes=processes.world_size
         ),
         store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
         image_root=root,

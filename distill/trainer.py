@@ -19,7 +19,7 @@ from .checkpoint import CHECKPOINT_FILE, TrainState
 from .config import DistillConfig
 from .data.loader import Batch, Loader
 from .data.sampler import epoch_order, split_batches
-from .distributed import Replicas
+from .distributed import ProcessGroup
 from .loss.base import (
     HEAD_LR_SHARE,
     BatchTotals,
@@ -47,7 +47,7 @@ class Trainer:
 
     `student` is on `device`, and so are the heads of `objective` (None: the decoupled one). `micro_batch` and
     `precision` are resolved values. The loop never waits for a GPU except where it logs, saves or validates. With
-    `replicas`, each process has its trainer, and all of them call the same methods; the first one's alone writes.
+    `processes`, each process has its trainer, and all of them call the same methods; the first one's alone writes.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Trainer:
         student_info: dict[str, Any],
         stop: StopFlag,
         objective: Objective | None = None,
-        replicas: Replicas | None = None,
+        processes: ProcessGroup | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.config, self.run, self.loader = config, run, loader
         self.compute, device = compute, compute.device
         self.student_info, self.stop, self.progress = student_info, stop, progress
-        self.replicas = replicas or Replicas()
+        self.processes = processes or ProcessGroup()
         self.student = student.to(memory_format=compute.memory_format)
         self.objective = objective or Decoupled(config.loss_region)
         self.student.requires_grad_(self.objective.trains_encoder)
@@ -83,7 +83,7 @@ class Trainer:
             run,
             self.objective,
             compute=compute,
-            replicas=self.replicas,
+            processes=self.processes,
         )
         self.steps_per_epoch = math.ceil(len(run.split.train) / config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
@@ -102,7 +102,7 @@ class Trainer:
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
         with ExitStack() as stack:
             self.recorder: Recorder | None = None
-            if self.replicas.first:
+            if self.processes.is_main:
                 self.recorder = stack.enter_context(
                     Recorder(self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1)
                 )
@@ -118,10 +118,10 @@ class Trainer:
 
     def go_on(self) -> None:
         """Takes up the last checkpoint, if the run has come to one: the first process reads it for all."""
-        if self.replicas.first:
+        if self.processes.is_main:
             self.load()
-        if self.replicas.count > 1:
-            self.state = self.replicas.adopt(self.trained, self.optimizer, self.state)
+        if self.processes.world_size > 1:
+            self.state = self.processes.broadcast_training(self.trained, self.optimizer, self.state)
 
     def load(self) -> None:
         """Reads the last checkpoint, if there is one, and writes anew what was lost beside it."""
@@ -145,7 +145,7 @@ class Trainer:
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
         batches = split_batches(order, self.config.batch_size)[self.state.batch :]
         micro_batches = [
-            self.replicas.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
+            self.processes.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
         ]
         # An encoder that isn't trained keeps its statistics, too.
         self.student.train(self.objective.trains_encoder)
@@ -166,7 +166,7 @@ class Trainer:
             group["lr"] = rate * group["lr_share"]
         elements = loss_elements(self.loader.valid(rows), 256, config.loss_region)
         whole = BatchTotals(elements=elements, images=len(rows))
-        self.replicas.copy_buffers(self.student)
+        self.processes.broadcast_buffers(self.student)
         loss = torch.zeros((), device=self.compute.device)
         for batch in micro_batches:
             state.micro_steps += 1
@@ -178,7 +178,7 @@ class Trainer:
                 state.mean_sum_CHW += part.teacher_BCHW.double().sum(dim=0)
                 state.mean_rows += len(batch.rows)
         fill_gradients(self.trained)
-        self.replicas.sum_gradients(self.trained, loss)
+        self.processes.all_reduce_gradients(self.trained, loss)
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -217,7 +217,7 @@ class Trainer:
         labels = self.loader.labels
         if labels is None:
             return
-        for broken, empty in self.replicas.gathered((dict(labels.broken), set(labels.empty)))[1:]:
+        for broken, empty in self.processes.gather((dict(labels.broken), set(labels.empty)))[1:]:
             for key, reason in broken.items():
                 labels.mark_broken(key, reason)
             labels.empty |= empty
@@ -250,7 +250,7 @@ class Trainer:
         rows = sorted(epoch_order(self.run.split.train, config.seed, config.epochs)[:TRAIN_EVAL_ROWS])
         metrics = self.evaluate(rows, "evaluate")
         self.log("train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics})
-        return self.replicas.shared(self.close_run() if self.replicas.first else None)
+        return self.processes.broadcast(self.close_run() if self.processes.is_main else None)
 
     def close_run(self) -> dict[str, Any]:
         """Logs the result; the checkpoint before the last is needed no more."""
@@ -301,7 +301,7 @@ class Trainer:
 
     def save_student(self) -> None:
         """Writes the student as of the last complete epoch."""
-        if not self.replicas.first:
+        if not self.processes.is_main:
             return
         state = self.state
         save_student(
@@ -322,14 +322,14 @@ class Trainer:
         """Brings the sum of the embeddings that the processes have seen to the first one."""
         state = self.state
         if state.epoch == 0:
-            state.mean_rows = self.replicas.gather_sum(state.mean_sum_CHW, state.mean_rows)
+            state.mean_rows = self.processes.reduce_sum(state.mean_sum_CHW, state.mean_rows)
 
     def save_mean(self) -> None:
         """Keeps the mean of the training rows' embeddings: what skill is measured against."""
         self.gather_mean()
-        if self.replicas.first:
+        if self.processes.is_main:
             self.write_mean()
-        self.replicas.wait()
+        self.processes.barrier()
 
     def write_mean(self) -> None:
         """Writes the mean of what has been gathered."""
@@ -340,12 +340,12 @@ class Trainer:
 
         Processes agree on both; none ends before the first one has saved, since torchrun then ends the others.
         """
-        signum, due_now = self.replicas.highest(self.stop.signum or 0, int(due and self.replicas.first))
+        signum, due_now = self.processes.all_reduce_max(self.stop.signum or 0, int(due and self.processes.is_main))
         if signum or due_now:
             self.save()
         if not signum:
             return
-        self.replicas.wait()
+        self.processes.barrier()
         raise DistillInterrupted(
             f"stopped after step {self.state.step} of {self.steps}, saved in {self.run.path}\n"
             "run the same command again to go on",

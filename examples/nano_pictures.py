@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from generate_pictures import generate
 
-from mobilesam.distill.data.labels import to_square_mask
-from mobilesam.distill.loss.masks import mask_side
+from mobilesam.distill.data.labels import mask_side, to_square_mask
 
 SEED = 1
 HELD_OUT_SEED = 2

@@ -1,16 +1,20 @@
-"""Whether the images of a store can be used here, and where they are."""
+"""Images of a store: the folder that they lie in, and the check that this version preprocesses them alike."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...common.errors import DistillError
+from ...common.errors import DistillError, MobileSamError
 from ...sam import preprocessing_recipe
 from ...store import EmbeddingStore
 
 
-def check_preprocessing(store: EmbeddingStore, *, refusal: type[Exception] = DistillError) -> None:
-    """Raises `refusal` where the stored embeddings are of other pixels than this version makes of an image."""
+def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] = DistillError) -> None:
+    """Refuse a store whose embeddings belong to other pixels than this version makes of an image.
+
+    Raises:
+        refusal: the store's preprocessing recipe is not this version's.
+    """
     if dict(store.spec.preprocessing) != preprocessing_recipe(store.spec.image_size):
         raise refusal(
             f"{store.path} was made with another preprocessing than this version's: precompute it again"
@@ -22,12 +26,18 @@ def image_root(
     asked: Path | None,
     last: Path | None = None,
     *,
-    refusal: type[Exception] = DistillError,
+    refusal: type[MobileSamError] = DistillError,
 ) -> Path | None:
-    """The folder of the images, absolute; None for those that the store keeps.
+    """Return the folder of the store's images, absolute; None if the images kept in the store are to be used.
 
-    `asked` is where a user says that they are, `last` where they were when they were last used, if that is known
-    better than by the store. Raises `refusal` where there is no such folder.
+    Args:
+        store: names the folder that it was made from.
+        asked: folder that the user gives; it goes before all others, kept images included.
+        last: folder in which the images were last used, if one is known; it goes before the store's.
+        refusal: exception class for a folder that doesn't exist.
+
+    Raises:
+        refusal: there is no such folder.
     """
     if asked is None and store.spec.kept_images is not None:
         return None

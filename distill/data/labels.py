@@ -1,4 +1,8 @@
-"""Objects of annotations, drawn for a training step and brought to the size at which masks are compared."""
+"""Labels from annotations: objects of each image, drawn for a training step and resized to the masks compared.
+
+Shape suffixes: H and W rows and columns of an image's mask, Q objects drawn of one image (q those that it had),
+M side of the masks compared, over the encoder's square.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +19,45 @@ from PIL import Image
 from ...common.errors import AnnotationError
 from ...sam.annotations import AnnotationFiles, Annotations
 from ...store import ImageRecord
-from ..loss.masks import mask_side
 
 logger = logging.getLogger(__name__)
+
+LARGEST_MASK_SIDE = 256
 
 Masks = npt.NDArray[np.bool_]
 
 
+def mask_side(image_size: int) -> int:
+    """Return the side in pixels of the masks compared in training, M, for an encoder's square of `image_size` pixels.
+
+    It is half the square's, 256 at most, which is what SAM's head gives at 1024.
+    """
+    return min(image_size // 2, LARGEST_MASK_SIDE)
+
+
 def count_annotated(root: Path, records: Iterable[ImageRecord]) -> int:
-    """How many of the images have a JSON file beside them, whether or not it can be used."""
+    """Return how many of the images have a JSON file beside them, usable or not."""
     files = AnnotationFiles(root)
     return sum(files.beside(record.key) for record in records)
 
 
 class Labels:
-    """SA-1B's JSON files beside the images of `root`, read when an image's turn comes. Threads may share it.
+    """Reader of SA-1B's JSON files beside the images, which draws objects of each image, others in every epoch.
 
-    `objects` are drawn of each image, others in every epoch. An image whose annotations can't be used is named once,
-    in a warning, and has no objects; in another epoch they are read again, as they may be there then. `broken` has
-    their keys and what is wrong, `empty` the keys of those whose annotations have no object.
+    An image's annotations are read when its turn comes. Annotations that can't be used are reported once, in a
+    warning that names the image, which then has no objects; they are read again in the next epoch, as they may be
+    usable then. Threads may share an instance.
+
+    Args:
+        root: folder of the images.
+        image_size: side of the encoder's square in pixels.
+        objects: most objects drawn of an image, Q.
+        seed: of the drawing, together with epoch and row.
+
+    Attributes:
+        side: of the masks, M, in pixels.
+        broken: keys of the images whose annotations can't be used, with the reason.
+        empty: keys of the images whose annotations have no object.
     """
 
     def __init__(self, root: Path, image_size: int, objects: int, seed: int) -> None:
@@ -46,47 +70,59 @@ class Labels:
         self._lock = threading.Lock()
 
     def draw(self, record: ImageRecord, epoch: int) -> Masks | None:
-        """Up to `objects` masks (n, M, M) of the encoder's square; None where the image has no annotations."""
+        """Draw up to `objects` objects of an image.
+
+        Returns:
+            bool (q, M, M), masks over the encoder's square, none of them empty; None if the image has no annotations.
+        """
         try:
             annotations = self._files.read(record.key, size=record.original_size)
         except AnnotationError as error:
-            self.note(record.key, str(error))
+            self.mark_broken(record.key, str(error))
             return np.zeros((0, self.side, self.side), np.bool_)
         if annotations is None:
             return None
         if not len(annotations):
             with self._lock:
                 self.empty.add(record.key)
-        return self._drawn(annotations, record.row, epoch)
+        return self._choose(annotations, record.row, epoch)
 
-    def note(self, key: str, reason: str) -> None:
-        """Names an image whose annotations can't be used, unless that was done."""
+    def mark_broken(self, key: str, reason: str) -> None:
+        """Add an image to `broken`, with a warning the first time."""
         with self._lock:
             if key in self.broken:
                 return
             self.broken[key] = reason
         logger.warning("%s; the image is trained without masks", reason)
 
-    def _drawn(self, annotations: Annotations, row: int, epoch: int) -> Masks:
-        # As in epoch_order: the same whatever numpy's version.
+    def _choose(self, annotations: Annotations, row: int, epoch: int) -> Masks:
+        # Raw integers of the bit generator, as in epoch_order: the same with every version of numpy.
         bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch, row]))
         order = np.argsort(bits.random_raw(len(annotations)), kind="stable")
-        found = np.zeros((self.objects, self.side, self.side), np.bool_)
+        masks_QMM = np.zeros((self.objects, self.side, self.side), np.bool_)
         place = 0
         for index in order:
             if place == self.objects:
                 break
-            found[place] = to_square_mask(annotations.mask(int(index)), self.side)
-            # One that is smaller than a pixel here is no object to be asked for.
-            place += bool(found[place].any())
-        return found[:place]
+            masks_QMM[place] = to_square_mask(annotations.mask(int(index)), self.side)
+            # An object smaller than a pixel of this mask can't be prompted for.
+            place += bool(masks_QMM[place].any())
+        return masks_QMM[:place]
 
 
 def to_square_mask(mask_HW: Masks, side: int) -> Masks:
-    """A mask over its image, brought to (side, side) over the encoder's square: set where at least half of it is."""
+    """Return an image's mask resized to (side, side) over the encoder's square.
+
+    Args:
+        mask_HW: bool (H, W), over the image.
+        side: of the result, M, in pixels.
+
+    Returns:
+        bool (M, M), True where the mask covers at least half of a pixel. The image is in the top-left corner.
+    """
     height, width = mask_HW.shape
     longest = max(height, width)
-    # Only the part of the square that the image reaches is made: panoramas are thousands of times as long as high.
+    # Only the image's part of the square is resized: a panorama can be thousands of times as long as high.
     rows, columns = ceil(height * side / longest), ceil(width * side / longest)
     reach = (columns * longest / side, rows * longest / side)
     canvas = Image.new("L", (min(longest, ceil(reach[0])), min(longest, ceil(reach[1]))))

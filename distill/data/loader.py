@@ -1,4 +1,9 @@
-"""Images and their stored embeddings, decoded and read ahead by threads."""
+"""Loader: batches of images with their stored embeddings, decoded and read ahead by threads.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the image's canvas or of the embedding's grid
+(g x g), S side of the encoder's square, Q objects drawn of one image, M side of the masks compared,
+2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -20,54 +25,64 @@ from .labels import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledObjects:
-    """Objects of B images, at most K of each, M the side of their masks over the encoder's square.
+class AnnotatedObjects:
+    """Objects of B images from annotations, at most Q of each."""
 
-    masks_BKMM, known_BK: bool, the objects, and which of the places have one.
-    annotated_B: bool, on the CPU and never pinned, which images have annotations at all.
-    """
-
-    masks_BKMM: Tensor
-    known_BK: Tensor
+    masks_BQMM: Tensor
+    """bool (B, Q, M, M), masks over the encoder's square."""
+    known_BQ: Tensor
+    """bool (B, Q), places that hold an object."""
     annotated_B: Tensor
+    """bool (B,), images that have annotations at all; on the CPU and never pinned."""
 
-    def to(self, device: torch.device) -> LabelledObjects:
-        """The same with the masks on a device, without waiting where they are pinned."""
+    def to(self, device: torch.device) -> AnnotatedObjects:
+        """Return the same with the masks on a device; copies from pinned memory don't wait."""
         return replace(
             self,
-            masks_BKMM=self.masks_BKMM.to(device, non_blocking=True),
-            known_BK=self.known_BK.to(device, non_blocking=True),
+            masks_BQMM=self.masks_BQMM.to(device, non_blocking=True),
+            known_BQ=self.known_BQ.to(device, non_blocking=True),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of a store with their images, on the CPU (pinned where the loader was asked to).
-
-    canvas_BHWC: uint8 RGB (B, S, S, 3), image in the top-left corner, zeros elsewhere.
-    sizes_B2: int64 (B, 2), height and width of the image on its canvas.
-    valid_BHW: bool (B, g, g), cells of the embedding whose centre is image.
-    values_BCHW: (B, 256, g, g) in the store's dtype; scales_BC: float32 (B, 256) for int8, else None.
-    objects: drawn from annotations; None where no labels are read.
-    """
+    """Rows of a store with their images, on the CPU (pinned where the loader was asked to)."""
 
     rows: list[int]
+    """Row numbers of the B images."""
     canvas_BHWC: Tensor
+    """uint8 RGB (B, S, S, 3), image in the top-left corner, zeros elsewhere."""
     sizes_B2: Tensor
+    """int64 (B, 2), height and width in pixels of the image on its canvas."""
     valid_BHW: Tensor
+    """bool (B, g, g), cells of the embedding whose centre is image."""
     values_BCHW: Tensor
+    """(B, 256, g, g) in the store's dtype."""
     scales_BC: Tensor | None
-    objects: LabelledObjects | None = None
+    """float32 (B, 256) of an int8 store, by which its values are multiplied; else None."""
+    objects: AnnotatedObjects | None = None
+    """Objects drawn from annotations; None where no labels are read."""
 
 
 class Loader:
-    """Gives batches in the order asked for while its threads prepare the next ones.
+    """Loader of batches in the order asked for; its threads prepare the next ones meanwhile.
 
-    Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most
-    `read_ahead` images, or one batch, are prepared beyond the one in use. `waited` is the time in seconds that
-    the consumer spent waiting for data, over all batches so far. The first use of an image checks its SHA-256,
-    every use its length. With None for `image_root` images come from the store, which has to keep them. With `labels`
-    batches have objects, too, others in each `epoch`.
+    Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most two images a
+    thread, or one batch, are prepared beyond the batch in use. An image's SHA-256 is checked on first use, its length
+    on every use.
+
+    Args:
+        store: open for reading.
+        records: of the rows that may be asked for.
+        image_root: folder of the images; None takes them from the store, which has to keep them.
+        workers: threads.
+        pin_memory: put batches into pinned memory, from which copies to a GPU don't wait.
+        labels: draws objects for the batches that ask for masks, others in each `epoch`.
+
+    Attributes:
+        records: by row.
+        epoch: number of the epoch that objects are drawn for; set it before `batches`.
+        waited: seconds that the consumer has spent waiting for data, over all batches so far.
     """
 
     def __init__(
@@ -102,50 +117,56 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads; what they had not begun is dropped."""
+        """Stop the threads; images that they have not begun are dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def valid(self, rows: Sequence[int]) -> Tensor:
-        """Cells whose centre is image, bool (B, g, g), from the manifest alone."""
+        """Return the cells whose centre is image, bool (B, g, g), from the manifest alone."""
         cells = [valid_cells(self._resized_size(row), self._image_size) for row in rows]
         return torch.stack([torch.from_numpy(cell) for cell in cells])
 
     def batches(self, row_lists: Iterable[Sequence[int]], *, with_masks: bool = False) -> Generator[Batch]:
-        """One batch for each list of rows, in order; with objects for their masks where labels are read.
+        """Yield one batch for each list of rows, in order. Close the generator to drop the batches read ahead.
 
-        Close the generator to drop what was read ahead. Raises ImageError naming an image that is missing or
-        not the one the store knows, StoreDamaged naming a row, DistillError naming one that doesn't decode.
+        Args:
+            row_lists: rows of each batch.
+            with_masks: add objects from annotations, if the loader has labels.
+
+        Raises:
+            ImageError: an image, named, is missing or not the one that the store knows.
+            StoreDamaged: a row's embedding or kept image is damaged.
+            DistillError: an image, named, doesn't decode as it did when it was precomputed.
         """
         coming = iter(row_lists)
         labels = self.labels if with_masks else None
-        begun: deque[tuple[Batch, list[Future[None]]]] = deque()
+        pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
-            self._top_up(begun, coming, labels)
-            while begun:
-                batch, futures = begun.popleft()
-                # Before waiting: else threads would be idle while the last of them fills this batch.
-                self._top_up(begun, coming, labels)
+            self._top_up(pending, coming, labels)
+            while pending:
+                batch, futures = pending.popleft()
+                # Before waiting, or threads would be idle while the last of them fills this batch.
+                self._top_up(pending, coming, labels)
                 start = time.perf_counter()
                 try:
                     for future in futures:
                         future.result()
                 except BaseException:
-                    begun.append((batch, futures))  # so that the rest of this batch is cancelled too
+                    pending.append((batch, futures))  # the rest of this batch is cancelled too
                     raise
                 self.waited += time.perf_counter() - start
                 yield batch
         finally:
-            for _, futures in begun:
+            for _, futures in pending:
                 for future in futures:
                     future.cancel()
 
     def _top_up(
         self,
-        begun: deque[tuple[Batch, list[Future[None]]]],
+        pending: deque[tuple[Batch, list[Future[None]]]],
         coming: Iterator[Sequence[int]],
         labels: Labels | None,
     ) -> None:
-        while not begun or sum(len(batch.rows) for batch, _ in begun) < self._read_ahead:
+        while not pending or sum(len(batch.rows) for batch, _ in pending) < self._read_ahead:
             rows = next(coming, None)
             if rows is None:
                 return
@@ -154,7 +175,7 @@ class Loader:
                 self._pool.submit(self._fill, batch, place, labels, self.epoch)
                 for place in range(len(batch.rows))
             ]
-            begun.append((batch, futures))
+            pending.append((batch, futures))
 
     def _empty(self, rows: list[int], labels: Labels | None) -> Batch:
         size, pin = self._image_size, self._pin_memory
@@ -169,16 +190,16 @@ class Loader:
             objects=None if labels is None else self._no_objects(len(rows), labels),
         )
 
-    def _no_objects(self, rows: int, labels: Labels) -> LabelledObjects:
+    def _no_objects(self, rows: int, labels: Labels) -> AnnotatedObjects:
         count, side, pin = labels.objects, labels.side, self._pin_memory
-        return LabelledObjects(
-            masks_BKMM=torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
-            known_BK=torch.zeros(rows, count, dtype=torch.bool, pin_memory=pin),
+        return AnnotatedObjects(
+            masks_BQMM=torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
+            known_BQ=torch.zeros(rows, count, dtype=torch.bool, pin_memory=pin),
             annotated_B=torch.zeros(rows, dtype=torch.bool),
         )
 
     def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Values and scales to be read into: both pinned and other memory starts at a page here."""
+        """Return empty values and scales to read into; pinned or not, they start at a page of memory."""
         if not self._pin_memory:
             stored = self._store.reader.empty_batch(rows)
             scales_BC = None if stored.scales is None else torch.from_numpy(stored.scales)
@@ -194,7 +215,7 @@ class Loader:
         return resized_size
 
     def _fill(self, batch: Batch, place: int, labels: Labels | None, epoch: int) -> None:
-        """Decodes one image and reads one embedding into their place in the batch (runs in a thread)."""
+        """Decode one image and read one embedding into their place in the batch (runs in a thread)."""
         row = batch.rows[place]
         place_on_canvas(self._decode(self.records[row]), batch.canvas_BHWC[place].numpy())
         here = slice(place, place + 1)
@@ -204,14 +225,14 @@ class Loader:
             self._draw(labels, batch.objects, place, self.records[row], epoch)
 
     def _draw(
-        self, labels: Labels, objects: LabelledObjects, place: int, record: ImageRecord, epoch: int
+        self, labels: Labels, objects: AnnotatedObjects, place: int, record: ImageRecord, epoch: int
     ) -> None:
         masks = labels.draw(record, epoch)
         if masks is None:
             return
         objects.annotated_B[place] = True
-        objects.known_BK[place, : len(masks)] = True
-        objects.masks_BKMM[place, : len(masks)] = torch.from_numpy(masks)
+        objects.known_BQ[place, : len(masks)] = True
+        objects.masks_BQMM[place, : len(masks)] = torch.from_numpy(masks)
 
     def _decode(self, record: ImageRecord) -> DecodedImage:
         data = self._read(record)
@@ -229,7 +250,7 @@ class Loader:
         return image
 
     def _read(self, record: ImageRecord) -> bytes:
-        """The image's file: the one that was precomputed, or the one that the store kept of it."""
+        """Return the bytes of the image's file, from its folder or from the store."""
         if self._image_root is None:
             return self._store.read_image(record.row)
         assert record.bytes is not None, "only committed rows are loaded"

@@ -1,56 +1,70 @@
-"""What a student is taught by: a loss, and which weights it trains.
+"""Interface of a training objective: a loss, and the choice of the weights that it trains.
 
-An objective gets a batch in parts, its micro-batches. Its losses of them add up to the batch's loss, so that the size
-of a micro-batch decides nothing but memory, what batch norms average over, and which prompts are drawn.
+An objective gets a batch as micro-batches. The losses of a batch's micro-batches add up to the batch's loss, so the
+micro-batch size affects only memory, what batch norms average over, and which prompts are drawn.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid (g x g), 2 (height, width).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...sam.modeling.head import SamHead
-from ..data.loader import Batch, LabelledObjects
+from ...store import EmbeddingStore
+from ..config import DistillConfig
+from ..data.loader import AnnotatedObjects, Batch
 
 HEAD_LR_SHARE = 0.1
-"""Of the learning rate, for a head that is trained: it begins as the teacher's, which was trained long."""
+"""Share of the learning rate for a head that is trained: it starts as the teacher's, which was trained for long."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeBatch:
-    """What the losses of a batch's parts are averaged over: values of embeddings, and images."""
+class BatchTotals:
+    """Denominators of a whole batch, by which the losses of its micro-batches are divided."""
 
     elements: int
+    """Embedding values that the MSE averages over; see `loss_elements`."""
     images: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A micro-batch on the device: B images, g the embedding's grid.
-
-    student_BCHW, teacher_BCHW: float32 (B, 256, g, g), the first with gradients where the encoder is trained.
-    valid_BHW: bool (B, g, g), cells whose centre is image.
-    sizes_B2: int64 (B, 2) on the CPU, height and width of the image in the encoder's square.
-    objects: those of annotations, on the device, or None where none are read.
-    generator: on the CPU, of this part's own random numbers.
-    """
+class MicroBatch:
+    """Embeddings of B images that go through the student together, on the device."""
 
     student_BCHW: Tensor
+    """float32 (B, 256, g, g), with gradients where the encoder is trained."""
     teacher_BCHW: Tensor
+    """float32 (B, 256, g, g)."""
     valid_BHW: Tensor
+    """bool (B, g, g), cells whose centre is image."""
     sizes_B2: Tensor
+    """int64 (B, 2) on the CPU: height and width in pixels of the image in the encoder's square."""
     generator: torch.Generator
-    objects: LabelledObjects | None = None
+    """Random numbers of this micro-batch alone, drawn on the CPU."""
+    objects: AnnotatedObjects | None = None
+    """Objects from annotations; None where no annotations are read."""
 
 
-def part_of(batch: Batch, student_BCHW: Tensor, teacher_BCHW: Tensor, generator: torch.Generator) -> Part:
-    """A loader's batch whose embeddings are on the device, with the rest of it there, too."""
+def make_micro_batch(
+    batch: Batch, student_BCHW: Tensor, teacher_BCHW: Tensor, generator: torch.Generator
+) -> MicroBatch:
+    """Return a loader's batch as a micro-batch on the device of its embeddings.
+
+    Args:
+        batch: on the CPU; copies from pinned memory don't wait.
+        student_BCHW: float32 (B, 256, g, g), with gradients where the encoder is trained.
+        teacher_BCHW: float32 (B, 256, g, g), on the same device.
+        generator: on the CPU; see `micro_batch_generator`.
+    """
     device = teacher_BCHW.device
-    return Part(
+    return MicroBatch(
         student_BCHW=student_BCHW,
         teacher_BCHW=teacher_BCHW,
         valid_BHW=batch.valid_BHW.to(device, non_blocking=True),
@@ -60,62 +74,35 @@ def part_of(batch: Batch, student_BCHW: Tensor, teacher_BCHW: Tensor, generator:
     )
 
 
-def part_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """The random numbers of the micro-batch that begins with `row`: the same whoever computes it, and when."""
+def micro_batch_generator(seed: int, epoch: int, row: int) -> torch.Generator:
+    """Return the generator of the micro-batch whose first row is `row`.
+
+    It depends on the three numbers alone, so a micro-batch gets the same prompts in whichever process and whenever
+    it is computed, after a resume too.
+    """
     words = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 class Objective(ABC):
-    """A way to teach. `head` is the one that is trained with the student, or instead of it; None where none is."""
+    """Training objective; `head` is None unless it trains SAM's head, with the student or instead of it."""
 
     trains_encoder = True
     head: SamHead | None = None
 
+    @classmethod
     @abstractmethod
-    def loss(self, part: Part, whole: WholeBatch) -> Tensor:
-        """The part's share of the batch's loss, a float32 scalar with gradients."""
+    def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
+        """Build the objective with its heads, if it has any, on `device`.
+
+        Raises:
+            DistillError, StoreDamaged: it needs the store's head, which is missing or can't be used.
+        """
+
+    @abstractmethod
+    def loss(self, micro_batch: MicroBatch, totals: BatchTotals) -> Tensor:
+        """Return the micro-batch's share of the batch's loss: a float32 scalar with gradients."""
 
     def trained(self, student: nn.Module) -> nn.Module:
-        """What a checkpoint has to hold: the student, and the head where one is trained."""
+        """Return the module that a checkpoint has to hold: the student, with the head if that is trained."""
         return student if self.head is None else nn.ModuleDict({"student": student, "head": self.head})
-
-
-# --- The decoupled objective: mean squared error against the stored embedding (MobileSAM, section 3.2).
-
-
-def loss_elements(valid_BHW: Tensor, channels: int, region: str) -> int:
-    """The number of embedding values that the loss of these images averages over.
-
-    `valid_BHW` is bool: True where a grid cell's centre is image. With region "all" every cell counts (the
-    paper), with "valid" only those cells.
-    """
-    cells = valid_BHW.numel() if region == "all" else int(valid_BHW.sum())
-    return cells * channels
-
-
-def decoupled_loss(
-    student_BCHW: Tensor, teacher_BCHW: Tensor, valid_BHW: Tensor, elements: int, region: str
-) -> Tensor:
-    """Sum of squared errors over the region, divided by `elements`; a float32 scalar that carries gradients.
-
-    `elements` is loss_elements() of the WHOLE batch, so that the losses of its micro-batches, whatever their
-    lengths, add up to the loss of the batch, and so do their gradients.
-    """
-    error_BCHW = student_BCHW.float() - teacher_BCHW.float()
-    if region == "valid":
-        # Before squaring, and not by a product: a cell that doesn't count must not leak NaN into the gradient.
-        error_BCHW = torch.where(valid_BHW[:, None], error_BCHW, error_BCHW.new_zeros(()))
-    return error_BCHW.square().sum() / elements
-
-
-class Decoupled(Objective):
-    """No decoder in the loop: the student's embedding has to be the teacher's."""
-
-    def __init__(self, region: str) -> None:
-        super().__init__()
-        self.region = region
-
-    def loss(self, part: Part, whole: WholeBatch) -> Tensor:
-        elements = whole.elements
-        return decoupled_loss(part.student_BCHW, part.teacher_BCHW, part.valid_BHW, elements, self.region)

@@ -1,24 +1,92 @@
 """Prompts for objects whose masks are known, sampled by SAM's rule (SAM, appendix A, "Training algorithm").
 
-Shape suffixes: P prompts, H and W pixels of the masks. Random numbers come from a generator on the CPU, a few for
-each prompt, so that a seed gives the same prompts on every device.
+Random numbers come from a generator on the CPU, a few for each prompt, so that a seed gives the same prompts on every
+device.
+
+Shape suffixes: P prompts (one an object), N points of a prompt, H and W rows and columns of a mask, M side of a
+square one, h and w rows and columns of low-resolution masks (4g), L positions of a flattened mask or of one of its
+axes, 1 one, 2 (x, y), 4 (x0, y0, x1, y1).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ...sam.modeling.decode_prompts import Prompts
+
 BOX_NOISE = 0.1
-"""Standard deviation of each side of a box, in sides of the box."""
+"""Standard deviation of the position of each side of a box, as a share of the box's length in that direction."""
 BOX_NOISE_PIXELS = 20
-"""The most that a side moves, in pixels of a square of 1024."""
+"""The most that a side of a box moves, in pixels of a square of 1024."""
+
+
+def point_prompts(regions_PMM: Tensor, image_size: int, generator: torch.Generator) -> Prompts:
+    """Return prompts of one foreground point each, drawn from its region, every pixel as likely.
+
+    Args:
+        regions_PMM: bool (P, M, M) over the encoder's square; an empty one gives its top-left pixel.
+        image_size: side of the encoder's square in pixels.
+        generator: on the CPU.
+    """
+    pixels_P2 = uniform_pixel(regions_PMM, generator)
+    return Prompts.of_points(pixels_to_square(pixels_P2, image_size, regions_PMM.shape[-1]))
+
+
+def box_prompts(masks_PMM: Tensor, image_size: int, generator: torch.Generator) -> Prompts:
+    """Return prompts of one noisy box each, around the mask.
+
+    Args:
+        masks_PMM: bool (P, M, M) over the encoder's square.
+        image_size: side of the encoder's square in pixels.
+        generator: on the CPU.
+    """
+    side = masks_PMM.shape[-1]
+    boxes_P4 = noisy_box(masks_PMM, generator, BOX_NOISE_PIXELS * side / 1024)
+    return Prompts.of_boxes(borders_to_square(boxes_P4, image_size, side))
+
+
+def corrected_prompts(
+    prompts: Prompts,
+    masks_PMM: Tensor,
+    answers_PMM: Tensor,
+    answers_P1hw: Tensor,
+    valid_PMM: Tensor,
+    image_size: int,
+    generator: torch.Generator,
+) -> Prompts:
+    """Return the prompts with one more point, drawn from where the answer is wrong, and the answer as mask prompt.
+
+    Args:
+        prompts: that were answered.
+        masks_PMM: bool (P, M, M), the objects' masks over the encoder's square.
+        answers_PMM: bool (P, M, M), the answers.
+        answers_P1hw: float32 (P, 1, 4g, 4g), the answers' low-resolution logits, detached.
+        valid_PMM: bool (P, M, M), pixels that are image.
+        image_size: side of the encoder's square in pixels.
+        generator: on the CPU.
+    """
+    pixels_P2, labels_P = correction_pixel(masks_PMM, answers_PMM, valid_PMM, generator)
+    points_P2 = pixels_to_square(pixels_P2, image_size, masks_PMM.shape[-1])
+    return replace(
+        prompts,
+        points_PN2=torch.cat((prompts.points_PN2, points_P2[:, None]), dim=1),
+        labels_PN=torch.cat((prompts.labels_PN, labels_P[:, None]), dim=1),
+        masks_P1hw=answers_P1hw,
+    )
 
 
 def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A pixel of each region, every one of its pixels as likely: int64 (P, 2), x and y.
+    """Return a pixel of each region, every one of its pixels as likely.
 
-    `regions_PHW` is bool. An empty region gives (0, 0); ask `any` first where that may happen.
+    Args:
+        regions_PHW: bool (P, H, W). An empty region gives (0, 0); test `any` first where that may happen.
+        generator: on the CPU.
+
+    Returns:
+        int64 (P, 2), x and y.
     """
     flat_PL = regions_PHW.flatten(1)
     counts_P = flat_PL.sum(dim=1)
@@ -33,14 +101,20 @@ def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def correction_pixel(
-    masks_PHW: Tensor, answers_PHW: Tensor, inside_PHW: Tensor, generator: torch.Generator
+    masks_PHW: Tensor, answers_PHW: Tensor, valid_PHW: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A pixel of where the answers are wrong, and 1 where it belongs to the object, else 0: (P, 2) and (P,), int64.
+    """Return a pixel at which each answer is wrong; where an answer is right everywhere, one of the object.
 
-    All masks are bool; `inside_PHW` is where the image is. Where an answer is right everywhere the pixel is one of
-    the object.
+    Args:
+        masks_PHW: bool (P, H, W), the objects' masks.
+        answers_PHW: bool (P, H, W), the answers.
+        valid_PHW: bool (P, H, W), pixels that are image; an error outside them doesn't count.
+        generator: on the CPU.
+
+    Returns:
+        int64 (P, 2), x and y, and int64 (P,), 1 where the pixel belongs to the object, else 0.
     """
-    wrong_PHW = (masks_PHW ^ answers_PHW) & inside_PHW
+    wrong_PHW = (masks_PHW ^ answers_PHW) & valid_PHW
     perfect_P11 = ~wrong_PHW.flatten(1).any(dim=1)[:, None, None]
     pixels_P2 = uniform_pixel(torch.where(perfect_P11, masks_PHW, wrong_PHW), generator)
     rows = torch.arange(len(pixels_P2), device=pixels_P2.device)
@@ -48,9 +122,15 @@ def correction_pixel(
 
 
 def noisy_box(masks_PHW: Tensor, generator: torch.Generator, noise_pixels: float) -> Tensor:
-    """A box around each mask, its sides moved at random: float32 (P, 4), x0 y0 x1 y1, borders of pixels being whole.
+    """Return a box around each mask, its sides moved at random.
 
-    A side moves by a normal deviate of a tenth of the box's own length in that direction, `noise_pixels` at most.
+    Args:
+        masks_PHW: bool (P, H, W).
+        generator: on the CPU; a side moves by a normal deviate of a tenth of the box's length in that direction.
+        noise_pixels: the most that a side moves, in pixels of the mask.
+
+    Returns:
+        float32 (P, 4), x0 y0 x1 y1 within the mask; whole numbers are borders of pixels.
     """
     height, width = masks_PHW.shape[1:]
     starts, ends = [], []
@@ -60,19 +140,28 @@ def noisy_box(masks_PHW: Tensor, generator: torch.Generator, noise_pixels: float
         starts.append(torch.where(seen_PL, places_L, length).amin(dim=1))
         ends.append(torch.where(seen_PL, places_L + 1, 0).amax(dim=1))
     box_P4 = torch.stack((*starts, *ends), dim=1).float()
-    sides_P2 = (box_P4[:, 2:] - box_P4[:, :2]).repeat(1, 2)
+    sides_P4 = (box_P4[:, 2:] - box_P4[:, :2]).repeat(1, 2)
     normal_P4 = torch.randn(len(box_P4), 4, generator=generator).to(box_P4.device, non_blocking=True)
-    noise_P4 = normal_P4 * BOX_NOISE * sides_P2
+    noise_P4 = normal_P4 * BOX_NOISE * sides_P4
     noisy_P4 = box_P4 + noise_P4.clamp(-noise_pixels, noise_pixels)
     x_P2, y_P2 = noisy_P4[:, 0::2].clamp(0, width), noisy_P4[:, 1::2].clamp(0, height)
     return torch.stack((x_P2, y_P2), dim=2).flatten(1)
 
 
-def to_square(places: Tensor, image_size: int, side: int) -> Tensor:
-    """Pixels of a mask of `side` x `side` in pixels of the encoder's square, centres being whole numbers: float32."""
-    return (places.float() + 0.5) * (image_size / side) - 0.5
+def pixels_to_square(pixels: Tensor, image_size: int, side: int) -> Tensor:
+    """Return the centres of a mask's pixels in coordinates of the encoder's square, float32.
+
+    Args:
+        pixels: x and y of any shape, whole numbers.
+        image_size: side of the encoder's square in pixels; SAM counts their centres as whole numbers.
+        side: of the mask in pixels.
+    """
+    return (pixels.float() + 0.5) * (image_size / side) - 0.5
 
 
-def borders_to_square(box_P4: Tensor, image_size: int, side: int) -> Tensor:
-    """As `to_square`, for boxes whose whole numbers are borders of pixels: SAM counts those as centres are."""
-    return box_P4 * (image_size / side) - 0.5
+def borders_to_square(boxes_P4: Tensor, image_size: int, side: int) -> Tensor:
+    """Return boxes of a mask in coordinates of the encoder's square, as `pixels_to_square` does for pixels.
+
+    A box's whole numbers are borders of pixels; SAM counts centres as whole numbers, also for boxes.
+    """
+    return boxes_P4 * (image_size / side) - 0.5

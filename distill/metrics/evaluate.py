@@ -17,9 +17,9 @@ from ...sam import normalize_and_pad
 from ...store import EmbeddingStore
 from ..data.loader import Batch, Loader
 from ..data.sampler import split_batches
-from ..distributed import Replicas
+from ..distributed import ProcessGroup
 from ..loss.base import Objective
-from ..loss.objectives import MaskObjective
+from ..loss.coupled import MaskObjective
 from ..run_folder import Run
 from .embedding import ImageMetrics, Metrics, merge
 from .masks import POINTS, MaskComparison
@@ -161,7 +161,7 @@ def evaluate(
 class Validation:
     """Measures embeddings, and for an objective that looks at masks these, too, as `verify` does.
 
-    With `replicas`, each process has its own and measures its share; all of them are asked together.
+    With `processes`, each process has its own and measures its share; all of them are asked together.
     """
 
     def __init__(
@@ -172,10 +172,10 @@ class Validation:
         objective: Objective,
         *,
         compute: ComputeSettings,
-        replicas: Replicas,
+        processes: ProcessGroup,
     ) -> None:
         self.student, self.loader, self.run, self.objective = student, loader, run, objective
-        self.compute, self.replicas = compute, replicas
+        self.compute, self.processes = compute, processes
 
     def measure(self, rows: Iterable[int], before_batch: Callable[[], None]) -> dict[str, Any]:
         """The metrics over `rows`, the same in every process; `miou` and what belongs to it where masks are compared.
@@ -183,11 +183,11 @@ class Validation:
         `before_batch` is called in every process before each of its batches, as often in one as in the others: it may
         exchange something with them. What it raises ends the measurement.
         """
-        self.replicas.copy_buffers(self.student)
+        self.processes.broadcast_buffers(self.student)
         batches = split_batches(list(rows), self.compute.batch_size)
-        rounds = math.ceil(len(batches) / self.replicas.count)
+        rounds = math.ceil(len(batches) / self.processes.world_size)
         masks = self._comparison()
-        with closing(self.loader.batches(self.replicas.share_of(batches))) as coming:
+        with closing(self.loader.batches(self.processes.share_of(batches))) as coming:
             measured = evaluate_batches(
                 self.student,
                 _in_rounds(coming, rounds, before_batch),
@@ -195,11 +195,11 @@ class Validation:
                 mean_embedding=self.run.mean_embedding(),
                 on_embeddings=None if masks is None else masks.add,
             )
-        merged = merge(self.replicas.gathered(measured.on_cpu()))
-        numbers = merged.result() if self.replicas.first else {}
+        merged = merge(self.processes.gather(measured.on_cpu()))
+        numbers = merged.result() if self.processes.is_main else {}
         if masks is not None:
             numbers |= self._merged(masks)
-        return self.replicas.shared(numbers if self.replicas.first else None)
+        return self.processes.broadcast(numbers if self.processes.is_main else None)
 
     def score(self, metrics: dict[str, Any]) -> float:
         """How far the student is from its goal: less is better. An undefined mIoU is the worst."""
@@ -214,9 +214,9 @@ class Validation:
 
     def _merged(self, masks: MaskComparison) -> dict[str, Any]:
         """What all processes found, in the first one."""
-        for ious, empty in self.replicas.gathered((masks.ious, masks.empty))[1:]:
+        for ious, empty in self.processes.gather((masks.ious, masks.empty))[1:]:
             masks.take(ious, empty)
-        return masks.result() if self.replicas.first else {}
+        return masks.result() if self.processes.is_main else {}
 
 
 def _in_rounds(batches: Iterator[Batch], rounds: int, before_batch: Callable[[], None]) -> Generator[Batch]:

@@ -1,4 +1,7 @@
-"""What students cost: parameters, multiplications, and time on this machine."""
+"""Cost of students: parameters, multiply-accumulates, milliseconds on this machine, and memory in training.
+
+Shape suffixes: B images, C channels, H and W rows and columns of an image or of the embedding's grid, 1 one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -18,14 +21,20 @@ from ...common.errors import DistillError
 from ...sam.device import resolve_device, resolve_precision
 from ...sam.modeling.head import SamHead
 from ...sam.modeling.neck import EMBEDDING_CHANNELS
-from ..loss.masks import Objects, mask_side
-from ..loss.objectives import MaskOptions
-from .registry import STUDENTS, build_student, outline_student, student_info
-
-if TYPE_CHECKING:
-    from .registry import StudentInfo
+from ..data.labels import mask_side
+from ..loss.coupled import MaskOptions
+from ..loss.masks import PromptedObjects
+from .registry import STUDENTS, StudentInfo, build_student, outline_student, student_info
 
 FORWARDS = 5
+"""Calls whose median is reported, after one that isn't counted."""
+
+MEASURED_SIZE = 256
+"""Largest image size in pixels at which memory is measured; the result is scaled by the area."""
+
+MEMORY_SHARE = 0.8
+"""Share of the free memory that the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB for
+TinyViT) and fragmentation."""
 
 
 def students_table(
@@ -34,14 +43,23 @@ def students_table(
     device: str | torch.device = "cpu",
     precision: str = "float32",
 ) -> list[dict[str, Any]]:
-    """One row for each name, all of `STUDENTS` where there are none.
+    """Measure students, one row for each.
 
-    Keys: `name`, `summary`, `parameters`, `macs` (multiply-accumulates of convolutions, matrix products and
-    attention for one image), `milliseconds` (one image in evaluation mode on `device`: the median of five after
-    one that isn't counted), `error`. Where a student can't be built, `error` says why and the numbers are None.
+    Args:
+        names: registry names or `timm:NAME`; all of `STUDENTS` if empty.
+        image_size: side of the encoder's square in pixels.
+        device: on which they are timed, as `--device` takes it.
+        precision: "float32", "bfloat16" (autocast) or "auto".
 
-    Raises DistillError when `image_size` isn't a positive multiple of 16, SamError for an unknown device or
-    precision.
+    Returns:
+        Rows with the keys `name`, `summary`, `parameters`, `macs` (multiply-accumulates of convolutions, matrix
+        products and attention for one image), `milliseconds` (one image in evaluation mode on `device`: the median of
+        five after one that isn't counted), `error`. Where a student can't be built, `error` says why and the numbers
+        are None.
+
+    Raises:
+        DistillError: `image_size` isn't a positive multiple of 16.
+        SamError: an unknown device or precision.
     """
     if image_size < 16 or image_size % 16:
         raise DistillError(f"image size must be a positive multiple of 16; it is {image_size}")
@@ -51,7 +69,7 @@ def students_table(
 
 
 def students_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """`students_table`'s rows for the terminal."""
+    """Format the rows of `students_table` for the terminal."""
     rows = list(rows)
     width = max((len(row["name"]) for row in rows), default=4)
     lines = [f"{'name':{width}}  {'parameters':>11}  {'MACs':>8}  {'ms/image':>9}"]
@@ -65,7 +83,12 @@ def students_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def count_macs(student: nn.Module, image_size: int) -> int:
-    """Multiply-accumulates of one image in a student on the meta device."""
+    """Return the multiply-accumulates of one image.
+
+    Args:
+        student: on the meta device (`outline_student`).
+        image_size: side of the encoder's square in pixels.
+    """
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.eval()(pixels_BCHW)
@@ -73,8 +96,13 @@ def count_macs(student: nn.Module, image_size: int) -> int:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, limit: float = math.inf) -> float:
-    """How long a call takes: the median of five after one that isn't counted; of fewer, at least one, where those
-    together would take longer than `limit` seconds."""
+    """Return the time of a call in seconds: the median of five after one that isn't counted.
+
+    Args:
+        call: is repeated; a GPU is waited for after each.
+        device: that the call computes on.
+        limit: in seconds. Where six calls together would take longer, fewer are made, at least two.
+    """
     seconds: list[float] = []
     while len(seconds) < 1 + FORWARDS and (len(seconds) < 2 or sum(seconds) < limit):
         start = time.perf_counter()
@@ -116,15 +144,6 @@ def _giga(macs: int) -> str:
     return f"{macs / 1e9:.3g} G"
 
 
-# --- The memory that training a student takes, measured.
-
-MEASURED_SIZE = 256
-
-# What of the free memory the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB
-# for TinyViT) and fragmentation.
-MEMORY_SHARE = 0.8
-
-
 def default_micro_batch(
     info: StudentInfo,
     batch_size: int,
@@ -133,8 +152,18 @@ def default_micro_batch(
     device: torch.device,
     masks: MaskOptions | None = None,
 ) -> int:
-    """Images in a forward pass: 2 on a CPU, or 1 where masks leave no memory for more; on a GPU as many as its free
-    memory holds; at most `batch_size`."""
+    """Return the number of images in a forward pass of training.
+
+    On a GPU as many as its free memory holds; on a CPU 2, or 1 where masks leave no memory for 2.
+
+    Args:
+        info: student.
+        batch_size: effective batch, which the result doesn't exceed.
+        image_size: side of the encoder's square in pixels.
+        precision: "float32" or "bfloat16".
+        device: of the training.
+        masks: options of an objective that compares masks, else None.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     elif masks is None:
@@ -145,18 +174,18 @@ def default_micro_batch(
     at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
     if masks is not None:
         at_1024 += measure_mask_bytes(masks, image_size)
-    an_image = at_1024 * (image_size / 1024) ** 2
-    return max(1, min(batch_size, int(MEMORY_SHARE * free / an_image)))
+    bytes_per_image = at_1024 * (image_size / 1024) ** 2
+    return max(1, min(batch_size, int(MEMORY_SHARE * free / bytes_per_image)))
 
 
 def measure_training_bytes(
     info: StudentInfo, image_size: int, precision: str, device: torch.device | str = "cpu"
 ) -> int:
-    """Bytes that one training image takes at 1024 x 1024 pixels beside the weights, at least 1.
+    """Measure the memory in bytes that one training image takes at 1024 x 1024 pixels beside the weights, at least 1.
 
-    What autograd keeps for the backward pass, by two and by three images of at most 256 x 256 pixels: the
-    difference is without weights and their casts. It is scaled by the area. For tiny_vit this gives what the
-    process's peak memory does, within 10%.
+    It is what autograd keeps for the backward pass, by two and by three images of at most 256 x 256 pixels: their
+    difference is without weights and their casts. It is scaled by the area. For tiny_vit this agrees with the
+    process's peak memory within 10%.
     """
     size = min(image_size, MEASURED_SIZE)
     with torch.random.fork_rng():
@@ -166,42 +195,43 @@ def measure_training_bytes(
 
 
 def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
-    """Bytes that the masks of one training image take at 1024 x 1024 pixels beside the head, at least 1; measured and
-    scaled as above, by twice the objects and once."""
+    """Measure the memory in bytes that one training image's masks take at 1024 x 1024 beside the head, at least 1.
+
+    Measured and scaled as in `measure_training_bytes`, by the difference of twice the objects and once.
+    """
     size = min(image_size, MEASURED_SIZE)
     with torch.random.fork_rng(devices=[]):
         head = SamHead(size)
     emb_1CHW = torch.zeros(1, EMBEDDING_CHANNELS, size // 16, size // 16, requires_grad=True)
 
-    def look(count: int) -> None:
+    def forward(count: int) -> None:
         side = mask_side(size)
-        objects = Objects(
+        objects = PromptedObjects(
             masks_PMM=torch.ones(count, side, side, dtype=torch.bool),
             image_P=torch.zeros(count, dtype=torch.long),
-            inside_BMM=torch.ones(1, side, side, dtype=torch.bool),
+            valid_BMM=torch.ones(1, side, side, dtype=torch.bool),
             weight_P=torch.ones(count),
         )
-        options.training.loss(head, emb_1CHW, objects, torch.Generator().manual_seed(0))
+        options.mask_loss(head, emb_1CHW, objects, torch.Generator().manual_seed(0))
 
-    once, twice = (_kept_bytes(partial(look, count * options.objects)) for count in (1, 2))
+    once, twice = (_kept_bytes(partial(forward, count * options.objects)) for count in (1, 2))
     return max(1, round((twice - once) * (1024 / size) ** 2))
 
 
 def _saved_bytes(
     student: nn.Module, images: int, size: int, precision: str, device: torch.device | str
 ) -> int:
-    """What a student's forward pass keeps."""
     pixels_BCHW = torch.zeros(images, 3, size, size, device=device)
 
-    def look() -> None:
+    def forward() -> None:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"):
             student(pixels_BCHW)
 
-    return _kept_bytes(look)
+    return _kept_bytes(forward)
 
 
 def _kept_bytes(forward: Callable[[], None]) -> int:
-    """Bytes of the storages, each counted once, that a forward pass keeps for the backward pass."""
+    """Return the bytes of the storages, each counted once, that a forward pass keeps for the backward pass."""
     storages: dict[int, torch.UntypedStorage] = {}
     nothing = torch.empty(0)
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mobilesam.distill import STUDENTS, DistillError, students_lines, students_table
-from mobilesam.distill.loss.masks import MaskTraining
-from mobilesam.distill.loss.objectives import MaskOptions
+from mobilesam.distill.loss.coupled import MaskOptions
+from mobilesam.distill.loss.masks import MaskLoss
 from mobilesam.distill.students.cost import (
     count_macs,
     default_micro_batch,
@@ -121,7 +121,7 @@ def test_on_a_gpu_the_measure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_masks_take_memory_by_objects_and_rounds() -> None:
     def masks(objects: int, rounds: int) -> MaskOptions:
-        return MaskOptions(training=MaskTraining(rounds=rounds), objects=objects, mse=0.0, region="all")
+        return MaskOptions(mask_loss=MaskLoss(rounds=rounds), objects=objects, mse_weight=0.0, region="all")
 
     one, more, rounds = (measure_mask_bytes(masks(*asked), 64) for asked in ((2, 1), (4, 1), (2, 2)))
     assert 1.5 * one < more < 2.5 * one
@@ -132,7 +132,7 @@ def test_masks_make_a_gpus_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("mobilesam.distill.students.cost.measure_mask_bytes", lambda *_: 1_600_000_000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_500_000_000, 0))
     asked = (student_info("tiny_vit"), 64, 1024, "float32", torch.device("cuda"))
-    masks = MaskOptions(training=MaskTraining(), objects=2, mse=0.0, region="all")
+    masks = MaskOptions(mask_loss=MaskLoss(), objects=2, mse_weight=0.0, region="all")
     assert default_micro_batch(*asked) == 3
     assert default_micro_batch(*asked, masks=masks) == 2
 
@@ -143,6 +143,6 @@ def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
 ) -> None:
     monkeypatch.setattr("mobilesam.distill.students.cost.measure_mask_bytes", lambda *_: 2_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 10**9))
-    masks = MaskOptions(training=MaskTraining(), objects=8, mse=0.0, region="all")
+    masks = MaskOptions(mask_loss=MaskLoss(), objects=8, mse_weight=0.0, region="all")
     asked = (student_info("tiny_vit"), 8, 1024, "float32", torch.device("cpu"))
     assert default_micro_batch(*asked, masks=masks) == expected

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mobilesam.distill.data.sampler import split_batches
-from mobilesam.distill.loss.base import decoupled_loss, loss_elements
+from mobilesam.distill.loss.decoupled import decoupled_loss, loss_elements
 
 
 @pytest.fixture

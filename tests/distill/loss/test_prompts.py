@@ -9,7 +9,7 @@ from mobilesam.distill.loss.prompts import (
     borders_to_square,
     correction_pixel,
     noisy_box,
-    to_square,
+    pixels_to_square,
     uniform_pixel,
 )
 
@@ -89,8 +89,8 @@ def test_a_seed_gives_the_same_prompts():
 
 def test_pixels_of_a_mask_are_the_centres_of_their_part_of_the_square():
     # SAM adds half a pixel to every coordinate: a pixel's centre is its whole number.
-    assert to_square(torch.tensor([[0, 1]]), 64, 16).tolist() == [[1.5, 5.5]]
-    assert to_square(torch.tensor([[0, 1]]), 64, 64).tolist() == [[0, 1]]
+    assert pixels_to_square(torch.tensor([[0, 1]]), 64, 16).tolist() == [[1.5, 5.5]]
+    assert pixels_to_square(torch.tensor([[0, 1]]), 64, 64).tolist() == [[0, 1]]
     assert borders_to_square(torch.tensor([[0.0, 0.0, 16.0, 16.0]]), 64, 16).tolist() == [
         [-0.5, -0.5, 63.5, 63.5]
     ]

@@ -1,0 +1,199 @@
+"""Objectives that compare masks: semi-coupled, coupled, decoder finetuning (MobileSAM, sections 3.2 and 3.3).
+
+SAM's head makes masks of the student's embedding for prompts drawn at random. The masks that they should be are the
+teacher's, which the store's head makes of the stored embedding, or those of annotations.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid, Q objects drawn of one image,
+P prompts (one an object, B * Q of them), T mask tokens of a prompt (SAM's single mask, then its three), M side of the
+masks compared, h and w rows and columns of low-resolution masks (4g), 2 (height, width), 1 one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...common.errors import DistillError
+from ...sam.modeling.decode_prompts import decode_prompts
+from ...sam.modeling.head import SamHead
+from ...store import EmbeddingStore
+from ..config import DistillConfig
+from ..data.labels import mask_side
+from .base import BatchTotals, MicroBatch, Objective
+from .decoupled import decoupled_loss
+from .head import store_head, trainable_head
+from .masks import MaskLoss, MaskLossWeights, PromptedObjects
+from .prompts import point_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskOptions:
+    """Options of an objective that compares masks."""
+
+    mask_loss: MaskLoss
+    objects: int
+    """Objects of each image that are prompted in a step; an image's loss is the mean over those that it has."""
+    mse_weight: float
+    """Weight of the decoupled loss that is added; 0 leaves it out."""
+    region: str
+    """Region of the decoupled loss: "all" or "valid"."""
+
+    @classmethod
+    def from_config(cls, config: DistillConfig) -> Self:
+        """Return the options about masks of a configuration."""
+        weights = MaskLossWeights(focal=config.focal_weight, dice=config.dice_weight, iou=config.iou_weight)
+        return cls(
+            mask_loss=MaskLoss(rounds=config.rounds, boxes=config.boxes, weights=weights),
+            objects=config.objects,
+            mse_weight=config.mse_weight,
+            region=config.loss_region,
+        )
+
+
+class MaskObjective(Objective):
+    """Base of the objectives that compare masks; the subclasses differ in the weights that they train.
+
+    Args:
+        teacher_head: the store's head on the device, frozen; it makes the teacher's masks.
+        options: see `MaskOptions`.
+    """
+
+    def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
+        self.teacher_head = teacher_head
+        self.options = options
+
+    @classmethod
+    def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
+        """Build the objective with the store's head on `device`.
+
+        Raises:
+            DistillError: the store has no mask decoder, or a file that isn't one.
+            StoreDamaged: the file is not what was stored.
+        """
+        if not store.head_path.exists():
+            raise DistillError(
+                f"{store.path} has no mask decoder, which the objective {config.objective} needs: "
+                "precompute it again"
+            )
+        return cls(store_head(store, device), MaskOptions.from_config(config))
+
+    def loss(self, micro_batch: MicroBatch, totals: BatchTotals) -> Tensor:
+        """Return the micro-batch's share of the batch's loss: masks, and the weighted MSE of embeddings."""
+        options = self.options
+        head = self.teacher_head if self.head is None else self.head
+        student_BCHW = micro_batch.student_BCHW
+        with torch.autocast(student_BCHW.device.type, enabled=False):
+            objects = batch_objects(self.teacher_head, micro_batch, options.objects)
+            mask_loss, _ = options.mask_loss(head, student_BCHW, objects, micro_batch.generator)
+        loss = mask_loss / totals.images
+        if options.mse_weight:
+            mse = decoupled_loss(
+                student_BCHW,
+                micro_batch.teacher_BCHW,
+                micro_batch.valid_BHW,
+                totals.elements,
+                options.region,
+            )
+            loss = loss + options.mse_weight * mse
+        return loss
+
+
+class SemiCoupled(MaskObjective):
+    """Training of the student alone, through a head that stays as it is."""
+
+
+class Coupled(MaskObjective):
+    """Training of student and head together."""
+
+    def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
+        super().__init__(teacher_head, options)
+        self.head = trainable_head(teacher_head)
+
+
+class DecoderFinetuning(Coupled):
+    """Training of the head alone, for a student that is finished."""
+
+    trains_encoder = False
+
+
+def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) -> PromptedObjects:
+    """Return `count` objects of each image: those of its annotations where it has them, else the teacher's.
+
+    Where an image has fewer, places are left without an object and weigh 0; the objects that it has weigh 1 together.
+
+    Args:
+        teacher_head: the store's head, on the device of the micro-batch.
+        micro_batch: its generator draws the points of the teacher's masks.
+        count: objects of each image, Q; with annotations, the Q that the loader drew.
+
+    Returns:
+        B * Q objects, those of one image next to each other.
+    """
+    device = micro_batch.teacher_BCHW.device
+    side = mask_side(teacher_head.image_size)
+    sizes_B2 = micro_batch.sizes_B2.to(device, non_blocking=True)
+    valid_BMM = valid_pixels(sizes_B2, teacher_head.image_size, side)
+    image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
+    annotated = micro_batch.objects
+    # annotated_B is on the CPU, so that a GPU isn't waited for.
+    if annotated is not None and bool(annotated.annotated_B.all()):
+        masks_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_BMM[image_P]
+    else:
+        emb_PCHW, valid_PMM = micro_batch.teacher_BCHW[image_P], valid_BMM[image_P]
+        masks_PMM = teacher_masks(teacher_head, emb_PCHW, valid_PMM, micro_batch.generator)
+        if annotated is not None:
+            own_P = annotated.annotated_B.to(device, non_blocking=True)[image_P]
+            own_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_PMM
+            masks_PMM = torch.where(own_P[:, None, None], own_PMM, masks_PMM)
+    known_BQ = masks_PMM.flatten(1).any(dim=1).view(-1, count)
+    weight_BQ = known_BQ / known_BQ.sum(dim=1, keepdim=True).clamp(min=1)
+    return PromptedObjects(
+        masks_PMM=masks_PMM, image_P=image_P, valid_BMM=valid_BMM, weight_P=weight_BQ.flatten()
+    )
+
+
+@torch.no_grad()
+def teacher_masks(head: SamHead, emb_PCHW: Tensor, valid_PMM: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the teacher's mask for a point of each image, every pixel of the image as likely.
+
+    Of SAM's three masks it is the one with the highest predicted IoU.
+
+    Args:
+        head: the teacher's, on the device of the embeddings.
+        emb_PCHW: float32 (P, 256, g, g), the stored embedding of each prompt's image.
+        valid_PMM: bool (P, M, M), pixels that are image.
+        generator: on the CPU.
+
+    Returns:
+        bool (P, M, M) over the encoder's square, empty where the teacher sees no object at the point.
+    """
+    side = valid_PMM.shape[-1]
+    prompts = point_prompts(valid_PMM, head.image_size, generator)
+    logits_PThw, iou_PT = decode_prompts(head, emb_PCHW, prompts)
+    rows = torch.arange(len(logits_PThw), device=logits_PThw.device)
+    logits_P1hw = logits_PThw[rows, 1 + iou_PT[:, 1:].argmax(dim=1)][:, None]
+    logits_PMM = F.interpolate(logits_P1hw, (side, side), mode="bilinear", align_corners=False)[:, 0]
+    return (logits_PMM > 0) & valid_PMM
+
+
+def valid_pixels(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
+    """Return which pixels of a mask over the encoder's square are image: those whose centre lies in it.
+
+    `valid_cells` is the same for the embedding's grid. The first row and column always count.
+
+    Args:
+        sizes_B2: int64 (B, 2), height and width in pixels of each image in the encoder's square.
+        image_size: side of the encoder's square in pixels.
+        side: of the mask, M.
+
+    Returns:
+        bool (B, M, M), on the device of `sizes_B2`.
+    """
+    centres_M = (torch.arange(side, device=sizes_B2.device) + 0.5) * (image_size / side)
+    rows_BM, columns_BM = centres_M < sizes_B2[:, :1], centres_M < sizes_B2[:, 1:]
+    rows_BM[:, 0] = columns_BM[:, 0] = True
+    return rows_BM[:, :, None] & columns_BM[:, None, :]

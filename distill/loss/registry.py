@@ -1,0 +1,37 @@
+"""Registry of training objectives, by the names that `--objective` takes.
+
+To add one, write a subclass of `Objective` (base.py) and enter it here, and its name in `OBJECTIVES` of
+`distill/config.py`: options are checked, and the help is printed, without loading torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from ...store import EmbeddingStore
+from ..config import DistillConfig
+from .base import Objective
+from .coupled import Coupled, DecoderFinetuning, SemiCoupled
+from .decoupled import Decoupled
+
+OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
+    {
+        "decoupled": Decoupled,
+        "semi_coupled": SemiCoupled,
+        "coupled": Coupled,
+        "decoder": DecoderFinetuning,
+    }
+)
+
+
+def build_objective(config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Objective:
+    """Return the objective that `config` names, its heads on `device`.
+
+    Raises:
+        DistillError: it needs the store's head, and there is none or it isn't a SAM head.
+        StoreDamaged: the store's head is not what was stored.
+    """
+    return OBJECTIVES[config.objective].from_config(config, store, device)
