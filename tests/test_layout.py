@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +76,135 @@ def test_nobody_imports_the_command_line() -> None:
     for room in ROOMS:
         for path in _files(room):
             assert "cli" not in _rooms_imported(path)
+
+
+def _modules() -> dict[str, Path]:
+    """{dotted name below the package: file} of every module, packages as their folder's name."""
+    found = {}
+    for path in [*ROOT.glob("*.py"), *(path for room in ROOMS for path in _files(room))]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _imported(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports, those inside functions and for type checking included."""
+    folder = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                found.add(inner if inner in modules else ".".join(base))
+    return found & set(modules)
+
+
+def _imports_of_all() -> dict[str, set[str]]:
+    modules = _modules()
+    graph = {name: _imported(name, path, modules) for name, path in modules.items()}
+    for name, path in modules.items():
+        stub = path.with_suffix(".pyi")
+        if stub.exists():  # names that a package loads on first use
+            graph[name] |= _imported(name, path, modules) | {
+                ".".join([*name.split("."), module])
+                for level, module in _imports(stub)
+                if level == 1 and module
+            } & set(modules)
+    return graph
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    graph = _imports_of_all()
+    # The root and the rooms' own names are only a way in: what they load is counted where it stands.
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_package_stays_a_house_that_one_can_walk_through() -> None:
+    modules, graph = _modules(), _imports_of_all()
+    assert len(modules) < 155
+    importers = {name: {other for other in graph if name in graph[other]} for name in modules}
+    for name, path in modules.items():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 500, f"{path}: {lines} lines hold a second chapter"
+        if lines < 40 and path.name not in ("__init__.py", "__main__.py"):
+            assert len(importers[name]) != 1, f"{path}: {lines} lines that only {importers[name]} imports"
+
+
+def test_no_folder_holds_more_than_twenty_files() -> None:
+    count = Counter(str(Path(name).parent) for name in _tracked())
+    assert {folder: files for folder, files in count.items() if files > 20} == {}
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = function.args
+    names = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def _is_frozen(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and any(
+        word.arg == "frozen" and getattr(word.value, "value", False) for word in decorator.keywords
+    )
+
+
+def test_nothing_takes_more_than_eight_parameters_but_frozen_dataclasses() -> None:
+    for path in _modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert _parameters(node) <= 8, f"{path}:{node.lineno} {node.name}"
+            elif isinstance(node, ast.ClassDef) and "dataclass" in ast.unparse(node.decorator_list):
+                fields = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+                frozen = any(map(_is_frozen, node.decorator_list))
+                assert frozen or len(fields) <= 8, f"{path}:{node.lineno} {node.name}"
+
+
+RIDDLES = re.compile(r"(What|Whether|Which|How|Of|As|Where|That|Those|None where)\b")
+
+
+def test_docstrings_open_with_what_a_thing_does_or_is() -> None:
+    for path in _modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                assert not RIDDLES.match(text), f"{path}:{getattr(node, 'lineno', 1)} {text[:60]!r}"
+
+
+LEGEND = re.compile(r"Shape suffixes:(.*?)(?:\n\n|\Z)", re.DOTALL)
+SUFFIX = re.compile(r"[a-z0-9]_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*|[ghpnw]+[0-9]*)\Z")
+
+
+def _letters(path: Path) -> set[str]:
+    """Letters that a module's names end in to tell shapes, as B, C, H and W in `emb_BCHW`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+        suffix = SUFFIX.search(name)
+        if suffix and not name.isupper():
+            found |= {letter for letter in suffix.group(1) if letter.isalpha()}
+    return found
+
+
+def test_shape_suffixes_have_a_legend_and_one_meaning() -> None:
+    table = (ROOT / "docs" / "ARCHITECTURE.md").read_text().split("## Letters of shapes")[1].split("\n## ")[0]
+    known = set("".join(re.findall(r"^\| `([A-Za-z, `]+)` \|", table, re.MULTILINE))) - set(", `")
+    for path in _modules().values():
+        letters = _letters(path)
+        legend = LEGEND.search(ast.get_docstring(ast.parse(path.read_text())) or "")
+        assert not letters or legend, f"{path}: no legend for {sorted(letters)}"
+        told = set(re.findall(r"\b[A-Za-z]\b", legend.group(1))) if legend else set()
+        assert letters <= told, f"{path}: the legend lacks {sorted(letters - told)}"
+        assert letters <= known, f"{path}: docs/ARCHITECTURE.md lacks {sorted(letters - known)}"
 
 
 def test_torch_stays_out_of_the_store() -> None:
