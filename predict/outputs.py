@@ -51,9 +51,8 @@ class Outputs:
     """
 
     def __init__(self) -> None:
-        self._written: list[
-            tuple[Path, Path, str]
-        ] = []  # temporary file, its place, the option that named it
+        # Temporary file, its place, the option that named it.
+        self._written: list[tuple[Path, Path, str]] = []
         self._made: list[Path] = []
 
     def __enter__(self) -> Outputs:

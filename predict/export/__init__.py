@@ -1,1 +1,4 @@
-"""Files for other runtimes: MobileSAM's checkpoint format, ONNX, safetensors with a model card."""
+"""Files for other runtimes: MobileSAM's checkpoint format, ONNX, safetensors with a model card.
+
+The way in is `run.py`.
+"""

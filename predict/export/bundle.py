@@ -1,4 +1,4 @@
-"""An export's folder: what is in it, what it says of itself, and replacing an older one."""
+"""An export's folder: its files, their description in model.json, and replacing an older export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...sam import preprocessing_recipe
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ..model import Model
 from ..outputs import Outputs, check_writable, is_partial
-from .model_card import card
+from .model_card import model_card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import versions
@@ -32,12 +32,14 @@ CARD_FILE = "README.md"
 FILES = (TORCH_FILE, MODEL_FILE, ENCODER_FILE, DECODER_FILE, CARD_FILE, DESCRIPTION_FILE)
 
 MAX_DESCRIPTION = 1 << 20
+"""Bytes of model.json that are read to recognise an older export."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that an export could not be written to, or that holds something else than an export.
+    """Refuse a folder that an export can't be written to, or that holds anything but an older export.
 
-    Raises PredictError.
+    Raises:
+        PredictError: names the first of the other files, or the reason.
     """
     if not folder.exists():
         if folder.is_symlink():
@@ -56,7 +58,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether its description is ours, so that the rest may be replaced."""
+    """Return True if the folder holds a model.json of this format, so that its files may be replaced."""
     try:
         with open(folder / DESCRIPTION_FILE, "rb") as file:
             description = json.loads(file.read(MAX_DESCRIPTION))
@@ -66,12 +68,19 @@ def _is_export(folder: Path) -> bool:
 
 
 def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
-    """Exports everything into a folder that `check_folder` let pass: `files`, `checks`, `left_out`, `warnings`.
+    """Export everything into a folder that passed `check_folder`.
 
-    All files take their places together, after the ONNX ones were checked; those of an older export that this student
-    has none of are removed. Raises PredictError.
+    All files are renamed to their places together, after the ONNX files were checked. Files of an older export that
+    this student has no counterpart of are removed.
+
+    Returns:
+        `files` (name -> `bytes`, `sha256`), `checks` (ONNX file -> comparison with torch), `left_out` (file ->
+        reason) and `warnings`.
+
+    Raises:
+        PredictError: the ONNX export failed, or a file can't be written.
     """
-    known, warnings = _known(model)
+    known, warnings = _describe_model(model)
     content: dict[str, bytes] = {}
     left_out = {}
     reason = unsupported_reason(model.student)
@@ -90,12 +99,12 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     }
     warning = size_warning(model) if reason is None else None
     warnings += [] if warning is None else [f"{TORCH_FILE}: {warning}"]
-    content[CARD_FILE] = card(description, warnings).encode()
-    description["files"] = {name: describe(data) for name, data in content.items()}
+    content[CARD_FILE] = model_card(description, warnings).encode()
+    description["files"] = {name: describe_file(data) for name, data in content.items()}
     content[DESCRIPTION_FILE] = json.dumps(description, indent=1).encode() + b"\n"
     _write(folder, content)
     return {
-        "files": {name: describe(data) for name, data in content.items()},
+        "files": {name: describe_file(data) for name, data in content.items()},
         "checks": description["checks"],
         "left_out": left_out,
         "warnings": warnings,
@@ -111,17 +120,17 @@ def _write(folder: Path, content: Mapping[str, bytes]) -> None:
         outputs.commit(stale)
 
 
-def describe(data: bytes) -> dict[str, Any]:
-    """A file's length in bytes and hex SHA-256."""
+def describe_file(data: bytes) -> dict[str, Any]:
+    """Return a file's length in bytes and hex SHA-256."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
-    """model.safetensors: what `load_student` and `load_model` rebuild the model from."""
+    """Return the content of model.safetensors, from which `load_student` and `load_model` rebuild the model."""
     state = model.sam.state_dict()
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     kept = {key: known[key] for key in ("data", "metrics") if known[key] is not None}
-    # save_student writes a file, atomically; here it is one of several that go out together.
+    # save_student writes one file by itself; here it is one of several that are renamed together.
     with (
         explain_os_errors(Path(gettempdir()), PredictError, "a temporary file"),
         TemporaryDirectory(prefix="mobilesam-") as folder,
@@ -132,8 +141,8 @@ def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
         return path.read_bytes()
 
 
-def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
-    """What is recorded of the model, as JSON values, None for what isn't; and what its user has to know."""
+def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
+    """Return what is recorded of the model as JSON values, None for what isn't, and warnings for its users."""
     info, warnings = model.info, list(model.notes)
     metrics, data = _object(info.get("metrics")), _object(info.get("data"))
     if model.run is not None:
@@ -159,7 +168,7 @@ def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
         "teacher": None
         if teacher is None
         else {"name": teacher, "checkpoint_sha256": info.get("checkpoint_sha256")},
-        # Its name alone: a folder that is passed on need not tell where things lay.
+        # The name without its folders: an export that is passed on doesn't show the paths of this machine.
         "head": Path(model.head_source).name,
         "data": data,
         "metrics": metrics,
@@ -172,12 +181,12 @@ def _known(model: Model) -> tuple[dict[str, Any], list[str]]:
 
 
 def _object(value: Any) -> dict[str, Any] | None:
-    """A JSON object; None for what a student's file of another origin may have in its place."""
+    """Return `value` if it is a JSON object, else None: a student's file from elsewhere may hold anything."""
     return value if isinstance(value, dict) else None
 
 
 def _metrics(model: Model) -> dict[str, Any] | None:
-    """The held-out images' metrics of the epoch that the student is of."""
+    """Return the metrics on held-out images of the epoch that the student was saved in; None if there are none."""
     assert model.run is not None
     lines = [line for line in model.run.history() if line["kind"] == "val"]
     found = next((line for line in reversed(lines) if line["step"] == model.info.get("step")), None)

@@ -1,4 +1,4 @@
-"""The model card: what an exported model is, how good it is, and how each of its files is used."""
+"""Model card of an export: the model, its metrics, the use of each file, licences."""
 
 from __future__ import annotations
 
@@ -61,10 +61,15 @@ from.
 """
 
 
-def card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
-    """README.md of an export's folder, as Markdown.
+def model_card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
+    """Return the README.md of an export's folder.
 
-    `description` is that of model.json without `files`; what it holds None for is said to be not recorded.
+    Args:
+        description: the object of model.json without `files`; None in it is shown as "not recorded".
+        warnings: notes for the model's users, one sentence each.
+
+    Returns:
+        Markdown.
     """
     parts = [
         f"# {_text(description['student'])}, a student of Segment Anything",
@@ -83,7 +88,7 @@ def card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """Fit for a table's cell, whatever a file had it be."""
+    """Return one line of at most 200 characters without Markdown or HTML: the value comes from a student's file."""
     if value is None:
         return UNKNOWN
     return shown(str(value))[:200].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
@@ -106,7 +111,7 @@ def _facts(description: Mapping[str, Any]) -> str:
         "trained for": None
         if description["epoch"] is None
         else f"{description['epoch']} epochs, {description['step']} steps",
-        "began from": _began(description),
+        "began from": _initial_weights(description),
         "run": description["run"],
         "trained with": _versions(description["trained_with"]),
         "exported with": _versions(description["versions"]),
@@ -115,15 +120,15 @@ def _facts(description: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _began(description: Mapping[str, Any]) -> str | None:
+def _initial_weights(description: Mapping[str, Any]) -> str | None:
     init = description["init"]
     if init is None:
         return "random weights" if description["run"] is not None else None
     return f"{init.get('file')}, SHA-256 {init.get('sha256')}"
 
 
-def _versions(found: Any) -> str | None:
-    return ", ".join(f"{name} {version}" for name, version in found.items()) if found else None
+def _versions(versions: Any) -> str | None:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) if versions else None
 
 
 def _metrics(metrics: Mapping[str, Any] | None) -> str:

@@ -1,8 +1,11 @@
 """SAM's prompt encoder and mask decoder as one ONNX file, up to masks in the photo's own resolution.
 
-Inputs and outputs are those of segment_anything's SamOnnxModel (utils/onnx.py), but for more prompts at once, and all
-four masks of each. Shape suffixes: P prompts, N points of a prompt, M mask inputs (1 or P), C channels, H and W rows
-and columns, D sides.
+Inputs and outputs have the names of segment_anything's SamOnnxModel (utils/onnx.py), but the file takes several
+prompts at once, and gives all four masks of each.
+
+Shape suffixes: P prompts, p mask inputs (one for all prompts, or P), N points of one prompt, T mask tokens of a
+prompt (SAM's single mask, then its three), C channels, H, W rows and columns of an image, map or mask, h, w those of
+low-resolution masks (4g), S side of the encoder's square, 2 (x, y) or (height, width).
 """
 
 from __future__ import annotations
@@ -17,18 +20,26 @@ from torch import Tensor, nn
 
 from ...sam import resized_size
 from ..model import Model
-from .onnx_encoder import made_up_pixels
-from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, rename_axes, to_onnx
+from .onnx_encoder import synthetic_pixels
+from .onnx_graph import (
+    OnnxFile,
+    Session,
+    check_difference,
+    relative_difference,
+    rename_axes,
+    serialize,
+    to_onnx,
+)
 
 LIMIT = 1e-3
-"""Of the greatest difference from torch over the output's greatest magnitude."""
+"""Largest difference from torch allowed, relative to the output's greatest magnitude."""
 
 ROUNDING = 20
-"""How many times torch's own float32 error, as float64 tells it, is allowed where that is more than LIMIT. A trained
-head amplifies rounding little; an untrained one does a thousand times more, in torch as in onnxruntime."""
+"""Multiple of torch's own float32 error, measured against float64, that is allowed where it is more than LIMIT. A
+trained head amplifies rounding little; an untrained one a thousand times more, in torch as in onnxruntime."""
 
 UPSCALE_LIMIT = 1e-5
-"""The same for the last step alone, which amplifies nothing whatever the weights."""
+"""Largest relative difference allowed for the upscaling of masks alone, which amplifies nothing with any weights."""
 
 INPUTS = (
     "image_embeddings",
@@ -53,10 +64,10 @@ DESCRIPTION = (
 
 
 class Decoder(nn.Module):
-    """Prompts and an embedding to masks, in operations that an ONNX graph can have."""
+    """Network from an embedding and prompts to masks, made of operations that ONNX has."""
 
     dense_pe_1CHW: Tensor
-    upscale_DD: Tensor
+    upscale_Sw: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -64,7 +75,7 @@ class Decoder(nn.Module):
         self.mask_decoder: MaskDecoder = sam.mask_decoder
         self.image_size: int = sam.image_encoder.img_size
         self.register_buffer("dense_pe_1CHW", sam.prompt_encoder.get_dense_pe())
-        self.register_buffer("upscale_DD", two_taps(self.image_size // 4, self.image_size))
+        self.register_buffer("upscale_Sw", bilinear_matrix(self.image_size // 4, self.image_size))
 
     def forward(
         self,
@@ -75,20 +86,34 @@ class Decoder(nn.Module):
         has_mask_input: Tensor,
         orig_im_size: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shapes as DESCRIPTION tells; masks, their predicted IoUs, and masks in a quarter of the square's size."""
-        dense_MCHW = self._embed_masks(mask_input, has_mask_input)
+        """Predict all four masks of each prompt.
+
+        Args:
+            image_embeddings: (1, 256, g, g).
+            point_coords: (P, N, 2), x and y in pixels of the resized image.
+            point_labels: (P, N): 1 on the object, 0 off it, 2 and 3 a box's top left and bottom right corner, -1
+                padding.
+            mask_input: (p, 1, 4g, 4g), logits.
+            has_mask_input: (1,), 0 where `mask_input` is to be ignored.
+            orig_im_size: (2,), height and width of the photo.
+
+        Returns:
+            Logits (P, 4, H, W) at the photo's size, predicted IoUs (P, 4), and logits (P, 4, 4g, 4g) over the
+            encoder's square.
+        """
+        dense_pCHW = self._embed_masks(mask_input, has_mask_input)
         prompts, given = point_coords.shape[0], mask_input.shape[0]
-        each = torch.arange(prompts, device=dense_MCHW.device).clamp(max=given - 1)
-        low_PCHW, iou_PC = self.mask_decoder.predict_masks(
+        each = torch.arange(prompts, device=dense_pCHW.device).clamp(max=given - 1)
+        low_PThw, iou_PT = self.mask_decoder.predict_masks(
             image_embeddings=image_embeddings,
             image_pe=self.dense_pe_1CHW,
             sparse_prompt_embeddings=self._embed_points(point_coords, point_labels),
-            dense_prompt_embeddings=dense_MCHW.index_select(0, each),
+            dense_prompt_embeddings=dense_pCHW.index_select(0, each),
         )
-        return self._upscale(low_PCHW, orig_im_size), iou_PC, low_PCHW
+        return self._upscale(low_PThw, orig_im_size), iou_PT, low_PThw
 
     def _embed_points(self, coords_PN2: Tensor, labels_PN: Tensor) -> Tensor:
-        """As PromptEncoder's _embed_points and _embed_boxes, which write into parts of a tensor."""
+        """Compute PromptEncoder's `_embed_points` and `_embed_boxes`, without their writes into parts of a tensor."""
         positions_PNC = self.prompt_encoder.pe_layer._pe_encoding((coords_PN2 + 0.5) / self.image_size)
         labels_PN1 = labels_PN[..., None]
         padding_C = self.prompt_encoder.not_a_point_embed.weight
@@ -97,57 +122,61 @@ class Decoder(nn.Module):
             points_PNC = torch.where(labels_PN1 == label, points_PNC + kind.weight, points_PNC)
         return points_PNC
 
-    def _embed_masks(self, mask_M1HW: Tensor, has_mask_1: Tensor) -> Tensor:
-        given_MCHW = self.prompt_encoder.mask_downscaling(mask_M1HW)
+    def _embed_masks(self, mask_p1hw: Tensor, has_mask_1: Tensor) -> Tensor:
+        given_pCHW = self.prompt_encoder.mask_downscaling(mask_p1hw)
         none_1C11 = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-        return torch.where(has_mask_1 > 0, given_MCHW, none_1C11)
+        return torch.where(has_mask_1 > 0, given_pCHW, none_1C11)
 
-    def _upscale(self, low_PCHW: Tensor, original_2: Tensor) -> Tensor:
-        """Sam.postprocess_masks: to the square, without its padding, to the photo.
+    def _upscale(self, low_PThw: Tensor, original_2: Tensor) -> Tensor:
+        """Resample masks as `Sam.postprocess_masks` does: to the square, cropped of its padding, to the photo.
 
-        Each step is linear along each axis, so that all of it is one matrix an axis.
+        Each step is linear along each axis, so that together they are one matrix for each axis.
         """
         resized_2, original_2 = self.resized(original_2), original_2.long()
-        rows_HD = self._resampling(original_2[0], resized_2[0])
-        columns_WD = self._resampling(original_2[1], resized_2[1])
-        return rows_HD @ low_PCHW @ columns_WD.T
+        rows_Hh = self._resampling(original_2[0], resized_2[0])
+        columns_Ww = self._resampling(original_2[1], resized_2[1])
+        return rows_Hh @ low_PThw @ columns_Ww.T
 
     def resized(self, original_2: Tensor) -> Tensor:
-        """int64 (2,): height and width of the photo once it is resized, as `resized_size` has them."""
-        # In double precision, as Python computes it: in float32 the rounding may come out otherwise.
+        """Return the photo's height and width after resizing, int64 (2,), equal to `resized_size`."""
+        # In double precision, as Python computes it: float32 may round to another integer.
         original_2 = original_2.double()
-        # Not a number by a tensor: torch would multiply by the reciprocal, which rounds twice.
+        # A tensor as the numerator: for a number torch multiplies by the reciprocal, which rounds twice.
         scale = torch.full_like(original_2, self.image_size) / original_2.max()
         return (original_2 * scale + 0.5).long()
 
     def _resampling(self, original: Tensor, resized: Tensor) -> Tensor:
-        """(original side, 4g): a side of the low resolution masks to one of the photo, by way of the square."""
+        """Return the matrix (original side, 4g) that takes low-resolution masks to the photo along one axis."""
         side = original.item()
         torch._check(side >= 1)
-        dtype = self.upscale_DD.dtype
+        dtype = self.upscale_Sw.dtype
         step = resized.to(dtype) / original.to(dtype)
         centres = ((torch.arange(side, dtype=dtype, device=original.device) + 0.5) * step - 0.5).clamp(min=0)
         first = torch.minimum(centres.long(), resized - 1)
-        # What lies beyond the resized image is padding: its last row stands for it.
+        # Beyond the resized image is padding, which is cropped: the image's last row is repeated there.
         second = torch.minimum(first + 1, resized - 1)
         share_H1 = (centres - first)[:, None]
-        return self.upscale_DD[first] * (1 - share_H1) + self.upscale_DD[second] * share_H1
+        return self.upscale_Sw[first] * (1 - share_H1) + self.upscale_Sw[second] * share_H1
 
 
-def two_taps(inputs: int, outputs: int) -> Tensor:
-    """float32 (outputs, inputs): what `F.interpolate`, bilinear without align_corners, does along one axis."""
-    eye_1DD = torch.eye(inputs)[None]
-    return nn.functional.interpolate(eye_1DD, size=outputs, mode="linear", align_corners=False)[
-        0
-    ].T.contiguous()
+def bilinear_matrix(inputs: int, outputs: int) -> Tensor:
+    """Return float32 (outputs, inputs): bilinear `F.interpolate` along one axis, align_corners False, as a matrix."""
+    eye = torch.eye(inputs)[None]
+    return nn.functional.interpolate(eye, size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
 
 
 def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
-    """Prompt encoder and mask decoder, checked in onnxruntime against SamPredictor.
+    """Export prompt encoder and mask decoder, and compare them in onnxruntime with SamPredictor.
 
-    Inputs and outputs as DESCRIPTION tells. Checked are points, boxes and mask inputs, one prompt and several, on
-    photos larger and smaller than the encoder's square. Raises PredictError when it can't be exported or doesn't
-    compute what SamPredictor computes.
+    Inputs and outputs are those of DESCRIPTION. The comparison covers points, boxes and mask inputs, one prompt and
+    several, on photos larger and smaller than the encoder's square.
+
+    Args:
+        model: on the CPU.
+        name: the file's name, for messages.
+
+    Raises:
+        PredictError: torch can't export it, or it doesn't compute what SamPredictor computes.
     """
     decoder = Decoder(model.sam).eval()
     proto = to_onnx(
@@ -155,12 +184,12 @@ def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
     )
     masks = proto.graph.output[0].type.tensor_type.shape.dim
     rename_axes(proto, {masks[2].dim_param: "height", masks[3].dim_param: "width"})
-    data = finish(proto, "prompt encoder and mask decoder", model, DESCRIPTION)
+    data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION)
     session = Session(data)
     cases = list(_cases(model))
-    refuse(name, _compare_upscaling(model.sam, session, cases), UPSCALE_LIMIT)
+    check_difference(name, _compare_upscaling(model.sam, session, cases), UPSCALE_LIMIT)
     difference, limit = _compare(model.sam, decoder, session, cases)
-    refuse(name, difference, limit)
+    check_difference(name, difference, limit)
     return OnnxFile(data=data, max_relative_difference=difference, limit=limit)
 
 
@@ -178,7 +207,7 @@ def _example(size: int) -> dict[str, Tensor]:
 def _compare(
     sam: Sam, decoder: Decoder, session: Session, cases: Sequence[Mapping[str, Tensor]]
 ) -> tuple[float, float]:
-    """The greatest relative difference from SamPredictor over all cases, and the limit for it."""
+    """Return the greatest relative difference from SamPredictor over all cases, and the limit for it."""
     exact = copy.deepcopy(decoder).double()
     predictor = SamPredictor(sam)
     difference, limit = 0.0, LIMIT
@@ -193,11 +222,11 @@ def _compare(
 
 
 def _compare_upscaling(sam: Sam, session: Session, cases: Sequence[Mapping[str, Tensor]]) -> float:
-    """The greatest relative difference of masks from what Sam makes of the same low resolution masks."""
+    """Return the greatest relative difference of masks from Sam's upscaling of the same low-resolution masks."""
     difference = 0.0
     for inputs in cases:
         masks, _, low = session.run(inputs)
-        original = _size(inputs)
+        original = _original_size(inputs)
         resized = resized_size(*original, sam.image_encoder.img_size)
         wanted = sam.postprocess_masks(low, resized, original)
         difference = max(difference, relative_difference(masks, wanted))
@@ -205,20 +234,20 @@ def _compare_upscaling(sam: Sam, session: Session, cases: Sequence[Mapping[str, 
 
 
 def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
-    """Points, boxes, both, with and without masks, one prompt and several, for photos of several sizes."""
+    """Generate inputs: points, boxes, both, with and without masks, one prompt and several, several photo sizes."""
     size, half = model.image_size, model.image_size // 2
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        emb_1CHW = model.sam.image_encoder(made_up_pixels(1, size))
+        emb_1CHW = model.sam.image_encoder(synthetic_pixels(1, size))
 
     def case(labels: list[list[int]], masks: int, height: int, width: int) -> dict[str, Tensor]:
         labels_PN = torch.tensor(labels, dtype=torch.float32)
         coords_PN2 = torch.rand(*labels_PN.shape, 2, generator=generator) * half
         coords_PN2[labels_PN == 3] += half  # right of and below the box's other corner
-        mask_M1HW = torch.randn(max(masks, 1), 1, size // 4, size // 4, generator=generator) * 5
+        mask_p1hw = torch.randn(max(masks, 1), 1, size // 4, size // 4, generator=generator) * 5
         sizes_2 = torch.tensor([float(height), float(width)])
         has_mask_1 = torch.tensor([float(masks > 0)])
-        tensors = (emb_1CHW, coords_PN2, labels_PN, mask_M1HW, has_mask_1, sizes_2)
+        tensors = (emb_1CHW, coords_PN2, labels_PN, mask_p1hw, has_mask_1, sizes_2)
         return dict(zip(INPUTS, tensors, strict=True))
 
     yield case([[1, -1]], 0, half + 1, half * 2 // 3)
@@ -227,15 +256,15 @@ def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
     yield case([[1, 0, -1], [0, 1, -1]], 2, size * 3 // 4, size * 5 // 4 + 1)
 
 
-def _size(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
+def _original_size(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
     height, width = (int(side) for side in inputs["orig_im_size"].tolist())
     return height, width
 
 
 def _predict_torch(predictor: SamPredictor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """segment_anything's own way, asked twice: for the single mask, and for the three."""
+    """Return the file's three outputs as SamPredictor computes them, for the single mask and then for the three."""
     predictor.features = inputs["image_embeddings"]
-    original = _size(inputs)
+    original = _original_size(inputs)
     predictor.original_size = original
     predictor.input_size = resized_size(*original, predictor.model.image_encoder.img_size)
     predictor.is_image_set = True

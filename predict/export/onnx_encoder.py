@@ -1,4 +1,8 @@
-"""A student's image encoder as an ONNX file."""
+"""A student's image encoder as an ONNX file, checked against torch.
+
+Shape suffixes: B images of a batch, C channels, H, W rows and columns of an image or map, S side of the encoder's
+square (pixels), 2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ from torch import Tensor
 
 from ...sam import normalize_and_pad
 from ..model import Model
-from .onnx_graph import OnnxFile, Session, finish, refuse, relative_difference, to_onnx
+from .onnx_graph import OnnxFile, Session, check_difference, relative_difference, serialize, to_onnx
 
 LIMIT = 1e-4
-"""Of the greatest difference from torch over the embedding's greatest magnitude. float32 in another order: measured
-2e-6 on every kind of student."""
+"""Largest difference from torch allowed, relative to the embedding's greatest magnitude. The same float32 arithmetic
+in another order gives 2e-6 on every kind of student, measured."""
 
 INPUT, OUTPUT = "pixels", "image_embeddings"
 BATCHES = (1, 3)
@@ -24,10 +28,17 @@ DESCRIPTION = (
 
 
 def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
-    """The encoder, checked in onnxruntime against torch on batches of 1 and 3 made-up photos.
+    """Export the encoder, and compare it in onnxruntime with torch on batches of 1 and 3 synthetic photos.
 
-    Input `pixels`, float32 (B, 3, S, S) normalised and padded, for any B; output `image_embeddings`, float32
-    (B, 256, S/16, S/16). Raises PredictError when it can't be exported or doesn't compute what torch computes.
+    The file has the input `pixels`, float32 (B, 3, S, S), normalised and padded, for any B, and the output
+    `image_embeddings`, float32 (B, 256, S/16, S/16).
+
+    Args:
+        model: on the CPU.
+        name: the file's name, for messages.
+
+    Raises:
+        PredictError: torch can't export it, or it doesn't compute what torch computes.
     """
     encoder, size = model.sam.image_encoder, model.image_size
     proto = to_onnx(
@@ -37,21 +48,30 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
         {INPUT: {0: "batch"}},
         f"the encoder {model.student}",
     )
-    data = finish(proto, "image encoder", model, DESCRIPTION)
+    data = serialize(proto, "image encoder", model, DESCRIPTION)
     session = Session(data)
     difference = 0.0
     for batch in BATCHES:
-        pixels_BCHW = made_up_pixels(batch, size)
+        pixels_BCHW = synthetic_pixels(batch, size)
         with torch.no_grad():
             wanted_BCHW = encoder(pixels_BCHW)
         (found_BCHW,) = session.run({INPUT: pixels_BCHW})
         difference = max(difference, relative_difference(found_BCHW, wanted_BCHW))
-    refuse(name, difference, LIMIT)
+    check_difference(name, difference, LIMIT)
     return OnnxFile(data=data, max_relative_difference=difference, limit=LIMIT)
 
 
-def made_up_pixels(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Pictures with a photo's smooth parts, edges and grain, of several shapes, from a seed: float32 (B, 3, S, S)."""
+def synthetic_pixels(batch: int, size: int, seed: int = 0) -> Tensor:
+    """Generate pictures with a photo's smooth parts, edges and grain, in three aspect ratios.
+
+    Args:
+        batch: number of pictures.
+        size: side S of the encoder's square in pixels.
+        seed: of the random numbers; equal seeds give equal pictures.
+
+    Returns:
+        float32 (B, 3, S, S), normalised and padded.
+    """
     generator = torch.Generator().manual_seed(seed)
     coarse_BCHW = torch.rand(batch, 3, 8, 8, generator=generator) * 255
     smooth_BCHW = F.interpolate(coarse_BCHW, size=(size, size), mode="bicubic", align_corners=False)

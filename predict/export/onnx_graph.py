@@ -1,4 +1,4 @@
-"""A network as the bytes of one ONNX file, and the comparison of what onnxruntime makes of it with torch."""
+"""Conversion of a network to one ONNX file, and comparison of its outputs in onnxruntime with torch's."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from ..model import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**20
-"""A protobuf message, as which an ONNX file without further files is written, ends at 2 GiB."""
+"""Largest size of an ONNX file's weights: without further files it is one protobuf message, which ends at 2 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OnnxFile:
-    """A file's content, and its check: the greatest relative difference from torch, and the limit it stayed below."""
+    """Content of an ONNX file, and how it compared with torch."""
 
     data: bytes
     max_relative_difference: float
+    """Greatest difference of an output from torch's, over the output's greatest magnitude."""
     limit: float
+    """Largest such difference allowed."""
 
     def check(self) -> dict[str, float]:
-        """The check as JSON values."""
+        """Return the comparison as JSON values."""
         return {"max_relative_difference": self.max_relative_difference, "limit": self.limit}
 
 
 def check_tools() -> None:
-    """Raises PredictError unless everything that an ONNX export and its check need is installed."""
+    """Refuse, with PredictError, an installation without the packages that an ONNX export and its check need."""
     missing = [name for name in TOOLS if not _importable(name)]
     if missing:
         raise PredictError(
@@ -63,16 +65,20 @@ def to_onnx(
     dynamic: Mapping[str, Mapping[int, str]],
     what: str,
 ) -> Any:
-    """The network as an onnx.ModelProto, by torch.export.
+    """Convert a network by torch.export.
 
     Args:
         network: in evaluation mode, on the CPU.
         inputs: name -> an example, in the order of the network's arguments; an axis that may vary is 2 or more long.
         outputs: names, in order.
         dynamic: input -> axis -> the name of a length that may vary; equal names are equal lengths.
-        what: the network, for messages.
+        what: description of the network, for messages.
 
-    Raises PredictError when torch can't export it, or it is too large for one file.
+    Returns:
+        An onnx.ModelProto.
+
+    Raises:
+        PredictError: torch can't export the network, or it is too large for one file.
     """
     size = sum(value.nbytes for value in network.state_dict().values())
     if size > MAX_BYTES:
@@ -82,7 +88,7 @@ def to_onnx(
     dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
     shapes = [{axis: dims[name] for axis, name in dynamic.get(key, {}).items()} or None for key in inputs]
     try:
-        # With the other attentions torch.export notes strides that their decomposition for ONNX doesn't keep.
+        # For other attention backends torch.export records strides that their decomposition for ONNX doesn't keep.
         with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             program = torch.onnx.export(
                 network,
@@ -93,7 +99,7 @@ def to_onnx(
                 dynamic_shapes=tuple(shapes),
                 verbose=False,
             )
-    # A student may be any of timm's networks: whatever the exporter makes of one, the user is told.
+    # A student may be any of timm's networks, and the exporter may fail on one with any exception.
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise PredictError(f"torch can't export {what} to ONNX: {reason[0][:200]}") from error
@@ -103,18 +109,25 @@ def to_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings of its own deprecations, and its prints of whole graphs where it tries again."""
+    """Suppress torch's warnings about its own deprecations, and the graphs that it prints when it retries."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-def finish(proto: Any, part: str, model: Model, description: str) -> bytes:
-    """The file's content: `proto` with what its user has to know, without traces of where it was made."""
+def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:
+    """Return the file's content: `proto` with metadata, and without traces of the machine that made it.
+
+    Args:
+        proto: an onnx.ModelProto; changed in place.
+        part: which half of the model it is, for the metadata.
+        model: what the metadata describes.
+        description: inputs and outputs, in words; becomes the file's doc string.
+    """
     from onnx import helper
 
     for noted in (proto.graph, *proto.graph.node, *proto.graph.value_info):
-        noted.ClearField("metadata_props")  # torch's own notes, with stack traces of this machine
+        noted.ClearField("metadata_props")  # torch's own, with stack traces of this machine
     proto.doc_string = description
     helper.set_model_props(proto, {**_metadata(model), "part": part})
     data: bytes = proto.SerializeToString()
@@ -122,7 +135,7 @@ def finish(proto: Any, part: str, model: Model, description: str) -> bytes:
 
 
 def _metadata(model: Model) -> dict[str, str]:
-    """What the file says of itself: strings, those that aren't names as JSON."""
+    """Return the file's metadata as strings: names as they are, other values as JSON."""
     known = {key: model.info[key] for key in ("teacher", "checkpoint_sha256") if key in model.info}
     return {
         "format": "mobilesam onnx 1",
@@ -135,7 +148,7 @@ def _metadata(model: Model) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """What makes the files."""
+    """Return the versions of Python and of the packages that make the files."""
     from importlib.metadata import version
 
     return {
@@ -146,7 +159,7 @@ def versions() -> dict[str, str]:
 
 
 def rename_axes(proto: Any, names: Mapping[str, str]) -> None:
-    """Gives lengths that torch named by itself names that tell what they are."""
+    """Rename variable lengths in place: name given by torch -> name that says what the length is."""
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
@@ -154,7 +167,7 @@ def rename_axes(proto: Any, names: Mapping[str, str]) -> None:
 
 
 class Session:
-    """An ONNX file's content, run by onnxruntime on the CPU, on as many threads as torch."""
+    """onnxruntime session of an ONNX file's content, on the CPU, with as many threads as torch."""
 
     def __init__(self, data: bytes) -> None:
         import onnxruntime
@@ -165,13 +178,16 @@ class Session:
         self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs, in order."""
+        """Run the network on name -> tensor, and return its outputs in order."""
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
         return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """The greatest difference over the greatest magnitude; infinite where shapes differ or a number isn't finite."""
+    """Return the greatest absolute difference over the greatest magnitude in `wanted`.
+
+    Infinite where shapes differ or a number isn't finite.
+    """
     if found.shape != wanted.shape:
         return float("inf")
     scale = float(wanted.abs().max())
@@ -179,8 +195,8 @@ def relative_difference(found: Tensor, wanted: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def refuse(name: str, difference: float, limit: float) -> None:
-    """Raises PredictError for a file that doesn't compute what torch computes."""
+def check_difference(name: str, difference: float, limit: float) -> None:
+    """Refuse, with PredictError, the file `name` when its relative difference from torch is above the limit."""
     if difference > limit:
         raise PredictError(
             f"{name} computes something else than torch does: a relative difference of {difference:.2g}, "

@@ -1,4 +1,4 @@
-"""Student and head in mobile_sam.pt's format, which upstream's own code loads."""
+"""Student and head as a checkpoint in mobile_sam.pt's format, which upstream's own code loads."""
 
 from __future__ import annotations
 
@@ -16,23 +16,16 @@ from ..model import Model
 UPSTREAM_STUDENT = "tiny_vit"
 UPSTREAM_IMAGE_SIZE = 1024
 CLASSES = 1000
-"""Of ImageNet: upstream's TinyViT has a classifier, which SAM never uses and its strict loading asks for."""
+"""ImageNet's: upstream's TinyViT has a classifier, which SAM never uses but strict loading requires."""
 
 
-def why_not_torch(student: str) -> str | None:
-    """Why there is no .pt of this student; None where there is one."""
-    if student == UPSTREAM_STUDENT:
-        return None
-    known = f"only for TinyViT-5M ({UPSTREAM_STUDENT})"
-    return f"MobileSAM's own code, which a .pt is for, has no class for {student}, {known}"
+def export_torch(model: Model) -> bytes:
+    """Return `torch.save` of the flat state dict that `mobile_sam.sam_model_registry["vit_t"]` loads strictly.
 
-
-def torch_file(model: Model) -> bytes:
-    """What torch.save makes of the flat state dict that `mobile_sam.sam_model_registry["vit_t"]` loads strictly.
-
-    Raises PredictError for a student that upstream's code has no class for.
+    Raises:
+        PredictError: upstream's code has no class for the student.
     """
-    reason = why_not_torch(model.student)
+    reason = unsupported_reason(model.student)
     if reason is not None:
         raise PredictError(f"{reason}: give --out a folder, whose model.safetensors load_model reads")
     buffer = io.BytesIO()
@@ -40,10 +33,19 @@ def torch_file(model: Model) -> bytes:
     return buffer.getvalue()
 
 
-def flat_state(sam: Sam) -> dict[str, Tensor]:
-    """`image_encoder.*`, `prompt_encoder.*` and `mask_decoder.*`: contiguous float32 tensors on the CPU.
+def unsupported_reason(student: str) -> str | None:
+    """Return the reason why a student of this name has no .pt file; None where it has one."""
+    if student == UPSTREAM_STUDENT:
+        return None
+    known = f"only for TinyViT-5M ({UPSTREAM_STUDENT})"
+    return f"MobileSAM's own code, which a .pt is for, has no class for {student}, {known}"
 
-    Batch norms' counters stay int64, as upstream has them. The classifier is made up: weights 0, norm 1.
+
+def flat_state(sam: Sam) -> dict[str, Tensor]:
+    """Return `image_encoder.*`, `prompt_encoder.*` and `mask_decoder.*`: contiguous float32 tensors on the CPU.
+
+    Batch norms' counters stay int64, as in upstream's file. The classifier is filled with constants: linear weights
+    and biases 0, norm weights 1.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in sam.state_dict().items()}
     width = VARIANTS["5m"].widths[-1]
@@ -57,7 +59,7 @@ def flat_state(sam: Sam) -> dict[str, Tensor]:
 
 
 def size_warning(model: Model) -> str | None:
-    """What a user of the .pt has to know of a student that was trained at another size than 1024; None at that."""
+    """Return the warning that a .pt file needs where the student wasn't trained at 1024 pixels; None where it was."""
     if model.image_size == UPSTREAM_IMAGE_SIZE:
         return None
     return (

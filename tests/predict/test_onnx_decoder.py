@@ -16,7 +16,7 @@ from lively import IMAGE_SIZE, save_lively
 from segment_anything import SamPredictor
 
 from mobilesam.predict import ExportConfig, Model, PredictError, export, load_model
-from mobilesam.predict.export.onnx_decoder import LIMIT, Decoder, two_taps
+from mobilesam.predict.export.onnx_decoder import LIMIT, Decoder, bilinear_matrix
 from mobilesam.sam import resized_size
 
 SIDE = IMAGE_SIZE // 4
@@ -192,7 +192,7 @@ def test_one_token_is_enough(
 def test_resampling_along_an_axis_is_interpolates() -> None:
     line = torch.randn(1, 1, 16)
     wanted = F.interpolate(line, size=64, mode="linear", align_corners=False)
-    assert torch.allclose(line @ two_taps(16, 64).T, wanted, atol=1e-6)
+    assert torch.allclose(line @ bilinear_matrix(16, 64).T, wanted, atol=1e-6)
 
 
 def test_the_upscaling_is_sams_postprocessing_in_float64(model: Model) -> None:

@@ -18,7 +18,7 @@ from mobilesam.distill import STUDENTS
 from mobilesam.distill.students.backbones import build_deit_tiny
 from mobilesam.distill.students.registry import StudentInfo
 from mobilesam.predict import ExportConfig, PredictError, export, load_model
-from mobilesam.predict.export.onnx_encoder import LIMIT, export_encoder, made_up_pixels
+from mobilesam.predict.export.onnx_encoder import LIMIT, export_encoder, synthetic_pixels
 from mobilesam.predict.export.onnx_graph import relative_difference
 from mobilesam.sam import preprocessing_recipe
 
@@ -97,7 +97,7 @@ def test_every_kind_of_student_embeds_any_batch_as_torch_does(name: str, tmp_pat
     )
     encoder = load_model(student).sam.image_encoder
     for batch in (1, 2, 5):
-        pixels_BCHW = made_up_pixels(batch, IMAGE_SIZE, seed=batch)
+        pixels_BCHW = synthetic_pixels(batch, IMAGE_SIZE, seed=batch)
         with torch.no_grad():
             wanted = encoder(pixels_BCHW).numpy()
         (found,) = session.run(None, {"pixels": pixels_BCHW.numpy()})
@@ -161,7 +161,7 @@ def test_weights_that_one_file_can_not_hold_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_made_up_pictures_are_padded_as_photos_are() -> None:
-    pixels_BCHW = made_up_pixels(3, 48)
+    pixels_BCHW = synthetic_pixels(3, 48)
     assert pixels_BCHW.shape == (3, 3, 48, 48)
     assert not pixels_BCHW[0, :, :, 32:].any()
     assert not pixels_BCHW[1, :, 36:].any()
