@@ -1,4 +1,8 @@
-"""The worst and the best images of a comparison, as panels of pictures for the report."""
+"""Worst and best images of a verification, as panels of pictures for the report.
+
+Shape suffixes: C channels, H and W rows and columns, g side of the embedding's grid, P prompts of one point each, p
+some of them, 1 one image, 2 (x, y).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from ..distill import Batch, ImageMetrics, Loader, embed
 from ..distill.metrics.masks import Floats, MaskComparison, grid_points
-from .inputs import Subject
+from .inputs import Inputs
 from .rendering.images import (
     EmbeddingColours,
     MaskPanel,
@@ -29,50 +33,48 @@ from .rendering.images import (
 )
 
 
-def pick_extremes(cosines: Sequence[float | None], count: int = 6) -> tuple[list[int], list[int]]:
-    """Positions of the worst and of the best images, the most extreme first; no image is in both.
+def worst_and_best(scores: Sequence[float | None], count: int = 6) -> tuple[list[int], list[int]]:
+    """Return the positions of the lowest and of the highest scores, the most extreme first; none is in both.
 
-    Of few images the worst half (rounded up) and the best half are shown. An image without a cosine (None or
-    NaN: it has no valid cell) is in neither.
+    Args:
+        scores: of images; one that is None or NaN (the image has no valid cell) is in neither list.
+        count: largest length of each list. Of fewer than twice as many scores the lower half (rounded up) and the
+            upper half are taken.
     """
-    defined = [i for i, cosine in enumerate(cosines) if cosine is not None and cosine == cosine]
-    ranked = sorted(defined, key=lambda i: (cosines[i], i))
+    defined = [i for i, score in enumerate(scores) if score is not None and score == score]
+    ranked = sorted(defined, key=lambda i: (scores[i], i))
     worst = ranked[: min(count, (len(ranked) + 1) // 2)]
     best = ranked[len(ranked) - min(count, len(ranked) // 2) :][::-1]
     return worst, best
 
 
 @dataclass(frozen=True, kw_only=True)
-class Specimen:
-    """One image with what teacher and student say about it."""
+class Sample:
+    """One image with the teacher's and the student's embedding of it."""
 
     key: str
     photo_HWC: npt.NDArray[np.uint8]
-    """The photo without padding, at the size the encoders see."""
+    """RGB, without padding, at the size that the encoders take."""
     valid_gg: npt.NDArray[np.bool_]
     teacher_CHW: npt.NDArray[np.floating]
     student_CHW: npt.NDArray[np.floating]
     metrics: Mapping[str, Any]
-    """cosine, cosine_valid, mse, mse_valid of this image."""
+    """`cosine`, `cosine_valid`, `mse`, `mse_valid` of this image."""
     masks: PointMasks | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """A specimen as data URIs and numbers."""
+    """One sample as data URIs and numbers."""
 
     name: str
-    width: int
-    height: int
-    photo: str
-    teacher: str
-    student: str
-    error: str
-    cosine: float
-    cosine_valid: float
-    mse: float
-    mse_valid: float
+    size: tuple[int, int]
+    """Height and width of the photo in pixels."""
+    pictures: Mapping[str, str]
+    """`photo`, `teacher`, `student` (embeddings as colours) and `error` -> data URI."""
+    metrics: Mapping[str, float]
     error_max: float
+    """Largest 1 - cosine of a valid cell."""
     masks: MaskPanel | None
 
 
@@ -83,20 +85,22 @@ class Gallery:
     worst: list[Panel]
     best: list[Panel]
     explained: float
+    """Share of the teacher's variance that the colours show, 0 to 1."""
     error_top: float
+    """1 - cosine at which the error scale ends."""
     error_bar: str
-    """The error scale's colours from 0 to `error_top`, as a data URI of a one pixel high picture."""
+    """Colours of the error scale from 0 to `error_top`: a data URI of a picture one pixel high."""
 
 
-def build_gallery(worst: Sequence[Specimen], best: Sequence[Specimen]) -> Gallery | None:
-    """Colours and error scale fitted on all of `worst` and `best`, then their panels; None without any."""
-    specimens = [*worst, *best]
-    if not specimens:
+def build_gallery(worst: Sequence[Sample], best: Sequence[Sample]) -> Gallery | None:
+    """Fit the colours and the error scale to all samples, and paint their panels; None without any."""
+    samples = [*worst, *best]
+    if not samples:
         return None
-    colours = EmbeddingColours.fit((s.teacher_CHW, s.valid_gg) for s in specimens)
-    errors = [cosine_distance(s.student_CHW, s.teacher_CHW, s.valid_gg) for s in specimens]
+    colours = EmbeddingColours.fit((s.teacher_CHW, s.valid_gg) for s in samples)
+    errors = [cosine_distance(s.student_CHW, s.teacher_CHW, s.valid_gg) for s in samples]
     top = common_scale(errors)
-    panels = [_panel(s, error, colours, top) for s, error in zip(specimens, errors, strict=True)]
+    panels = [_panel(s, error_HW, colours, top) for s, error_HW in zip(samples, errors, strict=True)]
     return Gallery(
         worst=panels[: len(worst)],
         best=panels[len(worst) :],
@@ -106,94 +110,91 @@ def build_gallery(worst: Sequence[Specimen], best: Sequence[Specimen]) -> Galler
     )
 
 
-def _panel(s: Specimen, error_HW: npt.NDArray[np.floating], colours: EmbeddingColours, top: float) -> Panel:
+def _panel(s: Sample, error_HW: npt.NDArray[np.floating], colours: EmbeddingColours, top: float) -> Panel:
     height, width = s.photo_HWC.shape[:2]
     return Panel(
         name=s.key,
-        width=width,
-        height=height,
-        photo=thumbnail_uri(s.photo_HWC),
-        teacher=png_uri(colours.paint(s.teacher_CHW, s.valid_gg)),
-        student=png_uri(colours.paint(s.student_CHW, s.valid_gg)),
-        error=png_uri(paint_error(error_HW, top)),
+        size=(height, width),
+        pictures={
+            "photo": thumbnail_uri(s.photo_HWC),
+            "teacher": png_uri(colours.paint(s.teacher_CHW, s.valid_gg)),
+            "student": png_uri(colours.paint(s.student_CHW, s.valid_gg)),
+            "error": png_uri(paint_error(error_HW, top)),
+        },
+        metrics=s.metrics,
         error_max=float(error_HW.max()),
         masks=None if s.masks is None else mask_panel(s.photo_HWC, s.masks),
-        **{name: s.metrics[name] for name in ("cosine", "cosine_valid", "mse", "mse_valid")},
     )
 
 
-# --- The images that the report shows: chosen by their metrics, then looked at once more.
+def load_samples(
+    inputs: Inputs, per_image: Sequence[ImageMetrics], masks: MaskComparison | None
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the worst and the best images, by their cosine over valid cells, with their embeddings and masks.
 
-
-def take_specimens(
-    subject: Subject, per_image: Sequence[ImageMetrics], masks: MaskComparison | None
-) -> tuple[list[Specimen], list[Specimen]]:
-    """The worst and the best images with their embeddings and masks; `per_image`, and what `masks` has, are in the
-    order of the subject's rows.
-
-    They are computed anew: to keep every embedding until all metrics are known would take the memory of the
+    They are computed a second time: to keep every embedding until all metrics are known would take the memory of the
     whole set.
+
+    Args:
+        inputs: of the verification.
+        per_image: metrics in the order of the inputs' rows.
+        masks: the comparison of all rows' masks, in the same order; None leaves masks out.
     """
-    worst, best = pick_extremes([image.cosine_valid for image in per_image])
+    worst, best = worst_and_best([image.cosine_valid for image in per_image])
     chosen = [*worst, *best]
-    records = {record.row: record for record in subject.store.manifest.records("done")}
-    rows = [subject.rows[position] for position in chosen]
-    specimens = []
+    records = {record.row: record for record in inputs.store.manifest.records("done")}
+    rows = [inputs.rows[position] for position in chosen]
+    samples = []
     with (
-        Loader(subject.store, [records[row] for row in rows], subject.image_root, workers=1) as loader,
+        Loader(inputs.store, [records[row] for row in rows], inputs.image_root, workers=1) as loader,
         closing(loader.batches([row] for row in rows)) as batches,
     ):
         for position, batch in zip(chosen, batches, strict=True):
-            key = records[batch.rows[0]].key
-            student_1CHW, teacher_1CHW = _embed(subject, batch)
-            shown = None if masks is None else _masks(masks, position, batch, student_1CHW, teacher_1CHW)
-            specimens.append(_specimen(key, batch, student_1CHW, teacher_1CHW, per_image[position], shown))
-    return specimens[: len(worst)], specimens[len(worst) :]
+            student_1CHW, teacher_1CHW = _embed(inputs, batch)
+            height, width = batch.sizes_B2[0].tolist()
+            samples.append(
+                Sample(
+                    key=records[batch.rows[0]].key,
+                    photo_HWC=batch.canvas_BHWC[0, :height, :width].numpy(),
+                    valid_gg=batch.valid_BHW[0].numpy(),
+                    teacher_CHW=teacher_1CHW[0].cpu().numpy(),
+                    student_CHW=student_1CHW[0].cpu().numpy(),
+                    metrics=asdict(per_image[position]),
+                    masks=None
+                    if masks is None
+                    else _masks(masks, position, (height, width), student_1CHW, teacher_1CHW),
+                )
+            )
+    return samples[: len(worst)], samples[len(worst) :]
 
 
 @torch.no_grad()
-def _embed(subject: Subject, batch: Batch) -> tuple[Tensor, Tensor]:
-    return embed(subject.student, batch, subject.compute)
-
-
-def _specimen(
-    key: str,
-    batch: Batch,
-    student_1CHW: Tensor,
-    teacher_1CHW: Tensor,
-    metrics: ImageMetrics,
-    masks: PointMasks | None,
-) -> Specimen:
-    height, width = batch.sizes_B2[0].tolist()
-    return Specimen(
-        key=key,
-        photo_HWC=batch.canvas_BHWC[0, :height, :width].numpy(),
-        valid_gg=batch.valid_BHW[0].numpy(),
-        teacher_CHW=teacher_1CHW[0].cpu().numpy(),
-        student_CHW=student_1CHW[0].cpu().numpy(),
-        metrics=asdict(metrics),
-        masks=masks,
-    )
+def _embed(inputs: Inputs, batch: Batch) -> tuple[Tensor, Tensor]:
+    return embed(inputs.student.encoder, batch, inputs.compute)
 
 
 def _masks(
-    comparison: MaskComparison, position: int, batch: Batch, student_1CHW: Tensor, teacher_1CHW: Tensor
+    comparison: MaskComparison,
+    position: int,
+    size: tuple[int, int],
+    student_1CHW: Tensor,
+    teacher_1CHW: Tensor,
 ) -> PointMasks:
-    """The masks to be shown, computed anew at the size of the photo in the encoder's square."""
-    height, width = batch.sizes_B2[0].tolist()
-    points_N2 = grid_points(comparison.side, (height, width))
-    ious_N: Floats = comparison.ious[position]
+    """Compute the masks to be shown, at the size of the photo in the encoder's square."""
+    height, width = size
+    points_P2 = grid_points(comparison.side, size)
+    ious_P: Floats = comparison.ious[position]
     chunks = [
         torch.stack(pair).cpu().numpy()
-        for pair in comparison.masks(teacher_1CHW, student_1CHW, points_N2, (height, width), (height, width))
+        for pair in comparison.masks(teacher_1CHW, student_1CHW, points_P2, size, size)
     ]
-    teacher_NHW, student_NHW = np.concatenate(chunks, axis=1)
-    chosen = choose_points(teacher_NHW)
+    teacher_PHW, student_PHW = np.concatenate(chunks, axis=1)
+    chosen = choose_points(teacher_PHW)
     return PointMasks(
-        points_n2=points_N2[chosen] / (width, height),
-        teacher_nHW=teacher_NHW[chosen],
-        student_nHW=student_NHW[chosen],
-        ious_n=ious_N[chosen],
-        image_iou=float(ious_N.mean()),
-        compared=len(ious_N),
+        points_p2=points_P2[chosen] / (width, height),
+        teacher_pHW=teacher_PHW[chosen],
+        student_pHW=student_PHW[chosen],
+        ious_p=ious_P[chosen],
+        image_iou=float(ious_P.mean()),
+        compared=len(ious_P),
     )

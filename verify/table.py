@@ -1,4 +1,4 @@
-"""The metrics' names and definitions, and the table of them that the terminal shows."""
+"""Names and definitions of the metrics, and the tables of them that the terminal shows."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import shown
-from . import thresholds
+from ..common.table import Table
+from .thresholds import describe, run_checks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a result: `path` leads to it, and with `_valid` after its first part to its headline form.
-
-    Numbers about masks have one form only.
-    """
+    """One number of a result."""
 
     label: str
     path: tuple[str, ...]
+    """Keys that lead to the number over all cells; with `_valid` after the first, to the one over valid cells.
+    Numbers about masks have the first form only."""
     digits: str
+    """Format specification."""
     definition: str
 
     def text(self, result: Mapping[str, Any], *, valid: bool) -> str:
-        """The number as text; "undefined" where there is none."""
+        """Return the number as text, "undefined" where there is none; `valid` selects the one over valid cells."""
         first, *rest = self.path
         value = result[f"{first}_valid" if valid else first]
         for part in rest:
@@ -32,7 +33,7 @@ class Metric:
 
 
 def number(value: float | None, digits: str) -> str:
-    """A number in the format `digits`; "undefined" where there is none."""
+    """Return a number in the format `digits`; "undefined" for None or NaN."""
     return "undefined" if value is None or value != value else format(value, digits)
 
 
@@ -96,7 +97,7 @@ MASK_METRICS = (
 
 
 def masks_compared(result: Mapping[str, Any]) -> str:
-    """How the masks of a result came about; "" where there are none."""
+    """Describe the prompts and the empty masks of a result; "" where no masks were compared."""
     if "miou" not in result:
         return ""
     side = round(result["prompts"] ** 0.5)
@@ -108,24 +109,47 @@ def masks_compared(result: Mapping[str, Any]) -> str:
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
-    """What `mobilesam verify` prints: what was compared, the metrics (headline first), the verdict."""
+    """Return the lines that `mobilesam verify` prints: what was compared, the metrics, the checks.
+
+    Args:
+        result: as `verify` returns it.
+    """
     subject: Mapping[str, Any] = result["subject"]
     images = f"{result['images']:,} image{'' if result['images'] == 1 else 's'}"
     lines = [f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {images}"]
     lines += [f"note: {note}" for note in subject["notes"]]
-    lines += ["", f"{'metric':<24}{'valid cells':>14}{'all cells':>14}"]
-    for metric in METRICS:
-        values = metric.text(result, valid=True), metric.text(result, valid=False)
-        lines.append(f"{metric.label:<24}{values[0]:>14}{values[1]:>14}")
-    if masks := masks_compared(result):
-        lines += ["", f"masks: {masks}"]
-        lines += [f"{metric.label:<24}{metric.text(result, valid=False):>14}" for metric in MASK_METRICS]
+    for table in _tables(result):
+        lines += ["", *table.lines()]
     lines.append("")
-    lines += [f"FAILED  {thresholds.describe(check)}" for check in result["failed_checks"]]
-    checks = thresholds.run_checks(result, subject["thresholds"])
-    lines += [f"passed  {thresholds.describe(check)}" for check in checks if check["passed"]]
+    lines += [f"FAILED  {describe(check)}" for check in result["failed_checks"]]
+    checks = run_checks(result, subject["thresholds"])
+    lines += [f"passed  {describe(check)}" for check in checks if check["passed"]]
     if not checks:
         lines.append("no thresholds set (--min-cosine, --min-skill, --min-miou)")
     if subject["report"]:
         lines.append(f"report  {subject['report']}")
     return [shown(line) for line in lines]
+
+
+def _tables(result: Mapping[str, Any]) -> list[Table]:
+    tables = [
+        Table(
+            title="embeddings",
+            columns=["metric", "valid cells", "all cells"],
+            numeric=[False, True, True],
+            rows=[
+                [metric.label, metric.text(result, valid=True), metric.text(result, valid=False)]
+                for metric in METRICS
+            ],
+        )
+    ]
+    if masks := masks_compared(result):
+        tables.append(
+            Table(
+                title=f"masks: {masks}",
+                columns=["metric", "value"],
+                numeric=[False, True],
+                rows=[[metric.label, metric.text(result, valid=False)] for metric in MASK_METRICS],
+            )
+        )
+    return tables

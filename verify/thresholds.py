@@ -1,4 +1,8 @@
-"""Thresholds on the headline metrics: which of them a result misses, with both numbers."""
+"""Thresholds on the headline metrics, and the store's audits: checks, those that failed, and their texts.
+
+A check is {check, metric, value, threshold, passed}: `check` names the threshold or is "audit", `metric` is the path
+of the number in the result.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +13,72 @@ from typing import Any
 from ..store import EmbeddingStore, audit_summary, tolerance
 
 MINIMUMS = {"min_cosine": ("cosine_valid", "mean"), "min_skill": ("skill_valid",), "min_miou": ("miou",)}
-"""Threshold name -> path of the number it bounds in a result; of numbers over cells the headline is the valid one."""
-
-
-def headline(result: Mapping[str, Any], check: str) -> float | None:
-    """The number that the threshold named `check` bounds; None where it is undefined."""
-    value: Any = result
-    for part in MINIMUMS[check]:
-        value = value[part]
-    return None if value is None else float(value)
+"""Threshold name -> path of the number in a result that it bounds: over valid cells where there is a choice."""
 
 
 def run_checks(result: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """Every threshold that was set, as {check, metric, value, threshold, passed}.
+    """Check a result against every threshold that is set.
 
-    A metric that is undefined (None or NaN) passes no threshold: absence can't pass for quality.
+    A metric that is undefined (None or NaN) passes no threshold: an absent number must not pass for a good one.
+
+    Args:
+        result: as `verify` returns it.
+        thresholds: name, one of MINIMUMS -> least value, None where it isn't set.
     """
     checks = []
     for check, threshold in thresholds.items():
         if threshold is None:
             continue
-        value = headline(result, check)
+        value: Any = result
+        for part in MINIMUMS[check]:
+            value = value[part]
         defined = value is not None and not math.isnan(value)
         checks.append(
             {
                 "check": check,
                 "metric": ".".join(MINIMUMS[check]),
-                "value": value if defined else None,
+                "value": float(value) if defined else None,
                 "threshold": threshold,
-                "passed": defined and value is not None and value >= threshold,
+                "passed": defined and value >= threshold,
             }
         )
     return checks
 
 
+def store_audit(store: EmbeddingStore) -> dict[str, Any] | None:
+    """Summarise the store's audits as `audit_summary` does; None where no row was audited."""
+    return audit_summary(store.manifest.audits(), tolerance(store.spec.dtype, store.spec.precision))
+
+
+def audit_checks(audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Check a summary of audits against its tolerance; no checks where nothing was audited."""
+    if audit is None:
+        return []
+    cosine, error, allowed = audit["cosine_min"], audit["relative_mse_max"], audit["tolerance"]
+    cosine_passed = cosine is not None and cosine >= allowed["cosine"]
+    error_passed = error is not None and error <= allowed["relative_mse"]
+    return [
+        _audit_check("cosine_min", cosine, allowed["cosine"], cosine_passed),
+        _audit_check("relative_mse_max", error, allowed["relative_mse"], error_passed),
+    ]
+
+
+def _audit_check(metric: str, value: float | None, threshold: float, passed: bool) -> dict[str, Any]:
+    return {"check": "audit", "metric": metric, "value": value, "threshold": threshold, "passed": passed}
+
+
+def audit_faults(store: EmbeddingStore) -> list[str]:
+    """Return a line for each way in which the store's audits are out of tolerance."""
+    return [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
+
+
 def failed_checks(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The failures among `checks`, as they stand in the JSON output: {check, metric, value, threshold}."""
+    """Return the checks that failed, as they stand in the JSON output: {check, metric, value, threshold}."""
     return [{k: v for k, v in check.items() if k != "passed"} for check in checks if not check["passed"]]
 
 
 def describe(check: Mapping[str, Any]) -> str:
-    """One line with both numbers, such as "cosine 0.8731 is below 0.9"."""
+    """Return one line with both numbers, such as "cosine 0.8731 is below 0.9"."""
     if check["check"] == "audit":
         return _describe_audit(check)
     name = check["check"].removeprefix("min_")
@@ -60,53 +89,25 @@ def describe(check: Mapping[str, Any]) -> str:
 
 
 def _describe_audit(check: Mapping[str, Any]) -> str:
-    # Not rounded as far as the value may be: a limit of 0.99999 is not 1.
+    # The limit isn't rounded as far as the value may be: 0.99999 is not 1.
     threshold = f"{check['threshold']:g}"
     value = "undefined" if check["value"] is None else distinguishable(check["value"], check["threshold"])[0]
-    what, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
+    name, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
         check["metric"]
     ]
     return (
-        f"the store's audit: {what} {value} with the teacher run anew is {relation} {threshold}, so the stored "
+        f"the store's audit: {name} {value} with the teacher run again is {relation} {threshold}, so the stored "
         "embeddings are not this teacher's: precompute them into a new store"
     )
 
 
 def distinguishable(value: float, threshold: float) -> tuple[str, str]:
-    """Both numbers as text, with as many digits as it takes to tell them apart: four at least, and six of the
-    threshold, since 0.999999 is not 1."""
+    """Return both numbers as text, with as many digits as it takes to tell them apart.
+
+    The value has at least four digits, the threshold at least six, since 0.999999 is not 1.
+    """
     for digits in range(4, 17):
         texts = f"{value:.{digits}g}", f"{threshold:.{max(digits, 6)}g}"
         if value == threshold or texts[0] != texts[1]:
             return texts
     return repr(value), repr(threshold)
-
-
-# --- Whether the embeddings that are compared with are the teacher's: what the store's audits say.
-
-
-def store_audit(store: EmbeddingStore) -> dict[str, Any] | None:
-    """The store's audits, as `audit_summary` gives them."""
-    return audit_summary(store.manifest.audits(), tolerance(store.spec.dtype, store.spec.precision))
-
-
-def audit_checks(audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The audits as checks, {check, metric, value, threshold, passed}: none where nothing was audited."""
-    if audit is None:
-        return []
-    cosine, error, allowed = audit["cosine_min"], audit["relative_mse_max"], audit["tolerance"]
-    cosine_passed = cosine is not None and cosine >= allowed["cosine"]
-    error_passed = error is not None and error <= allowed["relative_mse"]
-    return [
-        _check("cosine_min", cosine, allowed["cosine"], cosine_passed),
-        _check("relative_mse_max", error, allowed["relative_mse"], error_passed),
-    ]
-
-
-def audit_faults(store: EmbeddingStore) -> list[str]:
-    """A line for each way in which the store's audits are out of tolerance."""
-    return [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
-
-
-def _check(metric: str, value: float | None, threshold: float, passed: bool) -> dict[str, Any]:
-    return {"check": "audit", "metric": metric, "value": value, "threshold": threshold, "passed": passed}

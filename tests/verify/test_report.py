@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from mobilesam.common.errors import VerifyError
-from mobilesam.verify.gallery import Specimen, build_gallery
-from mobilesam.verify.report import Curves, ReportData, check_report, render, thin, write_report
+from mobilesam.verify.gallery import Sample, build_gallery
+from mobilesam.verify.rendering.charts import Curves
+from mobilesam.verify.report import ReportData, check_report, render, write_report
 from mobilesam.verify.table import table_lines
 
 HOSTILE = 'a/<script>alert("1")</script>&amp;\n\udcff" onload="x.jpg'
@@ -19,7 +20,7 @@ VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and insists that every element is closed in order."""
+    """Tags and text of a page whose elements are all closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -48,12 +49,12 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.tags if name == tag]
 
 
-def specimen(key: str, seed: int) -> Specimen:
+def sample(key: str, seed: int) -> Sample:
     rng = np.random.default_rng(seed)
     valid_gg = np.zeros((16, 16), dtype=bool)
     valid_gg[:11] = True
     teacher_CHW, student_CHW = rng.normal(size=(2, 256, 16, 16)).astype(np.float32)
-    return Specimen(
+    return Sample(
         key=key,
         photo_HWC=rng.integers(0, 255, (171, 256, 3), dtype=np.uint8),
         valid_gg=valid_gg,
@@ -101,7 +102,7 @@ def data(**changes: object) -> ReportData:
         "provenance": {"Store": [("path", "/data/store.zarr")]},
         "cosines": [0.8, 0.9, 0.95],
         "curves": CURVES,
-        "gallery": build_gallery([specimen("worst.jpg", 0)], [specimen("best.jpg", 1)]),
+        "gallery": build_gallery([sample("worst.jpg", 0)], [sample("best.jpg", 1)]),
     }
     return ReportData(**(values | changes))
 
@@ -153,7 +154,7 @@ def test_rendering_is_repeatable_and_leaves_matplotlib_as_it_was():
 def test_names_that_are_markup_are_shown_and_not_obeyed(place, tmp_path):
     changes: dict = {}
     if place == "key":
-        changes["gallery"] = build_gallery([specimen(HOSTILE, 0)], [])
+        changes["gallery"] = build_gallery([sample(HOSTILE, 0)], [])
     elif place == "store":
         changes["provenance"] = {"Store": [("path", HOSTILE)]}
     else:
@@ -198,19 +199,11 @@ def test_without_run_and_pictures_the_page_still_stands():
     assert "/data/store.zarr" in page.text
 
 
-def test_a_long_history_is_thinned_to_means():
-    x, y = thin(list(range(1000)), [float(v) for v in range(1000)], most=300)
-    assert len(x) == 250
-    assert x[:2] == [1.5, 5.5]
-    assert x == y
-    assert thin([1, 2], [3.0, 4.0]) == ([1, 2], [3.0, 4.0])
-
-
 def test_a_report_replaces_the_old_one_whole(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
     monkeypatch.setattr(
-        "mobilesam.verify.report.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
+        "mobilesam.common.durable.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
     )
     with pytest.raises(VerifyError, match="No space"):
         write_report(path, data())

@@ -1,4 +1,8 @@
-"""Embeddings as colours, their error as a map, and pictures as data URIs."""
+"""Pictures for the reports: embeddings as colours, their error as a map, masks over a photo, all as data URIs.
+
+Shape suffixes: C channels, H and W rows and columns of an image, embedding or mask, L cells of embeddings, g side of
+the embedding's grid, P prompts of one point each and p some of them, 2 (x, y), 3 RGB or components, 4 RGBA.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,21 @@ Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 Rgb = npt.NDArray[np.uint8]
 
+PICTURE_SIDE = 440
+"""Longest side in pixels of a photo on the page."""
+
+POINT_COLOURS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (130, 255, 80))
+"""RGB of an image's first, second, ... point: distinct for colour-blind eyes too, and rare in photos."""
+
+LEAST_SHARE, MOST_SHARE = 0.001, 0.95
+"""Smallest and largest share of the image's pixels for a mask that shows what was segmented."""
+
+SAME_MASK_IOU = 0.5
+"""IoU from which two masks count as the same."""
+
 
 def crop_to_valid(grid: npt.NDArray, valid_gg: Bools) -> npt.NDArray:
-    """The image's part of `grid` (..., g, g): padding is right and below, so it is a top-left rectangle.
+    """Return the image's part of `grid` (..., g, g): padding is right and below, so it is a top-left rectangle.
 
     At least one cell is kept: an image thinner than half a cell has no valid one.
     """
@@ -30,7 +46,7 @@ def crop_to_valid(grid: npt.NDArray, valid_gg: Bools) -> npt.NDArray:
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingColours:
-    """A fixed map from an embedding's C channels to red, green and blue.
+    """Fixed map from an embedding's C channels to red, green and blue.
 
     Fitted on the teacher and used for teacher and student alike: equal embeddings get equal colours, and a
     student that drifts away shows other colours instead of being rescaled into the same ones.
@@ -38,25 +54,25 @@ class EmbeddingColours:
 
     mean_C: Floats
     components_3C: Floats
-    """Orthonormal rows by falling variance; each one's largest loading is positive, which fixes its sign."""
+    """Orthonormal rows by falling variance; the largest loading of each is positive, which fixes its sign."""
     low_3: Floats
     high_3: Floats
     """The projections that become 0 and 255: the teacher's 1st and 99th percentile of each component."""
     explained: float
-    """The share of the teacher's variance that the three components hold, 0 to 1."""
+    """Share of the teacher's variance that the three components hold, 0 to 1."""
 
     @classmethod
     def fit(cls, teachers: Iterable[tuple[Floats, Bools]]) -> EmbeddingColours:
-        """Principal components over the valid cells of `teachers`: pairs of emb_CHW and valid_gg."""
-        cells_NC = np.concatenate([_cells(emb_CHW, valid_gg) for emb_CHW, valid_gg in teachers])
-        mean_C = cells_NC.mean(axis=0)
-        centred_NC = cells_NC - mean_C
-        variances_C, vectors_CC = np.linalg.eigh(centred_NC.T @ centred_NC / len(cells_NC))
+        """Fit principal components over the valid cells of `teachers`: pairs of emb_CHW and valid_gg."""
+        cells_LC = np.concatenate([_cells(emb_CHW, valid_gg) for emb_CHW, valid_gg in teachers])
+        mean_C = cells_LC.mean(axis=0)
+        centred_LC = cells_LC - mean_C
+        variances_C, vectors_CC = np.linalg.eigh(centred_LC.T @ centred_LC / len(cells_LC))
         variances_C = variances_C.clip(min=0)  # eigh may give -1e-18 for a zero
         components_3C = vectors_CC[:, ::-1][:, :3].T
         largest_3 = np.abs(components_3C).argmax(axis=1)
         components_3C = components_3C * np.sign(components_3C[np.arange(len(largest_3)), largest_3])[:, None]
-        low_3, high_3 = np.percentile(centred_NC @ components_3C.T, [1, 99], axis=0)
+        low_3, high_3 = np.percentile(centred_LC @ components_3C.T, [1, 99], axis=0)
         total = float(variances_C.sum())
         return cls(
             mean_C=mean_C,
@@ -67,7 +83,7 @@ class EmbeddingColours:
         )
 
     def paint(self, emb_CHW: Floats, valid_gg: Bools) -> Rgb:
-        """The valid cells of one embedding as an image, uint8 (rows, columns, 3), one pixel a cell."""
+        """Return the valid cells of one embedding as an image, uint8 RGB (rows, columns, 3), one pixel a cell."""
         emb_CHW = crop_to_valid(emb_CHW, valid_gg).astype(np.float64)
         projected_HW3 = (emb_CHW.transpose(1, 2, 0) - self.mean_C) @ self.components_3C.T
         span_3 = self.high_3 - self.low_3
@@ -77,13 +93,13 @@ class EmbeddingColours:
 
 
 def _cells(emb_CHW: Floats, valid_gg: Bools) -> Floats:
-    """The cells of an image as rows (n, C), float64."""
+    """Return the valid cells of an embedding as rows, float64 (L, C)."""
     cropped_CHW = crop_to_valid(emb_CHW, valid_gg)
     return cropped_CHW.reshape(cropped_CHW.shape[0], -1).T.astype(np.float64)
 
 
 def cosine_distance(student_CHW: Floats, teacher_CHW: Floats, valid_gg: Bools) -> Floats:
-    """1 - cosine over the channels of every valid cell, float64 (rows, columns), 0 to 2."""
+    """Return 1 - cosine over the channels of every valid cell, float64 (rows, columns), 0 to 2."""
     student_CHW = crop_to_valid(student_CHW, valid_gg).astype(np.float64)
     teacher_CHW = crop_to_valid(teacher_CHW, valid_gg).astype(np.float64)
     norms = np.linalg.norm(student_CHW, axis=0) * np.linalg.norm(teacher_CHW, axis=0)
@@ -91,7 +107,7 @@ def cosine_distance(student_CHW: Floats, teacher_CHW: Floats, valid_gg: Bools) -
 
 
 def common_scale(errors: Iterable[Floats]) -> float:
-    """The error at which the colours of all maps end: a round number above 99% of all cells, 0.001 at least.
+    """Return the error at which the colours of all maps end: a round number above 99% of all cells, 0.001 at least.
 
     The floor keeps the rounding noise of a perfect student from filling the scale.
     """
@@ -104,10 +120,10 @@ def common_scale(errors: Iterable[Floats]) -> float:
 
 
 def paint_error(error_HW: Floats, top: float) -> Rgb:
-    """An error map as colours (matplotlib's magma), uint8 (rows, columns, 3); `top` and above are lightest.
+    """Colour an error map with matplotlib's magma: uint8 RGB (rows, columns, 3); `top` and above are lightest.
 
     Colours follow the square root of the error: half-way up the colours lies `top` / 4. On a linear scale that
-    holds the worst images, the best ones are plain black.
+    holds the worst images, the best ones would be plain black.
     """
     from matplotlib import colormaps
 
@@ -116,12 +132,12 @@ def paint_error(error_HW: Floats, top: float) -> Rgb:
 
 
 def png_uri(rgb_HW3: Rgb) -> str:
-    """A picture as a lossless data URI."""
+    """Return a picture as a lossless data URI."""
     return _uri(Image.fromarray(rgb_HW3), "png", optimize=True)
 
 
-def thumbnail_uri(rgb_HW3: Rgb, longest: int = 440) -> str:
-    """A photo as a JPEG data URI, its longest side at most `longest` pixels."""
+def thumbnail_uri(rgb_HW3: Rgb, longest: int = PICTURE_SIDE) -> str:
+    """Return a photo as a JPEG data URI, its longest side at most `longest` pixels."""
     image = Image.fromarray(rgb_HW3)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return _uri(image, "jpeg", quality=82, optimize=True, progressive=True)
@@ -133,102 +149,98 @@ def _uri(image: Image.Image, kind: str, **options: object) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-# --- What teacher and student say to the same points of one image, as pictures.
-
-COLOURS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (130, 255, 80))
-"""Of an image's first, second, ... point: apart from each other for colour-blind eyes too, and rare in photos."""
-
-LONGEST = 440
-"""Side in pixels of the pictures, as of the other photos."""
-
-LEAST_SHARE, MOST_SHARE = 0.001, 0.95
-"""Of the image: a mask with less or more of it says little about what was segmented."""
-
-ALIKE = 0.5
-"""The IoU from which on two masks show the same."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class PointMasks:
-    """The masks of one image for n of its points, at the size of its photo in the encoder's square."""
+    """Masks of teacher and student for some points of an image, at the size of its photo in the encoder's square."""
 
-    points_n2: Floats
+    points_p2: Floats
     """x and y, 0 to 1: shares of the photo's width and height."""
-    teacher_nHW: Bools
-    student_nHW: Bools
-    ious_n: Floats
-    """At the image's original size, as verify counts them."""
+    teacher_pHW: Bools
+    student_pHW: Bools
+    ious_p: Floats
+    """IoU of the two at the image's original size, as verify measures it."""
     image_iou: float
-    """The mean over all points that were compared, not only these."""
+    """Mean over all points that were compared, not only these."""
     compared: int
-    """How many those are."""
+    """Number of points that were compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskPanel:
-    """PointMasks as data URIs and numbers."""
+    """`PointMasks` as data URIs and numbers."""
 
     teacher: str
     student: str
     points: list[tuple[str, float]]
-    """The colour of each point, for CSS, and its IoU."""
+    """CSS colour of each point, and its IoU."""
     image_iou: float
     compared: int
 
 
-def choose_points(masks_NHW: Bools, most: int = 4) -> list[int]:
-    """Positions of up to `most` masks that differ from each other (IoU below ALIKE), in order.
+def choose_points(masks_PHW: Bools, most: int = 4) -> list[int]:
+    """Return the positions of up to `most` masks that differ from each other (IoU below SAME_MASK_IOU), in order.
 
-    Masks of next to nothing or of almost everything are taken only when there is no other.
+    Masks with less than LEAST_SHARE or more than MOST_SHARE of the image are taken only when there is no other.
     """
-    shares_N = masks_NHW.mean(axis=(1, 2))
-    telling_N = (shares_N >= LEAST_SHARE) & (shares_N <= MOST_SHARE)
-    return _differing(masks_NHW, np.flatnonzero(telling_N), most) or _differing(
-        masks_NHW, range(len(masks_NHW)), most
+    shares_P = masks_PHW.mean(axis=(1, 2))
+    usable_P = (shares_P >= LEAST_SHARE) & (shares_P <= MOST_SHARE)
+    return _differing(masks_PHW, np.flatnonzero(usable_P), most) or _differing(
+        masks_PHW, range(len(masks_PHW)), most
     )
 
 
-def _differing(masks_NHW: Bools, candidates: Iterable[int], most: int) -> list[int]:
+def _differing(masks_PHW: Bools, candidates: Iterable[int], most: int) -> list[int]:
     chosen: list[int] = []
     for candidate in map(int, candidates):
         if len(chosen) == most:
             break
-        earlier_nHW = masks_NHW[chosen]
-        shared_n = (earlier_nHW & masks_NHW[candidate]).sum(axis=(1, 2))
-        either_n = (earlier_nHW | masks_NHW[candidate]).sum(axis=(1, 2))
-        if bool((iou(shared_n, either_n) < ALIKE).all()):
+        earlier_pHW = masks_PHW[chosen]
+        shared_p = (earlier_pHW & masks_PHW[candidate]).sum(axis=(1, 2))
+        either_p = (earlier_pHW | masks_PHW[candidate]).sum(axis=(1, 2))
+        if bool((iou(shared_p, either_p) < SAME_MASK_IOU).all()):
             chosen.append(candidate)
     return chosen
 
 
 def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
-    """Both pictures, with the same colour for the same point."""
+    """Paint the teacher's and the student's masks over the photo, each point in the same colour."""
     return MaskPanel(
-        teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_nHW, masks.points_n2), LONGEST),
-        student=thumbnail_uri(paint_masks(photo_HWC, masks.student_nHW, masks.points_n2), LONGEST),
-        points=[(f"rgb{colour}", float(value)) for colour, value in zip(COLOURS, masks.ious_n, strict=False)],
+        teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_pHW, masks.points_p2)),
+        student=thumbnail_uri(paint_masks(photo_HWC, masks.student_pHW, masks.points_p2)),
+        points=[
+            (f"rgb{colour}", float(value)) for colour, value in zip(POINT_COLOURS, masks.ious_p, strict=False)
+        ],
         image_iou=masks.image_iou,
         compared=masks.compared,
     )
 
 
-def paint_masks(photo_HWC: Rgb, masks_nHW: Bools, points_n2: Floats, longest: int = LONGEST) -> Rgb:
-    """The photo, its longest side at most `longest` pixels, with its masks: translucent, outlined, points as dots.
+def paint_masks(photo_HWC: Rgb, masks_pHW: Bools, points_p2: Floats, longest: int = PICTURE_SIDE) -> Rgb:
+    """Paint masks over a photo: translucent, outlined, their points as dots.
 
-    The photo is paled first, so that no colour of its own passes for a mask's.
+    The photo is paled first, so that none of its own colours looks like a mask's.
+
+    Args:
+        photo_HWC: uint8 RGB.
+        masks_pHW: bool, of the photo's size; at most as many as POINT_COLOURS.
+        points_p2: x and y, 0 to 1: shares of the photo's width and height.
+        longest: longest side of the result in pixels.
+
+    Returns:
+        uint8 RGB.
     """
     image = Image.fromarray(photo_HWC)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     picture_HWC = _paled(np.asarray(image))
-    colours = [np.array(colour, dtype=np.float32) for colour in COLOURS[: len(masks_nHW)]]
-    small_nHW = [_shrunk(mask_HW, image.size) for mask_HW in masks_nHW]
+    colours = [np.array(colour, dtype=np.float32) for colour in POINT_COLOURS[: len(masks_pHW)]]
+    small_pHW = [_shrunk(mask_HW, image.size) for mask_HW in masks_pHW]
     # Large ones first, so that small ones lie on top.
-    for i in sorted(range(len(small_nHW)), key=lambda i: -int(small_nHW[i].sum())):
-        picture_HWC[small_nHW[i]] = 0.5 * picture_HWC[small_nHW[i]] + 0.5 * colours[i]
-    for colour, mask_HW in zip(colours, small_nHW, strict=True):
+    for i in sorted(range(len(small_pHW)), key=lambda i: -int(small_pHW[i].sum())):
+        picture_HWC[small_pHW[i]] = 0.5 * picture_HWC[small_pHW[i]] + 0.5 * colours[i]
+    for colour, mask_HW in zip(colours, small_pHW, strict=True):
         picture_HWC[_outline(mask_HW)] = colour
     painted = Image.fromarray(np.rint(picture_HWC).astype(np.uint8))
-    _dot(painted, points_n2)
+    _dot(painted, points_p2)
     return np.asarray(painted)
 
 
@@ -238,21 +250,21 @@ def _paled(photo_HWC: Rgb) -> npt.NDArray[np.float32]:
 
 
 def _shrunk(mask_HW: Bools, size: tuple[int, int]) -> Bools:
-    """The mask at `size` (width, height): pixels of which at least half are in it."""
+    """Reduce a mask to `size` (width, height): a pixel is in it if at least half of it was."""
     small = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
     return np.asarray(small) >= 128
 
 
 def _outline(mask_HW: Bools) -> Bools:
-    """The two outermost pixels of a mask."""
+    """Return the two outermost pixels of a mask."""
     inner = Image.fromarray(mask_HW.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(5))
     return mask_HW & (np.asarray(inner) == 0)
 
 
-def _dot(picture: Image.Image, points_n2: Floats) -> None:
+def _dot(picture: Image.Image, points_p2: Floats) -> None:
     draw = ImageDraw.Draw(picture)
     radius = max(3, round(max(picture.size) / 75))
-    for (x, y), colour in zip(points_n2 * np.array(picture.size), COLOURS, strict=False):
+    for (x, y), colour in zip(points_p2 * np.array(picture.size), POINT_COLOURS, strict=False):
         draw.ellipse(
             (x - radius, y - radius, x + radius, y + radius), fill=colour, outline=(255, 255, 255), width=2
         )

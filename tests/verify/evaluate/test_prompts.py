@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mobilesam.verify.evaluate.config import DISTANCES
 from mobilesam.verify.evaluate.prompts import (
     DIRECTIONS,
-    DISTANCES,
     Prompts,
     choose_objects,
     pair_prompts,

@@ -6,7 +6,13 @@ import io
 import numpy as np
 from PIL import Image
 
-from mobilesam.verify.rendering.images import COLOURS, PointMasks, choose_points, mask_panel, paint_masks
+from mobilesam.verify.rendering.images import (
+    POINT_COLOURS,
+    PointMasks,
+    choose_points,
+    mask_panel,
+    paint_masks,
+)
 
 SIZE = (80, 120)
 
@@ -23,9 +29,9 @@ MOST_OF_LEFT = box(0, 0, 80, 30)
 
 
 def test_points_whose_masks_differ_are_chosen_in_order():
-    masks_NHW = np.stack([NOTHING, LEFT, MOST_OF_LEFT, EVERYTHING, RIGHT, LEFT, MIDDLE])
-    assert choose_points(masks_NHW) == [1, 4, 6]
-    assert choose_points(masks_NHW, most=2) == [1, 4]
+    masks_PHW = np.stack([NOTHING, LEFT, MOST_OF_LEFT, EVERYTHING, RIGHT, LEFT, MIDDLE])
+    assert choose_points(masks_PHW) == [1, 4, 6]
+    assert choose_points(masks_PHW, most=2) == [1, 4]
 
 
 def test_masks_of_nothing_or_everything_are_better_than_none():
@@ -36,37 +42,37 @@ def test_masks_of_nothing_or_everything_are_better_than_none():
 def test_a_mask_tints_and_outlines_its_own_pixels_and_no_others():
     photo_HWC = np.full((*SIZE, 3), 100, np.uint8)
     picture_HWC = paint_masks(photo_HWC, np.stack([MIDDLE]), np.array([[0.1, 0.9]])).astype(int)
-    colour = np.array(COLOURS[0])
+    colour = np.array(POINT_COLOURS[0])
     assert (picture_HWC[20:22, 40:80] == colour).all()
     assert (picture_HWC[22:58, 42:78] == np.rint(0.5 * 100 + 0.5 * colour)).all()
     assert (picture_HWC[:60, :40] == 100).all()
-    assert tuple(picture_HWC[72, 12]) == COLOURS[0]  # the point
+    assert tuple(picture_HWC[72, 12]) == POINT_COLOURS[0]  # the point
 
 
 def test_a_small_mask_lies_on_top_of_a_large_one_whatever_their_order():
     photo_HWC = np.zeros((*SIZE, 3), np.uint8)
     for order in ([0, 1], [1, 0]):
-        masks_nHW = np.stack([EVERYTHING, MIDDLE])[order]
-        picture_HWC = paint_masks(photo_HWC, masks_nHW, np.zeros((2, 2)))
-        large, small = (np.array(COLOURS[order.index(which)]) for which in (0, 1))
+        masks_pHW = np.stack([EVERYTHING, MIDDLE])[order]
+        picture_HWC = paint_masks(photo_HWC, masks_pHW, np.zeros((2, 2)))
+        large, small = (np.array(POINT_COLOURS[order.index(which)]) for which in (0, 1))
         assert (picture_HWC[40, 60] == np.rint(0.25 * large + 0.5 * small)).all()
 
 
 def test_pictures_are_small_and_equal_masks_look_equal():
     photo_HWC = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8)
-    masks_nHW = np.zeros((2, 900, 1200), bool)
-    masks_nHW[0, 100:400, 100:400] = masks_nHW[1, 500:700, 300:900] = True
+    masks_pHW = np.zeros((2, 900, 1200), bool)
+    masks_pHW[0, 100:400, 100:400] = masks_pHW[1, 500:700, 300:900] = True
     panel = mask_panel(
         photo_HWC,
         PointMasks(
-            points_n2=np.array([[0.2, 0.25], [0.5, 0.7]]),
-            teacher_nHW=masks_nHW,
-            student_nHW=masks_nHW,
-            ious_n=np.array([1.0, 1.0]),
+            points_p2=np.array([[0.2, 0.25], [0.5, 0.7]]),
+            teacher_pHW=masks_pHW,
+            student_pHW=masks_pHW,
+            ious_p=np.array([1.0, 1.0]),
             image_iou=0.75,
             compared=16,
         ),
     )
     assert panel.teacher == panel.student
     assert Image.open(io.BytesIO(base64.b64decode(panel.teacher.split(",")[1]))).size == (440, 330)
-    assert panel.points == [(f"rgb{COLOURS[0]}", 1.0), (f"rgb{COLOURS[1]}", 1.0)]
+    assert panel.points == [(f"rgb{POINT_COLOURS[0]}", 1.0), (f"rgb{POINT_COLOURS[1]}", 1.0)]

@@ -24,7 +24,7 @@ from mobilesam.distill.students.student_file import TRAINED_HEAD
 from mobilesam.predict.model import load_model, load_teacher_model
 from mobilesam.sam import SamError, image_pixels, load_image
 from mobilesam.sam.modeling.head import assemble, build_head
-from mobilesam.sam.modeling.vit import build_vit
+from mobilesam.sam.registry import TEACHERS
 from mobilesam.sam.teacher import load_head
 from mobilesam.store import Audit, EmbeddingStore
 from mobilesam.verify import EvaluateConfig, ReportError, VerifyError, evaluate_masks, evaluation_lines
@@ -421,7 +421,7 @@ def test_kept_images_are_enough_for_sams_and_not_for_others(
 @pytest.mark.long
 def test_a_sam_checkpoint_is_a_teacher_by_its_content(world: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    encoder = build_vit("vit_b", 1024).state_dict()
+    encoder = TEACHERS["vit_b"].encoder.build(1024).state_dict()
     torch.save(
         {f"image_encoder.{k}": v for k, v in encoder.items()} | load_head("vit_nano", None),
         tmp_path / "b.pth",

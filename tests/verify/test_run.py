@@ -196,13 +196,13 @@ def test_an_explicit_precision_overrides_the_runs(world):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("mobilesam.verify.run.open_subject", lambda _: pytest.fail("work was begun"))
+    monkeypatch.setattr("mobilesam.verify.run.open_inputs", lambda _: pytest.fail("work was begun"))
     with pytest.raises(VerifyError, match="does not exist"):
         verify(asked(report=tmp_path / "absent" / "report.html"))
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "text"),
     [
         (
             OSError(28, "No space left on device"),
@@ -211,15 +211,15 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_p
         (KeyError("odd"), "error: no report: unexpected KeyError: 'odd'\nThis is a bug"),
     ],
 )
-def test_figures_are_printed_where_their_report_cannot_be_made(world, monkeypatch, raised, told):
+def test_figures_are_printed_where_their_report_cannot_be_made(world, monkeypatch, raised, text):
     def fail(_):
         raise raised
 
     command = ["verify", "--points", "1", "--report", "r.html"]
-    monkeypatch.setattr("mobilesam.verify.report.os.fsync", fail)
+    monkeypatch.setattr("mobilesam.common.durable.os.fsync", fail)
     printed = CliRunner().invoke(main, command)
     assert printed.exit_code == 3
-    assert told in printed.stderr
+    assert text in printed.stderr
     assert "cosine" in printed.stdout
     assert "r.html" not in printed.stdout
     printed = CliRunner().invoke(main, [*command, "--json"])
@@ -234,8 +234,8 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
     pictures: list[str] = []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attrs: pictures.append(dict(attrs)["alt"]) if tag == "img" else None
-    text = report.read_text(encoding="utf-8")
-    parser.feed(text)
+    page = report.read_text(encoding="utf-8")
+    parser.feed(page)
     photos = [alt for alt in pictures if alt.startswith("photo of ")]
     assert sorted(photos) == [f"photo of photo{i}.bmp" for i in range(6)]
     assert len(pictures) == 6 * 6 + 1
@@ -248,7 +248,7 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
         f"{result['skill_valid']:.4f}",
         "Failed.",
     ):
-        assert stated in text
+        assert stated in page
 
 
 @pytest.mark.parametrize(

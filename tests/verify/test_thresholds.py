@@ -8,7 +8,7 @@ from mobilesam.verify.thresholds import audit_checks, describe, distinguishable,
 
 
 def result(cosine: float | None, skill: float | None) -> dict:
-    # The numbers over all cells are perfect, so that a gate that reads them instead of the valid ones shows.
+    # The numbers over all cells are perfect, so that a check that reads them instead of the valid ones shows.
     return {
         "cosine": {"mean": 1.0},
         "skill": 1.0,
@@ -80,21 +80,21 @@ def test_an_audit_within_tolerance_fails_nothing_and_a_store_without_one_has_no_
 
 
 @pytest.mark.parametrize(
-    ("cosine", "relative_mse", "metric", "told"),
+    ("cosine", "relative_mse", "metric", "text"),
     [
-        (0.98, 1e-3, "cosine_min", "cosine 0.98 with the teacher run anew is below 0.999"),
-        (0.9995, 0.5, "relative_mse_max", "relative mse 0.5 with the teacher run anew is above 0.002"),
+        (0.98, 1e-3, "cosine_min", "cosine 0.98 with the teacher run again is below 0.999"),
+        (0.9995, 0.5, "relative_mse_max", "relative mse 0.5 with the teacher run again is above 0.002"),
         (float("nan"), 1e-3, "cosine_min", "cosine nan"),
     ],
 )
-def test_an_audit_out_of_tolerance_is_a_failed_check_with_both_numbers(cosine, relative_mse, metric, told):
+def test_an_audit_out_of_tolerance_is_a_failed_check_with_both_numbers(cosine, relative_mse, metric, text):
     (failed,) = failed_checks(audit_checks(audit(cosine, relative_mse)))
     assert (failed["check"], failed["metric"]) == ("audit", metric)
-    assert told in describe(failed)
+    assert text in describe(failed)
     assert "precompute" in describe(failed)
 
 
-def test_an_audits_limit_is_told_as_it_is():
+def test_an_audits_limit_is_not_rounded():
     audited = audit(0.41, 1e-6) | {"tolerance": {"cosine": 0.99999, "relative_mse": 3e-5}}
     (failed,) = failed_checks(audit_checks(audited))
-    assert "cosine 0.41 with the teacher run anew is below 0.99999" in describe(failed)
+    assert "cosine 0.41 with the teacher run again is below 0.99999" in describe(failed)

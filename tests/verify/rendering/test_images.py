@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilesam.verify.gallery import Specimen, build_gallery, pick_extremes
-from mobilesam.verify.rendering.charts import bin_range, histogram
 from mobilesam.verify.rendering.images import (
     EmbeddingColours,
     common_scale,
@@ -50,8 +48,8 @@ def test_components_agree_with_a_singular_value_decomposition():
     valid_gg = rectangle(11, 16)
     emb_CHW = low_rank(valid_gg, 6) + 3.0
     colours = EmbeddingColours.fit([(emb_CHW, valid_gg)])
-    cells_NC = emb_CHW[:, :11].reshape(32, -1).T.astype(np.float64)
-    _, singular, rows = np.linalg.svd(cells_NC - cells_NC.mean(axis=0))
+    cells_LC = emb_CHW[:, :11].reshape(32, -1).T.astype(np.float64)
+    _, singular, rows = np.linalg.svd(cells_LC - cells_LC.mean(axis=0))
     assert np.allclose(np.abs(colours.components_3C @ rows[:3].T), np.eye(3), atol=1e-6)
     assert colours.explained == pytest.approx((singular[:3] ** 2).sum() / (singular**2).sum())
 
@@ -132,61 +130,3 @@ def test_data_uris_hold_the_pictures():
     assert np.array_equal(decoded(png_uri(rgb_HW3)), rgb_HW3)
     photo = np.full((300, 900, 3), 200, np.uint8)
     assert decoded(thumbnail_uri(photo, longest=300)).shape == (100, 300, 3)
-
-
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e-3, 1.0])
-def test_no_value_falls_out_of_a_histogram(scale):
-    values = list(0.3 + scale * RNG.normal(size=12))
-    low, high = bin_range(values)
-    counts, _ = np.histogram(values, bins=6, range=(low, high))
-    assert counts.sum() == 12
-    assert high - low >= 0.99e-4
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-16, 1e-9])
-def test_equal_cosines_have_a_histogram(spread):
-    pytest.importorskip("matplotlib")
-    values = [1.0, 1.0 + spread, 1.0 - spread]
-    assert "<path" in histogram("cosines", values, {"mean": 1.0}, xlabel="cosine")
-
-
-@pytest.mark.parametrize(
-    ("cosines", "worst", "best"),
-    [
-        ([], [], []),
-        ([0.5], [0], []),
-        ([0.9, 0.1], [1], [0]),
-        ([0.9, 0.1, 0.5], [1, 2], [0]),
-        ([0.3, None, 0.1, float("nan"), 0.2], [2, 4], [0]),
-        ([0.5, 0.5, 0.5, 0.5], [0, 1], [3, 2]),
-    ],
-)
-def test_few_images_are_shared_between_worst_and_best(cosines, worst, best):
-    assert pick_extremes(cosines) == (worst, best)
-
-
-def test_of_many_images_the_extremes_are_picked():
-    cosines = list(RNG.permutation(100) / 100)
-    worst, best = pick_extremes(cosines, count=6)
-    assert [cosines[i] for i in worst] == [0, 0.01, 0.02, 0.03, 0.04, 0.05]
-    assert [cosines[i] for i in best] == [0.99, 0.98, 0.97, 0.96, 0.95, 0.94]
-
-
-def test_a_perfect_student_has_the_teachers_colours_and_a_black_error_map():
-    valid_gg = rectangle(10, 16)
-    emb_CHW = low_rank(valid_gg, 6)
-    specimen = Specimen(
-        key="a.jpg",
-        photo_HWC=np.zeros((160, 256, 3), np.uint8),
-        valid_gg=valid_gg,
-        teacher_CHW=emb_CHW,
-        student_CHW=emb_CHW,
-        metrics={"cosine": 1.0, "cosine_valid": 1.0, "mse": 0.0, "mse_valid": 0.0},
-    )
-    gallery = build_gallery([specimen], [])
-    assert gallery is not None
-    (panel,) = gallery.worst
-    assert panel.teacher == panel.student
-    assert decoded(panel.error).max() <= 4  # magma begins at (0, 0, 3)
-    assert (panel.width, panel.height) == (256, 160)
-    assert build_gallery([], []) is None
