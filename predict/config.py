@@ -1,56 +1,109 @@
-"""What a segmentation is asked to do."""
+"""Options of a segmentation and of an export."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..common.config import (
+    checkpoint_option,
+    device_option,
+    option,
+    paths_from_text,
+    require,
+    require_image_size,
+)
 from ..common.errors import PredictError as PredictError
-from .overlay import FORMATS
-from .prompts import Box, ImagePrompts, Point
+from ..common.errors import shown
+from ..sam.registry import TEACHERS
+
+if TYPE_CHECKING:
+    from .prompts import ImagePrompts
 
 MAX_IMAGE_SIZE = 16384
+"""Pixels, on a side of the encoder's input."""
+
+TORCH, ENCODER, DECODER, FOLDER = "torch", "encoder", "decoder", "folder"
+"""Kinds of exports."""
+TORCH_SUFFIXES = (".pt", ".pth")
+
+
+def _student_option() -> Any:
+    return option(
+        None,
+        metavar="RUN_OR_FILE",
+        help="Run, export, student file, or file in mobile_sam.pt's format [default: runs/latest]",
+    )
+
+
+def _head_option() -> Any:
+    return option(
+        None,
+        metavar="STORE_OR_FILE",
+        help="Store or file with SAM's prompt encoder and mask decoder, if the student's file has none.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
     """All options of one segmentation, checked where they are made.
 
-    `student` is a run's or an export's folder, a student's file, or a file in mobile_sam.pt's format; without it and
-    without `teacher` the run that started last (runs/latest) is meant. `head` is a store or a file that holds SAM's
-    prompt encoder and mask decoder, where the student lies without them. `teacher` with its `checkpoint` takes a
-    student's place. `image_size` in pixels is for teachers and files in mobile_sam.pt's format, which don't say
-    (1024 where None). The prompts are those of `ImagePrompts`.
+    Points (x, y) and boxes (x0, y0, x1, y1) are those of `ImagePrompts`. Points and a single box mean one object.
 
-    `out` is the picture to draw, PNG or JPEG by its name; `masks` a folder for one PNG a mask; `rle` a file for the
-    masks in SA-1B's JSON layout.
-
-    Raises PredictError when a value is outside its range, or options contradict each other.
+    Raises:
+        PredictError: a value is outside its range, or options contradict each other.
     """
 
-    image: Path
-    student: Path | None = None
-    head: Path | None = None
-    teacher: str | None = None
-    checkpoint: Path | None = None
-    points: Sequence[Point] = ()
-    negative_points: Sequence[Point] = ()
-    boxes: Sequence[Box] = ()
-    everything: bool = False
-    out: Path = Path("overlay.png")
-    masks: Path | None = None
-    rle: Path | None = None
-    device: str = "auto"
-    image_size: int | None = None
+    image: Path = option(flag="image", help="Image to segment.")
+    student: Path | None = _student_option()
+    head: Path | None = _head_option()
+    teacher: str | None = option(
+        None, choices=tuple(TEACHERS), help="Segment with this teacher instead of a student."
+    )
+    checkpoint: Path | None = checkpoint_option()
+    points: Sequence[tuple[float, float]] = option(
+        (),
+        flag="--point",
+        metavar="X Y",
+        help="Point on the object, in pixels of the image; may be repeated.",
+    )
+    negative_points: Sequence[tuple[float, float]] = option(
+        (),
+        flag="--negative-point",
+        metavar="X Y",
+        help="Point outside the object, in pixels of the image; may be repeated.",
+    )
+    boxes: Sequence[tuple[float, float, float, float]] = option(
+        (),
+        flag="--box",
+        metavar="X0 Y0 X1 Y1",
+        help="Box around the object, in pixels of the image; several boxes are one object each.",
+    )
+    everything: bool = option(False, help="Segment everything that SAM's automatic mask generator finds.")
+    out: Path = option(
+        Path("overlay.png"), metavar="FILE", help="Picture to write, the masks drawn into it; PNG or JPEG."
+    )
+    masks: Path | None = option(
+        None, metavar="DIR", help="Folder for one PNG per mask, 255 on the object and 0 elsewhere."
+    )
+    rle: Path | None = option(
+        None, metavar="FILE", help="JSON file for the masks in SA-1B's layout, COCO's run-length encoding."
+    )
+    device: str = device_option()
+    image_size: int | None = option(
+        None,
+        metavar="PX",
+        help="Side of the encoder's input in pixels, for teachers and files that don't record it [default: 1024]",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("image", "student", "head", "checkpoint", "out", "masks", "rle"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value))
+        from .overlay import FORMATS  # numpy and PIL, which --help does without
+
+        paths_from_text(self, "image", "student", "head", "checkpoint", "out", "masks", "rle")
         self._check_model()
-        _require(
+        self._require(
             self.out.suffix.lower() in FORMATS,
             f"--out {self.out} is neither PNG nor JPEG: end its name in {', '.join(FORMATS)}",
         )
@@ -59,7 +112,9 @@ class SegmentConfig:
 
     @property
     def prompts(self) -> ImagePrompts:
-        """What is to be segmented."""
+        """All prompts, checked."""
+        from .prompts import ImagePrompts
+
         return ImagePrompts(
             points=self.points,
             negative_points=self.negative_points,
@@ -67,47 +122,95 @@ class SegmentConfig:
             everything=self.everything,
         )
 
+    def _require(self, good: bool, message: str) -> None:
+        require(good, message, PredictError)
+
     def _check_model(self) -> None:
-        _require(
+        self._require(
             self.student is None or self.teacher is None,
-            f"--student {self.student} and --teacher {self.teacher}: one of them makes the masks",
+            f"--student {self.student} and --teacher {self.teacher} exclude each other: give one of them",
         )
-        _require(
+        self._require(
             self.checkpoint is None or self.teacher is not None,
             f"--checkpoint {self.checkpoint} is a teacher's: give --teacher with it, or --student alone",
         )
-        _require(
+        self._require(
             self.head is None or self.teacher is None,
             f"--head {self.head} goes with a student: the teacher {self.teacher} has its own",
         )
-        size = self.image_size
-        _require(
-            size is None or (64 <= size <= MAX_IMAGE_SIZE and size % 16 == 0),
-            f"--image-size {size} is not a multiple of 16 from 64 to {MAX_IMAGE_SIZE}",
-        )
+        require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)
 
     def _check_places(self) -> None:
-        """What is read must not be written over, nor one output by another."""
+        """Refuse to write over a file that is read, or to write two outputs to one place."""
         taken = {
             "the image": self.image,
             "--student": self.student,
             "--head": self.head,
             "--checkpoint": self.checkpoint,
         }
-        for option, path in (("--out", self.out), ("--rle", self.rle), ("--masks", self.masks)):
+        for name, path in (("--out", self.out), ("--rle", self.rle), ("--masks", self.masks)):
             if path is None:
                 continue
             for other, place in taken.items():
-                if place is not None and path.resolve() == place.resolve():
-                    raise PredictError(f"{option} {path} is {other} itself: give another name")
-            taken[option] = path
-        for option, path in (("--out", self.out), ("--rle", self.rle)):
-            _require(
+                same = place is not None and path.resolve() == place.resolve()
+                self._require(not same, f"{name} {path} is {other} itself: give another name")
+            taken[name] = path
+        for name, path in (("--out", self.out), ("--rle", self.rle)):
+            self._require(
                 path is None or self.masks is None or path.resolve().parent != self.masks.resolve(),
-                f"{option} {path} is in --masks {self.masks}, which holds masks alone: give another folder",
+                f"{name} {path} is in --masks {self.masks}, which holds masks alone: give another folder",
             )
 
 
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise PredictError(message)
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """All options of one export, checked where they are made.
+
+    `out` chooses by its name what to make: `.pt` or `.pth` is student and head in mobile_sam.pt's format,
+    `...encoder.onnx` and `...decoder.onnx` are the two halves for onnxruntime; a name without a suffix, or a folder
+    that exists, is all of them with a model card.
+
+    Raises:
+        PredictError: `out` is none of these or a file that is read, or the image size is out of range.
+    """
+
+    student: Path | None = _student_option()
+    head: Path | None = _head_option()
+    out: Path = option(
+        metavar="X.pt|encoder.onnx|decoder.onnx|DIR",
+        help="File to make, its kind chosen by its name; a folder gets all of them.",
+    )
+    image_size: int | None = option(
+        None,
+        metavar="PX",
+        help="Side of the encoder's input in pixels, for files that don't record it [default: 1024]",
+    )
+
+    def __post_init__(self) -> None:
+        paths_from_text(self, "out", "student", "head")
+        require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)
+        kind = self.kind
+        for name, path in (("--student", self.student), ("--head", self.head)):
+            same = path is not None and kind != FOLDER and path.resolve() == self.out.resolve()
+            require(not same, f"--out {self.out} is {name} itself: give another name", PredictError)
+
+    @property
+    def kind(self) -> str:
+        """Kind of export that `out` asks for: torch, encoder, decoder or folder."""
+        name = self.out.name.lower()
+        if self.out.is_dir() or not self.out.suffix:
+            return FOLDER
+        if name.endswith(TORCH_SUFFIXES):
+            return TORCH
+        for kind in (ENCODER, DECODER):
+            if name.endswith(f"{kind}.onnx"):
+                return kind
+        if name.endswith(".onnx"):
+            raise PredictError(
+                f"--out {shown(str(self.out))}: which half? SAM's ONNX files are two: give a name that ends in "
+                "encoder.onnx or in decoder.onnx, or a folder for both"
+            )
+        raise PredictError(
+            f"--out {shown(str(self.out))}: give a name that ends in .pt, encoder.onnx or decoder.onnx, or a folder, "
+            "for all of them"
+        )

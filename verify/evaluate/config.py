@@ -1,103 +1,158 @@
-"""What an evaluation is asked to do."""
+"""Options of an evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...common.config import (
+    checkpoint_option,
+    device_option,
+    option,
+    paths_from_text,
+    require,
+    require_image_size,
+)
 from ...common.errors import VerifyError, shown
 from ...sam.registry import TEACHERS
 from ..config import MOST_POINTS
-from .prompts import DISTANCES
 
 SPLITS = ("auto", "val", "all")
 MAX_IMAGE_SIZE = 4096
 DEFAULT_IMAGE_SIZE = 1024
+DISTANCES = (100, 200, 300, 400, 500)
+"""Pixels between the two points of a pair: those of the MobileSAM paper's comparison with FastSAM (its Table 6)."""
+
+
+def _name_and_file(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, file) for name, _, file in (text.partition("=") for text in texts))
+
+
+def _pixels(text: str) -> tuple[int, ...]:
+    try:
+        return () if text == "none" else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError("give pixels, such as 100,200, or none") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """All options of one evaluation, checked where they are made.
 
-    `models` are (name, what `Opener.open` takes). The images are those of `store`, which then gives the teacher's
-    embeddings too and whose photos lie at `images` if they moved; or, without it, those of the folder or tar
-    `images`, on which `teacher` is run, if one is named. Masks are compared with the teacher's for `points` x
-    `points` prompts an image (0 leaves that out) and for pairs of points `distances` pixels apart, and with labels
-    for up to `max_objects` objects an image: those of the COCO file `coco`, else of the JSON file beside each image.
+    The images are those of `store`, which gives the teacher's embeddings too, or those of `images`. Masks are
+    compared with the teacher's for points and pairs of points, and with labels for objects. `split` "auto" is "val"
+    if one of the models is a run trained on the store, else "all".
 
-    `split` of a store's rows: "val" are those that no run among the models was trained on, "auto" is that where there
-    is such a run, else all. `limit` is the number of images. `image_size` is for files that don't say theirs (None:
-    the store's, else 1024). `report` is an HTML file to write. `seed` draws directions and objects.
-
-    Raises VerifyError when a value is outside its range, or options contradict each other.
+    Raises:
+        VerifyError: a value is outside its range, or options contradict each other.
     """
 
-    models: tuple[tuple[str, str], ...]
-    store: Path | None = None
-    images: Path | None = None
-    teacher: str | None = None
-    checkpoint: Path | None = None
-    coco: Path | None = None
-    points: int = 4
-    distances: tuple[int, ...] = DISTANCES
-    max_objects: int = 64
-    split: str = "auto"
-    limit: int | None = None
-    seed: int = 0
-    image_size: int | None = None
-    device: str = "auto"
-    report: Path | None = None
+    models: tuple[tuple[str, str], ...] = option(
+        (),
+        flag="--model",
+        metavar="NAME=FILE",
+        parse=_name_and_file,
+        help="Model to compare; may be repeated. FILE is a run, an export, a student file, mobile_sam.pt, a "
+        "checkpoint of vit_b, vit_l or vit_h, or vit_nano. fastsam:FILE (or the name fastsam) is FastSAM "
+        "through ultralytics, whose licence is AGPL-3.0; PREDICTOR:FILE is for packages with an entry point in "
+        "mobilesam.predictors.",
+    )
+    store: Path | None = option(None, help="Store whose images and teacher embeddings are compared with.")
+    images: Path | None = option(
+        None,
+        metavar="DIR|TAR",
+        help="Images to evaluate, without --store; with it, the folder that holds the store's images now.",
+    )
+    teacher: str | None = option(None, choices=tuple(TEACHERS), help="Teacher to run on --images.")
+    checkpoint: Path | None = checkpoint_option()
+    coco: Path | None = option(
+        None,
+        metavar="FILE.json",
+        help="COCO instances file with the labels [default: SA-1B's JSON beside each image]",
+    )
+    points: int = option(
+        4,
+        metavar="N",
+        help="Compare with the teacher's masks for N x N points in each image; 0 skips this comparison.",
+    )
+    distances: tuple[int, ...] = option(
+        DISTANCES,
+        metavar="PX,PX,...",
+        parse=_pixels,
+        text=",".join(map(str, DISTANCES)),
+        help="Distances in pixels between a foreground and a background point; none skips pairs.",
+    )
+    max_objects: int = option(
+        64, metavar="N", help="Largest number of labelled objects per image; more are sampled at random."
+    )
+    split: str = option(
+        "auto",
+        choices=SPLITS,
+        help="Rows of the store to evaluate: val are those that no run among the models was trained on; auto is val "
+        "if there is such a run, else all.",
+    )
+    limit: int | None = option(None, metavar="N", help="Evaluate at most this many images.")
+    seed: int = option(0, help="Seed of the directions of point pairs and of the sampled objects.")
+    image_size: int | None = option(
+        None,
+        metavar="PX",
+        help="Side of the encoder's input in pixels, for files that don't record it "
+        "[default: the store's, else 1024]",
+    )
+    device: str = device_option()
+    report: Path | None = option(
+        None, metavar="FILE.html", help="Write one self-contained page with all models' masks side by side."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("store", "images", "checkpoint", "coco", "report"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, Path(value))
-        _require(bool(self.models), "give at least one --model NAME=FILE")
-        names = [name for name, _ in self.models]
-        for name, value in self.models:
-            _require(bool(name and value), f"--model {shown(name)}={shown(value)}: give NAME=FILE")
-            _require(names.count(name) == 1, f"--model: {names.count(name)} models are named {shown(name)}")
+        paths_from_text(self, "store", "images", "checkpoint", "coco", "report")
+        self._check_models()
         self._check_sources()
-        _require(
+        self._require(
             0 <= self.points <= MOST_POINTS, f"--points {self.points} is not between 0 and {MOST_POINTS}"
         )
-        _require(
+        self._require(
             all(d >= 1 for d in self.distances), f"--distances {self.distances}: give pixels, at least 1"
         )
-        _require(
-            len(set(self.distances)) == len(self.distances), f"--distances {self.distances}: one comes twice"
+        self._require(
+            len(set(self.distances)) == len(self.distances),
+            f"--distances {self.distances}: one comes twice; give each once",
         )
-        for option, number in (("--max-objects", self.max_objects), ("--limit", self.limit)):
-            _require(number is None or number >= 1, f"{option} {number} is not at least 1")
-        _require(0 <= self.seed < 2**63, f"--seed {self.seed} is not 0 or more")
-        _require(self.split in SPLITS, f"--split {self.split!r} is none of {', '.join(SPLITS)}")
-        size = self.image_size
-        _require(
-            size is None or (64 <= size <= MAX_IMAGE_SIZE and size % 16 == 0),
-            f"--image-size {size} is not a multiple of 16 from 64 to {MAX_IMAGE_SIZE}",
-        )
+        for name, number in (("--max-objects", self.max_objects), ("--limit", self.limit)):
+            self._require(number is None or number >= 1, f"{name} {number} is not at least 1")
+        self._require(0 <= self.seed < 2**63, f"--seed {self.seed} is not 0 or more")
+        self._require(self.split in SPLITS, f"--split {self.split!r} is none of {', '.join(SPLITS)}")
+        require_image_size(self.image_size, VerifyError, MAX_IMAGE_SIZE)
+
+    def _require(self, good: bool, message: str) -> None:
+        require(good, message, VerifyError)
+
+    def _check_models(self) -> None:
+        self._require(bool(self.models), "give at least one --model NAME=FILE")
+        names = [name for name, _ in self.models]
+        for name, file in self.models:
+            self._require(bool(name and file), f"--model {shown(name)}={shown(file)}: give NAME=FILE")
+            self._require(
+                names.count(name) == 1, f"--model: {names.count(name)} models are named {shown(name)}"
+            )
 
     def _check_sources(self) -> None:
-        _require(
+        self._require(
             self.store is not None or self.images is not None,
-            "nothing to look at: give --store STORE or --images DIR",
+            "no images to evaluate: give --store STORE or --images DIR",
         )
-        _require(self.teacher is None or self.teacher in TEACHERS, f"--teacher: there is no {self.teacher!r}")
-        _require(
+        self._require(
+            self.teacher is None or self.teacher in TEACHERS, f"--teacher: there is no {self.teacher!r}"
+        )
+        self._require(
             self.store is None or self.teacher is None,
             "--store has its teacher's embeddings, so --teacher has nothing to do: leave out one of them",
         )
-        _require(
+        self._require(
             self.teacher is not None or self.checkpoint is None,
             "--checkpoint is a teacher's: give --teacher NAME",
         )
-        _require(
+        self._require(
             self.store is not None or self.split != "val",
             "--split val is of a store's rows: give --store, or --split all",
         )
-
-
-def _require(good: bool, message: str) -> None:
-    if not good:
-        raise VerifyError(message)

@@ -18,9 +18,6 @@ from ...distill.metrics.masks import grid_points
 
 Floats = npt.NDArray[np.floating]
 
-DISTANCES = (100, 200, 300, 400, 500)
-"""Pixels between the two points of a pair: those of the MobileSAM paper's comparison with FastSAM (its Table 6)."""
-
 DIRECTIONS = 32
 """Directions that are drawn for a pair's second point before the pair counts as not fitting into the image."""
 

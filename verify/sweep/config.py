@@ -1,4 +1,4 @@
-"""What a sweep is asked to do."""
+"""Options of a sweep."""
 
 from __future__ import annotations
 
@@ -7,35 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from ...common.config import must_be, option, require
 from ...common.errors import VerifyError
 from ...distill.config import DistillConfig
 from ..config import MOST_POINTS
 
-AXES: Mapping[str, type] = MappingProxyType(
-    {
-        "seed": int,
-        "student": str,
-        "init": Path,
-        "objective": str,
-        "labels": str,
-        "objects": int,
-        "rounds": int,
-        "boxes": float,
-        "mse_weight": float,
-        "focal_weight": float,
-        "dice_weight": float,
-        "iou_weight": float,
-        "lr": float,
-        "weight_decay": float,
-        "warmup": float,
-        "loss_region": str,
-        "batch_size": int,
-        "epochs": int,
-    }
+
+def _value_types(names: str) -> Mapping[str, type]:
+    """Return the types of these options of distill; of an optional one the type that isn't None."""
+    hints = get_type_hints(DistillConfig)
+    return MappingProxyType({name: (*get_args(hints[name]), hints[name])[0] for name in names.split()})
+
+
+AXES = _value_types(
+    "seed student init objective labels objects rounds boxes mse_weight focal_weight dice_weight iou_weight "
+    "lr weight_decay warmup loss_region batch_size epochs"
 )
-"""The options of distill that may have several values in a sweep, with the type of a value. The first varies slowest:
+"""Options of distill that may have several values in a sweep, with the type of a value. The first varies slowest:
 all combinations of one seed come before those of the next, so that a sweep is of use before it ends."""
 
 
@@ -43,24 +33,34 @@ all combinations of one seed come before those of the next, so that a sweep is o
 class SweepConfig:
     """All options of one sweep, checked where they are made.
 
-    `base` is what all runs have in common; `axes` gives fields of it, those of AXES, the values that they take, and
-    every combination is a run. `iterations`, in place of the axis `epochs`, are numbers of optimizer steps: each run
-    gets the number of epochs that comes nearest. Runs, results and tables go to `out`. Masks are compared for
-    `points` x `points` prompts an image, on the held-out rows and, where `test_store` is given, on all of its rows,
-    whose images are at `test_images` if they moved. `scheduler` is the address of a dask cluster; None runs one after
-    another here. Paths are made absolute: a worker may run in another folder.
+    Every combination of the axes' values is a run. Masks are compared on the held-out rows and, where `test_store` is
+    given, on all of its rows. Paths are made absolute, because a worker may run in another folder.
 
-    Raises VerifyError when a value is outside its range.
+    Raises:
+        VerifyError: a value is outside its range, or options contradict each other.
     """
 
-    out: Path
     base: DistillConfig = field(default_factory=DistillConfig)
+    """Options that all runs share; its `out` and `restart` have no effect."""
     axes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values of options of distill, by name; only those of `AXES`."""
     iterations: tuple[int, ...] = ()
-    test_store: Path | None = None
-    test_images: Path | None = None
-    points: int = 4
-    scheduler: str | None = None
+    """Numbers of optimizer steps, in place of the axis `epochs`; each run gets the nearest number of epochs."""
+    points: int = option(4, metavar="N", help="Compare the masks of N x N points in each image.")
+    test_store: Path | None = option(
+        None, metavar="STORE", help="Also test the students on all images of this store."
+    )
+    test_images: Path | None = option(
+        None, metavar="DIR", help="Folder that holds the images of --test-store now, if they moved."
+    )
+    scheduler: str | None = option(
+        None,
+        metavar="ADDRESS",
+        help="Train on the dask cluster at this address, one run per worker [default: all here, one after another]",
+    )
+    out: Path = option(
+        Path("sweeps/latest"), metavar="sweeps/NAME", help="Folder for runs, results, tables and report."
+    )
 
     def __post_init__(self) -> None:
         for name in ("out", "test_store", "test_images"):
@@ -80,28 +80,25 @@ class SweepConfig:
         _require(all(count >= 1 for count in self.iterations), "iterations", self.iterations, "at least 1")
         _require(1 <= self.points <= MOST_POINTS, "points", self.points, f"between 1 and {MOST_POINTS}")
         if self.iterations and "epochs" in axes:
-            raise VerifyError("epochs and iterations both say how long to train: give one of them")
+            raise VerifyError("epochs and iterations both set the length of training: give one of them")
         if self.test_images is not None and self.test_store is None:
-            raise VerifyError("test images belong to a test store, and none is given")
+            raise VerifyError("test images belong to a test store, and none is given: give --test-store too")
 
 
 def parse_axis(name: str, text: str) -> tuple[Any, ...]:
-    """The values of an axis, or of "iterations", as a command line has them: with commas between.
+    """Return the values of an axis, or of "iterations", from text with commas between them.
 
-    Raises VerifyError naming the one that isn't a value of that axis.
+    Raises:
+        VerifyError: one of them isn't a value of that axis.
     """
     kind = AXES.get(name, int)
-    values = []
-    for part in text.split(","):
-        try:
-            if not part.strip():
-                raise ValueError
-            values.append(kind(part.strip()))
-        except ValueError:
-            raise VerifyError(
-                f"{name.replace('_', ' ')} must be {kind.__name__} values with commas between; it is {text!r}"
-            ) from None
-    return tuple(values)
+    try:
+        parts = [part.strip() for part in text.split(",")]
+        if not all(parts):
+            raise ValueError
+        return tuple(map(kind, parts))
+    except ValueError:
+        raise VerifyError(must_be(name, text, f"{kind.__name__} values with commas between")) from None
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -109,5 +106,4 @@ def _absolute(path: Path | None) -> Path | None:
 
 
 def _require(good: bool, name: str, value: object, wanted: str) -> None:
-    if not good:
-        raise VerifyError(f"{name.replace('_', ' ')} must be {wanted}; it is {value!r}")
+    require(good, must_be(name, value, wanted), VerifyError)
