@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.made_store import SHARD_SIZE, made_spec
 from mobilesam.store import EmbeddingStore, ImageRef, Selection
+from mobilesam.store.database import row_digest, shard_digest
 from mobilesam.store.layout import MANIFEST
-from mobilesam.store.manifest import row_digest, shard_digest
 
 FAILED_EVERY = 10_000
 """One row in so many is failed."""
@@ -63,7 +63,7 @@ def make_large_store(
 
 
 def _commit(path: Path, rows: int, shards: Sequence[int]) -> None:
-    """List shards as `Manifest.commit_shard` does, but all in one transaction that can't be rolled back."""
+    """List shards as `ManifestWriter.commit_shard` does, but all in one transaction that can't be rolled back."""
     committed = min(rows, len(shards) * SHARD_SIZE)
     digests = array("I")
     with closing(sqlite3.connect(path / MANIFEST)) as connection:

@@ -3,6 +3,7 @@
 Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same files.
 """
 
+from ..common.config import DTYPES, PRECISIONS
 from ..common.errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
 from ..common.image_ref import ImageRef
 from .audit import TOLERANCES, Tolerance, audit_summary, tolerance
@@ -11,7 +12,7 @@ from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_
 from .reader import StoredBatch
 from .records import Audit, Counts, ImageRecord, KeptImage, Problem, RowResult, Selection
 from .sam_head import encode_head
-from .spec import DTYPES, PRECISIONS, StoreSpec
+from .spec import StoreSpec
 from .store import EmbeddingStore
 from .writer import ShardWriter, StoredRow
 from .zarr_metadata import exists

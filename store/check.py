@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged
+from ..common.errors import REPLACE_MANIFEST, StoreDamaged
 from .audit import tolerance
-from .check_shard import Finding, check_shard, manifest_problems, shard_listing
-from .images import FOLDER
-from .layout import HEAD, PRIVATE, ArrayLayout, rows_of
+from .check_shard import Finding, check_shard, shard_listing
+from .database import KeysDigest
+from .layout import HEAD, PRIVATE, rows_of
 from .lock import WriterLock
-from .manifest import Manifest
+from .manifest import PAGE_KEYS, Manifest, ManifestWriter
 from .records import Problem
 from .sam_head import read_head
 from .spec import StoreSpec
+from .writer import partial_files, unlisted_shards
 from .zarr_metadata import changed_documents
 
 GROUP_SHARDS = 32
@@ -32,32 +33,38 @@ LOOKS = 20
 LOOK_SECONDS = 0.1
 """How often, and how far apart, a live writer's documents are looked at before they count as damaged."""
 
-Tell = Callable[[int, int], None]
+SHOWN_ERRORS = 10
+"""Lines of SQLite's own check that are shown at most."""
+
+ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenStore:
-    """A store as the check sees it; `own_lock` when the caller is its writer."""
+class InspectedStore:
+    """Parts of an open store that the checks need; the caller is its writer if the manifest is writable."""
 
     path: Path
     spec: StoreSpec
     manifest: Manifest
-    own_lock: bool = False
 
-    def writer(self) -> dict | None:
-        """Host and pid of another live writer; None when there is none."""
-        return None if self.own_lock else WriterLock(self.path / PRIVATE).live_owner()
+    def writer(self) -> dict[str, Any] | None:
+        """Return host and pid of another live writer; None when there is none."""
+        return (
+            None
+            if isinstance(self.manifest, ManifestWriter)
+            else WriterLock(self.path / PRIVATE).live_owner()
+        )
 
 
-def quick_problems(store: OpenStore) -> list[Problem]:
+def quick_problems(store: InspectedStore) -> list[Problem]:
     """What can be told at once: documents, head and audits."""
     return [*_document_problems(store), *_head_problems(store), *_audit_problems(store)]
 
 
-def full_problems(store: OpenStore, progress: Tell | None) -> list[Problem]:
+def full_problems(store: InspectedStore, progress: ProgressCallback | None) -> list[Problem]:
     """Everything: each committed shard is read whole. `progress` hears of (rows read, rows committed)."""
     found = manifest_problems(store.manifest, store.spec.shard_size)
-    if is_past_trust(found):
+    if manifest_is_damaged(found):
         return found
     known = {problem.shard for problem in found}
     shards = _name_owners(store, list(_shard_findings(store, progress)))
@@ -65,12 +72,12 @@ def full_problems(store: OpenStore, progress: Tell | None) -> list[Problem]:
     return [*found, *_orphan_problems(store), *quick_problems(store)]
 
 
-def is_past_trust(problems: Sequence[Problem]) -> bool:
+def manifest_is_damaged(problems: Sequence[Problem]) -> bool:
     """Whether the manifest is damaged as a whole, so that what it says of files would be noise, or worse."""
     return any(problem.kind == "listing" and problem.shard is None for problem in problems)
 
 
-def _shard_findings(store: OpenStore, progress: Tell | None) -> Iterator[Finding]:
+def _shard_findings(store: InspectedStore, progress: ProgressCallback | None) -> Iterator[Finding]:
     import dask
 
     count = store.manifest.row_count()
@@ -89,7 +96,7 @@ def _shard_findings(store: OpenStore, progress: Tell | None) -> Iterator[Finding
             progress(done, total)
 
 
-def _check_committed(store: OpenStore, shard: int) -> list[Finding]:
+def _check_committed(store: InspectedStore, shard: int) -> list[Finding]:
     """What is wrong with a shard while one and the same commit of it was listed."""
     while listing := shard_listing(store.manifest, shard, store.spec.shard_size):
         found = check_shard(store.path, store.spec, listing)
@@ -101,7 +108,7 @@ def _check_committed(store: OpenStore, shard: int) -> list[Finding]:
     return []
 
 
-def _name_owners(store: OpenStore, findings: Sequence[Finding]) -> list[Problem]:
+def _name_owners(store: InspectedStore, findings: Sequence[Finding]) -> list[Problem]:
     """The problems; those of rows with whole bytes that aren't theirs say whose these are, where a row of this
     store is listed with their checksum."""
     owners: dict[str, Mapping[int, int]] = {}
@@ -128,7 +135,7 @@ def _name_owners(store: OpenStore, findings: Sequence[Finding]) -> list[Problem]
     return problems
 
 
-def _orphan_problems(store: OpenStore) -> list[Problem]:
+def _orphan_problems(store: InspectedStore) -> list[Problem]:
     """Files that nothing lists. A live writer may be at work on them: then none is told."""
     found = list(_orphans(store)) if store.writer() is None else []
     # A writer may have come, and gone, meanwhile.
@@ -142,7 +149,7 @@ def _orphan_problems(store: OpenStore) -> list[Problem]:
     ]
 
 
-def _orphans(store: OpenStore) -> Iterator[Problem]:
+def _orphans(store: InspectedStore) -> Iterator[Problem]:
     with explain_os_errors(store.path):
         for path in partial_files(store.path, store.spec.layouts):
             yield Problem(
@@ -158,7 +165,7 @@ def _orphans(store: OpenStore) -> Iterator[Problem]:
             )
 
 
-def _document_problems(store: OpenStore) -> Iterator[Problem]:
+def _document_problems(store: InspectedStore) -> Iterator[Problem]:
     try:
         store.manifest.spec()
         changed = _changed(store)
@@ -175,12 +182,12 @@ def _document_problems(store: OpenStore) -> Iterator[Problem]:
         yield Problem(kind="metadata", message=message, file=str(store.path / name))
 
 
-def _changed(store: OpenStore) -> list[str]:
+def _changed(store: InspectedStore) -> list[str]:
     with explain_os_errors(store.path):
-        return changed_documents(store.path, store.manifest.documents())
+        return changed_documents(store.path, store.manifest.documents(store.spec))
 
 
-def _head_problems(store: OpenStore) -> Iterator[Problem]:
+def _head_problems(store: InspectedStore) -> Iterator[Problem]:
     path = store.path / HEAD
     try:
         read_head(path, store.spec.head_sha256)
@@ -188,7 +195,7 @@ def _head_problems(store: OpenStore) -> Iterator[Problem]:
         yield Problem(kind="head", message=str(error), file=str(path))
 
 
-def _audit_problems(store: OpenStore) -> Iterator[Problem]:
+def _audit_problems(store: InspectedStore) -> Iterator[Problem]:
     limits = tolerance(store.spec.dtype, store.spec.precision)
     for audit in store.manifest.audits():
         if not limits.missed_by(audit):
@@ -205,48 +212,64 @@ def _audit_problems(store: OpenStore) -> Iterator[Problem]:
         )
 
 
-# --- Files in a store that no listing speaks of: attempts that came to nothing. Other people's files are not ours.
-
-_DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
-_TAR = re.compile(r"(0|[1-9]\d*)\.tar")
-_PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
-_PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
+# ---- the manifest against itself
 
 
-def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]:
-    """What writing leaves behind when it is cut short. With a live writer it may be at work on them."""
-    yield from _matching(store, _DOCUMENT)
-    yield from _matching(store / PRIVATE, _PRIVATE)
-    yield from _matching(store / FOLDER, _PARTIAL_TAR)
-    for layout in layouts:
-        zeros = r"\.0" * len(layout.item_shape)
-        attempt = re.compile(rf"c\.\d+{zeros}\.[^.]+\.partial|{_DOCUMENT.pattern}")
-        yield from _matching(store / layout.name, attempt)
-
-
-def unlisted_shards(
-    store: Path, layouts: Sequence[ArrayLayout], listed: Container[int]
-) -> Iterator[tuple[int, Path]]:
-    """Shard files, with their number, that are in their place though no listing says so: a writer was killed
-    before it listed them, or the shard was withdrawn."""
-    for layout in layouts:
-        zeros = r"\.0" * len(layout.item_shape)
-        for path in _matching(store / layout.name, re.compile(rf"c\.(0|[1-9]\d*){zeros}")):
-            shard = int(path.name.split(".")[1])
-            if shard not in listed:
-                yield shard, path
-    for path in _matching(store / FOLDER, _TAR):
-        if int(path.stem) not in listed:
-            yield int(path.stem), path
-
-
-def _matching(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
-    """Files of the folder whose whole name matches."""
+def manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
+    """What is wrong with the manifest's tables as a whole; goes through all of them. A problem without a shard
+    can't be mended by computing anew."""
     try:
-        entries = os.scandir(folder)
-    except FileNotFoundError:
-        return
-    with entries:
-        for entry in entries:
-            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                yield folder / entry.name
+        found = [*_database_problems(manifest), *_image_problems(manifest)]
+        return [*found, *_stray_problems(manifest, shard_size)]
+    except StoreDamaged as error:
+        return [_manifest_problem(manifest, str(error))]
+
+
+def _manifest_problem(manifest: Manifest, message: str, shard: int | None = None) -> Problem:
+    return Problem(kind="listing", message=message, file=str(manifest.path), shard=shard)
+
+
+def integrity_errors(manifest: Manifest) -> list[str]:
+    """What SQLite finds wrong with the database; reads all of it."""
+    lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
+    return [] if lines == ["ok"] else lines
+
+
+def _database_problems(manifest: Manifest) -> Iterator[Problem]:
+    lines = integrity_errors(manifest)
+    if lines:
+        yield _manifest_problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {REPLACE_MANIFEST}")
+
+
+def _image_problems(manifest: Manifest) -> Iterator[Problem]:
+    """Rows without a gap, and in every set of images the keys that were appended."""
+    manifest.row_count()
+    for first, rows, *chosen, digest in manifest.query(
+        'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
+    ):
+        keys = KeysDigest((first, *chosen))
+        count = 0
+        for start in range(first, first + rows, PAGE_KEYS):
+            for key in manifest.keys(range(start, min(start + PAGE_KEYS, first + rows))):
+                if isinstance(key, bytes):
+                    keys.add(key)
+                count += 1
+        if count != rows or keys.value() != digest:
+            yield _manifest_problem(
+                manifest,
+                f"the {rows:,} keys from row {first:,} on are not those that were listed: {REPLACE_MANIFEST}",
+            )
+
+
+def _stray_problems(manifest: Manifest, shard_size: int) -> Iterator[Problem]:
+    """Results of shards that aren't listed, and shards of rows that there aren't."""
+    for (shard,) in manifest.query(
+        "SELECT DISTINCT row / ?1 FROM results WHERE row / ?1 NOT IN (SELECT shard FROM shards)",
+        (shard_size,),
+    ):
+        yield _manifest_problem(manifest, "rows of this shard have results, though it isn't listed", shard)
+    for (shard,) in manifest.query(
+        "SELECT shard FROM shards WHERE shard < 0 OR shard * ? >= (SELECT sum(rows) FROM extensions)",
+        (shard_size,),
+    ):
+        yield _manifest_problem(manifest, "this shard is listed, though the store has no rows in it", shard)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from ..common.errors import REPLACE_MANIFEST, StoreDamaged
+from ..common.errors import StoreDamaged
+from .database import SELECT_RECORDS, decode_record, shard_digest
 from .images import BLOCK, END, header, padding, tar_bytes, tar_path
 from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c
-from .manifest import PAGE_KEYS, SELECT_RECORDS, KeysDigest, Manifest, record_of, shard_digest
+from .manifest import Manifest
 from .reader import read_chunk, read_fully
 from .records import ImageRecord, KeptImage, Problem, ProblemKind
 from .spec import StoreSpec
@@ -106,9 +107,6 @@ def is_zero(descriptor: int, size: int) -> bool:
 
 # --- Whether the manifest agrees with itself: a shard's listing, and the tables as a whole.
 
-SHOWN_ERRORS = 10
-"""Lines of SQLite's own check that are shown at most."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShardListing:
@@ -141,7 +139,7 @@ def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListi
     records, problems = [], []
     for row in found:
         try:
-            record = record_of(row)
+            record = decode_record(row)
         except StoreDamaged as error:
             problems.append(Problem(kind="listing", message=str(error), shard=shard, row=row[0]))
         else:
@@ -160,66 +158,6 @@ def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListi
     return ShardListing(
         shard=shard, attempt=fields[4], rows=rows, records=tuple(records), problems=tuple(problems)
     )
-
-
-def manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
-    """What is wrong with the manifest's tables as a whole; goes through all of them. A problem without a shard
-    can't be mended by computing anew."""
-    try:
-        found = [*_database_problems(manifest), *_image_problems(manifest)]
-        return [*found, *_stray_problems(manifest, shard_size)]
-    except StoreDamaged as error:
-        return [_problem(manifest, str(error))]
-
-
-def _problem(manifest: Manifest, message: str, shard: int | None = None) -> Problem:
-    return Problem(kind="listing", message=message, file=str(manifest.path), shard=shard)
-
-
-def integrity_errors(manifest: Manifest) -> list[str]:
-    """What SQLite finds wrong with the database; reads all of it."""
-    lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
-    return [] if lines == ["ok"] else lines
-
-
-def _database_problems(manifest: Manifest) -> Iterator[Problem]:
-    lines = integrity_errors(manifest)
-    if lines:
-        yield _problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {REPLACE_MANIFEST}")
-
-
-def _image_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Rows without a gap, and in every set of images the keys that were appended."""
-    manifest.row_count()
-    for first, rows, *chosen, digest in manifest.query(
-        'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
-    ):
-        keys = KeysDigest((first, *chosen))
-        count = 0
-        for start in range(first, first + rows, PAGE_KEYS):
-            for key in manifest.keys(range(start, min(start + PAGE_KEYS, first + rows))):
-                if isinstance(key, bytes):
-                    keys.add(key)
-                count += 1
-        if count != rows or keys.value() != digest:
-            yield _problem(
-                manifest,
-                f"the {rows:,} keys from row {first:,} on are not those that were listed: {REPLACE_MANIFEST}",
-            )
-
-
-def _stray_problems(manifest: Manifest, shard_size: int) -> Iterator[Problem]:
-    """Results of shards that aren't listed, and shards of rows that there aren't."""
-    for (shard,) in manifest.query(
-        "SELECT DISTINCT row / ?1 FROM results WHERE row / ?1 NOT IN (SELECT shard FROM shards)",
-        (shard_size,),
-    ):
-        yield _problem(manifest, "rows of this shard have results, though it isn't listed", shard)
-    for (shard,) in manifest.query(
-        "SELECT shard FROM shards WHERE shard < 0 OR shard * ? >= (SELECT sum(rows) FROM extensions)",
-        (shard_size,),
-    ):
-        yield _problem(manifest, "this shard is listed, though the store has no rows in it", shard)
 
 
 # --- A shard's files against its listing, row by row: what is damaged, and how.

@@ -1,17 +1,21 @@
-"""The manifest's SQLite file: its schema, opening it, and its errors in words."""
+"""The manifest's SQLite file: schema, opening, rows as records, their checksums, SQLite's errors in words."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
 from ..common.errors import REPLACE_MANIFEST, StoreDamaged, StoreError
+from .layout import crc32c
+from .records import ImageRecord, KeptImage, RowResult
 
 BUSY_SECONDS = 300.0
-"""How long a statement waits for another process's transaction; `inspect --check` reads the whole manifest in one."""
+"""Longest wait for another process's transaction; `inspect --check` reads the whole manifest in one."""
 
 SCHEMA_VERSION = 2
 """Kept as SQLite's user_version; raised whenever a table changes."""
@@ -39,6 +43,21 @@ PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
 
+_SELECT = """
+SELECT row, key, size, "offset", reason, sha256, bytes, height, width, resized_height, resized_width, crc32c,
+       scales_crc32c, kept_offset, kept_bytes, kept_crc32c, results.row IS NOT NULL, results.digest
+"""
+
+SELECT_RECORDS = f"{_SELECT} FROM images LEFT JOIN results USING (row)"
+"""Every row, in the columns that `decode_record` takes."""
+
+SELECT_COMMITTED = f"{_SELECT} FROM results CROSS JOIN images USING (row)"
+"""Rows of committed shards, likewise. SQLite keeps the order of a CROSS JOIN, so that few failed rows are found by
+their index."""
+
+
+# ---- opening
+
 
 def create(path: Path) -> None:
     """Make an empty manifest."""
@@ -47,8 +66,15 @@ def create(path: Path) -> None:
 
 
 def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
-    """Open without creating. A reader leaves the file system alone unless a killed writer's transaction has to
-    be rolled back first, which takes write access once."""
+    """Open a manifest that exists.
+
+    A reader changes nothing on disk, with one exception: a transaction of a killed writer has to be rolled back
+    before anything can be read, which takes write access once.
+
+    Raises:
+        StoreDamaged: the file is missing, or its tables are not a manifest's.
+        StoreError: another version's schema, or the file can't be opened.
+    """
     if not path.is_file():
         raise StoreDamaged(
             f"{path} is missing: without its manifest a store can't be read; {REPLACE_MANIFEST}"
@@ -57,7 +83,7 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
         try:
             return _open(path, "rw" if writable else "ro", writable)
         except sqlite3.OperationalError as error:
-            if writable or not _needs_rollback(error):
+            if writable or _code(error) != sqlite3.SQLITE_READONLY:
                 raise
             _open(path, "rw", writable=True).close()  # opening rolls it back
             return _open(path, "ro", writable)
@@ -85,8 +111,8 @@ def _open(path: Path, mode: str, writable: bool) -> sqlite3.Connection:
 
 
 def _remove_journal(connection: sqlite3.Connection) -> None:
-    """Of a transaction that was killed before it changed anything: SQLite rolls back and removes others by itself,
-    and lets this one lie until the next transaction."""
+    """Remove the journal of a transaction that was killed before it changed anything. SQLite rolls back and removes
+    all other journals by itself, but leaves such a one until the next transaction."""
     connection.execute("BEGIN IMMEDIATE")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
@@ -101,7 +127,7 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
         other = "an earlier" if version < SCHEMA_VERSION else "a later"
         raise StoreError(
             f"{path} was made by {other} version of mobilesam (its schema is {version}, this program's "
-            f"{SCHEMA_VERSION}): read it with that version, or precompute anew into another place"
+            f"{SCHEMA_VERSION}): read it with that version, or precompute again into another place"
         )
     if schema != _expected_schema():
         raise StoreDamaged(f"{path} is damaged (its tables are not as they were made): {REPLACE_MANIFEST}")
@@ -118,19 +144,98 @@ def _expected_schema() -> dict[str, str]:
         return _schema(connection)
 
 
-def _needs_rollback(error: sqlite3.OperationalError) -> bool:
-    return _code(error) == sqlite3.SQLITE_READONLY
+# ---- rows as records
 
 
-def _code(error: sqlite3.Error) -> int | None:
-    """SQLite's primary result code; None for an error of Python's module, as for text that is not UTF-8."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
+def decode_record(fields: tuple) -> ImageRecord:
+    """Return the record in a row of `SELECT_RECORDS` or `SELECT_COMMITTED`.
+
+    Raises:
+        StoreDamaged: the row's checksum is not that of its fields.
+    """
+    *content, committed, digest = fields
+    (row, key, size, offset, reason, sha256, length, height, width, resized_height, resized_width,
+     crc, scales_crc, *kept) = content  # fmt: skip
+    if not isinstance(key, bytes) or (committed and row_digest(tuple(content)) != digest):
+        raise StoreDamaged(
+            f"the manifest's row {row} is damaged (its checksum is not that of its fields): take its shard out with "
+            "mobilesam inspect STORE --repair, and compute it again"
+        )
+    return ImageRecord(
+        row=row,
+        key=os.fsdecode(key),
+        status="pending" if not committed else "done" if reason is None else "failed",
+        reason=reason,
+        sha256=None if sha256 is None else sha256.hex(),
+        bytes=length,
+        original_size=None if height is None else (height, width),
+        resized_size=None if resized_height is None else (resized_height, resized_width),
+        crc32c=crc,
+        scales_crc32c=scales_crc,
+        kept=None if kept[0] is None else KeptImage(offset=kept[0], bytes=kept[1], crc32c=kept[2]),
+        offset=offset,
+        size=size,
+    )
+
+
+def encode_result(result: RowResult) -> tuple:
+    """Return the columns of the table `results`, all but the digest."""
+    kept = result.kept
+    return (
+        result.row,
+        result.reason,
+        None if result.sha256 is None else bytes.fromhex(result.sha256),
+        result.bytes,
+        *(result.original_size or (None, None)),
+        *(result.resized_size or (None, None)),
+        result.crc32c,
+        result.scales_crc32c,
+        *((kept.offset, kept.bytes, kept.crc32c) if kept else (None, None, None)),
+    )
+
+
+# ---- checksums of the manifest's own content: SQLite has none, and reads a flipped bit in a value as the value
+
+
+def row_digest(fields: tuple) -> int:
+    """Return the crc32c of a committed row: its image (row, key, size, offset), then its result's fields.
+
+    It covers the fields' Python literals in ASCII: integers, bytes, text and None have one form each.
+    """
+    return crc32c(ascii(fields).encode("ascii"))
+
+
+def shard_digest(fields: tuple, rows: Iterable[int]) -> int:
+    """Return the crc32c of a committed shard: its own fields, and its rows' digests in row order."""
+    return crc32c(ascii((fields, tuple(rows))).encode("ascii"))
+
+
+class KeysDigest:
+    """SHA-256 of a set of images as appended: how it was chosen, then every key in row order."""
+
+    def __init__(self, fields: tuple) -> None:
+        self._hash = hashlib.sha256(ascii(fields).encode("ascii"))
+
+    def add(self, key: bytes) -> None:
+        """Add the next row's key."""
+        self._hash.update(b"%d:%b" % (len(key), key))
+
+    def value(self) -> bytes:
+        """Return the digest so far, 32 bytes."""
+        return self._hash.digest()
+
+
+# ---- errors
 
 
 @contextmanager
 def explain_sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as the store's, with the mend."""
+    """Raise SQLite's errors inside the context as the store's, with the mend.
+
+    Raises:
+        StoreDamaged: the file's content is not what SQLite or the schema expects.
+        StoreError: everything else: no room, no permission, a lock, a failing disk, a value that the schema refuses.
+    """
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -155,3 +260,9 @@ def explain_sqlite_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"{path} refuses what it was given ({error}): nothing was changed") from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise StoreDamaged(f"{path} is damaged ({error}): {REPLACE_MANIFEST}") from error
+
+
+def _code(error: sqlite3.Error) -> int | None:
+    """Return SQLite's primary result code; None for an error of Python's module, as for text that is not UTF-8."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF

@@ -17,11 +17,11 @@ from typing import Any
 from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged, StoreError, StoreNotFound
 from .audit import audit_summary, tolerance
-from .check import OpenStore, full_problems, quick_problems
+from .check import InspectedStore, full_problems, quick_problems
 from .images import FOLDER
 from .layout import MANIFEST, PRIVATE, local_path, shard_count
 from .lock import WriterLock
-from .manifest import Manifest
+from .manifest import Manifest, ManifestWriter
 from .records import Problem, Selection
 from .repair import Repair
 from .repair import repair as mend
@@ -61,7 +61,7 @@ def inspect_store(
 
 
 @contextmanager
-def _opened(path: Path, *, writable: bool) -> Iterator[OpenStore]:
+def _opened(path: Path, *, writable: bool) -> Iterator[InspectedStore]:
     """The store at the path, also when its zarr.json is not as written; with `writable` under the writer's lock."""
     place = path / MANIFEST
     if not place.exists():
@@ -71,9 +71,9 @@ def _opened(path: Path, *, writable: bool) -> Iterator[OpenStore]:
         lock = WriterLock(path / PRIVATE)
         lock.acquire()
     try:
-        manifest = Manifest(place, writable=writable)
+        manifest = (ManifestWriter if writable else Manifest)(place)
         try:
-            yield OpenStore(path=path, spec=_spec(path, manifest), manifest=manifest, own_lock=writable)
+            yield InspectedStore(path=path, spec=_spec(path, manifest), manifest=manifest)
         finally:
             manifest.close()
     finally:
@@ -99,7 +99,7 @@ def _spec(path: Path, manifest: Manifest) -> StoreSpec:
     return spec
 
 
-def _description(store: OpenStore) -> dict[str, Any]:
+def _description(store: InspectedStore) -> dict[str, Any]:
     spec, manifest = store.spec, store.manifest
     counts, committed = manifest.counts(), manifest.committed_shards()
     selection = manifest.selections()[-1]
@@ -125,7 +125,7 @@ def _description(store: OpenStore) -> dict[str, Any]:
     }
 
 
-def _bytes_on_disk(store: OpenStore) -> int:
+def _bytes_on_disk(store: InspectedStore) -> int:
     """The lengths of all the store's files together."""
     folders = [store.path, store.path / PRIVATE, *(store.path / layout.name for layout in store.spec.layouts)]
     if store.spec.kept_images is not None:
@@ -149,7 +149,7 @@ def _file_bytes(folder: Path) -> int:
     return total
 
 
-def _command(store: OpenStore, problems: Sequence[Problem]) -> str | None:
+def _command(store: InspectedStore, problems: Sequence[Problem]) -> str | None:
     pending = store.manifest.counts().pending
     if not pending and not any(problem.kind == "head" for problem in problems):
         return None

@@ -1,4 +1,4 @@
-"""Taking out what is damaged, so that it is computed anew. What is whole is never touched."""
+"""Repair: withdraw what is damaged so that it is recomputed, remove what nothing lists, restore metadata."""
 
 from __future__ import annotations
 
@@ -9,42 +9,61 @@ from pathlib import Path
 
 from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged
-from .check import OpenStore, Tell, full_problems, is_past_trust, quick_problems
-from .check_shard import integrity_errors
+from .check import (
+    InspectedStore,
+    ProgressCallback,
+    full_problems,
+    integrity_errors,
+    manifest_is_damaged,
+    quick_problems,
+)
 from .images import tar_path
+from .manifest import ManifestWriter
 from .records import Problem
 from .zarr_metadata import changed_documents, documents_of, write_documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """What was done: shards withdrawn, files removed and rewritten (by their path in the store); `problems` are
-    those that are mended by it, `left` those that are not."""
+    """Result of a repair."""
 
     withdrawn: tuple[int, ...]
+    """Shards withdrawn, ascending."""
     removed: tuple[str, ...]
+    """Files removed, by their path in the store."""
     rewritten: tuple[str, ...]
+    """Files rewritten, by their path in the store."""
     problems: tuple[Problem, ...]
+    """Problems that were mended."""
     left: tuple[Problem, ...]
+    """Problems that were not."""
 
 
-def repair(store: OpenStore, progress: Tell | None) -> Repair:
-    """Check everything and mend what is damaged; the caller holds the writer's lock.
+def repair(store: InspectedStore, progress: ProgressCallback | None) -> Repair:
+    """Check everything and mend what is damaged; what is whole is never touched. The caller holds the writer's lock.
 
-    Can be cut short anywhere and run again: shards are withdrawn before their files go, so that a file without a
-    listing is the worst that is left.
+    A repair may be interrupted anywhere and run again: shards are withdrawn before their files are removed, so that
+    the worst that is left is a file that nothing lists.
+
+    Args:
+        store: with a writable manifest.
+        progress: called with rows read and rows committed.
+
+    Returns:
+        What was done and what is left: everything, and nothing was done, where the manifest itself is damaged.
     """
-    assert store.own_lock, "only the store's writer repairs it"
+    manifest = store.manifest
+    assert isinstance(manifest, ManifestWriter), "only the store's writer repairs it"
     problems = full_problems(store, progress)
-    if is_past_trust(problems):
-        mended = _reindex(store)
-        again = full_problems(store, progress) if mended else problems
-        if is_past_trust(again):
+    if manifest_is_damaged(problems):
+        rebuilt = _reindex(manifest)
+        again = full_problems(store, progress) if rebuilt else problems
+        if manifest_is_damaged(again):
             return Repair(withdrawn=(), removed=(), rewritten=(), problems=(), left=tuple(problems))
         problems = [*problems, *again]
-    shards = _withdraw(store, problems)
+    shards = _withdraw(manifest, problems, store.spec.shard_size)
     removed = _remove_files(store, shards, problems)
-    rewritten = _rewrite_documents(store)
+    rewritten = _rewrite_documents(store, manifest)
     left = quick_problems(store)
     return Repair(
         withdrawn=tuple(shards),
@@ -55,31 +74,30 @@ def repair(store: OpenStore, progress: Tell | None) -> Repair:
     )
 
 
-def _reindex(store: OpenStore) -> bool:
-    """Build the manifest's indexes anew when they are all that SQLite finds damaged; whether it could."""
-    errors = integrity_errors(store.manifest)
+def _reindex(manifest: ManifestWriter) -> bool:
+    """Rebuild the manifest's indexes if they are all that SQLite finds damaged; return True if it succeeded."""
+    errors = integrity_errors(manifest)
     if not errors or not all("index" in error for error in errors):
         return False
     try:
-        store.manifest.reindex()
+        manifest.reindex()
     except StoreDamaged:
         return False
     return True
 
 
-def _withdraw(store: OpenStore, problems: Sequence[Problem]) -> list[int]:
+def _withdraw(manifest: ManifestWriter, problems: Sequence[Problem], shard_size: int) -> list[int]:
     damaged = {
         problem.shard
         for problem in problems
         if problem.shard is not None and problem.kind not in ("orphan", "audit")
     }
-    size = store.spec.shard_size
     for shard in sorted(damaged):
-        store.manifest.withdraw_shard(shard, range(shard * size, (shard + 1) * size))
+        manifest.withdraw_shard(shard, range(shard * shard_size, (shard + 1) * shard_size))
     return sorted(damaged)
 
 
-def _remove_files(store: OpenStore, shards: Sequence[int], problems: Sequence[Problem]) -> list[str]:
+def _remove_files(store: InspectedStore, shards: Sequence[int], problems: Sequence[Problem]) -> list[str]:
     """Remove the files of withdrawn shards, and what nothing lists."""
     places = [
         store.path / layout.name / layout.file_name(shard)
@@ -97,17 +115,17 @@ def _remove_files(store: OpenStore, shards: Sequence[int], problems: Sequence[Pr
     return removed
 
 
-def _rewrite_documents(store: OpenStore) -> list[str]:
-    """Put back every zarr.json that isn't as written, and the manifest's own copies of them and of the spec."""
+def _rewrite_documents(store: InspectedStore, manifest: ManifestWriter) -> list[str]:
+    """Restore every zarr.json that isn't as written, and the manifest's own copies of them and of the spec."""
     try:
-        store.manifest.spec()
+        manifest.spec()
     except StoreDamaged:
-        store.manifest.restore_spec(store.spec)
+        manifest.restore_spec(store.spec)
     try:
-        documents = store.manifest.documents()
+        documents = manifest.documents(store.spec)
     except StoreDamaged:
-        documents = documents_of(store.spec, store.manifest.row_count())
-        store.manifest.restore_documents(documents)
+        documents = documents_of(store.spec, manifest.row_count())
+        manifest.restore_documents(documents)
     with explain_os_errors(store.path):
         changed = changed_documents(store.path, documents)
         write_documents(store.path, documents)

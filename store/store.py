@@ -1,4 +1,4 @@
-"""The store as one object: opened to read by anyone, to write by one process at a time."""
+"""`EmbeddingStore`: a store as one object, opened for reading by anyone, for writing by one process at a time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from ..common.durable import explain_os_errors, fsync_directory, make_folder, wr
 from ..common.errors import REPAIR_SHARDS, StoreDamaged, StoreError
 from ..common.image_ref import ImageRef
 from .audit import tolerance
-from .check import partial_files
 from .create import draft_of
 from .images import FOLDER, partial_tar_path, read_kept, tar_bytes, tar_path
 from .layout import HEAD, MANIFEST, PRIVATE, local_path, rows_of, shard_count, shard_of
 from .lock import WriterLock
-from .manifest import Manifest
+from .manifest import Manifest, ManifestWriter
 from .reader import DirectReader, StoredBatch
 from .records import Audit, RowResult, Selection
 from .sam_head import read_head, write_head
 from .spec import StoreSpec
-from .writer import partial_path
+from .writer import partial_files, partial_path
 from .zarr_metadata import documents_of, read_spec, write_documents
 
 RELISTED_BY_KEY = 100_000
@@ -34,6 +33,8 @@ class EmbeddingStore:
     """Teacher embeddings of a set of images, one image a row; see `open` and `create`.
 
     A shard is either committed, verified and listed, or it is recomputed. Use as a context manager, or `close`.
+    `manifest` answers what the store lists: `store.manifest.counts()`, `.records()`, `.selections()`. `reader` reads
+    rows and makes the batches that `read` fills.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class EmbeddingStore:
         self.path = path
         self.spec = spec
         self.manifest = manifest
-        self._lock = lock
         self.reader = DirectReader(path, spec, manifest, direct=direct_io)
+        self._lock = lock
 
     # ---- opening
 
@@ -56,12 +57,18 @@ class EmbeddingStore:
     def open(
         cls, path: Path | str, *, writable: bool = False, direct_io: bool | None = None
     ) -> EmbeddingStore:
-        """Open the store at `path`; with `writable`, as its only writer.
+        """Open the store at `path`.
 
-        `direct_io`: read rows past the system's cache (O_DIRECT), where the file system can; by default in stores
-        of more than half of the machine's memory, which the cache would not keep.
+        Args:
+            path: folder of the store.
+            writable: take the writer's lock, remove what killed attempts left, finish an interrupted extension.
+            direct_io: read rows past the system's cache (O_DIRECT) where the file system can; None to do so in stores
+                of more than half of the machine's memory, which the cache would not keep.
 
-        Raises StoreNotFound, StoreDamaged (the manifest is missing, damaged or another store's), StoreLocked.
+        Raises:
+            StoreNotFound: there is no store at the path.
+            StoreDamaged: the manifest is missing, damaged or another store's, or zarr.json is not as written.
+            StoreLocked: another process writes to the store.
         """
         path = local_path(path)
         spec = read_spec(path)
@@ -70,7 +77,7 @@ class EmbeddingStore:
             lock = WriterLock(path / PRIVATE)
             lock.acquire()
         try:
-            manifest = Manifest(path / MANIFEST, writable=writable)
+            manifest = (ManifestWriter if writable else Manifest)(path / MANIFEST)
             manifest.refuse_foreign(spec)
             store = cls(path, spec, manifest, lock, direct_io)
             if writable:
@@ -92,21 +99,30 @@ class EmbeddingStore:
         selection: Selection,
         head: bytes,
     ) -> EmbeddingStore:
-        """Make a store with a pending row for every image, and open it as its only writer.
+        """Make a store with a pending row for every image, and open it for writing.
 
-        It is made beside its place and renamed into it whole, so that no half-made store is ever seen. `head` is
-        SAM's prompt encoder and mask decoder (see `encode_head`). StoreError when the place is taken.
+        It is made beside its place and moved there whole, so that no half-made store is ever seen.
+
+        Args:
+            path: place of the store: nothing, or an empty folder.
+            spec: description of the store.
+            images: one for each row, in order.
+            selection: rule by which the images were chosen.
+            head: SAM's prompt encoder and mask decoder, as `encode_head` makes them.
+
+        Raises:
+            StoreError: the place is taken.
         """
         path = local_path(path)
         with draft_of(path) as draft:
-            with closing(Manifest.create(draft / MANIFEST, spec)) as manifest:
+            with closing(ManifestWriter.create(draft / MANIFEST, spec)) as manifest:
                 manifest.append(images, selection, partial(documents_of, spec))
-                write_documents(draft, manifest.documents())
+                write_documents(draft, manifest.documents(spec))
             write_atomic(draft / HEAD, head)
         return cls.open(path, writable=True)
 
     def close(self) -> None:
-        """Let go of the manifest and, for a writer, of the lock; attempts that came to nothing are removed."""
+        """Close the files and release the lock; a writer removes what unfinished attempts left."""
         self.reader.close()
         self.manifest.close()
         if self._lock:
@@ -123,6 +139,17 @@ class EmbeddingStore:
     ) -> None:
         self.close()
 
+    def _tidy(self) -> None:
+        with explain_os_errors(self.path):
+            self._remove_partials()
+            write_documents(self.path, self.manifest.documents(self.spec))
+            if self.spec.kept_images is not None:
+                make_folder(self.path / FOLDER)
+
+    def _remove_partials(self) -> None:
+        for leftover in partial_files(self.path, self.spec.layouts):
+            leftover.unlink(missing_ok=True)
+
     # ---- reading
 
     @property
@@ -131,26 +158,41 @@ class EmbeddingStore:
         return self.path / HEAD
 
     def read_head(self) -> bytes:
-        """The content of `head_path`; StoreDamaged when it isn't what was stored."""
+        """Return the content of `head_path`; StoreDamaged when it is not what was stored."""
         return read_head(self.head_path, self.spec.head_sha256)
 
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
-        """Embeddings of done rows, in the order given, each verified by its bytes' checksum, the one stored with
-        it, and the manifest's; into `out`, where that is given (`empty_batch` makes one to be used again).
+        """Read the embeddings of done rows, in the order given; safe to call from several threads.
 
-        Raises StoreDamaged or StoreError; ValueError when `out` has other shapes or dtypes. Safe to call from several
-        threads."""
+        Each row is verified: the checksum of its bytes, the one stored with it and the manifest's must agree.
+
+        Args:
+            rows: numbers of B rows; any of them may be repeated.
+            out: batch to fill, as `reader.empty_batch(B)` makes it; None for a new one.
+
+        Returns:
+            The rows as stored, (B, 256, g, g) in the store's dtype, with int8's scales (B, 256).
+
+        Raises:
+            StoreDamaged: names the file, row and key of whatever is not as committed.
+            StoreError: a row isn't done, or can't be read.
+            ValueError: `out` has other shapes or dtypes.
+        """
         return self.reader.read(rows, out)
 
     def read_image(self, row: int) -> bytes:
-        """The image file that is kept of a done row, its bytes verified against the manifest.
+        """Read the image file that is kept of a done row, verified against the manifest; safe to call from several
+        threads.
 
-        Raises StoreDamaged or StoreError; ValueError in a store that keeps no images. Safe to call from several
-        threads."""
+        Raises:
+            StoreDamaged: the image is not the one that was committed.
+            StoreError: the row isn't done, or can't be read.
+            ValueError: the store keeps no images.
+        """
         try:
             return self._read_image(row)
         except StoreError:
-            # A writer may have committed the shard anew between the listing and the file.
+            # A writer may have committed the shard again between the listing and the file.
             return self._read_image(row)
 
     def _read_image(self, row: int) -> bytes:
@@ -168,18 +210,16 @@ class EmbeddingStore:
             return read_kept(path, record.key, row, record.kept)
 
     def audits_out_of_tolerance(self) -> list[Audit]:
-        """Those that miss the tolerance of the store's dtype and precision."""
+        """Return the audits that miss the tolerance of the store's dtype and precision, in row order."""
         limits = tolerance(self.spec.dtype, self.spec.precision)
         return [audit for audit in self.manifest.audits() if limits.missed_by(audit)]
 
-    # ---- writing
-
     def shard_rows(self, shard: int) -> range:
-        """The rows that a shard holds, given how many the store has now."""
+        """Return the rows that a shard holds, given how many the store has now."""
         return rows_of(shard, self.spec.shard_size, self.manifest.row_count())
 
     def pending_shards(self) -> list[int]:
-        """Shards to compute, ascending: those that aren't committed."""
+        """Return the shards to compute, ascending: those that aren't committed."""
         committed = self.manifest.committed_shards()
         return [
             shard
@@ -187,12 +227,20 @@ class EmbeddingStore:
             if shard not in committed
         ]
 
-    def commit(self, shard: int, attempt: str, results: Sequence[RowResult]) -> None:
-        """Put a finished attempt at a shard in its place and list its rows: `results` has one for each, in order.
+    # ---- writing
 
-        StoreError when the partial files aren't whole; the shard then stays pending.
+    def commit(self, shard: int, attempt: str, results: Sequence[RowResult]) -> None:
+        """Move the files of a finished attempt at a shard to their places, and list its rows.
+
+        Args:
+            shard: number of a pending shard.
+            attempt: name under which `ShardWriter` wrote it.
+            results: one for each of the shard's rows, in order.
+
+        Raises:
+            StoreError: the attempt's files aren't whole; the shard stays pending.
         """
-        self._assert_writer()
+        manifest = self._manifest_writer()
         rows = self.shard_rows(shard)
         assert [result.row for result in results] == list(rows), (
             "results must cover the shard's rows in order"
@@ -208,11 +256,11 @@ class EmbeddingStore:
             for attempted, place, _ in reversed(moves):
                 os.rename(attempted, place)
                 fsync_directory(place.parent)
-        self.manifest.commit_shard(shard, attempt, results)
+        manifest.commit_shard(shard, attempt, results)
         self.reader.forget(shard)
 
     def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:
-        """The files of an attempt: where each is, where it belongs, and the length that it has when it is whole."""
+        """Return (path, place, length in bytes when whole) of each file of an attempt."""
         moves = [
             (
                 partial_path(self.path, layout, shard, attempt),
@@ -228,56 +276,50 @@ class EmbeddingStore:
         return moves
 
     def withdraw(self, shards: Iterable[int]) -> None:
-        """Unlist shards before they are computed anew; their rows are pending from then on."""
-        self._assert_writer()
+        """Remove shards from the list before they are recomputed; their rows are pending from then on."""
+        manifest = self._manifest_writer()
         for shard in shards:
-            self.manifest.withdraw_shard(shard, self.shard_rows(shard))
+            manifest.withdraw_shard(shard, self.shard_rows(shard))
             self.reader.forget(shard)
 
     def record_audits(self, audits: Sequence[Audit]) -> None:
-        """Keep audits of done rows. One replaces an earlier one of its row, and goes when its shard is withdrawn."""
-        self._assert_writer()
-        self.manifest.record_audits(audits)
+        """Keep audits of done rows; StoreError for any other row.
+
+        An audit replaces an earlier one of its row, and is deleted when its shard is withdrawn.
+        """
+        self._manifest_writer().record_audits(audits)
 
     def restore_head(self, data: bytes) -> None:
-        """Write the head anew; StoreMismatch unless it is the one that the store was made with."""
-        self._assert_writer()
+        """Write the head again; StoreMismatch unless it is the one that the store was made with."""
+        self._manifest_writer()
         write_head(self.head_path, data, self.spec.head_sha256)
 
     def extend(self, images: Sequence[ImageRef], selection: Selection) -> range:
-        """Append rows for more images; their range. A short last shard is withdrawn, since it grows."""
-        self._assert_writer()
-        first = self.manifest.row_count()
+        """Append rows for more images, and return their range. A short last shard is withdrawn, since it grows."""
+        manifest = self._manifest_writer()
+        first = manifest.row_count()
         short = first % self.spec.shard_size
         if short and images:
             self.withdraw([first // self.spec.shard_size])
-        rows = self.manifest.append(images, selection, partial(documents_of, self.spec))
+        rows = manifest.append(images, selection, partial(documents_of, self.spec))
         with explain_os_errors(self.path):
-            write_documents(self.path, self.manifest.documents())
+            write_documents(self.path, manifest.documents(self.spec))
         return rows
 
     def relist(self, images: Iterable[ImageRef]) -> None:
-        """Take over size and offset of pending images from a new listing: files may have been replaced, and tars
-        written anew, since the rows were given out. Committed rows and unknown keys are left alone."""
-        self._assert_writer()
+        """Update size and offset of pending images from a new listing.
+
+        Files may have been replaced, and tars written again, since the rows were given out. Committed rows and
+        unknown keys are left alone.
+        """
+        manifest = self._manifest_writer()
         pending = [self.shard_rows(shard) for shard in self.pending_shards()]
         if sum(map(len, pending)) <= RELISTED_BY_KEY:
-            keys = {key for rows in pending for key in self.manifest.keys(rows)}
+            keys = {key for rows in pending for key in manifest.keys(rows)}
             images = (image for image in images if os.fsencode(image.key) in keys)
         if pending:
-            self.manifest.relist(images)
+            manifest.relist(images)
 
-    def _assert_writer(self) -> None:
-        assert self._lock is not None, "the store is open for reading only"
-
-    def _tidy(self) -> None:
-        """Remove what killed attempts left, and finish an extension that was cut short."""
-        with explain_os_errors(self.path):
-            self._remove_partials()
-            write_documents(self.path, self.manifest.documents())
-            if self.spec.kept_images is not None:
-                make_folder(self.path / FOLDER)
-
-    def _remove_partials(self) -> None:
-        for leftover in partial_files(self.path, self.spec.layouts):
-            leftover.unlink(missing_ok=True)
+    def _manifest_writer(self) -> ManifestWriter:
+        assert isinstance(self.manifest, ManifestWriter), "the store is open for reading only"
+        return self.manifest

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +12,8 @@ from types import TracebackType
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from .images import BLOCK, END, header, padding, partial_tar_path
-from .layout import CHECKSUM_BYTES, ArrayLayout, crc32c
+from .images import BLOCK, END, FOLDER, header, padding, partial_tar_path
+from .layout import CHECKSUM_BYTES, PRIVATE, ArrayLayout, crc32c
 from .quantize import quantize
 from .records import KeptImage
 
@@ -166,3 +167,50 @@ def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: i
             written -= len(pending.pop(0))
         if pending:
             pending[0] = pending[0][written:]
+
+
+# ---- what interrupted writing left
+
+_DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
+_TAR = re.compile(r"(0|[1-9]\d*)\.tar")
+_PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
+_PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
+
+
+def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]:
+    """Yield the files that interrupted writing left in a store; a live writer may still be writing them."""
+    yield from _matching(store, _DOCUMENT)
+    yield from _matching(store / PRIVATE, _PRIVATE)
+    yield from _matching(store / FOLDER, _PARTIAL_TAR)
+    for layout in layouts:
+        zeros = r"\.0" * len(layout.item_shape)
+        attempt = re.compile(rf"c\.\d+{zeros}\.[^.]+\.partial|{_DOCUMENT.pattern}")
+        yield from _matching(store / layout.name, attempt)
+
+
+def unlisted_shards(
+    store: Path, layouts: Sequence[ArrayLayout], listed: Container[int]
+) -> Iterator[tuple[int, Path]]:
+    """Yield the shard files, with their number, that are in their place but not listed: a writer was killed before it
+    listed them, or the shard was withdrawn."""
+    for layout in layouts:
+        zeros = r"\.0" * len(layout.item_shape)
+        for path in _matching(store / layout.name, re.compile(rf"c\.(0|[1-9]\d*){zeros}")):
+            shard = int(path.name.split(".")[1])
+            if shard not in listed:
+                yield shard, path
+    for path in _matching(store / FOLDER, _TAR):
+        if int(path.stem) not in listed:
+            yield int(path.stem), path
+
+
+def _matching(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
+    """Yield the files of a folder whose whole name matches. Other names are other people's files."""
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:
+        return
+    with entries:
+        for entry in entries:
+            if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                yield folder / entry.name

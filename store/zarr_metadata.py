@@ -1,4 +1,4 @@
-"""The Zarr v3 documents of a store: made by zarr-python, written durably by us."""
+"""The Zarr v3 documents (zarr.json) of a store: made by zarr-python, written durably by us, read for the spec."""
 
 from __future__ import annotations
 
@@ -18,8 +18,60 @@ ATTRIBUTE = "mobilesam"
 _DIMENSIONS = ("row", "channel", "y", "x")
 
 
-def group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
-    """The root group's zarr.json: the spec among its attributes, and the arrays' documents consolidated, without
+def exists(path: Path | str) -> bool:
+    """Return True if there is a mobilesam store at the path, whole or damaged."""
+    try:
+        read_spec(local_path(path))
+    except StoreNotFound:
+        return False
+    return True
+
+
+def read_spec(store: Path) -> StoreSpec:
+    """Read the spec from the attributes of the group's zarr.json.
+
+    Raises:
+        StoreNotFound: there is no store at the path.
+        StoreDamaged: there is one, but its document is not whole.
+        StoreError: the document can't be read, or another version wrote it.
+    """
+    path = store / DOCUMENT
+    try:
+        document = json.loads(path.read_bytes())
+        attributes = dict(document["attributes"][ATTRIBUTE])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _no_store(store, f"it has no {DOCUMENT}") from error
+    except OSError as error:
+        raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreDamaged(f"{path} is damaged (no JSON): {REPAIR_METADATA}") from error
+    except (KeyError, TypeError, IndexError) as error:
+        raise _no_store(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
+    return StoreSpec.from_json(attributes)
+
+
+def _no_store(store: Path, reason: str) -> StoreError:
+    if (store / MANIFEST).exists():
+        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {REPAIR_METADATA}")
+    if store.is_file():
+        return StoreNotFound(f"{store} is a file, not a mobilesam store")
+    return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")
+
+
+def document_names(spec: StoreSpec) -> set[str]:
+    """Return the paths of a store's zarr.json files, relative to the store."""
+    return {DOCUMENT, *(f"{layout.name}/{DOCUMENT}" for layout in spec.layouts)}
+
+
+def documents_of(spec: StoreSpec, rows: int) -> dict[str, bytes]:
+    """Make every zarr.json of a store of `rows` rows, by its path in the store, the group's last."""
+    arrays = {layout.name: _array_document(layout, rows) for layout in spec.layouts}
+    documents = {f"{name}/{DOCUMENT}": document for name, document in arrays.items()}
+    return documents | {DOCUMENT: _group_document(spec, arrays)}
+
+
+def _group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
+    """Make the root group's zarr.json: the spec among its attributes, and the arrays' documents consolidated, without
     which xarray warns on opening."""
     import zarr
 
@@ -34,8 +86,8 @@ def group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
     return json.dumps(document, indent=2).encode()
 
 
-def array_document(layout: ArrayLayout, rows: int) -> bytes:
-    """An array's zarr.json for `rows` rows: shards of whole rows, crc32c on every row, absence reads as NaN
+def _array_document(layout: ArrayLayout, rows: int) -> bytes:
+    """Make an array's zarr.json for `rows` rows: shards of whole rows, crc32c on every row, absence reads as NaN
     (as 0 in int8, where the row's scales read as NaN)."""
     import zarr
     from zarr.codecs import Crc32cCodec
@@ -57,20 +109,13 @@ def array_document(layout: ArrayLayout, rows: int) -> bytes:
     return bytes(documents[DOCUMENT].to_bytes())
 
 
-def documents_of(spec: StoreSpec, rows: int) -> dict[str, bytes]:
-    """Every zarr.json of a store of `rows` rows, by its path in the store, the group's last."""
-    arrays = {layout.name: array_document(layout, rows) for layout in spec.layouts}
-    documents = {f"{name}/{DOCUMENT}": document for name, document in arrays.items()}
-    return documents | {DOCUMENT: group_document(spec, arrays)}
-
-
 def changed_documents(store: Path, documents: Mapping[str, bytes]) -> list[str]:
-    """The names of those that are not on disk as they should be."""
+    """Return the names of the documents that are not on disk as they should be."""
     return [name for name, content in documents.items() if not _holds(store / name, content)]
 
 
 def write_documents(store: Path, documents: Mapping[str, bytes]) -> None:
-    """Put every document in its place, in the order given; one that is there already is left alone."""
+    """Write every document to its place, in the order given; one that is there already is left alone."""
     for name in changed_documents(store, documents):
         path = store / name
         path.parent.mkdir(exist_ok=True)
@@ -82,38 +127,3 @@ def _holds(path: Path, content: bytes) -> bool:
         return path.read_bytes() == content
     except FileNotFoundError:
         return False
-
-
-def read_spec(store: Path) -> StoreSpec:
-    """The spec of the store at a path. StoreNotFound when it is none, StoreDamaged when there is one, but its
-    document is not whole, StoreError when it can't be read."""
-    path = store / DOCUMENT
-    try:
-        document = json.loads(path.read_bytes())
-        attributes = dict(document["attributes"][ATTRIBUTE])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _none(store, f"it has no {DOCUMENT}") from error
-    except OSError as error:
-        raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path} is damaged (no JSON): {REPAIR_METADATA}") from error
-    except (KeyError, TypeError, IndexError) as error:
-        raise _none(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
-    return StoreSpec.from_json(attributes)
-
-
-def exists(path: Path | str) -> bool:
-    """Whether there is a mobilesam store at the path (whole or damaged)."""
-    try:
-        read_spec(local_path(path))
-    except StoreNotFound:
-        return False
-    return True
-
-
-def _none(store: Path, reason: str) -> StoreError:
-    if (store / MANIFEST).exists():
-        return StoreDamaged(f"{store} is a store with a manifest, but {reason}: {REPAIR_METADATA}")
-    if store.is_file():
-        return StoreNotFound(f"{store} is a file, not a mobilesam store")
-    return StoreNotFound(f"{store} is no mobilesam store ({reason}): make one with mobilesam precompute")

@@ -393,7 +393,7 @@ def test_no_store_a_foreign_manifest_and_a_lost_one_are_errors(new_store: NewSto
 
 def test_a_manifest_of_an_earlier_version_says_so(store: EmbeddingStore) -> None:
     _sql(store, "PRAGMA user_version = 0")
-    with pytest.raises(StoreError, match=r"made by an earlier version .* precompute anew") as caught:
+    with pytest.raises(StoreError, match=r"made by an earlier version .* precompute again") as caught:
         EmbeddingStore.open(store.path)
     assert not isinstance(caught.value, StoreDamaged)
     _sql(store, "PRAGMA user_version = 9")
@@ -418,7 +418,7 @@ def test_text_that_is_no_utf8_in_the_manifest_is_damage(store: EmbeddingStore) -
 
 
 def test_a_manifest_is_closed_when_no_thread_is_at_it_any_more(store: EmbeddingStore) -> None:
-    manifest = Manifest(store.path / MANIFEST, writable=False)
+    manifest = Manifest(store.path / MANIFEST)
     held, closed = threading.Event(), threading.Event()
 
     def close() -> None:

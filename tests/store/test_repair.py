@@ -122,9 +122,9 @@ def test_a_second_repair_finds_nothing(damaged: EmbeddingStore) -> None:
 def test_a_repair_that_is_cut_short_anywhere_is_finished_by_the_next(
     damaged: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilesam.store.manifest import Manifest
+    from mobilesam.store.manifest import ManifestWriter
 
-    real_unlink, real_withdraw = Path.unlink, Manifest.withdraw_shard
+    real_unlink, real_withdraw = Path.unlink, ManifestWriter.withdraw_shard
     steps = 0
 
     class Killed(BaseException):
@@ -143,7 +143,7 @@ def test_a_repair_that_is_cut_short_anywhere_is_finished_by_the_next(
         return step
 
     monkeypatch.setattr(Path, "unlink", counted(real_unlink))
-    monkeypatch.setattr(Manifest, "withdraw_shard", counted(real_withdraw))
+    monkeypatch.setattr(ManifestWriter, "withdraw_shard", counted(real_withdraw))
     for allowed in range(12):
         steps = allowed
         try:
@@ -225,6 +225,52 @@ def test_the_manifests_own_copies_are_restored_from_the_documents(
     (store.path / "zarr.json").unlink()
     assert inspect_store(store.path, repair=True)["problems"] == []
     EmbeddingStore.open(store.path).close()
+
+
+@pytest.mark.parametrize(
+    ("place", "bit"),
+    [
+        (8, 3),  # embeddinos/zarr.json: the bit that the fault suite found, 94467 of its manifest
+        (8, 6),  # embeddin'/zarr.json
+        (10, 0),  # one name, without a folder
+        (-2, 0),  # embeddings/zarr.jsnn
+    ],
+)
+def test_a_flipped_bit_in_a_documents_name_leaves_no_file_of_that_name(
+    store: EmbeddingStore, place: int, bit: int
+) -> None:
+    manifest, name = store.path / MANIFEST, b"embeddings/zarr.json"
+    data = bytearray(manifest.read_bytes())
+    assert data.count(name) == 1
+    data[data.index(name) + place % len(name)] ^= 1 << bit
+    before = {path for path in store.path.rglob("*") if path.name != "writer.json"}
+    manifest.write_bytes(data)
+    with pytest.raises(StoreDamaged, match=r"copies of zarr\.json are not this store's .*--repair"):
+        EmbeddingStore.open(store.path, writable=True)
+    (problem,) = inspect_store(store.path)["problems"]
+    assert (problem["kind"], problem["file"]) == ("metadata", str(manifest))
+    assert inspect_store(store.path, repair=True)["problems"] == []
+    assert {path for path in store.path.rglob("*") if path.name != "writer.json"} == before
+    EmbeddingStore.open(store.path, writable=True).close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE documents SET name = '../' || name",
+        "DELETE FROM documents WHERE name = 'scales/zarr.json'",
+        "DELETE FROM documents",
+    ],
+)
+def test_documents_under_other_names_are_replaced_by_the_stores_own(
+    store: EmbeddingStore, statement: str
+) -> None:
+    _sql(store, statement)
+    (problem,) = inspect_store(store.path)["problems"]
+    assert (problem["kind"], problem["file"]) == ("metadata", str(store.path / MANIFEST))
+    assert inspect_store(store.path, repair=True)["problems"] == []
+    assert inspect_store(store.path, check=True)["problems"] == []
+    assert [path.name for path in store.path.parent.iterdir()] == [store.path.name]
 
 
 def test_a_damaged_copy_of_a_document_is_never_written_over_a_whole_one(store: EmbeddingStore) -> None:
