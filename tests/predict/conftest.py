@@ -11,7 +11,7 @@ from photo_store import make_photo_store
 from PIL import Image
 from torch import Tensor
 
-from mobilesam.distill import DistillConfig, distill
+from mobilesam.distill import DistillConfig, build_student, distill, save_student
 from mobilesam.sam.teacher import load_head
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
@@ -124,15 +124,16 @@ def small_photo(tmp_path: Path) -> Path:
     return path
 
 
-def read_rgb(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+@pytest.fixture(scope="session")
+def head() -> dict[str, torch.Tensor]:
+    return load_head("vit_nano", None)
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """A mask's file as bool (H, W); it must hold 0 and 255 alone, in one channel of 8 bits."""
-    with Image.open(path) as image:
-        assert image.mode == "L"
-        pixels = np.asarray(image)
-    assert set(np.unique(pixels)) <= {0, 255}
-    return pixels == 255
+@pytest.fixture
+def lone_student(tmp_path: Path) -> Path:
+    """A student's file with nothing beside it, for 64 pixels."""
+    path = tmp_path / "lone" / "student.safetensors"
+    path.parent.mkdir()
+    info = {"teacher": "vit_h", "checkpoint_sha256": "a" * 64}
+    save_student(build_student("tiny_vit", 64, seed=3), path, "tiny_vit", 64, info)
+    return path

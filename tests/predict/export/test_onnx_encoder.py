@@ -19,7 +19,6 @@ from mobilesam.distill.students.backbones import build_deit_tiny
 from mobilesam.distill.students.registry import StudentInfo
 from mobilesam.predict import ExportConfig, PredictError, export, load_model
 from mobilesam.predict.export.onnx_encoder import LIMIT, export_encoder, synthetic_pixels
-from mobilesam.predict.export.onnx_graph import relative_difference
 from mobilesam.sam import preprocessing_recipe
 
 
@@ -123,7 +122,7 @@ def test_the_file_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> N
     export(ExportConfig(student=student, out=tmp_path / "encoder.onnx"))
     data = (tmp_path / "encoder.onnx").read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in data
-    assert str(Path(__file__).parents[2]).encode() not in data
+    assert str(Path(__file__).parents[3]).encode() not in data
 
 
 def test_the_same_student_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -167,13 +166,3 @@ def test_the_made_up_pictures_are_padded_as_photos_are() -> None:
     assert not pixels_BCHW[1, :, 36:].any()
     assert pixels_BCHW[2, :, 47, 47].any()
     assert float(pixels_BCHW.std()) > 0.3
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.tensor([1.0, float("nan"), 3.0])])
-def test_another_shape_or_nan_is_an_infinite_difference(wrong: Tensor) -> None:
-    assert relative_difference(wrong, torch.tensor([1.0, 2.0, 3.0])) == float("inf")
-
-
-def test_the_difference_is_relative_to_the_greatest_value() -> None:
-    wanted = torch.tensor([1.0, -4.0])
-    assert relative_difference(wanted + torch.tensor([0.5, 0.0]), wanted) == pytest.approx(0.125)

@@ -1,4 +1,4 @@
-"""Against upstream: mobile_sam's own code on the file that our segment is given."""
+"""Masks against those of upstream's code, mobile_sam and segment_anything, on the same file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.utils.amg import calculate_stability_score
 
 from mobilesam.predict import SegmentConfig, load_model, segment
+from mobilesam.predict.predictor import stability_score
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 PHOTO = PHOTOS / "coffee.jpg"
@@ -120,3 +122,10 @@ def test_a_mobile_sam_file_computes_in_float32_whatever_it_was_saved_in(
         for name in ("half.pt", "whole.pt")
     ]
     np.testing.assert_array_equal(*found)
+
+
+def test_a_stability_score_is_segment_anythings() -> None:
+    logits = torch.randn(5, 30, 40, generator=torch.Generator().manual_seed(0)) * 3
+    for logits_HW, theirs in zip(logits, calculate_stability_score(logits, 0.0, 1.0), strict=True):
+        assert stability_score(logits_HW.numpy()) == pytest.approx(theirs.item(), abs=1e-6)
+    assert stability_score(np.full((3, 3), -7.0)) is None

@@ -9,10 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
-from segment_anything.utils.amg import calculate_stability_score
 
 from mobilesam.predict import PredictError, SegmentConfig, segment
-from mobilesam.predict.predictor import stability_score
 from mobilesam.predict.run import segment_lines
 from mobilesam.sam import ImageError
 
@@ -114,13 +112,6 @@ def test_everything_on_a_model_that_finds_nothing_is_no_error(config: Any, tmp_p
     assert list(Path("masks").iterdir()) == []
     assert json.loads(Path("a.json").read_text())["annotations"] == []
     assert "0 masks" in "\n".join(segment_lines(result))
-
-
-def test_a_stability_score_is_segment_anythings() -> None:
-    logits = torch.randn(5, 30, 40, generator=torch.Generator().manual_seed(0)) * 3
-    for logits_HW, theirs in zip(logits, calculate_stability_score(logits, 0.0, 1.0), strict=True):
-        assert stability_score(logits_HW.numpy()) == pytest.approx(theirs.item(), abs=1e-6)
-    assert stability_score(np.full((3, 3), -7.0)) is None
 
 
 def test_a_teacher_needs_no_student(config: Any) -> None:

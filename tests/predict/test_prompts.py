@@ -1,19 +1,20 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mobilesam.predict import PredictError, SegmentConfig
+from mobilesam.predict import PredictError
 from mobilesam.predict.prompts import ImagePrompts
 
 POINT, BOX = {"points": [(3, 4)]}, {"boxes": [(1, 2, 5, 6)]}
 
 
 def test_all_points_and_the_one_box_prompt_one_object() -> None:
-    (prompt,) = ImagePrompts(points=[(1, 2), (3, 4)], negative_points=[(5, 6)], boxes=[(0, 0, 9, 9)]).objects()
+    (prompt,) = ImagePrompts(
+        points=[(1, 2), (3, 4)], negative_points=[(5, 6)], boxes=[(0, 0, 9, 9)]
+    ).objects()
     np.testing.assert_array_equal(prompt.coords_N2, [[1, 2], [3, 4], [5, 6]])
     np.testing.assert_array_equal(prompt.labels_N, [1, 1, 0])
     np.testing.assert_array_equal(prompt.box_4, [0, 0, 9, 9])
@@ -47,25 +48,11 @@ def test_only_one_point_by_itself_is_ambiguous(prompts: dict[str, Any], ambiguou
         ({"points": [(float("nan"), 1)]}, "nan 1 holds a number that isn't finite"),
         ({"points": [(1, float("inf"))]}, "isn't finite"),
         ({"boxes": [(1, 2, 3)]}, "1 2 3 has 3 numbers, not 4"),
-        (POINT | {"image_size": 1000}, "--image-size 1000"),
-        (POINT | {"image_size": 48}, "--image-size 48"),
-        (POINT | {"image_size": 10**9}, "--image-size 1000000000"),
-        (POINT | {"out": "overlay.gif"}, "overlay.gif is neither PNG nor JPEG"),
-        (POINT | {"out": "overlay"}, "neither PNG nor JPEG"),
-        (POINT | {"student": "a", "teacher": "vit_b"}, "one of them"),
-        (POINT | {"checkpoint": "a.pth"}, "give --teacher"),
-        (POINT | {"teacher": "vit_b", "head": "store.zarr"}, "has its own"),
-        (POINT | {"out": "photo.png"}, "--out photo.png is the image itself"),
-        (POINT | {"rle": "sub/../photo.png"}, "is the image itself"),
-        (POINT | {"student": "s.png", "out": "s.png"}, "is --student itself"),
-        (POINT | {"out": "x.png", "rle": "x.png"}, "is --out itself"),
-        (POINT | {"out": "masks/x.png", "masks": "masks"}, "is in --masks masks"),
-        (POINT | {"rle": "masks/x.json", "masks": "masks/"}, "is in --masks masks"),
     ],
 )
 def test_what_contradicts_itself_is_refused_with_the_numbers(prompts: dict[str, Any], told: str) -> None:
     with pytest.raises(PredictError) as raised:
-        SegmentConfig(image=Path("photo.png"), **prompts)
+        ImagePrompts(**prompts)
     assert told in str(raised.value)
     assert len(str(raised.value).splitlines()) == 1
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mobilesam.distill import load_student
 from mobilesam.predict import ExportConfig, PredictError, export, load_model, load_teacher_model
 
-PHOTO = Path(__file__).parents[2] / "examples" / "photos" / "coffee.jpg"
+PHOTO = Path(__file__).parents[3] / "examples" / "photos" / "coffee.jpg"
 
 
 @pytest.fixture(scope="module")
