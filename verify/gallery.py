@@ -182,7 +182,7 @@ def _masks(
 ) -> PointMasks:
     """Compute the masks to be shown, at the size of the photo in the encoder's square."""
     height, width = size
-    points_P2 = grid_points(comparison.side, size)
+    points_P2 = grid_points(comparison.points_per_side, size)
     ious_P: Floats = comparison.ious[position]
     chunks = [
         torch.stack(pair).cpu().numpy()

@@ -64,7 +64,7 @@ def _measure(
         inputs.image_root,
         inputs.compute,
         mean_embedding=inputs.mean.mean_CHW,
-        on_embeddings=None if masks is None else masks.add,
+        on_embeddings=None if masks is None else masks.update,
         on_image=progress,
     )
     return numbers | ({} if masks is None else masks.result()), per_image, masks

@@ -1,11 +1,14 @@
-"""How near a student's embeddings come to the teacher's: each number's one definition.
+"""Metrics of embeddings: each number's one definition, accumulated in float64.
 
-Every number exists twice: over all cells of the grid, and as `_valid` over the cells whose centre is image.
+Every number exists twice: over all cells of the grid, and as `_valid` over the cells whose centre is image. s is the
+student's embedding, t the teacher's.
 
 - mse: mean of (s - t)^2 over all elements.
 - relative_mse: sum (s - t)^2 / sum (t - t_c)^2, t_c the teacher's mean per channel over the same cells.
 - cosine: over the channels at each cell, mean over an image's cells; then mean, 5th percentile, minimum over images.
 - skill: 1 - mse / mse of always predicting the training rows' mean embedding. 0 is a constant, 1 the teacher.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the grid, L cells of one image, flattened.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from torch import Tensor
 from ...store import EmbeddingStore
 from ..data.sampler import split_batches
 
-_TINY = 1e-30  # keeps the cosine of a zero vector at 0
+_TINY = 1e-30
+"""Least product of norms; it keeps the cosine of a zero vector at 0."""
+_ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """One image's numbers."""
+    """Numbers of one image."""
 
     mse: float
     mse_valid: float
@@ -34,8 +39,118 @@ class ImageMetrics:
     cosine_valid: float
 
 
+class Metrics:
+    """Accumulator of the metrics over images.
+
+    Args:
+        mean_CHW: the training rows' mean embedding (256, g, g), any float dtype; None leaves skill undefined.
+
+    Attributes:
+        per_image: numbers of each image, in the order in which they were added.
+    """
+
+    def __init__(self, mean_CHW: Tensor | None) -> None:
+        self._mean_CHW = None if mean_CHW is None else mean_CHW.double()
+        self._all = _Region()
+        self._valid = _Region()
+        self.per_image: list[ImageMetrics] = []
+
+    def update(self, student_BCHW: Tensor, teacher_BCHW: Tensor, valid_BHW: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            student_BCHW: (B, 256, g, g), any float dtype, on any device.
+            teacher_BCHW: of the same shape, on the same device.
+            valid_BHW: bool (B, g, g), cells whose centre is image, at least one an image.
+        """
+        if self._mean_CHW is not None:
+            self._mean_CHW = self._mean_CHW.to(teacher_BCHW.device)
+        with torch.no_grad():
+            for student_CHW, teacher_CHW, valid_HW in zip(student_BCHW, teacher_BCHW, valid_BHW, strict=True):
+                self._add_image(student_CHW.double(), teacher_CHW.double(), valid_HW)
+
+    def _add_image(self, student_CHW: Tensor, teacher_CHW: Tensor, valid_HW: Tensor) -> None:
+        student_CL, teacher_CL = student_CHW.flatten(1), teacher_CHW.flatten(1)
+        constant_CL = None if self._mean_CHW is None else self._mean_CHW.flatten(1)
+        squared_CL = (student_CL - teacher_CL).square()
+        norms_L = student_CL.norm(dim=0) * teacher_CL.norm(dim=0)
+        cosine_L = (student_CL * teacher_CL).sum(dim=0) / norms_L.clamp_min(_TINY)
+        self._all.add(teacher_CL, squared_CL, constant_CL, cosine_L)
+        inside_L = valid_HW.flatten().to(teacher_CL.device)
+        chosen_CL = None if constant_CL is None else constant_CL[:, inside_L]
+        self._valid.add(teacher_CL[:, inside_L], squared_CL[:, inside_L], chosen_CL, cosine_L[inside_L])
+        self.per_image.append(
+            ImageMetrics(
+                mse=float(squared_CL.mean()),
+                mse_valid=float(squared_CL[:, inside_L].mean()),
+                cosine=self._all.cosines[-1],
+                cosine_valid=self._valid.cosines[-1],
+            )
+        )
+
+    def merge(self, other: Metrics) -> None:
+        """Add images that another process has measured against the same mean embedding."""
+        self._all.merge(other._all)
+        self._valid.merge(other._valid)
+        self.per_image += other.per_image
+
+    def on_cpu(self) -> Metrics:
+        """Move its tensors to the CPU, ready to be sent to another process, and return itself."""
+        for region in (self._all, self._valid):
+            region.mean_C = None if region.mean_C is None else region.mean_C.cpu()
+        if self._mean_CHW is not None:
+            self._mean_CHW = self._mean_CHW.cpu()
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """Return the numbers over all images.
+
+        Returns:
+            `mse`, `relative_mse`, `cosine` {mean, p5, min} and `skill`, each also as `_valid`: plain floats. A number
+            that isn't defined is None: all of them without images, relative_mse of a teacher without spread, skill
+            without a mean embedding or where the mean embedding is exact.
+        """
+        with_skill = self._mean_CHW is not None
+        everywhere, valid = self._all.result(with_skill), self._valid.result(with_skill)
+        merged: dict[str, Any] = {}
+        for name, value in everywhere.items():
+            merged[name] = value
+            merged[f"{name}_valid"] = valid[name]
+        return merged
+
+
+def merge(shares: Sequence[Metrics]) -> Metrics:
+    """Return the metrics over the images of all shares, the first one's images first; empty without shares."""
+    merged = Metrics(shares[0]._mean_CHW if shares else None)
+    for share in shares:
+        merged.merge(share)
+    return merged
+
+
+def mean_embedding(store: EmbeddingStore, rows: Sequence[int]) -> Tensor:
+    """Return the mean of stored embeddings: the constant that a student has to beat.
+
+    A run has its training rows' mean already (`Run.mean_embedding`); this reads the store once more.
+
+    Args:
+        store: open for reading.
+        rows: of the store.
+
+    Returns:
+        float32 (256, g, g), summed in float64.
+
+    Raises:
+        StoreDamaged: a row, named, is damaged.
+    """
+    grid = store.spec.grid
+    sum_CHW = torch.zeros(256, grid, grid, dtype=torch.float64)
+    for some in split_batches(rows, _ROWS_AT_ONCE):
+        sum_CHW += torch.from_numpy(store.read(some).to_float32()).double().sum(dim=0)
+    return (sum_CHW / max(len(rows), 1)).float()
+
+
 class _Region:
-    """Sums over one choice of cells, in float64 on the device of what is added."""
+    """Sums over all cells or over the valid ones, in float64 on the device of what is added."""
 
     def __init__(self) -> None:
         self.elements = 0
@@ -43,24 +158,26 @@ class _Region:
         self.constant_squared = 0.0
         self.cells = 0
         self.mean_C: Tensor | None = None
-        self.spread = 0.0  # sum over channels of squared deviations from that channel's mean
+        """Mean per channel."""
+        self.spread = 0.0
+        """Sum over channels of squared deviations from that channel's mean."""
         self.cosines: list[float] = []
 
     def add(
-        self, teacher_CN: Tensor, squared_CN: Tensor, constant_CN: Tensor | None, cosine_N: Tensor
+        self, teacher_CL: Tensor, squared_CL: Tensor, constant_CL: Tensor | None, cosine_L: Tensor
     ) -> None:
-        """Adds one image's chosen cells."""
-        channels, cells = teacher_CN.shape
-        self.squared += float(squared_CN.sum())
-        if constant_CN is not None:
-            self.constant_squared += float((constant_CN - teacher_CN).square().sum())
-        self.cosines.append(float(cosine_N.mean()))
-        mean_C = teacher_CN.mean(dim=1)
-        self._add_spread(mean_C, float((teacher_CN - mean_C[:, None]).square().sum()), cells)
+        """Add the chosen cells of one image: the teacher, squared errors, the constant, the cosine of each cell."""
+        channels, cells = teacher_CL.shape
+        self.squared += float(squared_CL.sum())
+        if constant_CL is not None:
+            self.constant_squared += float((constant_CL - teacher_CL).square().sum())
+        self.cosines.append(float(cosine_L.mean()))
+        mean_C = teacher_CL.mean(dim=1)
+        self._add_spread(mean_C, float((teacher_CL - mean_C[:, None]).square().sum()), cells)
         self.elements += channels * cells
 
-    def add_region(self, other: _Region) -> None:
-        """Adds what another process has added up."""
+    def merge(self, other: _Region) -> None:
+        """Add the sums of another process."""
         self.squared += other.squared
         self.constant_squared += other.constant_squared
         self.cosines += other.cosines
@@ -100,100 +217,5 @@ class _Region:
         }
 
 
-class Metrics:
-    """Accumulates the room's metrics over images.
-
-    `mean_CHW` is the training rows' mean embedding (any float dtype); without it there is no skill.
-    """
-
-    def __init__(self, mean_CHW: Tensor | None) -> None:
-        self._mean_CHW = None if mean_CHW is None else mean_CHW.double()
-        self._all = _Region()
-        self._valid = _Region()
-        self.per_image: list[ImageMetrics] = []
-
-    def update(self, student_BCHW: Tensor, teacher_BCHW: Tensor, valid_BHW: Tensor) -> None:
-        """Adds a batch: two embeddings of one shape (any float dtype, any one device) and, as bool (B, H, W),
-        the cells whose centre is image, at least one an image."""
-        if self._mean_CHW is not None:
-            self._mean_CHW = self._mean_CHW.to(teacher_BCHW.device)
-        with torch.no_grad():
-            for student_CHW, teacher_CHW, valid_HW in zip(student_BCHW, teacher_BCHW, valid_BHW, strict=True):
-                self._add_image(student_CHW.double(), teacher_CHW.double(), valid_HW)
-
-    def _add_image(self, student_CHW: Tensor, teacher_CHW: Tensor, valid_HW: Tensor) -> None:
-        student_CN, teacher_CN = student_CHW.flatten(1), teacher_CHW.flatten(1)
-        constant_CN = None if self._mean_CHW is None else self._mean_CHW.flatten(1)
-        squared_CN = (student_CN - teacher_CN).square()
-        norms_N = student_CN.norm(dim=0) * teacher_CN.norm(dim=0)
-        cosine_N = (student_CN * teacher_CN).sum(dim=0) / norms_N.clamp_min(_TINY)
-        self._all.add(teacher_CN, squared_CN, constant_CN, cosine_N)
-        inside_N = valid_HW.flatten().to(teacher_CN.device)
-        chosen_CN = None if constant_CN is None else constant_CN[:, inside_N]
-        self._valid.add(teacher_CN[:, inside_N], squared_CN[:, inside_N], chosen_CN, cosine_N[inside_N])
-        self.per_image.append(
-            ImageMetrics(
-                mse=float(squared_CN.mean()),
-                mse_valid=float(squared_CN[:, inside_N].mean()),
-                cosine=self._all.cosines[-1],
-                cosine_valid=self._valid.cosines[-1],
-            )
-        )
-
-    def add(self, other: Metrics) -> None:
-        """Adds images that another process has measured against the same mean embedding."""
-        self._all.add_region(other._all)
-        self._valid.add_region(other._valid)
-        self.per_image += other.per_image
-
-    def on_cpu(self) -> Metrics:
-        """Itself, with everything that lay on a GPU brought to the CPU, ready to be sent."""
-        for region in (self._all, self._valid):
-            region.mean_C = None if region.mean_C is None else region.mean_C.cpu()
-        if self._mean_CHW is not None:
-            self._mean_CHW = self._mean_CHW.cpu()
-        return self
-
-    def result(self) -> dict[str, Any]:
-        """mse, relative_mse, cosine {mean, p5, min} and skill, each also as `_valid`: plain floats.
-
-        A number that isn't defined is None: all of them without images, relative_mse of a teacher without
-        spread, skill without a mean embedding or where the mean embedding is exact.
-        """
-        with_skill = self._mean_CHW is not None
-        everywhere, valid = self._all.result(with_skill), self._valid.result(with_skill)
-        merged: dict[str, Any] = {}
-        for name, value in everywhere.items():
-            merged[name] = value
-            merged[f"{name}_valid"] = valid[name]
-        return merged
-
-
-def merge(measured: Sequence[Metrics]) -> Metrics:
-    """One of all of them, the first one's images first; an empty one of none."""
-    merged = Metrics(measured[0]._mean_CHW if measured else None)
-    for one in measured:
-        merged.add(one)
-    return merged
-
-
 def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
-
-
-# --- The mean embedding of some rows: the constant that a student has to beat.
-
-_ROWS_AT_ONCE = 8
-
-
-def mean_embedding(store: EmbeddingStore, rows: Sequence[int]) -> Tensor:
-    """The mean of stored embeddings, float32 (256, g, g), summed in float64.
-
-    A run has its training rows' mean already (Run.mean_embedding); this reads the store once more. Raises
-    StoreDamaged naming a row.
-    """
-    grid = store.spec.grid
-    sum_CHW = torch.zeros(256, grid, grid, dtype=torch.float64)
-    for some in split_batches(rows, _ROWS_AT_ONCE):
-        sum_CHW += torch.from_numpy(store.read(some).to_float32()).double().sum(dim=0)
-    return (sum_CHW / max(len(rows), 1)).float()

@@ -22,7 +22,7 @@ from ..loss.base import Objective
 from ..loss.coupled import MaskObjective
 from ..run_folder import Run
 from .embedding import ImageMetrics, Metrics, merge
-from .masks import POINTS, MaskComparison
+from .masks import POINTS_PER_SIDE, MaskComparison
 
 OnEmbeddings = Callable[[Sequence[int], Tensor, Tensor], None]
 """Is called with a batch's rows, the student's embeddings and the teacher's, float32 (B, 256, g, g)."""
@@ -193,7 +193,7 @@ class Validation:
                 _in_rounds(coming, rounds, before_batch),
                 self.compute,
                 mean_embedding=self.run.mean_embedding(),
-                on_embeddings=None if masks is None else masks.add,
+                on_embeddings=None if masks is None else masks.update,
             )
         merged = merge(self.processes.gather(measured.on_cpu()))
         numbers = merged.result() if self.processes.is_main else {}
@@ -210,12 +210,12 @@ class Validation:
     def _comparison(self) -> MaskComparison | None:
         if not isinstance(self.objective, MaskObjective):
             return None
-        return MaskComparison(self.objective.teacher_head, self.loader.records, POINTS, self.objective.head)
+        return MaskComparison(self.objective.teacher_head, self.loader.records, POINTS_PER_SIDE, self.objective.head)
 
     def _merged(self, masks: MaskComparison) -> dict[str, Any]:
         """What all processes found, in the first one."""
         for ious, empty in self.processes.gather((masks.ious, masks.empty))[1:]:
-            masks.take(ious, empty)
+            masks.merge(ious, empty)
         return masks.result() if self.processes.is_main else {}
 
 

@@ -1,4 +1,11 @@
-"""Whether student and teacher mean the same masks: both embeddings through SAM's head, for the same points."""
+"""Metric of masks (mIoU): student's masks against the teacher's, both through SAM's head, for a grid of points.
+
+Source: MobileSAM's protocol (arXiv 2306.14289), which compares both models' masks for the same prompts. One mask a
+prompt, threshold 0, original resolution; two empty masks count 1.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid or of a mask at the image's
+original size, P prompts (one point each), p some of them, 1 one, 2 (x, y).
+"""
 
 from __future__ import annotations
 
@@ -17,55 +24,88 @@ from ...store import ImageRecord
 
 Floats = npt.NDArray[np.floating]
 
-POINTS = 4
-"""An image's points are this many in each direction, unless something else is asked for."""
+POINTS_PER_SIDE = 4
+"""Points of an image in each direction, unless something else is asked for."""
 
 
-def grid_points(side: int, size: tuple[int, int]) -> Floats:
-    """The centres of side x side equal parts of an image of `size` (height, width), row by row: x and y in pixels,
-    float64 (side * side, 2)."""
-    centres = (np.arange(side) + 0.5) / side
+def grid_points(points_per_side: int, size: tuple[int, int]) -> Floats:
+    """Return the centres of points_per_side x points_per_side equal parts of an image, row by row.
+
+    Args:
+        points_per_side: points in each direction.
+        size: height and width of the image in pixels.
+
+    Returns:
+        float64 (points_per_side^2, 2), x and y in pixels of the image.
+    """
+    centres = (np.arange(points_per_side) + 0.5) / points_per_side
     y, x = np.meshgrid(centres * size[0], centres * size[1], indexing="ij")
     return np.stack([x.ravel(), y.ravel()], axis=-1)
 
 
-def overlap(one_NHW: Tensor, other_NHW: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pixels in both masks and pixels in either, for each of N pairs of bool masks (N, H, W)."""
+def intersection_and_union(
+    one_PHW: Tensor, other_PHW: Tensor
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Count the pixels that are in both masks, and those that are in either, for each of P pairs.
+
+    Args:
+        one_PHW: bool (P, H, W).
+        other_PHW: bool (P, H, W), on the same device.
+
+    Returns:
+        int64 (P,) each.
+    """
     # One by one: over dimensions, count_nonzero takes twenty times as long on a CPU.
-    shared = [int(torch.count_nonzero(one & other)) for one, other in zip(one_NHW, other_NHW, strict=True)]
-    either = [int(torch.count_nonzero(one | other)) for one, other in zip(one_NHW, other_NHW, strict=True)]
-    return np.array(shared, dtype=np.int64), np.array(either, dtype=np.int64)
+    pairs = list(zip(one_PHW, other_PHW, strict=True))
+    intersection = [int(torch.count_nonzero(one_HW & other_HW)) for one_HW, other_HW in pairs]
+    union = [int(torch.count_nonzero(one_HW | other_HW)) for one_HW, other_HW in pairs]
+    return np.array(intersection, dtype=np.int64), np.array(union, dtype=np.int64)
 
 
-def iou(shared_N: npt.NDArray[np.int64], either_N: npt.NDArray[np.int64]) -> Floats:
-    """Intersection over union, float64 (N,); 1 for two empty masks."""
-    return np.where(either_N > 0, shared_N / np.maximum(either_N, 1), 1.0)
+def iou(intersection_P: npt.NDArray[np.int64], union_P: npt.NDArray[np.int64]) -> Floats:
+    """Return the intersection over union of P pairs of masks, float64 (P,); 1 for two empty masks."""
+    return np.where(union_P > 0, intersection_P / np.maximum(union_P, 1), 1.0)
 
 
 class MaskComparison:
-    """Adds up, image by image, how far the student's masks are the teacher's.
+    """Accumulator of the IoU between the student's masks and the teacher's, image by image.
 
-    The prompts of an image are the points of `grid_points(side, ...)`, each by itself, as foreground. The student's
-    embedding goes through `student_head`, where one was trained for it, else through the teacher's.
+    The prompts of an image are the points of `grid_points`, each by itself, as foreground.
+
+    Args:
+        head: the teacher's head; it also makes the student's masks, unless there is a `student_head`.
+        records: by row, of the rows that may be compared.
+        points_per_side: points in each direction.
+        student_head: head that was trained for the student.
+
+    Attributes:
+        ious: float64 (P,) for each image, in the order in which the images were added; NaN if an embedding isn't
+            finite.
+        empty: number of empty masks of "teacher" and "student".
     """
 
     def __init__(
         self,
         head: SamHead,
         records: Mapping[int, ImageRecord],
-        side: int,
+        points_per_side: int,
         student_head: SamHead | None = None,
     ) -> None:
         self.head = head
         self.student_head = head if student_head is None else student_head
-        self.side = side
+        self.points_per_side = points_per_side
         self.ious: list[Floats] = []
-        """Each image's IoU for each of its points, in the order in which the images were added."""
-        self._records = records
         self.empty = {"teacher": 0, "student": 0}
+        self._records = records
 
-    def add(self, rows: Sequence[int], student_BCHW: Tensor, teacher_BCHW: Tensor) -> None:
-        """Compares a batch, float32 (B, 256, g, g) on the head's device, `rows` saying whose embeddings it holds."""
+    def update(self, rows: Sequence[int], student_BCHW: Tensor, teacher_BCHW: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            rows: of the store, whose embeddings these are.
+            student_BCHW: float32 (B, 256, g, g), on the head's device.
+            teacher_BCHW: float32 (B, 256, g, g), on the head's device.
+        """
         for i, row in enumerate(rows):
             self.ious.append(self._compare(row, student_BCHW[i : i + 1], teacher_BCHW[i : i + 1]))
 
@@ -73,33 +113,41 @@ class MaskComparison:
         record = self._records[row]
         assert record.original_size is not None, "only committed rows are compared"
         assert record.resized_size is not None, "only committed rows are compared"
-        points_N2 = grid_points(self.side, record.original_size)
+        points_P2 = grid_points(self.points_per_side, record.original_size)
         if not (bool(torch.isfinite(student_1CHW).all()) and bool(torch.isfinite(teacher_1CHW).all())):
             # Their masks would be empty, and empty masks agree.
-            return np.full(len(points_N2), math.nan)
+            return np.full(len(points_P2), math.nan)
         ious = []
-        for teacher_nHW, student_nHW in self.masks(
-            teacher_1CHW, student_1CHW, points_N2, record.original_size, record.resized_size
+        for teacher_pHW, student_pHW in self.masks(
+            teacher_1CHW, student_1CHW, points_P2, record.original_size, record.resized_size
         ):
-            ious.append(iou(*overlap(teacher_nHW, student_nHW)))
-            for name, masks_nHW in (("teacher", teacher_nHW), ("student", student_nHW)):
-                self.empty[name] += sum(not bool(mask_HW.any()) for mask_HW in masks_nHW)
+            ious.append(iou(*intersection_and_union(teacher_pHW, student_pHW)))
+            for name, masks_pHW in (("teacher", teacher_pHW), ("student", student_pHW)):
+                self.empty[name] += sum(not bool(mask_HW.any()) for mask_HW in masks_pHW)
         return np.concatenate(ious)
 
     def masks(
         self,
         teacher_1CHW: Tensor,
         student_1CHW: Tensor,
-        points_N2: Floats,
+        points_P2: Floats,
         original_size: tuple[int, int],
         resized_size: tuple[int, int],
     ) -> Iterator[list[Tensor]]:
-        """The teacher's masks and the student's for some points at a time, bool (n, H, W) each; see `mask_chunks`."""
-        pairs = [(self.head, teacher_1CHW), (self.student_head, student_1CHW)]
-        return mask_chunks(pairs, points_N2, original_size, resized_size)
+        """Yield the masks of some points at a time: the teacher's and the student's, bool (p, H, W) each.
 
-    def take(self, ious: Sequence[Floats], empty: Mapping[str, int]) -> None:
-        """Adds what another comparison of the same kind has found."""
+        Args:
+            teacher_1CHW: float32 (1, 256, g, g), on the head's device.
+            student_1CHW: float32 (1, 256, g, g), on the head's device.
+            points_P2: x and y in pixels of the original image.
+            original_size: height and width of the image, and of the masks.
+            resized_size: height and width of its part of the encoder's square.
+        """
+        pairs = [(self.head, teacher_1CHW), (self.student_head, student_1CHW)]
+        return mask_chunks(pairs, points_P2, original_size, resized_size)
+
+    def merge(self, ious: Sequence[Floats], empty: Mapping[str, int]) -> None:
+        """Add the `ious` and `empty` of another comparison of the same kind."""
         self.ious.extend(ious)
         for name, count in empty.items():
             self.empty[name] += count
@@ -107,18 +155,21 @@ class MaskComparison:
     @property
     def per_image(self) -> list[float]:
         """Each image's mean over its points; NaN where an embedding isn't finite."""
-        return [float(ious_N.mean()) for ious_N in self.ious]
+        return [float(ious_P.mean()) for ious_P in self.ious]
 
     def result(self) -> dict[str, Any]:
-        """`miou`, `miou_min`, `prompts`, `empty_masks`, as verify's result has them."""
+        """Return `miou`, `miou_min` (over images), `prompts` (of an image) and `empty_masks`, as in verify's result.
+
+        The first two are None where an image's mean is NaN.
+        """
         per_image = np.array(self.per_image)
         return {
-            "miou": _defined(per_image.mean()),
-            "miou_min": _defined(per_image.min()),
-            "prompts": self.side**2,
+            "miou": _none_if_nan(per_image.mean()),
+            "miou_min": _none_if_nan(per_image.min()),
+            "prompts": self.points_per_side**2,
             "empty_masks": dict(self.empty),
         }
 
 
-def _defined(value: Any) -> float | None:
+def _none_if_nan(value: Any) -> float | None:
     return None if math.isnan(value) else float(value)

@@ -11,7 +11,7 @@ from one_process import one_process_cluster, precompute_small
 from PIL import Image
 
 from mobilesam.distill import load_student
-from mobilesam.distill.metrics.masks import MaskComparison, grid_points, iou, overlap
+from mobilesam.distill.metrics.masks import MaskComparison, grid_points, intersection_and_union, iou
 from mobilesam.sam import load_image, normalize_and_pad, place_on_canvas
 from mobilesam.sam.modeling.head import build_head
 from mobilesam.sam.modeling.masks import point_masks
@@ -34,7 +34,7 @@ def test_the_overlap_is_what_counting_pixel_by_pixel_gives():
     one_PHW, other_PHW = (rng.random((7, 13, 17)) < rng.random((7, 1, 1)) for _ in range(2))
     one_PHW[0] = other_PHW[0] = False
     one_PHW[1] = False
-    found_P = iou(*overlap(torch.from_numpy(one_PHW), torch.from_numpy(other_PHW)))
+    found_P = iou(*intersection_and_union(torch.from_numpy(one_PHW), torch.from_numpy(other_PHW)))
     assert found_P.tolist() == [brute_force(*pair) for pair in zip(one_PHW, other_PHW, strict=True)]
     assert found_P[:2].tolist() == [1.0, 0.0]
 
@@ -151,7 +151,7 @@ def test_an_embedding_that_is_not_finite_leaves_the_mean_undefined(world):
         emb_BCHW = torch.from_numpy(store.read([0, 1]).to_float32())
     broken_BCHW = emb_BCHW.clone()
     broken_BCHW[1, 0, 0, 0] = np.nan
-    comparison.add([0, 1], broken_BCHW, emb_BCHW)
+    comparison.update([0, 1], broken_BCHW, emb_BCHW)
     result = comparison.result()
     assert comparison.per_image[0] == 1.0
     assert (result["miou"], result["miou_min"]) == (None, None)
@@ -163,13 +163,13 @@ def test_empty_masks_are_counted_for_each_side(world):
     with EmbeddingStore.open(world.store) as store:
         comparison = MaskComparison(head, {record.row: record for record in store.manifest.records()}, 2)
         emb_BCHW = torch.from_numpy(store.read([0]).to_float32())
-    comparison.add([0], emb_BCHW, emb_BCHW)
+    comparison.update([0], emb_BCHW, emb_BCHW)
     assert comparison.result()["empty_masks"] == {"teacher": 0, "student": 0}
     # No hypernetwork, no logits: 0 everywhere is not above 0.
     for layer in head.mask_decoder.output_hypernetworks_mlps[0].layers:
         layer.weight.zero_()
         layer.bias.zero_()
-    comparison.add([0], emb_BCHW, -emb_BCHW)
+    comparison.update([0], emb_BCHW, -emb_BCHW)
     assert comparison.result()["empty_masks"] == {"teacher": 4, "student": 4}
     assert comparison.per_image[1] == 1.0
 

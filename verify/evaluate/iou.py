@@ -1,4 +1,7 @@
-"""How a model's masks overlap those that they are compared with, added up over images."""
+"""IoU of predicted masks with reference masks: scores of one prompt, totals of one model by protocol.
+
+Shape suffixes: P prompts, T masks of one prompt, H and W rows and columns of a mask.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +12,44 @@ import numpy as np
 from torch import Tensor
 
 from ...distill.metrics.masks import iou, overlap
-from .predictor import Answer, Floats, best_by
+from .predictor import Floats, PredictedMasks
 
 POINT = "point"
-"""A foreground point against the teacher; "pair_100" and so on are the pairs."""
+"""Protocol against the teacher: one foreground point; `pair_name` names those of pairs."""
 
-BOX, CENTRE, PICKED, ORACLE = "box", "center", "center_picked", "center_oracle"
-"""Against labels: the single mask for an object's box and for its centre; of three for its centre the one that the
-model rates best, and the best one."""
+BOX, CENTRE, TOP_SCORED, ORACLE = "box", "center", "center_picked", "center_oracle"
+"""Protocols against labels: the single mask for an object's box; for its centre; of three masks for its centre the one
+that the model rates highest; of these three the one with the highest IoU."""
 
-LABEL_PROTOCOLS = (BOX, CENTRE, PICKED, ORACLE)
+LABEL_PROTOCOLS = (BOX, CENTRE, TOP_SCORED, ORACLE)
 
 
 def pair_name(distance: int) -> str:
-    """The protocol of pairs so many pixels apart."""
+    """Return the name of the protocol of pairs of points `distance` pixels apart."""
     return f"pair_{distance}"
 
 
-class Tally:
-    """One model's IoUs: protocol -> each image's, in the order in which the images were added."""
+class IouTotals:
+    """IoUs of one model: protocol -> those of each image, in the order in which the images were added."""
 
     def __init__(self) -> None:
         self._ious: dict[str, list[Floats]] = {}
 
-    def add(self, protocol: str, ious_N: list[float]) -> None:
-        """One image's prompts; none where the image has none of the kind."""
-        if ious_N:
-            self._ious.setdefault(protocol, []).append(np.array(ious_N, dtype=np.float64))
+    def add(self, protocol: str, ious_P: list[float]) -> None:
+        """Add the IoUs of one image's prompts; an image without prompts of the protocol isn't counted."""
+        if ious_P:
+            self._ious.setdefault(protocol, []).append(np.array(ious_P, dtype=np.float64))
 
     def by_image(self, protocol: str) -> dict[str, Any] | None:
-        """Mean over an image's prompts, then over images: `miou`, `prompts`, `images`. None without any.
+        """Return `miou`, the mean over an image's prompts, then over images; `prompts`; `images`. None without any.
 
-        `miou` is None where one of them isn't defined.
+        `miou` is None where one IoU is NaN.
         """
         ious = self._ious.get(protocol)
-        return None if ious is None else _summary(ious, float(np.mean([ious_N.mean() for ious_N in ious])))
+        return None if ious is None else _summary(ious, float(np.mean([ious_P.mean() for ious_P in ious])))
 
     def by_object(self, protocol: str) -> dict[str, Any] | None:
-        """Mean over the objects of all images, as EdgeSAM's evaluation has it."""
+        """Return the same with the mean over the objects of all images, as in EdgeSAM's evaluation."""
         ious = self._ious.get(protocol)
         return None if ious is None else _summary(ious, float(np.concatenate(ious).mean()))
 
@@ -59,22 +62,23 @@ def _summary(ious: list[Floats], mean: float) -> dict[str, Any]:
     }
 
 
-def first_iou(answer: Answer, wanted_HW: Tensor) -> float:
-    """Of the only mask."""
-    return ious_with(answer, wanted_HW)[0]
+def single_iou(predicted: PredictedMasks, wanted_HW: Tensor) -> float:
+    """Return the IoU of a prompt's only mask."""
+    return _ious(predicted, wanted_HW)[0]
 
 
-def picked_iou(answer: Answer, wanted_HW: Tensor) -> float:
-    """Of the mask that the model rates best."""
-    return ious_with(answer, wanted_HW)[best_by(answer.scores_C)]
+def top_scored_iou(predicted: PredictedMasks, wanted_HW: Tensor) -> float:
+    """Return the IoU of the mask that the model rates highest: the first of equals; a NaN is lowest."""
+    scores_T = np.nan_to_num(np.asarray(predicted.scores_T, dtype=np.float64), nan=-np.inf)
+    return _ious(predicted, wanted_HW)[int(np.argmax(scores_T))]
 
 
-def best_iou(answer: Answer, wanted_HW: Tensor) -> float:
-    """Of the mask that is best."""
-    return max(ious_with(answer, wanted_HW))
+def oracle_iou(predicted: PredictedMasks, wanted_HW: Tensor) -> float:
+    """Return the highest IoU of a prompt's masks."""
+    return max(_ious(predicted, wanted_HW))
 
 
-def ious_with(answer: Answer, wanted_HW: Tensor) -> list[float]:
-    """Of each mask of an answer; the wanted one comes to its device."""
-    wanted_CHW = wanted_HW.to(answer.masks_CHW.device).expand_as(answer.masks_CHW)
-    return iou(*overlap(answer.masks_CHW, wanted_CHW)).tolist()
+def _ious(predicted: PredictedMasks, wanted_HW: Tensor) -> list[float]:
+    masks_THW = predicted.masks_THW
+    wanted_THW = wanted_HW.to(masks_THW.device).expand_as(masks_THW)
+    return iou(*overlap(masks_THW, wanted_THW)).tolist()
