@@ -66,6 +66,18 @@ class AnnotationError(SamError):
     """One image's masks can't be used: a one-line reason that names the image."""
 
 
+class BadAnnotation(SamError):
+    """An image's objects can't be used: the fact alone, without the image's name, which the caller adds."""
+
+
+class ArchiveError(SamError):
+    """A file isn't a whole archive: a one-line reason without the file's name, which the caller adds."""
+
+
+class ForeignObjects(SamError):
+    """A pickle holds other things than tensors and plain values; the message names one."""
+
+
 class CheckpointError(SamError):
     """A checkpoint is absent, damaged, hostile, or of another architecture."""
 

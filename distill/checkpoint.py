@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.durable import fsync_directory, write_atomic
-from ..common.errors import DistillError
-from ..sam.torch_file import ArchiveError, ForeignObjects, read_torch_file
+from ..common.errors import ArchiveError, DistillError, ForeignObjects
+from ..sam.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 

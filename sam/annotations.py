@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.errors import AnnotationError as AnnotationError
-from ..common.errors import shown
+from ..common.errors import BadAnnotation, shown
 from .image_decode import MAX_PIXELS
 from .image_files import TarMember, scan_tar, split_tar_key
-from .rle import BadAnnotation, checked_runs, write_runs
+from .rle import checked_runs, write_runs
 
 SUFFIX = ".json"
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint file: safely, without copying it, and with one clear error for whatever is wrong."""
+"""Checkpoint files: read safely and without a copy, identified, and checked, with one clear error for any defect."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.errors import CheckpointError as CheckpointError
+from ..common.errors import ArchiveError, CheckpointError, ForeignObjects
 from .registry import TEACHERS, TeacherInfo
-from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, ArchiveError, ForeignObjects, read_torch_file
+from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
 
 ENCODER_PREFIX = "image_encoder."
-# Some tools save these two with the weights; they are SAM's fixed preprocessing, not weights.
+"""Prefix of the image encoder's keys in a SAM checkpoint."""
+
 PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
+"""Keys that some tools save with the weights; they are SAM's fixed preprocessing, not weights."""
 
 
 def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The flat state dict in a ``torch.save`` file, on the CPU.
+    """Read the flat state dict in a `torch.save` file.
 
-    Training scripts save it as one entry of a larger dictionary, beside other things: under the first of the names
-    in ``wrappers`` that the file has. Without names only a flat one is read.
+    Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is verified
+    first (2.4 GB take about a second once they are in the page cache); then the file is mapped, so that memory holds
+    only what is used. Older files are read whole.
 
-    Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is
-    verified first (2.4 GB take about a second once they are read); then they are mapped, so that memory holds
-    what is used. Older files are read whole.
+    Args:
+        path: of the file.
+        wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that the
+            file has is used. Without names only a flat state dict is read.
+
+    Returns:
+        Tensors by key, on the CPU, without PIXEL_STATISTICS.
 
     Raises:
         CheckpointError: the file is absent, empty, truncated, damaged, no checkpoint, or holds other objects.
@@ -51,7 +58,7 @@ def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _check_start(path: Path) -> None:
-    """Tell by the first bytes what can't be a checkpoint at all."""
+    """Refuse by its first bytes what can't be a checkpoint at all."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a directory, not a checkpoint file; name the .pth or .pt file in it"
@@ -70,6 +77,7 @@ def _check_start(path: Path) -> None:
 
 
 def _damage(path: Path, reason: str) -> str:
+    """Return the message about a damaged file, with the length of the official one if this has its name."""
     size = path.stat().st_size
     official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
     wanted = [file.bytes for file in official if file.name == path.name and file.bytes != size]
@@ -78,6 +86,7 @@ def _damage(path: Path, reason: str) -> str:
 
 
 def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
+    """Return a file's content as a state dict without PIXEL_STATISTICS; CheckpointError if it is none."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict of tensors")
     state = {str(key): value for key, value in loaded.items() if str(key) not in PIXEL_STATISTICS}

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import platformdirs
 
-from ..common.errors import CheckpointError
+from ..common.errors import CheckpointError as CheckpointError
 from ..common.errors import DownloadError as DownloadError
 from .registry import EMBEDDED_TEACHER, find_teacher_info
 

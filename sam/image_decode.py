@@ -14,8 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..common.errors import ImageError as ImageError
-from ..common.errors import SamError as SamError
+from ..common.errors import ImageError
 
 logger = logging.getLogger(__name__)
 

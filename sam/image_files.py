@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from ..common.errors import ImageError, SamError, shown
+from ..common.errors import ImageError as ImageError
+from ..common.errors import SamError as SamError
+from ..common.errors import shown
 from ..common.image_ref import ImageRef as ImageRef
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

@@ -1,27 +1,43 @@
-"""SAM's preprocessing up to the canvas: resize the longest side, lay the pixels into the top-left corner."""
+"""SAM's preprocessing: resize the longest side, place the pixels on a square canvas, normalise, pad.
+
+Resizing runs in processes that never import torch; only the functions on tensors need it. Images that a store keeps
+(`--keep-images`) are encoded here too.
+
+Shape suffixes: B images, C channels, H and W rows and columns; S is the side of the encoder's square in pixels, g
+the side of the embedding's grid (S / 16).
+"""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, features
 
 from ..common.errors import ImageError, SamError
 from .image_decode import decode_rgb
 
+if TYPE_CHECKING:
+    import torch
+
 PATCH = 16
 """Pixels that one cell of the embedding grid covers in each direction."""
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
-"""Mean of R, G, B on the 0-255 scale (segment_anything/build_sam.py)."""
+"""Mean of R, G, B on the 0-255 scale. Source: segment_anything/build_sam.py."""
 
 PIXEL_STD = (58.395, 57.12, 57.375)
-"""Standard deviation of R, G, B on the 0-255 scale (segment_anything/build_sam.py)."""
+"""Standard deviation of R, G, B on the 0-255 scale. Source: segment_anything/build_sam.py."""
+
+KEPT_KIND = "webp"
+"""Format of kept images: lossless WebP. Of the lossless formats that Pillow writes it is the smallest at its fastest
+setting (photos: two thirds of PNG), and read faster than PNG."""
+
+MAX_SIDE = 16383
+"""Largest side of a kept image in pixels: WebP's own limit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,17 +45,24 @@ class DecodedImage:
     """One image, decoded and resized."""
 
     pixels_HWC: np.ndarray
-    """uint8 RGB (h, w, 3), read-only, `resized_size` high and wide."""
+    """uint8 RGB (H, W, 3), read-only."""
     original_size: tuple[int, int]
-    """(height, width) of the picture as it is seen: after its EXIF orientation."""
+    """(height, width) of the image after its EXIF orientation was applied."""
     resized_size: tuple[int, int]
     """(height, width) of `pixels_HWC`."""
 
 
 def resized_size(height: int, width: int, image_size: int = 1024) -> tuple[int, int]:
-    """(height, width) once the longest side is `image_size`, rounded as `ResizeLongestSide.get_preprocess_shape`.
+    """Return (height, width) of an image once its longest side is `image_size`.
 
-    Raises ImageError for a strip so thin that its short side would vanish.
+    Args:
+        height, width: of the original image, in pixels.
+        image_size: in pixels.
+
+    Raises:
+        ImageError: the image is a strip so thin that its short side would vanish.
+
+    Source: segment_anything/utils/transforms.py (`ResizeLongestSide.get_preprocess_shape`), rounding included.
     """
     scale = image_size * 1.0 / max(height, width)
     size = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -49,18 +72,32 @@ def resized_size(height: int, width: int, image_size: int = 1024) -> tuple[int, 
 
 
 def resize_longest_side(image_HWC: np.ndarray, image_size: int) -> np.ndarray:
-    """Resize uint8 RGB (H, W, 3) to a longest side of `image_size`; returns uint8 (h, w, 3), read-only.
+    """Resize an image to a longest side of `image_size` by Pillow's antialiased bilinear filter.
 
-    Pillow's antialiased bilinear filter: bit-equal to `ResizeLongestSide.apply_image` in
-    segment_anything/utils/transforms.py, the reference path of SAM.
+    Bit-equal to `ResizeLongestSide.apply_image` in segment_anything/utils/transforms.py, the reference path of SAM.
+
+    Args:
+        image_HWC: uint8 RGB (H, W, 3).
+        image_size: in pixels.
+
+    Returns:
+        uint8 RGB (H, W, 3) of the new size, read-only.
+
+    Raises:
+        ImageError: the image is a strip so thin that its short side would vanish.
     """
     return np.asarray(_resize(Image.fromarray(image_HWC), image_size))
 
 
 def load_image(data: bytes, image_size: int = 1024) -> DecodedImage:
-    """Decode an image file's bytes (policies: `decode_image`) and resize the longest side to `image_size`.
+    """Decode an image file and resize its longest side.
 
-    Raises ImageError with the reason where the bytes are no image that can be used.
+    Args:
+        data: the file's bytes; `decode_image` has the policies by which they are decoded.
+        image_size: of the longest side, in pixels.
+
+    Raises:
+        ImageError: the bytes are no image that can be used; one line has the reason.
     """
     image = decode_rgb(data)
     original_size = (image.height, image.width)
@@ -73,7 +110,12 @@ def load_image(data: bytes, image_size: int = 1024) -> DecodedImage:
 
 
 def place_on_canvas(image: DecodedImage, canvas_HWC: np.ndarray) -> None:
-    """Write a whole uint8 canvas (S, S, 3): the pixels in its top-left corner, black beyond them."""
+    """Write an image into the top-left corner of a canvas, and black everywhere else.
+
+    Args:
+        image: at most S pixels high and wide.
+        canvas_HWC: uint8 (S, S, 3), overwritten whole.
+    """
     height, width = image.resized_size
     canvas_HWC[:height, :width] = image.pixels_HWC
     canvas_HWC[:height, width:] = 0
@@ -81,10 +123,18 @@ def place_on_canvas(image: DecodedImage, canvas_HWC: np.ndarray) -> None:
 
 
 def valid_cells(resized_size: tuple[int, int], image_size: int = 1024) -> np.ndarray:
-    """Which cells of the embedding grid show image, as bool (g, g) with g = image_size / 16.
+    """Mark the cells of the embedding's grid that show image rather than padding.
 
-    Cell (i, j) does if its centre, pixel (16 i + 8, 16 j + 8), lies inside the resized image. A strip thinner than
-    half a cell keeps its first row or column: every image has a valid cell, and no mean divides by zero.
+    Cell (row i, column j) shows image if its centre, the pixel of row 16 i + 8 and column 16 j + 8, lies inside the
+    resized image. A strip thinner than half a cell keeps its first row or column: every image has a valid cell, and
+    no mean divides by zero.
+
+    Args:
+        resized_size: (height, width) of the image on the encoder's square, in pixels.
+        image_size: side of the square in pixels, a multiple of 16.
+
+    Returns:
+        bool (g, g), rows first.
     """
     centres = np.arange(image_size // PATCH) * PATCH + PATCH // 2
     rows, columns = centres < resized_size[0], centres < resized_size[1]
@@ -93,7 +143,7 @@ def valid_cells(resized_size: tuple[int, int], image_size: int = 1024) -> np.nda
 
 
 def preprocessing_recipe(image_size: int = 1024) -> dict[str, Any]:
-    """What lies between a file's bytes and the teacher, as plain JSON values to save and to compare."""
+    """Describe every step from a file's bytes to the teacher's input, as JSON values to save and to compare."""
     return {
         "version": 1,
         "decode": {
@@ -113,16 +163,10 @@ def preprocessing_recipe(image_size: int = 1024) -> dict[str, Any]:
     }
 
 
-def _resize(image: Image.Image, image_size: int) -> Image.Image:
-    height, width = resized_size(image.height, image.width, image_size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
-
-
-# --- The last step of SAM's preprocessing, on tensors and on any device.
-
-
 def image_pixels(image: DecodedImage, image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """One image as encoders take it: float32 (1, 3, S, S) on `device`, S being `image_size`."""
+    """Return one image as encoders take it: float32 (1, 3, S, S) on `device`, S being `image_size`."""
+    import torch
+
     canvas_HWC = np.empty((image_size, image_size, 3), dtype=np.uint8)
     place_on_canvas(image, canvas_HWC)
     sizes_12 = torch.tensor([image.resized_size]).to(device)
@@ -130,16 +174,20 @@ def image_pixels(image: DecodedImage, image_size: int, device: torch.device | st
 
 
 def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torch.Tensor:
-    """Normalise the image in the top-left corner of each canvas; everything else becomes exactly 0.
+    """Normalise the image in the top-left corner of each canvas, and set everything else to exactly 0.
+
+    Bit-equal to `Sam.preprocess` (segment_anything/modeling/sam.py), which normalises on the 0-255 scale and pads
+    with zeros AFTER that.
 
     Args:
-        canvas_BHWC: uint8 RGB (B, S, S, 3) on any device; what lies outside the images does not matter.
+        canvas_BHWC: uint8 RGB (B, S, S, 3) on any device; pixels outside the images do not matter.
         sizes_B2: integer (B, 2), each image's (height, width) on its canvas, on any device.
 
     Returns:
-        pixels_BCHW: float32 (B, 3, S, S), contiguous, on the canvas's device. Bit-equal to `Sam.preprocess`
-        (segment_anything/modeling/sam.py), which normalises on the 0-255 scale and pads with zeros AFTER that.
+        pixels_BCHW: float32 (B, 3, S, S), contiguous, on the canvas's device.
     """
+    import torch
+
     device = canvas_BHWC.device
     _, height, width, _ = canvas_BHWC.shape
     mean_C11, std_C11 = _statistics(device)
@@ -152,46 +200,50 @@ def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torc
     return pixels_BCHW.masked_fill_(~inside_B1HW, 0.0)
 
 
-@cache
-def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (3, 1, 1) on a device, copied once: each copy would make a GPU's queue drain."""
-    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1).to(device) for values in (PIXEL_MEAN, PIXEL_STD))
-    return mean_C11, std_C11
-
-
-# --- Resized images as files that a store keeps: what the teacher saw, to the pixel.
-
-KEPT_KIND = "webp"
-"""Lossless WebP. Of the lossless kinds that Pillow writes it is the smallest at its fastest setting (photos: two
-thirds of PNG), and read faster than PNG."""
-
-MAX_SIDE = 16383
-"""Pixels; WebP's own limit."""
-
-
 def refuse_keeping(image_size: int) -> None:
-    """SamError where images of this size can't be kept on this machine."""
+    """Raise SamError if images of this size (pixels) can't be kept on this machine."""
     if image_size > MAX_SIDE:
         raise SamError(
-            f"images of {image_size} pixels can't be kept: WebP ends at {MAX_SIDE}; leave out --keep-images"
+            f"images of {image_size} pixels can't be kept: WebP's limit is {MAX_SIDE}; leave out --keep-images"
         )
     if not features.check("webp"):
         raise SamError(
-            "this Pillow was built without WebP, which kept images are: install one of Pillow's wheels"
+            "this Pillow was built without WebP, the format of kept images: install one of Pillow's wheels"
         )
 
 
 def encode_kept(pixels_HWC: np.ndarray) -> bytes:
-    """uint8 RGB (h, w, 3) as an image file from which `load_image` gives the very same pixels.
+    """Encode a resized image as a file that a store keeps: the teacher's input, to the pixel.
 
-    It is decoded again to make sure; ImageError when another picture comes out.
+    The file is decoded again to make sure.
+
+    Args:
+        pixels_HWC: uint8 RGB (H, W, 3), at most MAX_SIDE high and wide.
+
+    Returns:
+        Bytes of a lossless image file from which `load_image` returns the very same pixels.
+
+    Raises:
+        ImageError: decoding gave other pixels.
     """
     file = io.BytesIO()
     Image.fromarray(pixels_HWC).save(file, KEPT_KIND, lossless=True, quality=0, method=0)
     data = file.getvalue()
     with Image.open(io.BytesIO(data)) as image:
         if not np.array_equal(np.asarray(image), pixels_HWC):
-            raise ImageError(
-                f"its {KEPT_KIND} copy has other pixels: is this machine's Pillow, or memory, sound?"
-            )
+            raise ImageError(f"its {KEPT_KIND} copy has other pixels: check this machine's Pillow and memory")
     return data
+
+
+def _resize(image: Image.Image, image_size: int) -> Image.Image:
+    height, width = resized_size(image.height, image.width, image_size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation (3, 1, 1) on a device, copied once: each copy would drain a GPU's queue."""
+    import torch
+
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1).to(device) for values in (PIXEL_MEAN, PIXEL_STD))
+    return mean_C11, std_C11

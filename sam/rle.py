@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..common.errors import BadAnnotation
+
 Runs = npt.NDArray[np.int64]
 
 MOST_LETTERS = 6
@@ -26,10 +28,6 @@ MOST_STEPS = 10_000_000
 
 MOST_RUNS = 2**20
 """Of one mask. An outline has a few thousand; a million is noise, and arrays of them take memory."""
-
-
-class BadAnnotation(ValueError):
-    """Something about an image's objects is wrong: the fact alone, without the image's name."""
 
 
 def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco
 
+from mobilesam.common.errors import BadAnnotation
 from mobilesam.sam import rle
-from mobilesam.sam.rle import BadAnnotation, checked_runs, read_runs, write_runs
+from mobilesam.sam.rle import checked_runs, read_runs, write_runs
 
 masks = arrays.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.booleans())
 

@@ -14,9 +14,9 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from mobilesam.distill import DistillError, load_student
-from mobilesam.sam.errors import SamError
-from mobilesam.sam.unpickler import ForeignObjects
-from mobilesam.sam.weights import read_state
+from mobilesam.common.errors import SamError
+from mobilesam.common.errors import ForeignObjects
+from mobilesam.sam.checkpoint import read_state
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
