@@ -24,7 +24,7 @@ from benchmarks.ratios import Figure, report
 from benchmarks.sampling import worker_processes
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.precompute import PrecomputeConfig, precompute
-from mobilesam.precompute.progress import Silent, Snapshot
+from mobilesam.precompute.progress import SilentObserver, Snapshot
 
 ROOT = Path(__file__).parents[1]
 SIDE = 64
@@ -33,7 +33,7 @@ BATCH = 16
 TARGET = 1.05
 
 
-class _Peaks(Silent):
+class _Peaks(SilentObserver):
     """Adds up the peaks of coordinator and workers whenever precompute tells how far it is."""
 
     def __init__(self) -> None:

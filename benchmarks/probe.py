@@ -49,9 +49,9 @@ class _Begun(Exception):
 def start_precompute(images: str, store: str) -> dict[str, Any]:
     """`precompute` until its first task is on its way."""
     from mobilesam.precompute import PrecomputeConfig, precompute
-    from mobilesam.precompute.progress import Silent, Snapshot
+    from mobilesam.precompute.progress import SilentObserver, Snapshot
 
-    class Observer(Silent):
+    class Observer(SilentObserver):
         def progress(self, snapshot: Snapshot) -> None:
             found.update(
                 images=snapshot.images, seconds=time.perf_counter() - began, peak_bytes=peak_resident()

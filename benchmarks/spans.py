@@ -11,7 +11,7 @@ from statistics import median
 from unittest.mock import patch
 
 from mobilesam.precompute.messages import ShardResult, Span
-from mobilesam.precompute.scheduler import Tally
+from mobilesam.precompute.scheduler import RunTotals
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Spans:
 @contextmanager
 def watched_spans() -> Iterator[Spans]:
     """The spans of what precompute commits in the context, which its own result only sums up."""
-    spans, add = Spans(), Tally.add
+    spans, add = Spans(), RunTotals.add
 
-    def watched(tally: Tally, result: ShardResult) -> None:
-        add(tally, result)
+    def watched(totals: RunTotals, result: ShardResult) -> None:
+        add(totals, result)
         spans.add(result)
 
-    with patch.object(Tally, "add", watched):
+    with patch.object(RunTotals, "add", watched):
         yield spans

@@ -1,4 +1,10 @@
-"""The audit in the coordinator: which rows, what it found, and what that means."""
+"""Audit at the end of a run: stored rows compared with a float32 teacher, in the coordinator and on a worker.
+
+The worker's side takes its own path from the image file to the embedding, with a teacher loaded for it alone, so that
+whatever went wrong in a shard's batches, on the way to the disk or on it shows in the numbers.
+
+Shape suffixes: C channels, H, W rows and columns of the embedding grid, N cells of the grid, 1 one.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +22,22 @@ from distributed import KilledWorker, get_worker
 
 from ..common.errors import PrecomputeError, shown
 from ..sam import SamError
-from ..store import Audit, EmbeddingStore, ImageRecord, RowResult, StoreError
-from ..store.audit import tolerance
+from ..store import Audit, EmbeddingStore, ImageRecord, RowResult, StoreError, tolerance
 from . import sizing
-from .cluster import Cluster
 from .decode import LoadedImage, decoded_batches
-from .messages import AuditAnswer, AuditTask, TaskImage
+from .messages import AuditResult, AuditTask, TaskImage
 from .progress import Observer
-from .supervision import StopAsked, Watch
+from .supervision import ClusterMonitor, StopRequested
 from .worker import TeacherPlugin
 
 if TYPE_CHECKING:
     from ..sam.teacher import Teacher
 
+_TINY = 1e-30  # keeps the cosine of a zero vector at 0
 
-class Sample:
-    """At most `size` of the done rows that it is shown, each with the same chance (reservoir sampling: Vitter 1985,
-    algorithm R)."""
+
+class ReservoirSample:
+    """Random sample of at most `size` done rows, each with the same chance (Vitter 1985, algorithm R)."""
 
     def __init__(self, size: int) -> None:
         self.rows: list[int] = []
@@ -40,8 +45,8 @@ class Sample:
         self._seen = 0
         self._random = random.Random()
 
-    def show(self, results: Sequence[RowResult]) -> None:
-        """Results of rows that were committed just now."""
+    def add(self, results: Sequence[RowResult]) -> None:
+        """Consider rows that were just committed."""
         for result in results:
             if result.reason is not None:
                 continue
@@ -57,20 +62,31 @@ def run_audit(
     rows: Sequence[int],
     image_root: Path,
     image_timeout: float,
-    cluster: Cluster,
     plugin_name: str,
-    watch: Watch,
-    observer: Observer,
+    monitor: ClusterMonitor,
 ) -> dict[str, Any] | None:
-    """Have a worker embed the rows' images again in float32; record in the store, and tell, how near the stored rows
-    are. Returns `rows, cosine_min, relative_mse_max, seconds`; None without rows, or when a signal came.
+    """Have a worker embed rows' images again in float32, and record in the store how close the stored rows are.
 
-    Raises PrecomputeError when it can't be done, StoreDamaged when what is stored is not what was written.
+    Args:
+        store: open for writing.
+        rows: done rows.
+        image_root: folder that the images' keys are relative to.
+        image_timeout: seconds for reading and decoding one image.
+        plugin_name: name of the teacher plugin that the workers hold.
+        monitor: of the run's cluster.
+
+    Returns:
+        `rows` audited, `cosine_min`, `relative_mse_max`, `seconds`; None without rows, when none could be audited, or
+        when a signal came.
+
+    Raises:
+        PrecomputeError: the audit failed.
+        StoreDamaged: stored bytes are not those that were committed.
     """
     if not rows:
         return None
     began = time.monotonic()
-    observer.message(f"audit: embedding {len(rows)} of this run's images again, in float32")
+    monitor.observer.message(f"audit: embedding {len(rows)} of this run's images again, in float32")
     task = AuditTask(
         store=store.path.absolute(),
         image_root=image_root,
@@ -79,8 +95,8 @@ def run_audit(
         batch_timeout=sizing.batch_timeout(1, None),
     )
     try:
-        answers = watch.result(cluster.client.submit(audit_rows, task, plugin_name, pure=False))
-    except StopAsked:
+        results = monitor.result(monitor.cluster.client.submit(audit_rows, task, plugin_name, pure=False))
+    except StopRequested:
         return None
     except (SamError, StoreError, PrecomputeError):
         raise
@@ -89,16 +105,16 @@ def run_audit(
         raise PrecomputeError(
             f"the audit could not be done ({what}); every image is committed, and --audit 0 leaves it out"
         ) from error
-    return _report(store, answers, time.monotonic() - began, observer)
+    return _record(store, results, time.monotonic() - began, monitor.observer)
 
 
-def _report(
-    store: EmbeddingStore, answers: Sequence[AuditAnswer], seconds: float, observer: Observer
+def _record(
+    store: EmbeddingStore, results: Sequence[AuditResult], seconds: float, observer: Observer
 ) -> dict[str, Any] | None:
-    for answer in answers:
-        if answer.audit is None:
-            observer.message(f"not audited: {answer.reason}")
-    audits = [answer.audit for answer in answers if answer.audit is not None]
+    for result in results:
+        if result.audit is None:
+            observer.message(f"not audited: {result.reason}")
+    audits = [result.audit for result in results if result.audit is not None]
     if not audits:
         return None
     store.record_audits(audits)
@@ -115,7 +131,7 @@ def _report(
 
 
 def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
-    """Tell of audited rows, of this run or an earlier one, that are out of tolerance; whether there are any."""
+    """Warn of audited rows out of tolerance, of this run or an earlier one; return True if there are any."""
     missed = store.audits_out_of_tolerance()
     if not missed:
         return False
@@ -123,8 +139,8 @@ def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
     allowed = tolerance(store.spec.dtype, store.spec.precision)
     (record,) = store.manifest.records(None, range(worst.row, worst.row + 1))
     observer.message(
-        f"WARNING: {len(missed)} audited row(s) of {store.path} are not what {store.spec.teacher} gives, the worst: "
-        f"row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (at least {allowed.cosine:g} is "
+        f"WARNING: {len(missed)} audited row(s) of {store.path} differ from what {store.spec.teacher} computes, the "
+        f"worst: row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (at least {allowed.cosine:g} is "
         f"expected of {store.spec.dtype} from {store.spec.precision}), relative mse {worst.relative_mse:.1e} (at "
         f"most {allowed.relative_mse:g}).\nDon't distil from this store: look for other software or a faulty "
         "device on a worker, and precompute into a new one"
@@ -136,71 +152,43 @@ def _floor(cosine: float) -> str:
     return f"{math.floor(cosine * 1e6) / 1e6:.6f}"
 
 
-# --- The audit on a worker: stored rows against a teacher that is loaded anew and runs in float32.
-#
-# It goes its own way from the image file to the embedding, so that whatever went wrong in a shard's batches, on
-# the way
-# to the disk or on it, shows in the numbers.
-#
+def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditResult]:
+    """Embed each row's image again in float32, and compare. Runs in a dask worker.
 
-_TINY = 1e-30  # keeps the cosine of a zero vector at 0
+    Args:
+        task: the rows.
+        plugin_name: name of the `TeacherPlugin` that the worker holds.
 
-
-def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditAnswer]:
-    """Embed each row's image again, and compare. Runs in a dask worker; raises what `compute_shard` does."""
+    Raises:
+        StoreError: the store can't be read, or is damaged.
+        SamError: the teacher can't be loaded.
+        PrecomputeError: the worker has another checkpoint, or its disk hangs.
+    """
     plugin: TeacherPlugin = get_worker().plugins[plugin_name]
-    with EmbeddingStore.open(task.store) as store, plugin.teacher_anew() as teacher:
+    with EmbeddingStore.open(task.store) as store, plugin.float32_teacher() as teacher:
         records = [store.manifest.records("done", range(row, row + 1))[0] for row in task.rows]
-        batches = decoded_batches(
-            [_task_image(record) for record in records],
-            task.image_root,
-            store.spec.image_size,
-            1,
-            1,
-            task.image_timeout,
-        )
-        answers = []
+        images = [TaskImage(row=record.row, ref=record.ref) for record in records]
+        batches = decoded_batches(images, task.image_root, store.spec.image_size, 1, 1, task.image_timeout)
+        results = []
         with closing(batches):
             for record, batch in zip(records, batches, strict=True):
-                reason = _why_not(record, batch.images[0])
-                audit = None
+                (loaded,) = batch.images
+                audit, reason = None, _reason_not_audited(record, loaded)
                 if reason is None:
-                    with plugin.limited(task.batch_timeout):
-                        fresh_CHW = plugin.compute(_embed, teacher, batch.images[0])
+                    with plugin.time_limit(task.batch_timeout):
+                        fresh_CHW = plugin.compute(_embed, teacher, loaded)
                     stored_CHW = store.read([record.row]).to_float32()[0]
                     audit = compare(record.row, stored_CHW, fresh_CHW)
-                answers.append(AuditAnswer(row=record.row, key=record.key, audit=audit, reason=reason))
-    return answers
+                results.append(AuditResult(row=record.row, key=record.key, audit=audit, reason=reason))
+    return results
 
 
-def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
-    """How far a stored embedding (256, g, g) is from the fresh one, in float64, over all cells of the grid.
-
-    cosine: over the channels at each cell, mean over cells. relative_mse: sum (s - t)^2 / sum (t - t_c)^2, t_c the
-    fresh embedding's mean per channel. A pair that these are not defined for is as far apart as can be.
-    """
-    stored_CN = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
-    fresh_CN = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)
-    with np.errstate(all="ignore"):
-        norms_N = np.linalg.norm(stored_CN, axis=0) * np.linalg.norm(fresh_CN, axis=0)
-        cosine = float(((stored_CN * fresh_CN).sum(axis=0) / np.maximum(norms_N, _TINY)).mean())
-        spread = float(np.square(fresh_CN - fresh_CN.mean(axis=1, keepdims=True)).sum())
-        relative_mse = float(np.square(stored_CN - fresh_CN).sum() / spread)
-    if not np.isfinite([cosine, relative_mse]).all():
-        # Neither JSON nor SQLite has a NaN.
-        cosine, relative_mse = -1.0, sys.float_info.max
-    return Audit(row=row, cosine=cosine, relative_mse=relative_mse)
-
-
-def _task_image(record: ImageRecord) -> TaskImage:
-    return TaskImage(row=record.row, ref=record.ref)
-
-
-def _why_not(record: ImageRecord, loaded: LoadedImage) -> str | None:
-    """Why there is nothing to compare: another photo's embedding says nothing about this one's."""
-    if loaded.sha256 is not None and loaded.sha256 != record.sha256:
+def _reason_not_audited(record: ImageRecord, loaded: LoadedImage) -> str | None:
+    """Return why a row can't be compared, None if it can: a changed photo says nothing about the stored embedding."""
+    result = loaded.result
+    if result.sha256 is not None and result.sha256 != record.sha256:
         return f"{shown(record.key)} changed during the run"
-    return loaded.reason and f"{shown(record.key)}: {loaded.reason}"
+    return result.reason and f"{shown(record.key)}: {result.reason}"
 
 
 def _embed(teacher: Teacher, loaded: LoadedImage) -> np.ndarray:
@@ -210,3 +198,28 @@ def _embed(teacher: Teacher, loaded: LoadedImage) -> np.ndarray:
     pixels_1CHW = image_pixels(loaded.decoded, teacher.image_size, teacher.device)
     emb_CHW: np.ndarray = teacher.embed(pixels_1CHW)[0].cpu().numpy()
     return emb_CHW
+
+
+def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
+    """Compare a stored embedding with a fresh one, in float64, over all cells of the grid.
+
+    Args:
+        row: number of the row.
+        stored_CHW: (256, g, g), any floating dtype.
+        fresh_CHW: (256, g, g), any floating dtype.
+
+    Returns:
+        `cosine`: over the channels at each cell, mean over cells. `relative_mse`: sum (s - t)^2 / sum (t - t_c)^2,
+        with t_c the fresh embedding's mean per channel. Where one is undefined, -1 and the largest float: neither JSON
+        nor SQLite has a NaN.
+    """
+    stored_CN = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
+    fresh_CN = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)
+    with np.errstate(all="ignore"):
+        norms_N = np.linalg.norm(stored_CN, axis=0) * np.linalg.norm(fresh_CN, axis=0)
+        cosine = float(((stored_CN * fresh_CN).sum(axis=0) / np.maximum(norms_N, _TINY)).mean())
+        spread = float(np.square(fresh_CN - fresh_CN.mean(axis=1, keepdims=True)).sum())
+        relative_mse = float(np.square(stored_CN - fresh_CN).sum() / spread)
+    if not np.isfinite([cosine, relative_mse]).all():
+        cosine, relative_mse = -1.0, sys.float_info.max
+    return Audit(row=row, cosine=cosine, relative_mse=relative_mse)

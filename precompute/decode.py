@@ -1,4 +1,7 @@
-"""Reading and decoding a shard's images ahead of the teacher, batch by batch."""
+"""Images decoded ahead of the teacher, batch by batch, by a pool of threads that survives hung images.
+
+Shape suffixes: B images of a batch, H, W rows and columns of an image, C channels, 2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -17,40 +20,47 @@ import numpy as np
 from ..common.errors import PrecomputeError
 from ..common.image_ref import ImageRef
 from ..sam import DecodedImage, ImageError, encode_kept, load_image, place_on_canvas, read_image
+from ..store import RowResult
 from .messages import Span, Stopwatch, TaskImage
 
 BATCHES_AHEAD = 2
-"""Decoded batches that wait for the teacher at most: enough to cover its work, few enough for memory."""
+"""Decoded batches that wait for the teacher at most: enough to keep it busy, few enough for memory."""
+
+HUNG_ALLOWED = 16
+"""Threads of one process that may hang at a time. More of them point to the disk or server, not to single images."""
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage:
-    """What became of a file: its pixels, or the `reason` why there are none. `cpu_seconds` were spent in `span`.
-
-    `kept` is the file that the store keeps of the pixels, if it keeps any.
-    """
+    """One image after reading and decoding."""
 
     image: TaskImage
+    result: RowResult
+    """What is known of the row so far: hash and length of the file, sizes, the reason if it failed."""
     decoded: DecodedImage | None
+    """None if the image failed."""
     kept: bytes | None
-    reason: str | None
-    sha256: str | None
-    bytes: int | None
+    """Image file that the store keeps of the resized pixels, if it keeps any."""
     span: Span
     cpu_seconds: float
+    """CPU time spent in `span`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Images of consecutive rows; `canvas_BHWC` is uint8, `sizes_B2` int64 (height, width) of the image in it.
+    """Images of consecutive rows, on canvases for the teacher.
 
-    There are always as many slots as the batch size: a failed image, and the slots past a shard's end, are black
-    and of size 1 x 1, so that the other rows' arithmetic never depends on them.
+    There are always as many canvases as the batch size: those of failed images and those past a shard's end are
+    black with an image size of 1 x 1, so that the other rows' arithmetic never depends on them.
     """
 
     images: tuple[LoadedImage, ...]
     canvas_BHWC: np.ndarray
+    """uint8 RGB (B, S, S, 3), S the teacher's image size in pixels; each image in the top-left corner."""
     sizes_B2: np.ndarray
+    """int64 (B, 2): (height, width) of the image on each canvas, in pixels."""
 
 
 def decoded_batches(
@@ -61,31 +71,43 @@ def decoded_batches(
     threads: int,
     timeout: float,
     *,
-    keep: bool = False,
+    keep_images: bool = False,
 ) -> Generator[Batch]:
-    """Yield the images in order, batch by batch, decoding ahead in `threads` threads; an image that takes one of them
-    longer than `timeout` seconds fails. With `keep` they come with the files that a store keeps of them."""
-    groups = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    waiting: deque[list[Job[LoadedImage]]] = deque()
-    decoders = Decoders(threads, timeout, lambda image: load(image, root, image_size, keep=keep))
+    """Yield the images in order, batch by batch, decoded ahead by a pool of threads. Close the generator.
 
-    def take() -> Batch:
-        loaded = [decoders.result(job) or _timed_out(job, timeout) for job in waiting.popleft()]
+    Args:
+        images: rows to decode.
+        root: folder that the images' keys are relative to.
+        image_size: side of the teacher's square, in pixels.
+        batch_size: images of a batch; the last batch may have fewer, on as many canvases.
+        threads: threads that decode.
+        timeout: seconds after which one image fails.
+        keep_images: encode the files that a store keeps of the images.
+
+    Raises:
+        PrecomputeError: more than `HUNG_ALLOWED` images hang at once.
+    """
+    groups = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    ahead: deque[list[DecodeFuture[LoadedImage]]] = deque()
+    pool = DecodePool(threads, timeout, lambda image: load(image, root, image_size, keep_images=keep_images))
+
+    def next_batch() -> Batch:
+        loaded = [pool.result(future) or _timed_out(future.image, timeout) for future in ahead.popleft()]
         return _assemble(loaded, image_size, batch_size)
 
     try:
         for group in groups:
-            waiting.append([decoders.submit(image) for image in group])
-            if len(waiting) > BATCHES_AHEAD:
-                yield take()
-        while waiting:
-            yield take()
+            ahead.append([pool.submit(image) for image in group])
+            if len(ahead) > BATCHES_AHEAD:
+                yield next_batch()
+        while ahead:
+            yield next_batch()
     finally:
-        decoders.close()
+        pool.close()
 
 
-def load(image: TaskImage, root: Path, image_size: int, *, keep: bool = False) -> LoadedImage:
-    """Read, hash, decode and resize one image; whatever is wrong with the file becomes the reason."""
+def load(image: TaskImage, root: Path, image_size: int, *, keep_images: bool = False) -> LoadedImage:
+    """Read, hash, decode and resize one image. An unusable file is no error: its result holds the reason."""
     watch, cpu_start = Stopwatch(), time.thread_time()
     decoded = kept = sha256 = length = None
     reason = image.excluded
@@ -94,38 +116,42 @@ def load(image: TaskImage, root: Path, image_size: int, *, keep: bool = False) -
             data = read_image(root, image.ref.key, offset=image.ref.offset, size=_listed_size(image.ref))
             sha256, length = hashlib.sha256(data).hexdigest(), len(data)
             decoded = load_image(data, image_size)
-            kept = encode_kept(decoded.pixels_HWC) if keep else None
+            kept = encode_kept(decoded.pixels_HWC) if keep_images else None
         except ImageError as error:
             decoded, reason = None, str(error)
     return LoadedImage(
         image=image,
+        result=RowResult(
+            row=image.row,
+            reason=reason,
+            sha256=sha256,
+            bytes=length,
+            original_size=None if decoded is None else decoded.original_size,
+            resized_size=None if decoded is None else decoded.resized_size,
+        ),
         decoded=decoded,
         kept=kept,
-        reason=reason,
-        sha256=sha256,
-        bytes=length,
         span=watch.span("decode"),
         cpu_seconds=time.thread_time() - cpu_start,
     )
 
 
-def _timed_out(job: Job[LoadedImage], timeout: float) -> LoadedImage:
+def _listed_size(image: ImageRef) -> int | None:
+    # A file may have been replaced since it was listed, and is then read as it is now. A tar's member can't.
+    return None if image.offset is None else image.size
+
+
+def _timed_out(image: TaskImage, timeout: float) -> LoadedImage:
     now = time.time()
+    reason = f"reading and decoding it took longer than {timeout:g} s (--image-timeout)"
     return LoadedImage(
-        image=job.image,
+        image=image,
+        result=RowResult(row=image.row, reason=reason),
         decoded=None,
         kept=None,
-        reason=f"reading and decoding it took longer than {timeout:g} s (--image-timeout)",
-        sha256=None,
-        bytes=None,
         span=Span(phase="decode", start=now - timeout, stop=now),
         cpu_seconds=0.0,
     )
-
-
-def _listed_size(image: ImageRef) -> int | None:
-    # A file may have been replaced since it was listed, and is then taken as it is now; a tar's member can't.
-    return None if image.offset is None else image.size
 
 
 def _assemble(loaded: Sequence[LoadedImage], image_size: int, batch_size: int) -> Batch:
@@ -141,77 +167,75 @@ def _assemble(loaded: Sequence[LoadedImage], image_size: int, batch_size: int) -
     return Batch(images=tuple(loaded), canvas_BHWC=canvas_BHWC, sizes_B2=sizes_B2)
 
 
-# --- Threads that read and decode images, and that none of these can take away for good.
-
-STUCK_ALLOWED = 16
-"""Threads of one process that may hang at a time: more are no matter of single images, but of what they lie on."""
-
-Loaded = TypeVar("Loaded")
-
-_stuck: list[threading.Thread] = []
-_stuck_lock = threading.Lock()
-
-
-class Job(Generic[Loaded]):
-    """One image on its way through a thread. `began` in seconds of the monotonic clock, None while it waits."""
+class DecodeFuture(Generic[Loaded]):
+    """One image submitted to a decode pool. `started` is in seconds of the monotonic clock, None while it waits."""
 
     def __init__(self, image: TaskImage) -> None:
         self.image = image
-        self.began: float | None = None
+        self.started: float | None = None
         self.loaded: Loaded | None = None
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self.abandoned = False
 
     @property
-    def ended(self) -> bool:
-        """Whether there is something to take from it."""
+    def done(self) -> bool:
+        """True once there is a result or an error."""
         return self.loaded is not None or self.error is not None
 
 
-class Decoders(Generic[Loaded]):
-    """`threads` threads that call `load` on images, in the order in which they are submitted.
+class DecodePool(Generic[Loaded]):
+    """Decode pool that survives hung images: a thread that exceeds the timeout is abandoned and replaced.
 
-    One that takes longer than `timeout` seconds is left to itself, and another takes its place. The threads are
-    daemons: none of them keeps a process from ending. Results must be asked for in the order of submission, by one
-    thread.
+    The threads are daemons, so that a hung one keeps no process from ending. Results must be asked for in the order
+    of submission, by one thread.
+
+    Args:
+        threads: number of threads.
+        timeout: seconds that `load` may take for one image.
+        load: function called on each image, in the order of submission.
     """
 
     def __init__(self, threads: int, timeout: float, load: Callable[[TaskImage], Loaded]) -> None:
         self._timeout = timeout
         self._load = load
-        self._waiting: queue.SimpleQueue[Job[Loaded] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[DecodeFuture[Loaded] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._threads = threads
         self._closed = False
         for _ in range(threads):
             self._start_thread()
 
-    def submit(self, image: TaskImage) -> Job[Loaded]:
-        """Have an image loaded when its turn comes."""
-        job: Job[Loaded] = Job(image)
-        self._waiting.put(job)
-        return job
+    def submit(self, image: TaskImage) -> DecodeFuture[Loaded]:
+        """Queue an image to be loaded."""
+        future: DecodeFuture[Loaded] = DecodeFuture(image)
+        self._waiting.put(future)
+        return future
 
-    def result(self, job: Job[Loaded]) -> Loaded | None:
-        """What `load` gave, or raised; None when it took longer than the timeout.
+    def result(self, future: DecodeFuture[Loaded]) -> Loaded | None:
+        """Wait for an image.
 
-        PrecomputeError when too many threads hang at a time.
+        Returns:
+            The result of `load`; None when it took longer than the timeout.
+
+        Raises:
+            PrecomputeError: more than `HUNG_ALLOWED` threads of this process hang.
+            BaseException: the one that `load` raised.
         """
         with self._changed:
-            while not job.ended:
-                # A job that waits has only such before it as ended, or were replaced: its turn comes.
-                left = None if job.began is None else job.began + self._timeout - time.monotonic()
+            while not future.done:
+                # Every image before a waiting one has ended or was abandoned and replaced: its turn will come.
+                left = None if future.started is None else future.started + self._timeout - time.monotonic()
                 if left is not None and left <= 0:
-                    self._abandon(job)
+                    self._abandon(future)
                     return None
                 self._changed.wait(left)
-        if job.error is not None:
-            raise job.error
-        return job.loaded
+        if future.error is not None:
+            raise future.error
+        return future.loaded
 
     def close(self) -> None:
-        """Let the threads end, once they are through with what they are at; nothing waits for them."""
+        """Let each thread end after its current image, without waiting for it."""
         self._closed = True
         for _ in range(self._threads):
             self._waiting.put(None)
@@ -219,14 +243,12 @@ class Decoders(Generic[Loaded]):
     def _start_thread(self) -> None:
         threading.Thread(target=self._work, name="decode", daemon=True).start()
 
-    def _abandon(self, job: Job[Loaded]) -> None:
-        job.abandoned = True
+    def _abandon(self, future: DecodeFuture[Loaded]) -> None:
+        future.abandoned = True
         self._start_thread()
-        assert job.thread is not None
-        with _stuck_lock:
-            _stuck[:] = [thread for thread in _stuck if thread.is_alive()] + [job.thread]
-            count = len(_stuck)
-        if count > STUCK_ALLOWED:
+        assert future.thread is not None
+        count = _count_hung(future.thread)
+        if count > HUNG_ALLOWED:
             raise PrecomputeError(
                 f"{count} images at once took longer than {self._timeout:g} s to read and decode: can the disk or "
                 "server that they lie on be read? Then run the same command again, with a longer --image-timeout if "
@@ -234,18 +256,29 @@ class Decoders(Generic[Loaded]):
             )
 
     def _work(self) -> None:
-        while (job := self._waiting.get()) is not None and not self._closed:
+        while (future := self._waiting.get()) is not None and not self._closed:
             with self._changed:
-                job.thread = threading.current_thread()
-                job.began = time.monotonic()
+                future.thread = threading.current_thread()
+                future.started = time.monotonic()
                 self._changed.notify_all()
             loaded = error = None
             try:
-                loaded = self._load(job.image)
+                loaded = self._load(future.image)
             except BaseException as raised:  # noqa: BLE001 - it is raised where the result is asked for
                 error = raised
             with self._changed:
-                job.loaded, job.error = loaded, error
+                future.loaded, future.error = loaded, error
                 self._changed.notify_all()
-                if job.abandoned:
+                if future.abandoned:
                     return
+
+
+_hung: list[threading.Thread] = []
+_hung_lock = threading.Lock()
+
+
+def _count_hung(thread: threading.Thread) -> int:
+    """Add a hung thread, and count those of this process that still hang."""
+    with _hung_lock:
+        _hung[:] = [other for other in _hung if other.is_alive()] + [thread]
+        return len(_hung)

@@ -1,36 +1,48 @@
-"""`mobilesam precompute --dry-run`: what a run would do, need and take, without doing it."""
+"""`mobilesam precompute --dry-run`: work, disk space and time that a run would take, without doing it.
+
+Shape suffixes: B images of a batch, H, W rows and columns of an image, C channels, 2 (height, width).
+"""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..sam import CheckpointError, normalize_and_pad
+from ..common.errors import CheckpointError
+from ..sam import normalize_and_pad
 from ..store import array_layouts
 from .config import PrecomputeConfig
 from .decode import Batch, decoded_batches
 from .messages import TaskImage
 from .open_store import TeacherFile, find_teacher
-from .plan import Plan
-from .progress import Observer, Silent
-from .run import planned
+from .plan import Plan, plan_run
+from .progress import Observer, SilentObserver
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
-    """Plan, and change nothing.
+    """Plan a run, estimate what it takes, and change nothing. Nothing is downloaded.
 
-    Returns `images, pending, shards, shard_size, bytes_needed, bytes_free, seconds_per_image, seconds`: rows in
-    all and to compute; shards in all; bytes on disk for what is to be computed (images that are kept taken to be
-    as large as the first), and free there; the time of one image on this machine, timed, and of all pending ones
-    by all workers, all without `compile`. The times are None when nothing is to be computed, or the checkpoint is
-    not at hand: nothing is downloaded.
+    Args:
+        config: options of the run.
+        observer: receives messages.
+
+    Returns:
+        `images, pending`: rows in all, and to compute. `shards, shard_size`: shards in all, and images per shard.
+        `bytes_needed, bytes_free`: on disk for what is to be computed (every kept image taken to be as large as the
+        first), and free there. `seconds_per_image, seconds`: time of one image, timed on this machine without
+        `compile`, and of all pending ones by all workers; None when nothing is pending or the checkpoint is absent.
+
+    Raises:
+        PrecomputeError, SamError, StoreError: as `precompute`.
     """
-    observer = observer or Silent()
+    observer = observer or SilentObserver()
     with ExitStack() as stack:
-        plan, _ = planned(config, stack, observer)
+        plan, _ = plan_run(config, stack, observer)
     pending = sum(plan.pending.values())
     first = _first_decoded(plan) if pending else None
     seconds = None if first is None else _seconds_per_image(plan, first, observer)
@@ -46,11 +58,39 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     }
 
 
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Format the result of `dry_run` as lines for people."""
+    needed, free = plan["bytes_needed"], plan["bytes_free"]
+    duration = "not measured" if plan["pending"] else "none"
+    if plan["pending"] and plan["seconds"] is not None:
+        duration = (
+            f"about {timedelta(seconds=round(plan['seconds']))} "
+            f"(one image took {plan['seconds_per_image']:.3g} s here)"
+        )
+    lines = [
+        f"images        {plan['images']:,}, of which {plan['pending']:,} to compute",
+        f"shards        {plan['shards']:,} of {plan['shard_size']} images",
+        f"bytes needed  {needed:,} ({needed / 1e9:.2f} GB)",
+        f"bytes free    {free:,} ({free / 1e9:.2f} GB)",
+        f"time          {duration}",
+    ]
+    if needed > free:
+        lines.append(f"There is too little room: {needed - free:,} bytes are missing.")
+    return lines
+
+
 def _first_decoded(plan: Plan) -> Batch | None:
-    """The first image that can be decoded, as a batch of its own; the others a run would record as failed."""
+    """Return the first image that can be decoded, as a batch of its own. A run would record those before it as
+    failed."""
     images = [TaskImage(row=row, ref=file) for row, file in enumerate(plan.listing.files)]
     batches = decoded_batches(
-        images, plan.listing.root, plan.image_size, 1, 1, plan.config.image_timeout, keep=plan.keeps_images
+        images,
+        plan.listing.root,
+        plan.image_size,
+        1,
+        1,
+        plan.config.image_timeout,
+        keep_images=plan.keeps_images,
     )
     with closing(batches):
         return next((batch for batch in batches if batch.images[0].decoded is not None), None)
@@ -76,8 +116,8 @@ def _seconds_per_image(plan: Plan, first: Batch, observer: Observer) -> float | 
 
 
 def _timed(plan: Plan, file: TeacherFile, batch: Batch) -> float:
-    """Seconds from an image's bytes to its embedding; the teacher's are those of the second time on a GPU: the first
-    also warms up."""
+    """Time one image from the file's bytes to the embedding, in seconds. On a GPU the second pass through the teacher
+    counts, since the first one also warms up."""
     import torch
 
     from ..sam.teacher import load_teacher
@@ -101,6 +141,7 @@ def _timed(plan: Plan, file: TeacherFile, batch: Batch) -> float:
 
 
 def _existing(path: Path) -> Path:
+    """Return the path itself or the nearest folder above it that exists."""
     while not path.exists():
         path = path.parent
     return path

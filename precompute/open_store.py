@@ -1,4 +1,4 @@
-"""From a plan to a store that is open for writing: made, or extended, with the teacher that it belongs to."""
+"""Opening of the planned store for writing: made, or resumed and extended, with the teacher that it belongs to."""
 
 from __future__ import annotations
 
@@ -15,26 +15,38 @@ from ..sam.download import file_sha256, find_checkpoint
 from ..sam.registry import TEACHERS
 from ..sam.teacher import embedded_sha256, load_head, positions_interpolated
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
-from .plan import Plan, Stored
+from .plan import ExistingStore, Plan
 from .progress import Observer
+
+_PACKAGES = ("torch", "torchvision", "segment-anything", "zarr", "numpy", "pillow", "dask", "distributed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFile:
-    """A teacher's name and weights: `path` is None for the embedded one."""
+    """A teacher's name and weights."""
 
     name: str
     path: Path | None
+    """None for the embedded teacher."""
     sha256: str
+    """Of the checkpoint; of the package's weights for the embedded teacher."""
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
-    """The plan's teacher, its checkpoint found (or downloaded) and hashed.
+    """Find, or download, and hash the plan's teacher.
 
-    PrecomputeError, before any download, when the store was made with a checkpoint that is not the official one and
-    none is given.
+    Args:
+        plan: of the run.
+        observer: told of the download's progress.
+        download: if False, an absent checkpoint is an error.
+
+    Raises:
+        PrecomputeError: the store was made with a checkpoint that is not the official one, and none is given; raised
+            before any download.
+        CheckpointError: the checkpoint is absent or can't be read.
+        DownloadError: it can't be downloaded.
     """
-    stored, official = plan.stored and plan.stored.spec, TEACHERS[plan.teacher].checkpoint
+    stored, official = plan.existing and plan.existing.spec, TEACHERS[plan.teacher].checkpoint
     if stored and plan.config.checkpoint is None and official and official.sha256 != stored.checkpoint_sha256:
         raise PrecomputeError(
             f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}), which "
@@ -49,12 +61,18 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
 
 
 def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> EmbeddingStore:
-    """Make or extend the store as planned, and open it as its only writer."""
-    if plan.stored is None:
+    """Make or extend the store as planned, and open it as its only writer.
+
+    Raises:
+        StoreMismatch: the store was made with another checkpoint or preprocessing.
+        StoreError: it is locked or damaged, or can't be written.
+        PrecomputeError: another process has extended it since the plan was made.
+    """
+    if plan.existing is None:
         head, head_sha256 = _head(teacher)
         spec = _new_spec(plan, teacher, head_sha256)
-        return EmbeddingStore.create(plan.config.out, spec, plan.new, plan.selection, head)
-    plan.stored.spec.refuse_differences(
+        return EmbeddingStore.create(plan.config.out, spec, plan.new_images, plan.selection, head)
+    plan.existing.spec.refuse_differences(
         plan.config.out,
         {
             "checkpoint_sha256": teacher.sha256,
@@ -63,44 +81,44 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
     )
     store = EmbeddingStore.open(plan.config.out, writable=True)
     try:
-        _go_on(store, plan.stored, plan, teacher, observer)
+        _update(store, plan.existing, plan, teacher, observer)
     except BaseException:
         store.close()
         raise
     return store
 
 
-def _go_on(
-    store: EmbeddingStore, stored: Stored, plan: Plan, teacher: TeacherFile, observer: Observer
+def _update(
+    store: EmbeddingStore, existing: ExistingStore, plan: Plan, teacher: TeacherFile, observer: Observer
 ) -> None:
-    """Bring an open store to what is planned."""
-    if store.manifest.row_count() != stored.rows:
+    """Repair, extend and withdraw as planned, and take over the new listing of pending images."""
+    if store.manifest.row_count() != existing.rows:
         raise PrecomputeError(
-            f"another process extended {plan.config.out} just now, from {stored.rows:,} to "
+            f"another process extended {plan.config.out} just now, from {existing.rows:,} to "
             f"{store.manifest.row_count():,} images: run the same command again"
         )
-    _mend_head(store, teacher, observer)
-    if plan.new:
-        store.extend(plan.new, plan.selection)
-        observer.message(f"extended by {len(plan.new):,} images to {store.manifest.row_count():,}")
+    _repair_head(store, teacher, observer)
+    if plan.new_images:
+        store.extend(plan.new_images, plan.selection)
+        observer.message(f"extended by {len(plan.new_images):,} images to {store.manifest.row_count():,}")
     if plan.config.retry_failed:
         store.withdraw(store.manifest.shards_with_failures())
     if store.pending_shards():
         store.relist(plan.listing.files)
 
 
-def _head(teacher: TeacherFile) -> tuple[bytes, str]:
-    tensors = load_head(teacher.name, teacher.path)
-    return encode_head({name: value.numpy() for name, value in tensors.items()})
-
-
-def _mend_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
-    """SAM's prompt encoder and mask decoder come from the teacher's file: a damaged copy is no loss."""
+def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
+    """Replace a damaged or missing copy of SAM's prompt encoder and mask decoder: the teacher's file has them."""
     try:
         store.read_head()
     except StoreDamaged as error:
         store.restore_head(_head(teacher)[0])
-        observer.message(f"{store.head_path} is written anew from the teacher's file: {error}")
+        observer.message(f"rewrote {store.head_path} from the teacher's file: {error}")
+
+
+def _head(teacher: TeacherFile) -> tuple[bytes, str]:
+    tensors = load_head(teacher.name, teacher.path)
+    return encode_head({name: value.numpy() for name, value in tensors.items()})
 
 
 def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
@@ -119,17 +137,12 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         kept_images=KEPT_KIND if plan.keeps_images else None,
         subset={"fraction": plan.selection.fraction, "seed": plan.selection.seed},
         image_root=str(plan.listing.root),
-        versions=versions(),
+        versions=_versions(),
     )
 
 
-# --- Which software wrote a store.
-
-_PACKAGES = ("torch", "torchvision", "segment-anything", "zarr", "numpy", "pillow", "dask", "distributed")
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, Python, and what decides an embedding's bits."""
+def _versions() -> dict[str, str]:
+    """Return the versions of this package, Python, and the packages that decide an embedding's bits."""
     found = {"mobilesam": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,69 +1,65 @@
-"""What a run will do: options, listing and store compared, and refused where they contradict, before any work."""
+"""Plan of a run: options, listing, store and hardware together, with contradictions refused before any work."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import torch
+
 from ..common.errors import PrecomputeError, shown
-from ..sam import KEPT_KIND, ImageRef, ImageSet, in_fraction, list_images, refuse_keeping
+from ..common.image_ref import ImageRef
+from ..sam import KEPT_KIND, ImageSet, in_fraction, list_images, refuse_keeping
+from ..sam.device import resolve_precision
 from ..store import EmbeddingStore, Selection, StoreSpec, exists, refuse_taken, rows_of, shard_count
 from . import sizing
+from .cluster import Cluster, connect, local_devices
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
 from .progress import Observer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Where the teacher will run: `devices` of `device_type` (cpu or cuda) for the `workers` by turns, `precision` as
-    resolved; `macs_per_second` of one worker where a shard size has to be chosen by it, else None."""
+    """Hardware that the teacher will run on."""
 
     devices: tuple[str, ...]
+    """Devices that the workers take in turn."""
     device_type: str
+    """cpu or cuda."""
     workers: int
     precision: str
+    """float32 or bfloat16, as resolved."""
     macs_per_second: float | None
+    """Multiply-accumulates per second of one worker; None where no shard size has to be chosen by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
-    """What there is already: the store's spec, its number of rows, how many each committed shard has, and in which of
-    them images failed."""
+class ExistingStore:
+    """Contents of the store that a run resumes or extends."""
 
     spec: StoreSpec
     rows: int
     committed: Mapping[int, int]
-    with_failures: tuple[int, ...]
-
-
-def look_up(path: Path) -> Stored | None:
-    """What the store at `path` holds; None when there is none, and one can be made there."""
-    if not exists(path):
-        refuse_taken(path)
-        return None
-    with EmbeddingStore.open(path) as store:
-        return Stored(
-            spec=store.spec,
-            rows=store.manifest.row_count(),
-            committed=store.manifest.committed_shards(),
-            with_failures=tuple(store.manifest.shards_with_failures()),
-        )
+    """Number of rows of each committed shard."""
+    shards_with_failures: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The store that will be made or gone on with (`stored` is None for a new one), and `new`, the images that
-    will be given rows in it."""
+    """Everything that is decided before a run begins."""
 
     config: PrecomputeConfig
-    stored: Stored | None
+    existing: ExistingStore | None
+    """None if a new store will be made."""
     hardware: Hardware
     listing: ImageSet
     selection: Selection
-    new: tuple[ImageRef, ...]
+    new_images: tuple[ImageRef, ...]
+    """Images that will get rows in the store."""
     teacher: str
     image_size: int
     dtype: str
@@ -71,13 +67,15 @@ class Plan:
 
     @property
     def keeps_images(self) -> bool:
-        """Whether the store keeps resized images."""
-        return self.config.keep_images if self.stored is None else self.stored.spec.kept_images is not None
+        """True if the store keeps resized images."""
+        if self.existing is None:
+            return self.config.keep_images
+        return self.existing.spec.kept_images is not None
 
     @property
     def rows(self) -> int:
         """Rows that the store will have."""
-        return len(self.new) + (self.stored.rows if self.stored else 0)
+        return len(self.new_images) + (self.existing.rows if self.existing else 0)
 
     @property
     def shards(self) -> int:
@@ -86,20 +84,57 @@ class Plan:
 
     @property
     def pending(self) -> dict[int, int]:
-        """The shards to compute, with their numbers of rows."""
-        whole = {shard: len(rows_of(shard, self.shard_size, self.rows)) for shard in range(self.shards)}
-        if self.stored is None:
-            return whole
-        again = self.stored.with_failures if self.config.retry_failed else ()
+        """Number of rows of each shard to compute."""
+        every = {shard: len(rows_of(shard, self.shard_size, self.rows)) for shard in range(self.shards)}
+        if self.existing is None:
+            return every
+        again = self.existing.shards_with_failures if self.config.retry_failed else ()
         return {
             shard: rows
-            for shard, rows in whole.items()
-            if self.stored.committed.get(shard) != rows or shard in again
+            for shard, rows in every.items()
+            if self.existing.committed.get(shard) != rows or shard in again
         }
 
 
+def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> tuple[Plan, Cluster | None]:
+    """Plan a run, and change nothing.
+
+    Args:
+        config: options of the run.
+        stack: keeps the cluster at `--scheduler` connected, if one is given.
+        observer: told of files that can't be listed.
+
+    Returns:
+        The plan; the connected cluster at `--scheduler`, None without one.
+
+    Raises:
+        StoreError: the path is taken, or options contradict the store (StoreMismatch).
+        SamError: the images can't be listed.
+        PrecomputeError: no cluster at `--scheduler`, or images and store don't fit together.
+    """
+    existing = read_existing(config.out)
+    if existing:
+        refuse_contradictions(config, existing.spec)
+    cluster = stack.enter_context(connect(config)) if config.scheduler else None
+    return make_plan(config, existing, detect_hardware(config, existing, cluster), observer), cluster
+
+
+def read_existing(path: Path) -> ExistingStore | None:
+    """Read what the store at `path` holds; None if there is no store, and one can be made there."""
+    if not exists(path):
+        refuse_taken(path)
+        return None
+    with EmbeddingStore.open(path) as store:
+        return ExistingStore(
+            spec=store.spec,
+            rows=store.manifest.row_count(),
+            committed=store.manifest.committed_shards(),
+            shards_with_failures=tuple(store.manifest.shards_with_failures()),
+        )
+
+
 def refuse_contradictions(config: PrecomputeConfig, spec: StoreSpec) -> None:
-    """Refuse explicit settings that differ from the store's."""
+    """Raise StoreMismatch if explicit settings differ from the store's."""
     spec.refuse_differences(
         config.out,
         {
@@ -113,13 +148,46 @@ def refuse_contradictions(config: PrecomputeConfig, spec: StoreSpec) -> None:
     )
 
 
+def detect_hardware(
+    config: PrecomputeConfig, existing: ExistingStore | None, cluster: Cluster | None
+) -> Hardware:
+    """Detect devices, workers and precision of this machine, or of an existing cluster's workers.
+
+    Precision `auto` means the store's own, else bfloat16 where every worker's hardware accelerates it.
+    """
+    asked = existing.spec.precision if existing else config.precision
+    measure = existing is None and config.shard_size is None
+    if cluster is not None:
+        types, precisions = zip(*cluster.describe_workers(asked), strict=True)
+        precision = "float32" if "float32" in precisions else "bfloat16"
+        return Hardware(
+            devices=cluster.devices,
+            device_type="cpu" if "cpu" in types else "cuda",
+            workers=cluster.workers,
+            precision=precision,
+            macs_per_second=cluster.measure_worker(precision) if measure else None,
+        )
+    devices = local_devices(config)
+    device = torch.device(devices[0])
+    workers = config.workers or len(devices)
+    precision = resolve_precision(asked, device)
+    sharing = workers if device.type == "cpu" else 1
+    return Hardware(
+        devices=devices,
+        device_type=device.type,
+        workers=workers,
+        precision=precision,
+        macs_per_second=sizing.measure_macs_per_second(device, precision) / sharing if measure else None,
+    )
+
+
 def make_plan(
-    config: PrecomputeConfig, stored: Stored | None, hardware: Hardware, observer: Observer
+    config: PrecomputeConfig, existing: ExistingStore | None, hardware: Hardware, observer: Observer
 ) -> Plan:
-    """List the images and choose among them; change nothing."""
-    listing = list_images(config.images, root=_root(config, stored))
+    """List the images and choose among them. Raises as `plan_run`."""
+    listing = list_images(config.images, root=_root(config, existing))
     for problem in listing.problems:
-        observer.message(f"passed over: {problem}")
+        observer.message(f"skipped: {problem}")
     selection = Selection(
         fraction=config.fraction,
         seed=config.seed,
@@ -127,11 +195,11 @@ def make_plan(
         sources=tuple(str(path.absolute()) for path in config.images),
         checkpoint=None if config.checkpoint is None else str(config.checkpoint.absolute()),
     )
-    if stored:
-        spec = stored.spec
+    if existing:
+        spec = existing.spec
         with EmbeddingStore.open(config.out) as store:
-            new = select_more(listing.files, selection, store.manifest.sorted_keys())
-        _refuse_unasked_growth(config, new, stored.rows)
+            new = select_additional(listing.files, selection, store.manifest.sorted_keys())
+        _refuse_unasked_growth(config, new, existing.rows)
         teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
     else:
         new = select(listing.files, selection)
@@ -143,11 +211,11 @@ def make_plan(
         shard_size = config.shard_size or _shard_size(teacher, image_size, hardware, len(new))
     return Plan(
         config=config,
-        stored=stored,
+        existing=existing,
         hardware=hardware,
         listing=listing,
         selection=selection,
-        new=tuple(new),
+        new_images=tuple(new),
         teacher=teacher,
         image_size=image_size,
         dtype=dtype,
@@ -155,12 +223,12 @@ def make_plan(
     )
 
 
-def _root(config: PrecomputeConfig, stored: Stored | None) -> Path | None:
-    """The store's own image root when the images given lie below it, so that keys stay what they were when only a
-    part of the first folders, or more of them, is named."""
-    if stored is None:
+def _root(config: PrecomputeConfig, existing: ExistingStore | None) -> Path | None:
+    """Return the store's own image root if the given images lie below it, so that keys stay the same when only a part
+    of the first folders, or more of them, is named."""
+    if existing is None:
         return None
-    root = Path(stored.spec.image_root)
+    root = Path(existing.spec.image_root)
     return root if all(path.absolute().is_relative_to(root) for path in config.images) else None
 
 
@@ -178,13 +246,12 @@ def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageRef], ro
         )
 
 
-# --- Which of the listed images a store gets: pure, given the listing and what the store has.
-
-_END: tuple[bytes, ImageRef | None] = (b"", None)
-
-
 def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
-    """The images of a new store: those that the fraction keeps, in the order given, up to the limit."""
+    """Select the images of a new store: those that the fraction keeps, in the order given, up to the limit.
+
+    Raises:
+        PrecomputeError: the fraction keeps no image.
+    """
     kept = [file for file in files if _keeps(selection, file)]
     if not kept:
         raise PrecomputeError(
@@ -193,33 +260,44 @@ def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
     return kept[: selection.limit]
 
 
-def select_more(files: Iterable[ImageRef], selection: Selection, stored: Iterable[bytes]) -> list[ImageRef]:
-    """The images to append to a store that has those with the keys `stored`. Both are sorted by the bytes of the key,
-    and gone through once, side by side: a store's keys are never all in memory.
+def select_additional(
+    files: Iterable[ImageRef], selection: Selection, stored: Iterable[bytes]
+) -> list[ImageRef]:
+    """Select the images to append to a store.
 
-    Raises PrecomputeError when the selection is not a superset of what is stored: a row is never dropped.
+    Both iterables are walked once, side by side, so that a store's keys are never all in memory.
+
+    Args:
+        files: the listing, sorted by the bytes of the keys.
+        selection: what is asked for.
+        stored: keys of the store's images, sorted.
+
+    Raises:
+        PrecomputeError: the selection lacks images of the store; a row is never dropped.
     """
     new: list[ImageRef] = []
     rows = gone = dropped = 0
     first_gone: bytes | None = None
     listed = ((os.fsencode(file.key), file) for file in files)
-    name, file = next(listed, _END)
+    end: tuple[bytes, ImageRef | None] = (b"", None)
+    name, file = next(listed, end)
     for key in stored:
         rows += 1
         while file is not None and name < key:
             if _keeps(selection, file):
                 new.append(file)
-            name, file = next(listed, _END)
+            name, file = next(listed, end)
         if file is None or name != key:
             gone += 1
             first_gone = first_gone or key
             continue
         dropped += not _keeps(selection, file)
-        name, file = next(listed, _END)
+        name, file = next(listed, end)
     if file is not None:
         rest = chain([file], (later for _, later in listed))
         new += [later for later in rest if _keeps(selection, later)]
-    _refuse_fewer(selection, rows, gone, first_gone, dropped)
+    _refuse_gone(rows, gone, first_gone)
+    _refuse_fewer(selection, rows, dropped)
     return new if selection.limit is None else new[: selection.limit - rows]
 
 
@@ -227,12 +305,15 @@ def _keeps(selection: Selection, file: ImageRef) -> bool:
     return in_fraction(file.key, selection.fraction, selection.seed)
 
 
-def _refuse_fewer(selection: Selection, rows: int, gone: int, first_gone: bytes | None, dropped: int) -> None:
+def _refuse_gone(rows: int, gone: int, first_gone: bytes | None) -> None:
     if first_gone is not None:
         raise PrecomputeError(
             f"{gone:,} of the store's {rows:,} images are gone from the folder, the first: "
             f"{shown(os.fsdecode(first_gone))}; put them back, or give another --out"
         )
+
+
+def _refuse_fewer(selection: Selection, rows: int, dropped: int) -> None:
     if dropped:
         raise PrecomputeError(
             f"--fraction {selection.fraction:g} --seed {selection.seed} leaves out {dropped:,} of the "

@@ -1,4 +1,4 @@
-"""How far a job is, counted in images."""
+"""Progress of a precompute run, counted in images, and the observers that are told."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Protocol
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """`images` in the store, of which `done_before` this run were committed, `computed` (failed ones included)
-    are now, committed or about to be, and `failed` of all these are. `images_per_second` is of this run, None
-    until the first batch is through; `eta` in seconds."""
+    """Progress of a run at one moment."""
 
     images: int
+    """Rows of the store."""
     done_before: int
+    """Rows committed before this run, failed ones included."""
     computed: int
+    """Rows committed or computed so far, failed ones and `done_before` included."""
     failed: int
+    """Failed rows among `computed`."""
     images_per_second: float | None
+    """Rate of this run; None until two images are computed."""
     eta: float | None
+    """Estimated seconds until the last image; None while there is no rate."""
 
 
 class Observer(Protocol):
-    """What a caller may want to hear of a running job."""
+    """Receiver of a run's messages and progress."""
 
     def message(self, text: str) -> None:
-        """A line that matters once."""
+        """Receive a message for the user: one line, or a few."""
 
     def download(self, done: int, total: int) -> None:
-        """Bytes of a checkpoint downloaded so far, of how many."""
+        """Receive the bytes of a checkpoint downloaded so far, and its bytes in all."""
 
     def progress(self, snapshot: Snapshot) -> None:
-        """Called about twice a second, and after each commit."""
+        """Receive the progress, about twice a second and after each commit."""
 
 
-class Silent:
-    """An observer that doesn't listen."""
+class SilentObserver:
+    """Observer that ignores everything."""
 
     def message(self, text: str) -> None: ...
 
@@ -46,9 +50,14 @@ class Silent:
 
 
 class Progress:
-    """Counts committed rows, and those that workers have reported of shards not yet committed.
+    """Counter of committed rows, and of rows that workers reported of shards not yet committed.
 
-    A shard that is tried again counts by its latest attempt only.
+    A shard that is retried counts by its latest attempt only.
+
+    Args:
+        images: rows of the store.
+        done_before: rows committed before this run, failed ones included.
+        failed_before: failed rows among them.
     """
 
     def __init__(self, images: int, done_before: int, failed_before: int) -> None:
@@ -56,49 +65,49 @@ class Progress:
         self._done_before = done_before
         self._committed = 0
         self._failed = failed_before
-        self._flying: dict[int, tuple[str, int, int]] = {}
-        self._settled: set[str] = set()
-        self._first: float | None = None
+        self._in_flight: dict[int, tuple[str, int, int]] = {}
+        self._committed_attempts: set[str] = set()
+        self._started: float | None = None
         self._clock: Callable[[], float] = time.monotonic
 
-    def batch(self, shard: int, attempt: str, rows: int, failed: int) -> None:
-        """A worker has computed rows of a shard. It may be heard of after the shard's commit."""
-        if attempt in self._settled:
+    def add_batch(self, shard: int, attempt: str, rows: int, failed: int) -> None:
+        """Count rows of a shard that a worker has computed. The report may arrive after the shard's commit."""
+        if attempt in self._committed_attempts:
             return
         self._start()
-        known, before, failed_before = self._flying.get(shard, (attempt, 0, 0))
+        known, before, failed_before = self._in_flight.get(shard, (attempt, 0, 0))
         if known != attempt:
             before = failed_before = 0
-        self._flying[shard] = (attempt, before + rows, failed_before + failed)
+        self._in_flight[shard] = (attempt, before + rows, failed_before + failed)
 
-    def committed(self, shard: int, attempt: str, rows: int, failed: int) -> None:
-        """A shard is committed."""
+    def add_commit(self, shard: int, attempt: str, rows: int, failed: int) -> None:
+        """Count a committed shard."""
         self._start()
-        self._settled.add(attempt)
-        self._flying.pop(shard, None)
+        self._committed_attempts.add(attempt)
+        self._in_flight.pop(shard, None)
         self._committed += rows
         self._failed += failed
 
-    def dropped(self, shard: int) -> None:
-        """An attempt at a shard came to nothing."""
-        self._flying.pop(shard, None)
-
-    def _start(self) -> None:
-        if self._first is None:
-            self._first = self._clock()
+    def drop_attempt(self, shard: int) -> None:
+        """Forget a failed attempt at a shard."""
+        self._in_flight.pop(shard, None)
 
     def snapshot(self) -> Snapshot:
-        """The state now."""
-        flying = list(self._flying.values())
-        here = self._committed + sum(rows for _, rows, _ in flying)
-        elapsed = None if self._first is None else self._clock() - self._first
-        # The first batch's own time is not in `elapsed`, so the rate is not told before there are two.
-        speed = here / elapsed if elapsed and here > 1 else None
+        """Return the progress now."""
+        in_flight = list(self._in_flight.values())
+        here = self._committed + sum(rows for _, rows, _ in in_flight)
+        elapsed = None if self._started is None else self._clock() - self._started
+        # `elapsed` lacks the first batch's own time, so that there is no rate before the second.
+        rate = here / elapsed if elapsed and here > 1 else None
         return Snapshot(
             images=self._images,
             done_before=self._done_before,
             computed=self._done_before + here,
-            failed=self._failed + sum(failed for _, _, failed in flying),
-            images_per_second=speed,
-            eta=None if speed is None else (self._images - self._done_before - here) / speed,
+            failed=self._failed + sum(failed for _, _, failed in in_flight),
+            images_per_second=rate,
+            eta=None if rate is None else (self._images - self._done_before - here) / rate,
         )
+
+    def _start(self) -> None:
+        if self._started is None:
+            self._started = self._clock()

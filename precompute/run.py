@@ -1,4 +1,7 @@
-"""`mobilesam precompute` as a function: plan, store, cluster, job, summary."""
+"""Precompute run, the way in of `mobilesam precompute`: plan, teacher, store, cluster, schedule, audit, summary.
+
+The work itself is done in dask tasks, which begin in `shard.compute_shard`.
+"""
 
 from __future__ import annotations
 
@@ -10,134 +13,96 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..common.errors import PrecomputeError, PrecomputeInterrupted
 from ..common.signals import StopFlag, stopped_by_signals
-from ..sam.device import resolve_precision
 from ..store import Counts, EmbeddingStore
 from . import sizing
-from .audit import Sample, run_audit, warn_of_audits
-from .cluster import Cluster, connect, local_devices
+from .audit import ReservoirSample, run_audit, warn_of_audits
+from .cluster import Cluster, connect
 from .config import PrecomputeConfig
 from .messages import TeacherSetup
 from .open_store import TeacherFile, find_teacher, open_store
-from .plan import Hardware, Plan, Stored, look_up, make_plan, refuse_contradictions
-from .progress import Observer, Progress, Silent
-from .scheduler import Job, Tally
-from .supervision import Watch
+from .plan import Plan, plan_run
+from .progress import Observer, Progress, SilentObserver
+from .scheduler import RunTotals, ShardScheduler
+from .supervision import ClusterMonitor
 from .worker import TeacherPlugin
 
 
 def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
-    """Embed every chosen image that the store lacks, and commit shard by shard.
+    """Embed every selected image that the store lacks, and commit shard by shard.
 
-    Returns `images, done, done_before, failed`: rows in all, done, done before this run, and failed; `seconds`:
-    wall time of the whole call; `images_per_second`: from the first teacher batch's begin to the last commit (None
-    when nothing was computed); `teacher_share`: of that time that teachers were busy; `decode_seconds`: CPU time of
-    reading and decoding; `audit`: `rows, cosine_min, relative_mse_max, seconds`, or None when
-    nothing was audited; `out_of_tolerance`: whether the store holds an audited row that misses its tolerance.
+    Args:
+        config: options of the run.
+        observer: receives messages and progress.
 
-    Raises PrecomputeError, SamError, StoreError; PrecomputeInterrupted after SIGINT or SIGTERM, with everything
-    committed that was finished.
+    Returns:
+        `images, done, done_before, failed`: rows in all, done, done before this run, and failed. `seconds`: wall time
+        of the whole call. `images_per_second`: from the start of the first teacher batch to the last commit; None
+        when nothing was computed. `teacher_share`: share of that time in which teachers were busy. `decode_seconds`:
+        CPU time of reading and decoding. `audit`: `rows, cosine_min, relative_mse_max, seconds`; None when nothing
+        was audited. `out_of_tolerance`: True if the store holds an audited row that misses its tolerance.
+
+    Raises:
+        PrecomputeError, SamError, StoreError: the run can't start or can't continue.
+        PrecomputeInterrupted: after SIGINT or SIGTERM, with everything committed that was finished.
     """
     began = time.monotonic()
-    observer = observer or Silent()
+    observer = observer or SilentObserver()
     stop = StopFlag(second_kills=False)
     message = "interrupted; run the same command to go on"
     with stopped_by_signals(stop, PrecomputeInterrupted, message), ExitStack() as stack:
-        _check_report_place(config.performance_report)
-        plan, cluster = planned(config, stack, observer)
+        _refuse_unwritable_report(config.performance_report)
+        plan, cluster = plan_run(config, stack, observer)
         teacher = find_teacher(plan, observer)
         store = stack.enter_context(open_store(plan, teacher, observer))
         before = store.manifest.counts()
-        _introduce(store, observer)
-        tally, audit = Tally(), None
+        _report_start(store, before, observer)
+        totals, audit = RunTotals(), None
         if store.pending_shards():
             cluster = cluster or stack.enter_context(connect(config))
-            tally, audit = _compute(plan, teacher, store, cluster, observer, stop)
+            observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
+            totals, audit = _compute(plan, teacher, store, cluster, observer, stop)
         after = store.manifest.counts()
         _refuse_interrupted(stop, after)
-        _warn_of_failures(tally, observer)
+        _warn_of_failures(totals, observer)
         return {
             "images": after.rows,
             "done": after.done,
             "done_before": before.done,
             "failed": after.failed,
             "seconds": round(time.monotonic() - began, 3),
-            **_rates(tally, plan.hardware.workers),
+            **_rates(totals, plan.hardware.workers),
             "audit": audit,
             "out_of_tolerance": warn_of_audits(store, observer),
         }
 
 
-def _refuse_interrupted(stop: StopFlag, counts: Counts) -> None:
-    if stop.signum is not None:
-        raise PrecomputeInterrupted(
-            f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
-            "run the same command to go on",
-            stop.signum,
+def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
+    """Format the result of `precompute` as lines for people; `out` is the store's path."""
+    line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
+    if result["failed"]:
+        line += f", {result['failed']:,} failed (try them again with --retry-failed)"
+    lines = [line]
+    if result["images_per_second"]:
+        lines.append(
+            f"{result['images_per_second']:.3g} images/s; the teacher was busy {result['teacher_share']:.0%} of "
+            f"that time; decoding took {result['decode_seconds']:.1f} s of CPU; "
+            f"{timedelta(seconds=round(result['seconds']))} in all"
         )
+    return lines
 
 
-def _warn_of_failures(tally: Tally, observer: Observer) -> None:
-    """A run that embedded nothing is hardly what anybody wanted, though it did what it could."""
-    if tally.committed and tally.failed == tally.committed:
-        observer.message(
-            f"WARNING: none of this run's {tally.committed:,} images could be embedded, the first: "
-            f"{tally.first_failure}"
-        )
-
-
-def planned(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> tuple[Plan, Cluster | None]:
-    """The plan of a run, everything that contradicts the store refused; with the cluster at `--scheduler`, if one
-    is given, connected for as long as `stack` lasts."""
-    stored = look_up(config.out)
-    if stored:
-        refuse_contradictions(config, stored.spec)
-    cluster = stack.enter_context(connect(config)) if config.scheduler else None
-    return make_plan(config, stored, find_hardware(config, stored, cluster), observer), cluster
-
-
-def find_hardware(config: PrecomputeConfig, stored: Stored | None, cluster: Cluster | None) -> Hardware:
-    """Devices, workers and precision: of this machine, or of the workers of a cluster that exists. `auto` means a
-    store's own precision, else bfloat16 where every worker's hardware accelerates it."""
-    asked = stored.spec.precision if stored else config.precision
-    measure = stored is None and config.shard_size is None
-    if cluster is not None:
-        types, precisions = zip(*cluster.describe_workers(asked), strict=True)
-        precision = "float32" if "float32" in precisions else "bfloat16"
-        return Hardware(
-            devices=cluster.devices,
-            device_type="cpu" if "cpu" in types else "cuda",
-            workers=cluster.workers,
-            precision=precision,
-            macs_per_second=cluster.measure_worker(precision) if measure else None,
-        )
-    devices = local_devices(config)
-    device = torch.device(devices[0])
-    workers = config.workers or len(devices)
-    precision = resolve_precision(asked, device)
-    sharing = workers if device.type == "cpu" else 1
-    return Hardware(
-        devices=devices,
-        device_type=device.type,
-        workers=workers,
-        precision=precision,
-        macs_per_second=sizing.macs_per_second(device, precision) / sharing if measure else None,
-    )
-
-
-def _check_report_place(path: Path | None) -> None:
-    """Before the work, not after it: dask writes the report at the end."""
+def _refuse_unwritable_report(path: Path | None) -> None:
+    """Refuse before the work: dask writes the report at the end."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise PrecomputeError(
             f"{path} can't be written: --performance-report takes a file in a folder that exists"
         )
 
 
-def _introduce(store: EmbeddingStore, observer: Observer) -> None:
-    spec, counts = store.spec, store.manifest.counts()
+def _report_start(store: EmbeddingStore, counts: Counts, observer: Observer) -> None:
+    spec = store.spec
     observer.message(
         f"{counts.rows:,} images, {counts.done:,} done before; teacher {spec.teacher} at {spec.image_size} px in "
         f"{spec.precision}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
@@ -151,32 +116,32 @@ def _compute(
     cluster: Cluster,
     observer: Observer,
     stop: StopFlag,
-) -> tuple[Tally, dict[str, Any] | None]:
-    """Compute and audit what is pending: what the job measured, and what the audit found."""
-    observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
+) -> tuple[RunTotals, dict[str, Any] | None]:
+    """Compute and audit what is pending; return the sums, and the result of the audit."""
     config, root = plan.config, plan.listing.root
     batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
     if config.compile:
-        observer.message("each worker first translates the teacher by torch.compile, which may take minutes")
-    setup = _setup(plan, teacher, store, cluster, batch_size if config.compile else None)
+        observer.message("each worker first compiles the teacher by torch.compile, which may take minutes")
+    setup = _teacher_setup(plan, teacher, store, cluster, batch_size if config.compile else None)
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
-    watch = Watch(cluster, plugin.run, observer, stop)
-    sample = Sample(config.audit)
+    monitor = ClusterMonitor(cluster, plugin.run, observer, stop)
+    sample = ReservoirSample(config.audit)
     before = store.manifest.counts()
     progress = Progress(before.rows, before.done + before.failed, before.failed)
-    job = Job(
-        store, cluster, plugin, batch_size, config.image_timeout, sample, progress, watch, observer, stop
-    )
-    with _recorded(config, cluster), _graceful(stop), cluster.holding(plugin), watch.listening():
-        tally = job.run(store.pending_shards(), root)
+    scheduler = ShardScheduler(store, plugin, monitor, progress, sample, batch_size, config.image_timeout)
+    with (
+        _performance_report(config, cluster),
+        _stopping_gracefully(stop),
+        cluster.holding(plugin),
+        monitor.listening(),
+    ):
+        totals = scheduler.run(store.pending_shards(), root)
         if stop.signum is not None:
-            return tally, None
-        return tally, run_audit(
-            store, sample.rows, root, config.image_timeout, cluster, plugin.name, watch, observer
-        )
+            return totals, None
+        return totals, run_audit(store, sample.rows, root, config.image_timeout, plugin.name, monitor)
 
 
-def _setup(
+def _teacher_setup(
     plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster, compiled_batch: int | None
 ) -> TeacherSetup:
     return TeacherSetup(
@@ -193,17 +158,8 @@ def _setup(
 
 
 @contextmanager
-def _graceful(stop: StopFlag) -> Iterator[None]:
-    stop.graceful = True
-    try:
-        yield
-    finally:
-        stop.graceful = False
-
-
-@contextmanager
-def _recorded(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
-    """Write dask's performance report of what happens in the context, if one is asked for."""
+def _performance_report(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
+    """Have dask write its performance report of the context, if one is asked for."""
     if config.performance_report is None:
         yield
         return
@@ -216,54 +172,41 @@ def _recorded(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
         yield
 
 
-def _rates(tally: Tally, workers: int) -> dict[str, float | None]:
-    if tally.first_batch is None or tally.last_commit is None:
-        return {"images_per_second": None, "teacher_share": None, "decode_seconds": 0.0}
-    # On a cluster these are two machines' clocks.
-    elapsed = max(tally.last_commit - tally.first_batch, 1e-6)
-    return {
-        "images_per_second": round(tally.committed / elapsed, 4),
-        "teacher_share": round(tally.teacher_seconds / (elapsed * workers), 4),
-        "decode_seconds": round(tally.decode_seconds, 3),
-    }
+@contextmanager
+def _stopping_gracefully(stop: StopFlag) -> Iterator[None]:
+    """Have the first signal only set the flag in the context, where the scheduler and the audit look at it."""
+    stop.graceful = True
+    try:
+        yield
+    finally:
+        stop.graceful = False
 
 
-# --- What a run, or the plan of one, has come to, as lines for people.
-
-_GIGABYTE = 1e9
-
-
-def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
-    """The result of `precompute`."""
-    line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
-    if result["failed"]:
-        line += f", {result['failed']:,} failed (try them again with --retry-failed)"
-    lines = [line]
-    if result["images_per_second"]:
-        lines.append(
-            f"{result['images_per_second']:.3g} images/s; the teacher was busy {result['teacher_share']:.0%} of "
-            f"that time; decoding took {result['decode_seconds']:.1f} s of CPU; {_time(result['seconds'])} in all"
+def _refuse_interrupted(stop: StopFlag, counts: Counts) -> None:
+    if stop.signum is not None:
+        raise PrecomputeInterrupted(
+            f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
+            "run the same command to go on",
+            stop.signum,
         )
-    return lines
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
-    """The result of `dry_run`."""
-    needed, free = plan["bytes_needed"], plan["bytes_free"]
-    time = "not measured" if plan["pending"] else "none"
-    if plan["pending"] and plan["seconds"] is not None:
-        time = f"about {_time(plan['seconds'])} (one image took {plan['seconds_per_image']:.3g} s here)"
-    lines = [
-        f"images        {plan['images']:,}, of which {plan['pending']:,} to compute",
-        f"shards        {plan['shards']:,} of {plan['shard_size']} images",
-        f"bytes needed  {needed:,} ({needed / _GIGABYTE:.2f} GB)",
-        f"bytes free    {free:,} ({free / _GIGABYTE:.2f} GB)",
-        f"time          {time}",
-    ]
-    if needed > free:
-        lines.append(f"There is too little room: {needed - free:,} bytes are missing.")
-    return lines
+def _warn_of_failures(totals: RunTotals, observer: Observer) -> None:
+    """Warn of a run that embedded nothing: it succeeded, but hardly as intended."""
+    if totals.committed and totals.failed == totals.committed:
+        observer.message(
+            f"WARNING: none of this run's {totals.committed:,} images could be embedded, the first: "
+            f"{totals.first_failure}"
+        )
 
 
-def _time(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
+def _rates(totals: RunTotals, workers: int) -> dict[str, float | None]:
+    if totals.first_batch is None or totals.last_commit is None:
+        return {"images_per_second": None, "teacher_share": None, "decode_seconds": 0.0}
+    # On a cluster these times come from the clocks of two machines.
+    elapsed = max(totals.last_commit - totals.first_batch, 1e-6)
+    return {
+        "images_per_second": round(totals.committed / elapsed, 4),
+        "teacher_share": round(totals.teacher_seconds / (elapsed * workers), 4),
+        "decode_seconds": round(totals.decode_seconds, 3),
+    }

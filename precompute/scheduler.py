@@ -1,4 +1,8 @@
-"""The coordinator: shards out to workers, a bounded number at a time, and commits as they come back."""
+"""Scheduler of shards in the coordinator: submits them to workers, a bounded number at a time, and commits them.
+
+Each shard is one dask task, which begins in `shard.compute_shard` on a worker. Only the coordinator writes to the
+manifest.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +17,43 @@ from distributed import CancelledError, Future, KilledWorker
 from distributed.comm import CommClosedError
 
 from ..common.errors import PrecomputeError, shown
-from ..common.signals import StopFlag
 from ..sam import SamError
 from ..store import EmbeddingStore, StoreError
 from . import sizing
-from .audit import Sample
-from .cluster import Cluster
+from .audit import ReservoirSample
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
-from .progress import Observer, Progress
+from .progress import Progress
 from .shard import compute_shard
-from .supervision import POLL_SECONDS, StopAsked, SuspectHunt, Watch, fetch
+from .supervision import POLL_SECONDS, ClusterMonitor, KillerImageSearch, StopRequested, fetch_result
 from .worker import TASKS_PER_WORKER, TeacherPlugin
 
 TRIES = 3
-"""Times that a shard is tried when it fails for a reason that may pass."""
+"""Attempts at a shard that fails for a reason that may pass."""
 
 
 @dataclass
-class Tally:
-    """What a job has measured: times in seconds since the epoch, `decode_seconds` of CPU, `slowest_batch` in seconds.
-    `first_failure` names an image and why it failed."""
+class RunTotals:
+    """Sums over a run's committed shards."""
 
     committed: int = 0
+    """Rows, failed ones included."""
     failed: int = 0
+    """Rows without an embedding."""
     decode_seconds: float = 0.0
+    """CPU time of reading and decoding."""
     teacher_seconds: float = 0.0
+    """Time that teachers were busy, over all workers."""
     first_batch: float | None = None
+    """Start of the first teacher batch, in seconds since the epoch."""
     last_commit: float | None = None
+    """Time of the last commit, in seconds since the epoch."""
     slowest_batch: float | None = None
+    """Seconds of the slowest teacher batch."""
     first_failure: str | None = None
+    """Key of the first failed image, and why it failed."""
 
     def add(self, result: ShardResult) -> None:
-        """Count a committed shard."""
+        """Add a committed shard."""
         teacher = [span for span in result.spans if span.phase == "teacher"]
         self.committed += len(result.results)
         self.failed += sum(row.reason is not None for row in result.results)
@@ -57,62 +66,76 @@ class Tally:
         self.last_commit = time.time()
 
 
-class Job:
-    """Computes a store's pending shards on a cluster. One use: `run`."""
+class ShardScheduler:
+    """Scheduler that computes a store's shards on a cluster and commits them. For one call of `run`.
+
+    Args:
+        store: open for writing.
+        plugin: the teacher, which the cluster's workers must hold.
+        monitor: of the cluster.
+        progress: counts the rows.
+        sample: collects committed rows for the audit.
+        batch_size: images of a teacher batch.
+        image_timeout: seconds for reading and decoding one image.
+    """
 
     def __init__(
         self,
         store: EmbeddingStore,
-        cluster: Cluster,
         plugin: TeacherPlugin,
+        monitor: ClusterMonitor,
+        progress: Progress,
+        sample: ReservoirSample,
         batch_size: int,
         image_timeout: float,
-        sample: Sample,
-        progress: Progress,
-        watch: Watch,
-        observer: Observer,
-        stop: StopFlag,
     ) -> None:
-        self.tally = Tally()
+        self.totals = RunTotals()
         self._store = store
-        self._cluster = cluster
         self._plugin = plugin
+        self._monitor = monitor
+        self._cluster = monitor.cluster
+        self._progress = progress
+        self._sample = sample
         self._batch_size = batch_size
         self._image_timeout = image_timeout
-        self._sample = sample
-        self._progress = progress
-        self._watch = watch
-        self._observer = observer
-        self._stop = stop
-        self._finished: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._flying: dict[Future, ShardTask] = {}
-        self._tries: Counter[int] = Counter()
+        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._in_flight: dict[Future, ShardTask] = {}
+        self._submissions: Counter[int] = Counter()
         self._failures: Counter[int] = Counter()
-        self._hunt = SuspectHunt(cluster.client, plugin.name, watch, observer)
+        self._search = KillerImageSearch(monitor, plugin.name)
 
-    def run(self, shards: Sequence[int], image_root: Path) -> Tally:
-        """Compute and commit the shards; return early, with what is committed, when a stop is asked for. The cluster
-        must be holding the plugin."""
+    def run(self, shards: Sequence[int], image_root: Path) -> RunTotals:
+        """Compute and commit shards. When a stop is requested, return early with what is finished committed.
+
+        Args:
+            shards: numbers of pending shards.
+            image_root: folder that the images' keys are relative to, the same on every machine.
+
+        Raises:
+            PrecomputeError: a shard failed for good, or the cluster did.
+            SamError: the workers' teacher can't be loaded.
+            StoreError: a shard can't be written or committed.
+        """
         waiting = deque(shards)
-        client = self._cluster.client
-        client.subscribe_topic(BATCH_TOPIC, self._heard)
+        stop, client = self._monitor.stop, self._cluster.client
+        client.subscribe_topic(BATCH_TOPIC, self._on_batch_done)
         try:
-            while (waiting or self._flying) and self._stop.signum is None:
-                self._watch.look()
-                while waiting and len(self._flying) < self._cluster.workers * TASKS_PER_WORKER:
+            while (waiting or self._in_flight) and stop.signum is None:
+                self._monitor.check()
+                while waiting and len(self._in_flight) < self._cluster.workers * TASKS_PER_WORKER:
                     self._submit(self._task(waiting.popleft(), image_root))
                 for future in self._wait():
-                    self._settle(future)
-                self._observer.progress(self._progress.snapshot())
-            for future in self._ready():
-                # Asked to stop: keep what is finished already.
+                    self._handle_ended(future)
+                self._monitor.observer.progress(self._progress.snapshot())
+            for future in self._take_ended():
+                # Asked to stop: commit what is finished already.
                 if future.status == "finished":
-                    self._settle(future)
+                    self._handle_ended(future)
         finally:
             if client.status == "running":
-                client.cancel(list(self._flying))
+                client.cancel(list(self._in_flight))
                 client.unsubscribe_topic(BATCH_TOPIC)
-        return self.tally
+        return self.totals
 
     def _task(self, shard: int, image_root: Path) -> ShardTask:
         records = self._store.manifest.records(None, self._store.shard_rows(shard))
@@ -124,7 +147,7 @@ class Job:
             images=tuple(TaskImage(row=record.row, ref=record.ref) for record in records),
             batch_size=self._batch_size,
             image_timeout=self._image_timeout,
-            batch_timeout=sizing.batch_timeout(self._batch_size, self.tally.slowest_batch),
+            batch_timeout=sizing.batch_timeout(self._batch_size, self.totals.slowest_batch),
             kept_images=self._store.spec.kept_images,
         )
 
@@ -133,86 +156,87 @@ class Job:
             compute_shard,
             task,
             self._plugin.name,
-            key=f"shard-{task.shard:06d}-{self._plugin.run}-{self._tries[task.shard]}",
+            key=f"shard-{task.shard:06d}-{self._plugin.run}-{self._submissions[task.shard]}",
             pure=False,
         )
-        self._flying[future] = task
-        future.add_done_callback(self._finished.put)
+        self._submissions[task.shard] += 1
+        self._in_flight[future] = task
+        future.add_done_callback(self._ended.put)
 
     def _wait(self) -> Iterable[Future]:
         try:
-            first = self._finished.get(timeout=POLL_SECONDS)
+            first = self._ended.get(timeout=POLL_SECONDS)
         except queue.Empty:
             return []
-        return [first, *self._ready()]
+        return [first, *self._take_ended()]
 
-    def _ready(self) -> list[Future]:
-        ready = []
-        while not self._finished.empty():
-            ready.append(self._finished.get())
-        return ready
+    def _take_ended(self) -> list[Future]:
+        ended = []
+        while not self._ended.empty():
+            ended.append(self._ended.get())
+        return ended
 
-    def _settle(self, future: Future) -> None:
-        task = self._flying.pop(future, None)
+    def _handle_ended(self, future: Future) -> None:
+        task = self._in_flight.pop(future, None)
         if task is None:
-            return  # recalled before it ended
+            return  # cancelled before it ended
         try:
-            result: ShardResult | None = fetch(future)
+            result: ShardResult | None = fetch_result(future)
         except KilledWorker as error:
-            self._suspect(task, error)
+            self._handle_killed_worker(task, error)
         except (SamError, StoreError, PrecomputeError):
-            # Bad input or surroundings: trying again would not help.
+            # Bad input or surroundings: another attempt would not help.
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a worker raises is told, and tried again
+        except Exception as error:  # noqa: BLE001 - whatever a worker raises is reported, and the shard retried
             self._retry(task, error)
         else:
             if result is not None:
                 self._commit(task, result)
                 return
-            self._flying[future] = task
-            self._finished.put(future)
+            self._in_flight[future] = task
+            self._ended.put(future)
 
     def _commit(self, task: ShardTask, result: ShardResult) -> None:
         self._store.commit(task.shard, result.attempt, result.results)
-        self.tally.add(result)
-        self._sample.show(result.results)
+        self.totals.add(result)
+        self._sample.add(result.results)
         failed = [row for row in result.results if row.reason is not None]
-        self._progress.committed(task.shard, result.attempt, len(result.results), len(failed))
+        self._progress.add_commit(task.shard, result.attempt, len(result.results), len(failed))
         keys = {image.row: image.ref.key for image in task.images}
         for row in failed:
-            what = f"{shown(keys[row.row])}: {row.reason}"
-            self.tally.first_failure = self.tally.first_failure or what
-            self._observer.message(f"failed: {what}")
+            failure = f"{shown(keys[row.row])}: {row.reason}"
+            self.totals.first_failure = self.totals.first_failure or failure
+            self._monitor.observer.message(f"failed: {failure}")
 
-    def _suspect(self, task: ShardTask, error: KilledWorker) -> None:
-        """Look for the image that kills workers, with nothing else on them that could be killed along."""
-        time.sleep(POLL_SECONDS)  # shards that were given up for the same deaths are heard of together
-        killed = [task, *(other for future, other in self._flying.items() if future.status == "error")]
-        again = [task, *self._flying.values()]
-        self._cluster.client.cancel(list(self._flying))
-        self._flying.clear()
+    def _handle_killed_worker(self, task: ShardTask, error: KilledWorker) -> None:
+        """Look for the image that kills workers, with no other shard in flight that could be killed along with it."""
+        time.sleep(POLL_SECONDS)  # until other shards that dask gave up for the same deaths are known
+        killed = [task, *(other for future, other in self._in_flight.items() if future.status == "error")]
+        again = [task, *self._in_flight.values()]
+        self._cluster.client.cancel(list(self._in_flight))
+        self._in_flight.clear()
         for dropped in again:
-            self._progress.dropped(dropped.shard)
+            self._progress.drop_attempt(dropped.shard)
         try:
             cleared = self._first_cleared(killed)
-        except StopAsked:
+        except StopRequested:
             return
         if cleared is None:
             self._retry(again.pop(0), error)
         for other in again:
-            # One that merely ran beside the shard with the image is not to blame.
-            self._submit_again(cleared if cleared and cleared.shard == other.shard else other)
+            # A shard that merely ran beside the one with the image is not to blame.
+            self._submit(cleared if cleared and cleared.shard == other.shard else other)
 
     def _first_cleared(self, tasks: Sequence[ShardTask]) -> ShardTask | None:
-        """The first of the shards that holds images which kill workers, without them; None when none does."""
+        """Return the first shard that holds images which kill workers, with those excluded; None if none does."""
         for task in tasks:
-            cleared = self._hunt.exclude_killers(task)
+            cleared = self._search.exclude_killers(task)
             if cleared != task:
                 return cleared
         return None
 
     def _retry(self, task: ShardTask, error: Exception) -> None:
-        self._progress.dropped(task.shard)
+        self._progress.drop_attempt(task.shard)
         if isinstance(error, CancelledError | CommClosedError):
             self._cluster.refuse_lost_connection()
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -225,14 +249,10 @@ class Job:
                 f"shard {task.shard} failed {TRIES} times, last with {type(error).__name__}: {error}; "
                 "what is committed stays, run the same command to go on"
             ) from error
-        self._observer.message(f"shard {task.shard} is tried again after {type(error).__name__}: {error}")
-        self._submit_again(task)
-
-    def _submit_again(self, task: ShardTask) -> None:
-        self._tries[task.shard] += 1
+        self._monitor.observer.message(f"retrying shard {task.shard} after {type(error).__name__}: {error}")
         self._submit(task)
 
-    def _heard(self, event: tuple[float, dict]) -> None:
+    def _on_batch_done(self, event: tuple[float, dict]) -> None:
         batch = BatchDone(**event[1]["batch"])
         if batch.run == self._plugin.run:
-            self._progress.batch(batch.shard, batch.attempt, batch.rows, batch.failed)
+            self._progress.add_batch(batch.shard, batch.attempt, batch.rows, batch.failed)

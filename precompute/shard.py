@@ -1,4 +1,11 @@
-"""One shard on a worker: its images decoded, through the teacher, into its partial files."""
+"""One shard on a worker, where a dask task begins: `compute_shard`.
+
+Images are decoded ahead, embedded batch by batch by the worker's teacher, and written into partial files, which the
+coordinator commits (scheduler.py). Decoding and writing of one shard overlap the teacher's work on another.
+
+Shape suffixes: B images of a batch, C channels, H, W rows and columns of an image or of the embedding grid,
+2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from distributed import Worker, get_worker
 
 from ..common.errors import PrecomputeError
 from ..sam import refuse_keeping
-from ..store import PIXELS_PER_CELL, RowResult, ShardWriter
+from ..store import RowResult, ShardWriter
 from .decode import Batch, LoadedImage, decoded_batches
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, Stopwatch
 from .worker import TeacherPlugin
@@ -25,38 +32,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..sam.teacher import Teacher
-    from .decode import Batch
+
+LAUNCHED_AHEAD = {"cpu": 0, "cuda": 1}
+"""Batches given to the teacher while another's embeddings are awaited, by type of device. A GPU would stand idle
+between batches; a CPU computes a batch during the call."""
 
 WRITES_BEHIND = 2
-"""Batches computed but not yet written, at most."""
+"""Computed batches that wait to be written, at most."""
 
 
 def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
-    """Compute one shard into its partial files. Runs in a dask worker; raises StoreError when they can't be
-    written, SamError or PrecomputeError when there is no teacher."""
+    """Compute one shard into partial files. Runs in a dask worker.
+
+    Args:
+        task: the shard.
+        plugin_name: name of the `TeacherPlugin` that the worker holds.
+
+    Raises:
+        StoreError: the partial files can't be written.
+        SamError: the teacher can't be loaded, or images can't be kept on this worker.
+        PrecomputeError: the worker sees no images, has another checkpoint, or its disk hangs.
+    """
     worker = get_worker()
     plugin: TeacherPlugin = worker.plugins[plugin_name]
-    if not task.image_root.is_dir():
-        raise PrecomputeError(
-            f"worker {worker.address} sees no folder {task.image_root}: mount the images at the same path everywhere"
-        )
-    if task.kept_images is not None:
-        refuse_keeping(task.layouts[0].item_shape[-1] * PIXELS_PER_CELL)
+    _refuse_unusable_worker(task, worker)
     attempt = uuid.uuid4().hex[:12]
-    outcome = _Outcome(worker, BatchDone(run=plugin.run, shard=task.shard, attempt=attempt, rows=0, failed=0))
+    outcome = _ShardOutcome(
+        worker, BatchDone(run=plugin.run, shard=task.shard, attempt=attempt, rows=0, failed=0)
+    )
     slots = len(task.images)
     with (
         ShardWriter(task.store, task.layouts, task.shard, attempt, slots, task.kept_images) as writer,
         ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
         closing(_batches(task, plugin.threads)) as batches,
     ):
-        line = _Line(task, plugin, writer, outcome, pool)
+        pipeline = _ShardPipeline(task, plugin, writer, outcome, pool)
         first = next(batches)  # decoded before the teacher is asked for
         with plugin.teacher() as teacher:
             for batch in chain([first], batches):
-                line.launch(teacher, batch)
-        # The teacher is another shard's by now: it needn't wait for the last of this one's.
-        line.finish()
+                pipeline.launch(teacher, batch)
+        # The teacher is free for another shard by now: it need not wait for this one's last batches.
+        pipeline.finish()
     _show_in_dask(worker, outcome.spans)
     return ShardResult(
         shard=task.shard,
@@ -68,29 +84,45 @@ def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
     )
 
 
+def probe(task: ShardTask, plugin_name: str) -> bool:
+    """Decode and embed images without writing anything; return True if the worker survives. Runs in a dask worker."""
+    plugin: TeacherPlugin = get_worker().plugins[plugin_name]
+    for batch in _batches(task, 1):
+        with plugin.teacher() as teacher, plugin.time_limit(task.batch_timeout):
+            plugin.compute(embed, teacher, batch).numpy()
+    return True
+
+
+def _refuse_unusable_worker(task: ShardTask, worker: Worker) -> None:
+    if not task.image_root.is_dir():
+        raise PrecomputeError(
+            f"worker {worker.address} sees no folder {task.image_root}: mount the images at the same path everywhere"
+        )
+    if task.kept_images is not None:
+        refuse_keeping(task.image_size)
+
+
 def _batches(task: ShardTask, threads: int) -> Generator[Batch]:
-    """The shard's images, decoded ahead in `threads` threads."""
-    side = task.layouts[0].item_shape[-1] * PIXELS_PER_CELL
     return decoded_batches(
         task.images,
         task.image_root,
-        side,
+        task.image_size,
         task.batch_size,
         threads,
         task.image_timeout,
-        keep=task.kept_images is not None,
+        keep_images=task.kept_images is not None,
     )
 
 
-class _Line:
-    """A shard's batches between the teacher and the files: those that were launched, and those being written."""
+class _ShardPipeline:
+    """Batches of one shard between the teacher and the partial files: those launched, and those being written."""
 
     def __init__(
         self,
         task: ShardTask,
         plugin: TeacherPlugin,
         writer: ShardWriter,
-        outcome: _Outcome,
+        outcome: _ShardOutcome,
         pool: ThreadPoolExecutor,
     ) -> None:
         self._task, self._plugin, self._writer = task, plugin, writer
@@ -100,16 +132,16 @@ class _Line:
         self._busy = Stopwatch()
 
     def launch(self, teacher: Teacher, batch: Batch) -> None:
-        """Give the teacher a batch, and take what it is through with."""
+        """Give a batch to the teacher, and collect an earlier one where enough are launched."""
         if not self._launched:
             self._busy = Stopwatch()
-        with self._plugin.limited(self._task.batch_timeout):
+        with self._plugin.time_limit(self._task.batch_timeout):
             self._launched.append((batch, self._plugin.compute(embed, teacher, batch)))
         if len(self._launched) > LAUNCHED_AHEAD[teacher.device.type]:
             self._collect()
 
     def finish(self) -> None:
-        """Wait for everything, and make the files whole."""
+        """Wait for all batches, and complete the files."""
         while self._launched:
             self._collect()
         for write in self._writes:
@@ -118,9 +150,9 @@ class _Line:
             self._writer.finish()
 
     def _collect(self) -> None:
-        """Wait for the oldest batch in the teacher, and have it written."""
+        """Wait for the oldest launched batch, and queue it for writing."""
         batch, embeddings = self._launched.popleft()
-        with self._plugin.limited(self._task.batch_timeout):
+        with self._plugin.time_limit(self._task.batch_timeout):
             emb_BCHW = embeddings.numpy()
         self._outcome.spans.append(self._busy.span("teacher"))
         self._busy = Stopwatch()
@@ -138,8 +170,8 @@ class _Line:
         self._outcome.add(batch, results)
 
 
-class _Outcome:
-    """What a shard's batches have come to so far; filled by one thread at a time, spans by any."""
+class _ShardOutcome:
+    """Results and times of a shard so far. One thread at a time adds results; any thread may add spans."""
 
     def __init__(self, worker: Worker, event: BatchDone) -> None:
         self.results: list[RowResult] = []
@@ -150,12 +182,13 @@ class _Outcome:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent in the context as a span."""
         watch = Stopwatch()
         yield
         self.spans.append(watch.span(phase))
 
     def add(self, batch: Batch, results: list[RowResult]) -> None:
-        """Keep a batch's results and report them to whoever listens."""
+        """Add a batch's results, and report them to the coordinator."""
         self.results += results
         self.spans += [item.span for item in batch.images]
         self.decode_seconds += sum(item.cpu_seconds for item in batch.images)
@@ -165,24 +198,13 @@ class _Outcome:
 
 
 def _write_row(writer: ShardWriter, item: LoadedImage, emb_CHW: np.ndarray, slot: int) -> RowResult:
-    reason = item.reason
-    stored = None
-    if item.decoded is not None:
-        try:
-            stored = writer.add(slot, emb_CHW, item.kept)
-        except ValueError as error:
-            reason = str(error)
-    return RowResult(
-        row=item.image.row,
-        reason=reason,
-        sha256=item.sha256,
-        bytes=item.bytes,
-        original_size=None if item.decoded is None else item.decoded.original_size,
-        resized_size=None if item.decoded is None else item.decoded.resized_size,
-        crc32c=None if stored is None else stored.crc32c,
-        scales_crc32c=None if stored is None else stored.scales_crc32c,
-        kept=None if stored is None else stored.kept,
-    )
+    if item.decoded is None:
+        return item.result
+    try:
+        stored = writer.add(slot, emb_CHW, item.kept)
+    except ValueError as error:
+        return replace(item.result, reason=str(error))
+    return replace(item.result, crc32c=stored.crc32c, scales_crc32c=stored.scales_crc32c, kept=stored.kept)
 
 
 def _show_in_dask(worker: Worker, spans: list[Span]) -> None:
@@ -197,46 +219,8 @@ def _show_in_dask(worker: Worker, spans: list[Span]) -> None:
     ]
 
 
-def probe(task: ShardTask, plugin_name: str) -> bool:
-    """Run images through decoding and teacher without writing anything: does the worker live?"""
-    plugin: TeacherPlugin = get_worker().plugins[plugin_name]
-    for batch in _batches(task, 1):
-        with plugin.teacher() as teacher, plugin.limited(task.batch_timeout):
-            plugin.compute(embed, teacher, batch).numpy()
-    return True
-
-
-# --- One batch through the teacher, and its embeddings back in the host's memory.
-
-LAUNCHED_AHEAD = {"cpu": 0, "cuda": 1}
-"""By type of device, batches given to the teacher while another's embeddings are awaited. A GPU would stand idle
-between them; a CPU computes a batch where it is given."""
-
-
-class Embeddings:
-    """A batch's embeddings on their way from the device: nothing waits for them before `numpy` is called."""
-
-    def __init__(self, emb_BCHW: Tensor) -> None:
-        import torch
-
-        self._emb_BCHW, self._arrived = emb_BCHW, None
-        if emb_BCHW.device.type == "cuda":
-            # Only pinned memory is copied to without the host's waiting.
-            self._emb_BCHW = torch.empty(emb_BCHW.shape, dtype=emb_BCHW.dtype, pin_memory=True)
-            self._emb_BCHW.copy_(emb_BCHW, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(emb_BCHW.device))
-
-    def numpy(self) -> np.ndarray:
-        """float32 (B, 256, g, g), once they are there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        emb_BCHW: np.ndarray = self._emb_BCHW.numpy()
-        return emb_BCHW
-
-
 def embed(teacher: Teacher, batch: Batch) -> Embeddings:
-    """Give a batch to the teacher. On a GPU this returns before it is computed."""
+    """Embed a batch. On a GPU this returns before the embeddings are computed."""
     import torch
 
     from ..sam import normalize_and_pad
@@ -247,3 +231,29 @@ def embed(teacher: Teacher, batch: Batch) -> Embeddings:
             tensor.pin_memory().to(teacher.device, non_blocking=True) for tensor in (canvas_BHWC, sizes_B2)
         )
     return Embeddings(teacher.embed(normalize_and_pad(canvas_BHWC, sizes_B2)))
+
+
+class Embeddings:
+    """Embeddings of a batch, on their way from the device to the host's memory. Only `numpy` waits for them.
+
+    Args:
+        emb_BCHW: float32 (B, 256, g, g), g the side of the embedding grid, on the teacher's device.
+    """
+
+    def __init__(self, emb_BCHW: Tensor) -> None:
+        import torch
+
+        self._emb_BCHW, self._arrived = emb_BCHW, None
+        if emb_BCHW.device.type == "cuda":
+            # Only a copy into pinned memory doesn't block the host.
+            self._emb_BCHW = torch.empty(emb_BCHW.shape, dtype=emb_BCHW.dtype, pin_memory=True)
+            self._emb_BCHW.copy_(emb_BCHW, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(emb_BCHW.device))
+
+    def numpy(self) -> np.ndarray:
+        """Wait for the embeddings; return them as float32 (B, 256, g, g)."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        emb_BCHW: np.ndarray = self._emb_BCHW.numpy()
+        return emb_BCHW

@@ -1,7 +1,7 @@
-"""What a dask worker is: the holder of one teacher.
+"""Dask worker plugin that holds one teacher, and the limits that end a worker's process.
 
-A worker runs two shard tasks at a time (`shard.py`). The teacher serves one shard at a time, so that one shard is
-decoded and another written while it computes a third's batches.
+A worker runs two shard tasks at a time (`shard.compute_shard`). The teacher serves one shard at a time, so that one
+shard is decoded and another written while it computes a third's batches.
 """
 
 from __future__ import annotations
@@ -34,9 +34,20 @@ T = TypeVar("T")
 TASKS_PER_WORKER = 2
 """Shard tasks that a worker runs at a time: one under the teacher, one decoding or writing."""
 
+LAST_MESSAGE_SECONDS = 1.0
+"""Time for the last message to leave a process that ends."""
+
+_PR_SET_PDEATHSIG = 1
+
 
 class TeacherPlugin(WorkerPlugin):
-    """Holds a worker's teacher, loaded at its first task, so that what is wrong with it reaches the coordinator."""
+    """Dask plugin that holds a worker's teacher. It is loaded by the first task, so that its errors reach the
+    coordinator.
+
+    Args:
+        run: identifier of the precompute run.
+        setup: description of the teacher.
+    """
 
     def __init__(self, run: str, setup: TeacherSetup) -> None:
         self.name = f"mobilesam-{run}"
@@ -51,64 +62,69 @@ class TeacherPlugin(WorkerPlugin):
         if self._setup.local and worker.nanny:
             die_with_parent()
         self.threads = self._setup.threads or worker.state.nthreads
-        # A worker of a local cluster is called 0, 1, ...: each takes its own device.
+        # Workers of a local cluster are named 0, 1, ...: each takes its own device.
         place = worker.name if isinstance(worker.name, int) else 0
         self._device = self._setup.devices[place % len(self._setup.devices)]
         if self._device == "cpu":
-            keep_freed_memory()  # while the threads that run tasks are still to come
-        # Of daemons, as dask's own are: a teacher that hangs keeps no process from ending.
+            keep_freed_memory()  # before the threads that run tasks start
+        # dask's executor has daemon threads: a teacher that hangs keeps no process from ending.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
 
     def teardown(self, worker: Worker) -> None:
-        """Let the teacher's thread go; called by dask."""
+        """Release the teacher's thread; called by dask."""
         self._thread.shutdown(wait=False)
 
     def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the one thread in which everything of the teacher is computed.
+        """Call a function in the one thread that computes everything of the teacher.
 
-        A thread that uses OpenMP has a team of threads of its own for it. Two teams are more threads than cores, and
-        all of them would then sleep at each barrier instead of waiting awake: a tenth of the teacher's time on a CPU.
+        Each thread that uses OpenMP gets a team of threads of its own. Two teams are more threads than cores, and all
+        of them would then sleep at each barrier instead of spinning: a tenth of the teacher's time on a CPU.
         """
         result: T = self._thread.submit(function, *args, **kwargs).result()
         return result
 
     @contextmanager
     def teacher(self) -> Iterator[Teacher]:
-        """The worker's teacher, for one thread at a time."""
+        """Lend the worker's teacher to one thread at a time; the first call loads it, and compiles it if asked to.
+
+        Raises:
+            SamError: it can't be loaded.
+            PrecomputeError: its checkpoint is not the coordinator's, or torch.compile fails.
+        """
         with self._lock:
             if self._teacher is None:
-                self._teacher = self._ready()
+                self._teacher = self._load_and_compile()
             yield self._teacher
 
-    def _ready(self) -> Teacher:
+    def _load_and_compile(self) -> Teacher:
         from .sizing import compile_timeout
 
         teacher = self.compute(_load, self._setup, self._device, self.threads)
         if batch_size := self._setup.compiled_batch:
-            with self.limited(compile_timeout(batch_size), "torch.compile"):
+            with self.time_limit(compile_timeout(batch_size), "torch.compile"):
                 self.compute(compile_teacher, teacher, batch_size)
         return teacher
 
     @contextmanager
-    def teacher_anew(self) -> Iterator[Teacher]:
-        """A teacher in float32, never compiled, loaded anew for this context alone; the shards' goes first, for its
-        memory."""
+    def float32_teacher(self) -> Iterator[Teacher]:
+        """Load another teacher, in float32 and never compiled, for the context. The shards' teacher is dropped first
+        to free its memory."""
         with self._lock:
             self._teacher = None
             setup = replace(self._setup, precision="float32")
             yield self.compute(_load, setup, self._device, self.threads)
 
     @contextmanager
-    def limited(self, seconds: float, what: str = "a batch") -> Iterator[None]:
-        """For a batch in the teacher. One that takes longer ends this process, if a nanny will start another."""
+    def time_limit(self, seconds: float, what: str = "a batch") -> Iterator[None]:
+        """End this process if work in the teacher takes longer, provided that a nanny will start another process."""
         if not self._worker.nanny:
             yield
             return
-        with ended_after(seconds, lambda: self._tell(f"{what} hung in the teacher for {seconds:.0f} s")):
+        with exit_after(seconds, lambda: self._report(f"{what} hung in the teacher for {seconds:.0f} s")):
             yield
 
-    def _tell(self, what: str) -> None:
-        text = f"worker {self._worker.address} ends: {what}"
+    def _report(self, reason: str) -> None:
+        text = f"worker {self._worker.address} ends: {reason}"
         self._worker.log_event(MESSAGE_TOPIC, {"run": self.run, "text": text})
 
 
@@ -138,9 +154,45 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
     return teacher
 
 
+def compile_teacher(teacher: Teacher, batch_size: int) -> None:
+    """Compile the teacher for batches of `batch_size` images, by an empty batch: so no image waits for it, and no
+    image's time limit runs meanwhile. The weights keep their names.
+
+    Raises:
+        PrecomputeError: torch.compile does not work here.
+    """
+    import torch
+
+    side = teacher.image_size
+    try:
+        # Every batch of a job has the same shape.
+        teacher.image_encoder.compile(dynamic=False)
+        teacher.embed(torch.zeros(batch_size, 3, side, side))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Base of all errors of dynamo and inductor.
+        fact = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PrecomputeError(
+            f"torch.compile failed for {teacher.name} on a worker ({fact}); leave out --compile, which changes "
+            "no embedding by more than rounding"
+        ) from error
+
+
 def describe_worker(device: str, precision: str, version: str) -> tuple[str, str]:
-    """The type of the device, and the precision, that are meant here by what is asked for; PrecomputeError when this
-    worker's software is not the coordinator's `version`."""
+    """Resolve device and precision on a worker.
+
+    Args:
+        device: as asked for, `auto` included.
+        precision: as asked for, `auto` included.
+        version: the coordinator's version of mobilesam.
+
+    Returns:
+        Type of the device (cpu or cuda), and the precision (float32 or bfloat16).
+
+    Raises:
+        PrecomputeError: the worker has another version.
+    """
     from ..sam.device import resolve_device, resolve_precision
 
     if version != __version__:
@@ -152,53 +204,18 @@ def describe_worker(device: str, precision: str, version: str) -> tuple[str, str
 
 
 def measure_worker(device: str, precision: str) -> float:
-    """Multiply-accumulates per second of this worker, with the threads that its teacher will have."""
+    """Measure this worker's multiply-accumulates per second, with the threads that its teacher will have."""
     import torch
 
     from ..sam.device import resolve_device
-    from .sizing import macs_per_second
+    from .sizing import measure_macs_per_second
 
     torch.set_num_threads(get_worker().state.nthreads)
-    return macs_per_second(resolve_device(device), precision)
-
-
-# --- A worker's teacher, translated by torch.compile.
-
-
-def compile_teacher(teacher: Teacher, batch_size: int) -> None:
-    """Translate the teacher for batches of `batch_size` images, now, by a first batch of nothing: no image waits for
-    it then, nor does its time limit run. Weights keep their names.
-
-    Raises PrecomputeError when torch.compile can't do it here.
-    """
-    import torch
-
-    side = teacher.image_size
-    try:
-        # For this one shape: every batch of a job has it.
-        teacher.image_encoder.compile(dynamic=False)
-        teacher.embed(torch.zeros(batch_size, 3, side, side))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        # As all of dynamo's and inductor's own are.
-        fact = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PrecomputeError(
-            f"torch.compile can't translate {teacher.name} on a worker ({fact}); leave out --compile, which changes "
-            "no embedding by more than rounding"
-        ) from error
-
-
-# --- When a worker's process must end: with its coordinator, and when its teacher hangs.
-
-TELLING_SECONDS = 1.0
-"""For the last message to leave the process."""
-
-_PR_SET_PDEATHSIG = 1
+    return measure_macs_per_second(resolve_device(device), precision)
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however that dies. Call it on the main thread.
+    """Ask the kernel to kill this process when its parent dies. Call it on the main thread.
 
     dask's workers watch their parent in a thread, which can't run while an image's decoder holds Python's lock.
     Linux only; elsewhere such a worker stays until it is killed by hand.
@@ -208,13 +225,13 @@ def die_with_parent() -> None:
 
 
 @contextmanager
-def ended_after(seconds: float, tell: Callable[[], None]) -> Iterator[None]:
-    """Should the context last longer than `seconds`, `tell` and end the process: a thread that hangs in a library's
-    code can't be stopped in any other way."""
+def exit_after(seconds: float, report: Callable[[], None]) -> Iterator[None]:
+    """Call `report` and end the process if the context lasts longer than `seconds`: a thread that hangs in a
+    library's code can't be stopped in any other way."""
 
     def end() -> None:
-        tell()
-        time.sleep(TELLING_SECONDS)
+        report()
+        time.sleep(LAST_MESSAGE_SECONDS)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
