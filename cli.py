@@ -302,7 +302,8 @@ def precompute(
     from .precompute import PrecomputeConfig
     from .precompute import dry_run as plan_only
     from .precompute import precompute as run
-    from .precompute.run import plan_lines, summary_lines
+    from .precompute.dry_run import plan_lines
+    from .precompute.run import summary_lines
 
     with _usage():
         shard_size = _auto_or_number("--shard-size", options.pop("shard_size"))
