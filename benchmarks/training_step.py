@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.profile import shares
-from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, StopFlag, build_student
+from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, build_student
 from mobilesam.distill.data.sampler import Split
-from mobilesam.distill.distributed import Replicas
+from mobilesam.distill.distributed import ProcessGroup
 from mobilesam.distill.run import describe
 from mobilesam.distill.trainer import Trainer
 from mobilesam.sam import normalize_and_pad
@@ -99,15 +99,13 @@ def _our_step(
     rows, image_size = batch.rows, store.spec.image_size
     config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows), micro_batch=len(rows))
     split = Split(train=tuple(rows), val=())
-    description = describe(config, store, store.records("done"), split, None, Replicas())
+    description = describe(config, store, store.records("done"), split, None, ProcessGroup())
     trainer = Trainer(
         config,
         Run(path=store.path.parent, description=description, split=split),
         build_student(config.student, image_size, seed=0).to(device),
         loader,
         compute=ComputeSettings(device=device, precision=precision, batch_size=len(rows)),
-        student_info={},
-        stop=StopFlag(),
     )
     trainer.student.train()
     return lambda: trainer.step(rows, [batch])

@@ -163,13 +163,10 @@ def _train(
             student,
             loader,
             compute=compute,
-            student_info=run.student_metadata(),
             objective=objective,
             processes=processes,
-            stop=stop,
-            progress=progress,
         )
-        return trainer.fit()
+        return trainer.fit(stop, progress)
 
 
 def _check_finished(initial: InitialWeights, student: str) -> None:

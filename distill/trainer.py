@@ -1,4 +1,10 @@
-"""The training loop."""
+"""Trainer: epochs of optimizer steps over accumulated micro-batches, with validation, checkpoints, a graceful stop.
+
+Read `Trainer.fit` first. Beside it: checkpoint.py (resuming), optimizer.py (learning rate, parameter groups), loss/
+(objectives), metrics/evaluate.py (validation), train_log.py (metrics and progress).
+
+Shape suffixes: B images of a micro-batch, C channels, H, W rows and columns of the embedding (g each).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,7 @@ from torch import nn
 
 from ..common.errors import DistillError, DistillInterrupted
 from ..common.signals import StopFlag
+from ..sam.modeling.neck import EMBEDDING_CHANNELS
 from .checkpoint import CHECKPOINT_FILE, TrainState
 from .config import DistillConfig
 from .data.loader import Batch, Loader
@@ -39,15 +46,26 @@ from .train_log import Meter, Progress, Recorder
 logger = logging.getLogger(__name__)
 
 LINES_PER_EPOCH = 50
+"""Most lines of kind "train" that are logged in an epoch."""
 TRAIN_EVAL_ROWS = 1024
+"""Most training rows that the finished student is measured on."""
+BATCH_NORM_MOMENTUM = 0.1
 
 
 class Trainer:
-    """Fits a student to a store's embeddings; `fit` is the whole story.
+    """Trainer of one student, or of its head alone, on the embeddings of a store.
 
-    `student` is on `device`, and so are the heads of `objective` (None: the decoupled one). `micro_batch` and
-    `precision` are resolved values. The loop never waits for a GPU except where it logs, saves or validates. With
-    `processes`, each process has its trainer, and all of them call the same methods; the first one's alone writes.
+    The loop doesn't wait for a GPU except where it logs, saves or validates. With several processes, each has its own
+    trainer and all of them call the same methods; rank 0's alone writes.
+
+    Args:
+        config: options of this start; those that decide what is learned are the run's.
+        run: the folder to train in.
+        student: an encoder on the device of `compute`.
+        loader: of the store's rows.
+        compute: device, precision, and as `batch_size` the micro-batch.
+        objective: its head, if any, on the same device; None is the decoupled one.
+        processes: those that train together; None is this one alone.
     """
 
     def __init__(
@@ -58,50 +76,51 @@ class Trainer:
         loader: Loader,
         *,
         compute: ComputeSettings,
-        student_info: dict[str, Any],
-        stop: StopFlag,
         objective: Objective | None = None,
         processes: ProcessGroup | None = None,
-        progress: Callable[[Progress], None] | None = None,
     ) -> None:
-        self.config, self.run, self.loader = config, run, loader
-        self.compute, device = compute, compute.device
-        self.student_info, self.stop, self.progress = student_info, stop, progress
+        self.config, self.run, self.loader, self.compute = config, run, loader, compute
         self.processes = processes or ProcessGroup()
         self.student = student.to(memory_format=compute.memory_format)
+        self.batch_norms = BatchNorms(student)
         self.objective = objective or Decoupled(config.loss_region)
         self.student.requires_grad_(self.objective.trains_encoder)
         self.trained = self.objective.trained(self.student)
-        self.batch_norms = BatchNorms(student)
         groups = parameter_groups(self.student, config.weight_decay)
         if self.objective.head is not None:
             groups += parameter_groups(self.objective.head, config.weight_decay, HEAD_LR_SHARE)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=compute.device.type == "cuda")
         self.validation = Validation(
-            self.student,
-            loader,
-            run,
-            self.objective,
-            compute=compute,
-            processes=self.processes,
+            self.student, loader, run, self.objective, compute=compute, processes=self.processes
         )
         self.steps_per_epoch = math.ceil(len(run.split.train) / config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.log_every = max(1, self.steps_per_epoch // LINES_PER_EPOCH)
         grid = run.description.image_size // 16
-        self.state = TrainState(mean_sum_CHW=torch.zeros(256, grid, grid, dtype=torch.float64, device=device))
+        shape = (EMBEDDING_CHANNELS, grid, grid)
+        self.state = TrainState(mean_sum_CHW=torch.zeros(shape, dtype=torch.float64, device=compute.device))
         self.meter = Meter(self.state, loader)
+        self.recorder: Recorder | None = None
 
-    def fit(self) -> dict[str, Any]:
-        """Trains, from the last checkpoint if there is one; the result as `distill` returns it.
+    def fit(self, stop: StopFlag, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+        """Train to the last epoch, from the last checkpoint if there is one.
 
-        Raises DistillInterrupted after saving when the stop flag is set, DistillError when the loss isn't finite.
+        Args:
+            stop: asked for after each step and each batch of an evaluation.
+            progress: called as often, for display.
+
+        Returns:
+            The run's result, as `distill` returns it.
+
+        Raises:
+            DistillInterrupted: a stop was asked for; a checkpoint was saved before.
+            DistillError: a loss or a gradient is not finite, or there is no checkpoint where one should be.
         """
-        self.go_on()
+        self.stop, self.progress = stop, progress
+        self.resume()
         state = self.state
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
         with ExitStack() as stack:
-            self.recorder: Recorder | None = None
             if self.processes.is_main:
                 self.recorder = stack.enter_context(
                     Recorder(self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1)
@@ -109,45 +128,21 @@ class Trainer:
             self.stop.graceful = True
             while state.epoch < self.config.epochs:
                 self.train_epoch()
-                self.share_labels()
+                self.gather_label_faults()
                 self.validate()
                 state.epoch, state.batch = state.epoch + 1, 0
                 self.save_student()
-                self.save()
+                self.save_checkpoint()
             return self.finish()
 
-    def go_on(self) -> None:
-        """Takes up the last checkpoint, if the run has come to one: the first process reads it for all."""
-        if self.processes.is_main:
-            self.load()
-        if self.processes.world_size > 1:
-            self.state = self.processes.broadcast_training(self.trained, self.optimizer, self.state)
-
-    def load(self) -> None:
-        """Reads the last checkpoint, if there is one, and writes anew what was lost beside it."""
-        checkpoints = self.run.checkpoints
-        if not checkpoints.exist():
-            if self.run.student_path.exists():
-                raise DistillError(
-                    f"{self.run.path} has a student but no {CHECKPOINT_FILE} to go on from: put it back, or give "
-                    "--restart to start over, which keeps the old run beside the new one"
-                )
-            return
-        self.state = state = checkpoints.load(self.trained, self.optimizer, self.state, self.compute.device)
-        logger.info("going on after epoch %d, step %d of %d", state.epoch, state.step, self.steps)
-        if state.epoch:
-            self.write_mean()
-        if state.epoch and not state.batch:
-            self.save_student()
-
     def train_epoch(self) -> None:
-        """The batches of one epoch that are still to do."""
+        """Train on the batches of the current epoch that are still to do."""
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
         batches = split_batches(order, self.config.batch_size)[self.state.batch :]
         micro_batches = [
             self.processes.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
         ]
-        # An encoder that isn't trained keeps its statistics, too.
+        # An encoder that isn't trained keeps its batch norms' statistics, too.
         self.student.train(self.objective.trains_encoder)
         self.loader.epoch = self.state.epoch
         self.meter.start()
@@ -159,34 +154,39 @@ class Trainer:
             self.save_mean()
 
     def step(self, rows: list[int], micro_batches: Iterable[Batch]) -> None:
-        """One optimizer step on one batch, its gradient accumulated over micro-batches."""
+        """Make one optimizer step on one batch.
+
+        Args:
+            rows: all rows of the batch, in every process.
+            micro_batches: this process's share of the batch; their gradients are accumulated.
+        """
         config, state = self.config, self.state
         rate = learning_rate(state.step, self.steps, config.lr, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_share"]
-        elements = loss_elements(self.loader.valid(rows), 256, config.loss_region)
-        whole = BatchTotals(elements=elements, images=len(rows))
+        elements = loss_elements(self.loader.valid(rows), EMBEDDING_CHANNELS, config.loss_region)
+        totals = BatchTotals(elements=elements, images=len(rows))
         self.processes.broadcast_buffers(self.student)
-        loss = torch.zeros((), device=self.compute.device)
+        batch_loss = torch.zeros((), device=self.compute.device)
         for batch in micro_batches:
             state.micro_steps += 1
-            part = self.embedded(batch)
-            share = self.objective.loss(part, whole)
-            share.backward()
-            loss += share.detach()
+            micro_batch = self.forward(batch)
+            loss = self.objective.loss(micro_batch, totals)
+            loss.backward()
+            batch_loss += loss.detach()
             if state.epoch == 0:
-                state.mean_sum_CHW += part.teacher_BCHW.double().sum(dim=0)
+                state.mean_sum_CHW += micro_batch.teacher_BCHW.double().sum(dim=0)
                 state.mean_rows += len(batch.rows)
         fill_gradients(self.trained)
-        self.processes.all_reduce_gradients(self.trained, loss)
+        self.processes.all_reduce_gradients(self.trained, batch_loss)
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.meter.add(loss, norm)
+        self.meter.add(batch_loss, norm)
         state.step, state.batch, state.images = state.step + 1, state.batch + 1, state.images + len(rows)
 
-    def embedded(self, batch: Batch) -> MicroBatch:
-        """A micro-batch on the device, with the student's embeddings of it."""
+    def forward(self, batch: Batch) -> MicroBatch:
+        """Return a micro-batch on the device, with the student's embeddings of it."""
         trains, state = self.objective.trains_encoder, self.state
         if trains:
             frozen = state.step >= self.config.freeze_norm * self.steps
@@ -197,33 +197,23 @@ class Trainer:
         return make_micro_batch(batch, student_BCHW, teacher_BCHW, generator)
 
     def after_step(self, *, last: bool) -> None:
-        """Logs, shows, saves, stops: whatever is due."""
+        """Log, report progress, save and stop, each if it is due; `last` is the last step of an epoch."""
         if last or self.state.batch % self.log_every == 0:
-            line = {"epoch": self.state.epoch + 1, "step": self.state.step, **self.rates()}
+            line = {"epoch": self.state.epoch + 1, "step": self.state.step, **self.learning_rates()}
             self.log("train", {**line, **self.meter.take_window()})
-        self.show("train")
+        self.report_progress("train")
         due = time.monotonic() - self.saved_at > self.config.checkpoint_seconds and not last
-        self.save_and_stop_if_asked(due)
+        self.save_or_stop(due)
 
-    def rates(self) -> dict[str, float]:
-        """The learning rates of the last step: `lr` of the encoder, `lr_head` of a head, where they are trained."""
+    def learning_rates(self) -> dict[str, float]:
+        """Return the rates of the last step: `lr` of the encoder, `lr_head` of the head, whichever are trained."""
         rates = {"lr": self.optimizer.param_groups[0]["lr"]} if self.objective.trains_encoder else {}
         if self.objective.head is not None:
             rates["lr_head"] = self.optimizer.param_groups[-1]["lr"]
         return rates
 
-    def share_labels(self) -> None:
-        """Has the first process name the images whose annotations were no use to any of them: it alone reports."""
-        labels = self.loader.labels
-        if labels is None:
-            return
-        for broken, empty in self.processes.gather((dict(labels.broken), set(labels.empty)))[1:]:
-            for key, reason in broken.items():
-                labels.mark_broken(key, reason)
-            labels.empty |= empty
-
     def validate(self) -> None:
-        """Measures the validation rows and logs them."""
+        """Measure the validation rows and log their metrics."""
         metrics = self.evaluate(self.run.split.val, "validate")
         epoch = self.state.epoch + 1
         self.log("val", {"epoch": epoch, "step": self.state.step, "rows": len(self.run.split.val), **metrics})
@@ -232,28 +222,28 @@ class Trainer:
             self.state.best_epoch, self.state.best_score = epoch, score
 
     def evaluate(self, rows: Iterable[int], phase: str) -> dict[str, Any]:
-        """The metrics of the student as it is; saves and stops when asked to.
+        """Return the metrics of the student as it is; save and stop when asked to.
 
-        Nothing of an evaluation is kept then, so the state is whole.
+        An evaluation that is stopped leaves nothing in the state, so the checkpoint is that of its beginning.
         """
 
         def before_batch() -> None:
-            self.show(phase)
-            self.save_and_stop_if_asked(due=False)
+            self.report_progress(phase)
+            self.save_or_stop(due=False)
 
         return self.validation.measure(rows, before_batch)
 
     def finish(self) -> dict[str, Any]:
-        """Measures the student on what it learned from, and closes the run with its result."""
+        """Measure the student on training rows and write the run's result, which is returned."""
         state, config = self.state, self.config
-        # Those of an epoch that will never be trained: as good as any, and the same every time.
+        # The first rows of an epoch that is never trained: a random choice that is the same every time.
         rows = sorted(epoch_order(self.run.split.train, config.seed, config.epochs)[:TRAIN_EVAL_ROWS])
         metrics = self.evaluate(rows, "evaluate")
         self.log("train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics})
-        return self.processes.broadcast(self.close_run() if self.processes.is_main else None)
+        return self.processes.broadcast(self.write_result() if self.processes.is_main else None)
 
-    def close_run(self) -> dict[str, Any]:
-        """Logs the result; the checkpoint before the last is needed no more."""
+    def write_result(self) -> dict[str, Any]:
+        """Log the result durably and delete the last checkpoint but one, which is no longer needed."""
         state = self.state
         assert self.recorder is not None
         val = self.run.last("val")
@@ -284,76 +274,112 @@ class Trainer:
         self.run.checkpoints.drop_previous()
         return result
 
-    def log(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends a line to the run's metrics."""
-        if self.recorder is not None:
-            self.recorder.line(kind, values)
+    def resume(self) -> None:
+        """Load the last checkpoint, if the run has one: rank 0 reads it and broadcasts it."""
+        if self.processes.is_main:
+            self.load_checkpoint()
+        if self.processes.world_size > 1:
+            self.state = self.processes.broadcast_training(self.trained, self.optimizer, self.state)
 
-    def save(self) -> None:
-        """Writes a checkpoint; what was logged before it is durable first."""
+    def load_checkpoint(self) -> None:
+        """Load the last checkpoint, if there is one, and write the files again that a kill after it may have lost."""
+        checkpoints = self.run.checkpoints
+        if not checkpoints.exist():
+            if self.run.student_path.exists():
+                raise DistillError(
+                    f"{self.run.path} has a student but no {CHECKPOINT_FILE} to resume from: put it back, or give "
+                    "--restart to start over, which keeps the old run beside the new one"
+                )
+            return
+        self.state = state = checkpoints.load(self.trained, self.optimizer, self.state, self.compute.device)
+        logger.info("resuming after epoch %d, step %d of %d", state.epoch, state.step, self.steps)
+        if state.epoch:
+            self.write_mean()
+        if state.epoch and not state.batch:
+            self.save_student()
+
+    def save_or_stop(self, due: bool) -> None:
+        """Save a checkpoint if it is due or a stop is asked for; then raise DistillInterrupted for the stop.
+
+        The processes agree on both. None ends before rank 0 has saved, since torchrun then ends the others.
+        """
+        signum, due_now = self.processes.all_reduce_max(
+            self.stop.signum or 0, int(due and self.processes.is_main)
+        )
+        if signum or due_now:
+            self.save_checkpoint()
+        if not signum:
+            return
+        self.processes.barrier()
+        raise DistillInterrupted(
+            f"stopped after step {self.state.step} of {self.steps}, saved in {self.run.path}\n"
+            "run the same command again to resume",
+            signum,
+        )
+
+    def save_checkpoint(self) -> None:
+        """Save a checkpoint; metrics that were logged before it are durable first."""
         self.meter.fetch()
         self.meter.count_elapsed()
-        self.gather_mean()
+        self.reduce_mean()
         if self.recorder is not None:
             self.state.metrics_bytes = self.recorder.sync()
             self.run.checkpoints.save(self.trained, self.optimizer, self.state, self.compute.device)
         self.saved_at = time.monotonic()
 
     def save_student(self) -> None:
-        """Writes the student as of the last complete epoch."""
+        """Write the student, and its head if that is trained, as of the last complete epoch."""
         if not self.processes.is_main:
             return
-        state = self.state
+        head = self.objective.head
         save_student(
             self.student,
             self.run.student_path,
             self.config.student,
             self.run.description.image_size,
             {
-                **self.student_info,
-                "epoch": state.epoch,
-                "step": state.step,
-                TRAINED_HEAD: self.objective.head is not None,
+                **self.run.student_metadata(),
+                "epoch": self.state.epoch,
+                "step": self.state.step,
+                TRAINED_HEAD: head is not None,
             },
-            None if self.objective.head is None else head_state(self.objective.head),
+            None if head is None else head_state(head),
         )
 
-    def gather_mean(self) -> None:
-        """Brings the sum of the embeddings that the processes have seen to the first one."""
-        state = self.state
-        if state.epoch == 0:
-            state.mean_rows = self.processes.reduce_sum(state.mean_sum_CHW, state.mean_rows)
-
     def save_mean(self) -> None:
-        """Keeps the mean of the training rows' embeddings: what skill is measured against."""
-        self.gather_mean()
+        """Write the mean of the training rows' embeddings, which skill is measured against."""
+        self.reduce_mean()
         if self.processes.is_main:
             self.write_mean()
         self.processes.barrier()
 
+    def reduce_mean(self) -> None:
+        """Move the sum of the embeddings that the processes have seen in the first epoch to rank 0."""
+        state = self.state
+        if state.epoch == 0:
+            state.mean_rows = self.processes.reduce_sum(state.mean_sum_CHW, state.mean_rows)
+
     def write_mean(self) -> None:
-        """Writes the mean of what has been gathered."""
+        """Write the mean from rank 0's sum."""
         self.run.save_mean_embedding((self.state.mean_sum_CHW / self.state.mean_rows).float().cpu())
 
-    def save_and_stop_if_asked(self, due: bool) -> None:
-        """Saves when that is due, and ends the run when a stop is asked for, once its state is saved.
-
-        Processes agree on both; none ends before the first one has saved, since torchrun then ends the others.
-        """
-        signum, due_now = self.processes.all_reduce_max(self.stop.signum or 0, int(due and self.processes.is_main))
-        if signum or due_now:
-            self.save()
-        if not signum:
+    def gather_label_faults(self) -> None:
+        """Move the images whose annotations were broken or empty to rank 0, which reports them."""
+        labels = self.loader.labels
+        if labels is None:
             return
-        self.processes.barrier()
-        raise DistillInterrupted(
-            f"stopped after step {self.state.step} of {self.steps}, saved in {self.run.path}\n"
-            "run the same command again to go on",
-            signum,
-        )
+        for broken, empty in self.processes.gather((dict(labels.broken), set(labels.empty)))[1:]:
+            for key, reason in broken.items():
+                labels.mark_broken(key, reason)
+            labels.empty |= empty
 
-    def show(self, phase: str) -> None:
-        """Tells whoever displays it; without waiting for the device."""
+    def log(self, kind: str, values: dict[str, Any]) -> None:
+        """Append a line to the run's metrics, in rank 0."""
+        if self.recorder is not None:
+            self.recorder.line(kind, values)
+
+    def report_progress(self, phase: str) -> None:
+        """Call `progress`, without waiting for the device."""
         if self.progress is None:
             return
         state, rate = self.state, self.meter.images_per_second()
@@ -372,35 +398,37 @@ class Trainer:
         )
 
 
-def fill_gradients(trained: nn.Module) -> None:
-    """Gives parameters that a step had no use for a gradient of 0.
+def fill_gradients(module: nn.Module) -> None:
+    """Give trained parameters that a step didn't use a gradient of 0.
 
-    AdamW would pass them over, but one process among several can't know that the others had no use for them either:
-    so they decay, and their moments fade, however many processes there are.
+    AdamW skips parameters without a gradient, but a process can't know whether the others used one. With zeros such
+    parameters decay, and their moments fade, with any number of processes.
     """
-    for parameter in trained.parameters():
+    for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
 
-# --- What a student's batch norms do in training: whose statistics they use, and how they keep them.
-
-BATCH_NORM_MOMENTUM = 0.1
-
-
 class BatchNorms:
-    """The batch norms of a student; none, for some."""
+    """Batch norms of a student in training: the statistics that they normalise with, and how they average them.
+
+    Args:
+        student: may have none.
+    """
 
     def __init__(self, student: nn.Module) -> None:
         self._modules = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def prepare(self, micro_steps: int, *, frozen: bool) -> None:
-        """For a forward pass in training, the `micro_steps`-th: statistics of the micro-batch at first, fixed ones
-        where they are `frozen`.
+        """Set the batch norms up for a forward pass in training.
 
-        A micro-batch of two images normalises each by the other: noise that a student, which is judged with
-        fixed statistics, needn't learn to bear. Wu and Johnson find fixed ones best for the end of training with
-        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
+        A micro-batch of two images normalises each by the other. That is noise that a student, which is evaluated
+        with fixed statistics, needn't learn to bear. Wu and Johnson find fixed statistics best for the end of
+        training with small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
+
+        Args:
+            micro_steps: number of the forward pass, from 1.
+            frozen: normalise with the running statistics and keep them, instead of with the micro-batch's.
         """
         for module in self._modules:
             module.train(not frozen)
@@ -408,9 +436,12 @@ class BatchNorms:
 
 
 def batch_norm_momentum(micro_steps: int) -> float:
-    """Plain averages over the first forward passes, moving ones after.
+    """Return the momentum that makes running statistics plain averages at first, moving averages later.
 
-    With a constant momentum of 0.1 a short run would be judged with statistics that still hold much of their
-    initial 0 and 1: 35% of it after ten forward passes.
+    With a constant momentum of 0.1 the statistics of a short run would still hold much of their initial 0 and 1: 35%
+    after ten forward passes.
+
+    Args:
+        micro_steps: number of the forward pass, from 1.
     """
     return max(BATCH_NORM_MOMENTUM, 1 / micro_steps)

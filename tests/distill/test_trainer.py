@@ -119,8 +119,6 @@ def make_trainer(config: DistillConfig, student: nn.Module, loader: Loader, devi
         compute=ComputeSettings(
             device=torch.device(device), precision=config.precision, batch_size=config.micro_batch or 5
         ),
-        student_info={},
-        stop=StopFlag(),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mobilesam.distill import DistillConfig, DistillError, Metrics, Run, distill
-from mobilesam.distill.distributed import Replicas, joined_replicas
+from mobilesam.distill.distributed import ProcessGroup, join_process_group
 from mobilesam.distill.metrics.embedding import merge
 from mobilesam.distill.students.student_file import trained_head
 from mobilesam.sam.modeling.head import SamHead
@@ -213,25 +213,25 @@ def test_refusals_reach_every_process(ten_rows: Path) -> None:
 
 def test_shares_are_a_partition() -> None:
     items = list(range(7))
-    shares: list[Sequence[int]] = [Replicas(rank=rank, count=3).share_of(items) for rank in range(3)]
+    shares: list[Sequence[int]] = [ProcessGroup(rank=rank, world_size=3).share_of(items) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == items
-    assert Replicas().share_of(items) == items
+    assert ProcessGroup().share_of(items) == items
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    replicas = Replicas(rank=5, count=8, local_rank=1)
-    assert replicas.device("auto") == "cuda:1"
-    assert replicas.device("cuda") == "cuda:1"
-    assert replicas.device("cuda:3") == "cuda:3"
-    assert replicas.device("cpu") == "cpu"
-    assert Replicas().device("auto") == "auto"
+    processes = ProcessGroup(rank=5, world_size=8, local_rank=1)
+    assert processes.local_device("auto") == "cuda:1"
+    assert processes.local_device("cuda") == "cuda:1"
+    assert processes.local_device("cuda:3") == "cuda:3"
+    assert processes.local_device("cpu") == "cpu"
+    assert ProcessGroup().local_device("auto") == "auto"
 
 
 def test_half_set_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(DistillError, match=r"WORLD_SIZE is 2, but RANK.*torchrun"), joined_replicas():
+    with pytest.raises(DistillError, match=r"WORLD_SIZE is 2, but RANK.*torchrun"), join_process_group():
         pass
 
 
