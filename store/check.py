@@ -1,4 +1,4 @@
-"""Everything in a store against its manifest, many shards at a time."""
+"""Integrity check of a store: the manifest against itself, files against the manifest, many shards at a time."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from .writer import partial_files, unlisted_shards
 from .zarr_metadata import changed_documents
 
 GROUP_SHARDS = 32
-"""Shards that are read before progress is told; a thread holds one row of one of them in memory."""
+"""Shards that are read between two reports of progress; a thread holds one row of one of them in memory."""
 
 LOOKS = 20
 LOOK_SECONDS = 0.1
-"""How often, and how far apart, a live writer's documents are looked at before they count as damaged."""
+"""A live writer's documents are read up to `LOOKS` times, so many seconds apart, before they count as damaged."""
 
 SHOWN_ERRORS = 10
-"""Lines of SQLite's own check that are shown at most."""
+"""Most lines of SQLite's own check that a problem quotes."""
 
 ProgressCallback = Callable[[int, int], None]
+"""Called with rows read and rows committed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +50,19 @@ class InspectedStore:
 
     def writer(self) -> dict[str, Any] | None:
         """Return host and pid of another live writer; None when there is none."""
-        return (
-            None
-            if isinstance(self.manifest, ManifestWriter)
-            else WriterLock(self.path / PRIVATE).live_owner()
-        )
+        if isinstance(self.manifest, ManifestWriter):
+            return None
+        return WriterLock(self.path / PRIVATE).live_owner()
 
 
 def quick_problems(store: InspectedStore) -> list[Problem]:
-    """What can be told at once: documents, head and audits."""
+    """Return the problems of documents, head and audits, which take no long reading."""
     return [*_document_problems(store), *_head_problems(store), *_audit_problems(store)]
 
 
 def full_problems(store: InspectedStore, progress: ProgressCallback | None) -> list[Problem]:
-    """Everything: each committed shard is read whole. `progress` hears of (rows read, rows committed)."""
-    found = manifest_problems(store.manifest, store.spec.shard_size)
+    """Return all problems; each committed shard is read whole. None but the manifest's own where that is damaged."""
+    found = _manifest_problems(store.manifest, store.spec.shard_size)
     if manifest_is_damaged(found):
         return found
     known = {problem.shard for problem in found}
@@ -73,7 +72,7 @@ def full_problems(store: InspectedStore, progress: ProgressCallback | None) -> l
 
 
 def manifest_is_damaged(problems: Sequence[Problem]) -> bool:
-    """Whether the manifest is damaged as a whole, so that what it says of files would be noise, or worse."""
+    """Return True if the manifest is damaged as a whole, so that comparing files with it would be noise, or worse."""
     return any(problem.kind == "listing" and problem.shard is None for problem in problems)
 
 
@@ -97,7 +96,7 @@ def _shard_findings(store: InspectedStore, progress: ProgressCallback | None) ->
 
 
 def _check_committed(store: InspectedStore, shard: int) -> list[Finding]:
-    """What is wrong with a shard while one and the same commit of it was listed."""
+    """Return what is wrong with a shard; the same commit of it was listed before and after its files were read."""
     while listing := shard_listing(store.manifest, shard, store.spec.shard_size):
         found = check_shard(store.path, store.spec, listing)
         if not found:
@@ -109,8 +108,8 @@ def _check_committed(store: InspectedStore, shard: int) -> list[Finding]:
 
 
 def _name_owners(store: InspectedStore, findings: Sequence[Finding]) -> list[Problem]:
-    """The problems; those of rows with whole bytes that aren't theirs say whose these are, where a row of this
-    store is listed with their checksum."""
+    """Return the findings' problems. Where a row holds whole bytes that aren't its own, its message names the row of
+    this store that is listed with their checksum, if there is one."""
     owners: dict[str, Mapping[int, int]] = {}
     for array, column in (("embeddings", "crc32c"), ("scales", "scales_crc32c")):
         wanted = sorted(
@@ -136,7 +135,7 @@ def _name_owners(store: InspectedStore, findings: Sequence[Finding]) -> list[Pro
 
 
 def _orphan_problems(store: InspectedStore) -> list[Problem]:
-    """Files that nothing lists. A live writer may be at work on them: then none is told."""
+    """Return the files that nothing lists; none while there is a live writer, who may be working on them."""
     found = list(_orphans(store)) if store.writer() is None else []
     # A writer may have come, and gone, meanwhile.
     if not found or store.writer() is not None:
@@ -215,9 +214,11 @@ def _audit_problems(store: InspectedStore) -> Iterator[Problem]:
 # ---- the manifest against itself
 
 
-def manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
-    """What is wrong with the manifest's tables as a whole; goes through all of them. A problem without a shard
-    can't be mended by computing anew."""
+def _manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
+    """Return what is wrong with the manifest's tables as a whole, reading all of them.
+
+    A problem without a shard can't be mended by recomputing.
+    """
     try:
         found = [*_database_problems(manifest), *_image_problems(manifest)]
         return [*found, *_stray_problems(manifest, shard_size)]
@@ -230,7 +231,7 @@ def _manifest_problem(manifest: Manifest, message: str, shard: int | None = None
 
 
 def integrity_errors(manifest: Manifest) -> list[str]:
-    """What SQLite finds wrong with the database; reads all of it."""
+    """Return what SQLite finds wrong with the database, reading all of it."""
     lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
     return [] if lines == ["ok"] else lines
 
@@ -242,7 +243,7 @@ def _database_problems(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _image_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Rows without a gap, and in every set of images the keys that were appended."""
+    """Check that rows have no gap, and that every set of images has the keys that were appended."""
     manifest.row_count()
     for first, rows, *chosen, digest in manifest.query(
         'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
@@ -262,7 +263,7 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _stray_problems(manifest: Manifest, shard_size: int) -> Iterator[Problem]:
-    """Results of shards that aren't listed, and shards of rows that there aren't."""
+    """Find results whose shard isn't listed, and listed shards that have no rows."""
     for (shard,) in manifest.query(
         "SELECT DISTINCT row / ?1 FROM results WHERE row / ?1 NOT IN (SELECT shard FROM shards)",
         (shard_size,),

@@ -1,4 +1,4 @@
-"""One file of a committed shard against its listing: what every such check does."""
+"""One committed shard against the manifest: its rows' checksums, its arrays' files row by row, its kept images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,106 +22,33 @@ from .records import ImageRecord, KeptImage, Problem, ProblemKind
 from .spec import StoreSpec
 
 FAILING_DISK = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.ENODATA}
-"""Errors that tell of this one file's blocks, rather than of permissions or of too many open files."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """A problem; of a row with whole bytes that aren't its own, also their checksum and array."""
-
-    problem: Problem
-    foreign: tuple[str, int] | None = field(default=None)
-
-
-class FileCheck(ABC):
-    """`findings` opens the file and has `_examine` look at it."""
-
-    def __init__(self, path: Path, listing: ShardListing) -> None:
-        self._path = path
-        self._listing = listing
-
-    def findings(self) -> list[Finding]:
-        """Everything that is wrong with the file. StoreError when it can't be read for a reason that says nothing of
-        it, as for want of permission."""
-        with explain_os_errors(self._path):
-            try:
-                descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            except (FileNotFoundError, NotADirectoryError):
-                return [self._of_file("missing", f"the file is missing, with {self._images()}")]
-            except OSError as error:
-                if error.errno not in FAILING_DISK:
-                    raise
-                return [self._unreadable(error)]
-            found: list[Finding] = []
-            try:
-                found.extend(self._examine(descriptor))
-            except OSError as error:
-                if error.errno not in FAILING_DISK | {errno.EISDIR}:
-                    raise
-                found.append(self._unreadable(error))
-            finally:
-                os.close(descriptor)
-            return found
-
-    @abstractmethod
-    def _examine(self, descriptor: int) -> Iterator[Finding]:
-        """What is wrong with the open file. May raise OSError."""
-
-    def _short(self, size: int, expected: int) -> Finding:
-        message = f"the file has {size:,} bytes instead of {expected:,}: {self._images()} are lost"
-        return self._of_file("short", message)
-
-    def _images(self) -> str:
-        count = sum(record.status == "done" for record in self._listing.records)
-        return f"{count} image{'' if count == 1 else 's'}"
-
-    def _unreadable(self, error: OSError) -> Finding:
-        return self._of_file("unreadable", f"the disk can't read it ({error.strerror}): check the disk")
-
-    def _of_file(self, kind: ProblemKind, message: str) -> Finding:
-        return Finding(
-            problem=Problem(kind=kind, message=message, file=str(self._path), shard=self._listing.shard)
-        )
-
-    def _of_row(
-        self,
-        kind: ProblemKind,
-        message: str,
-        row: int,
-        key: str | None = None,
-        foreign: tuple[str, int] | None = None,
-    ) -> Finding:
-        return Finding(
-            problem=Problem(
-                kind=kind, message=message, file=str(self._path), shard=self._listing.shard, row=row, key=key
-            ),
-            foreign=foreign,
-        )
-
-
-def is_zero(descriptor: int, size: int) -> bool:
-    """Whether an open file of `size` bytes is nothing but zero bytes."""
-    piece = 1 << 20
-    return not any(os.pread(descriptor, piece, start).strip(b"\0") for start in range(0, size, piece))
-
-
-# --- Whether the manifest agrees with itself: a shard's listing, and the tables as a whole.
+"""Errors about this one file's blocks, rather than about permissions or too many open files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardListing:
-    """What the manifest says of one committed shard: `rows` as committed, the records of those that are whole,
-    and what is wrong with the others."""
+    """Content of the manifest about one committed shard."""
 
     shard: int
     attempt: str
     rows: range
+    """As committed; empty where the shard's own fields can't be read."""
     records: tuple[ImageRecord, ...]
+    """Those of the rows that are as committed."""
     problems: tuple[Problem, ...]
+    """Damage to the other rows and to the shard's own fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A problem, and where a row holds whole bytes that aren't its own, these bytes' array and checksum."""
+
+    problem: Problem
+    foreign: tuple[str, int] | None = None
 
 
 def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListing | None:
-    """The listing of a shard, its digests compared; None when it isn't committed (any more)."""
+    """Read the listing of a shard and compare its checksums; None when the shard isn't committed (any more)."""
     first = shard * shard_size
     try:
         with manifest.snapshot():
@@ -160,12 +87,12 @@ def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListi
     )
 
 
-# --- A shard's files against its listing, row by row: what is damaged, and how.
-
-
 def check_shard(store: Path, spec: StoreSpec, listing: ShardListing) -> list[Finding]:
-    """Everything that is wrong with a committed shard. StoreError when files can't be read for a reason that says
-    nothing of the shard, as for want of permission."""
+    """Return everything that is wrong with a committed shard.
+
+    Raises:
+        StoreError: files can't be read for a reason that is no damage to them, such as permissions.
+    """
     found = [Finding(problem=problem) for problem in listing.problems]
     if any(problem.row is None for problem in listing.problems):
         return found  # how many rows there should be is not known
@@ -177,8 +104,80 @@ def check_shard(store: Path, spec: StoreSpec, listing: ShardListing) -> list[Fin
     return found
 
 
+class FileCheck(ABC):
+    """Check of one file of a shard: `findings` opens the file, `_examine` reads it."""
+
+    def __init__(self, path: Path, listing: ShardListing) -> None:
+        self._path = path
+        self._listing = listing
+
+    def findings(self) -> list[Finding]:
+        """Return everything that is wrong with the file.
+
+        Raises:
+            StoreError: it can't be read for a reason that is no damage to it, such as permissions.
+        """
+        with explain_os_errors(self._path):
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except (FileNotFoundError, NotADirectoryError):
+                return [self._of_file("missing", f"the file is missing, with {self._images()}")]
+            except OSError as error:
+                if error.errno not in FAILING_DISK:
+                    raise
+                return [self._unreadable(error)]
+            found: list[Finding] = []
+            try:
+                found.extend(self._examine(descriptor))
+            except OSError as error:
+                if error.errno not in FAILING_DISK | {errno.EISDIR}:
+                    raise
+                found.append(self._unreadable(error))
+            finally:
+                os.close(descriptor)
+            return found
+
+    @abstractmethod
+    def _examine(self, descriptor: int) -> Iterator[Finding]:
+        """Yield what is wrong with the open file. May raise OSError."""
+
+    def _short(self, size: int, expected: int) -> Finding:
+        message = f"the file has {size:,} bytes instead of {expected:,}: {self._images()} are lost"
+        return self._of_file("short", message)
+
+    def _zeros(self) -> Finding:
+        return self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+
+    def _images(self) -> str:
+        count = sum(record.status == "done" for record in self._listing.records)
+        return f"{count} image{'' if count == 1 else 's'}"
+
+    def _unreadable(self, error: OSError) -> Finding:
+        return self._of_file("unreadable", f"the disk can't read it ({error.strerror}): check the disk")
+
+    def _of_file(self, kind: ProblemKind, message: str) -> Finding:
+        return Finding(
+            problem=Problem(kind=kind, message=message, file=str(self._path), shard=self._listing.shard)
+        )
+
+    def _of_row(
+        self,
+        kind: ProblemKind,
+        message: str,
+        row: int,
+        key: str | None = None,
+        foreign: tuple[str, int] | None = None,
+    ) -> Finding:
+        return Finding(
+            problem=Problem(
+                kind=kind, message=message, file=str(self._path), shard=self._listing.shard, row=row, key=key
+            ),
+            foreign=foreign,
+        )
+
+
 class ArrayCheck(FileCheck):
-    """A shard's file of one array."""
+    """Check of a shard's file of one array: length, index, every row's bytes and checksums."""
 
     def __init__(self, path: Path, layout: ArrayLayout, listing: ShardListing) -> None:
         super().__init__(path, listing)
@@ -195,15 +194,15 @@ class ArrayCheck(FileCheck):
         try:
             index = layout.decode_index(bytes(tail))
         except ValueError:
-            if is_zero(descriptor, size):
-                yield self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+            if _is_zero(descriptor, size):
+                yield self._zeros()
             else:
                 yield self._of_file("checksum", f"the file's index is damaged: {self._images()} are lost")
             return
         yield from self._compare(descriptor, index)
 
     def _compare(self, descriptor: int, index: np.ndarray) -> Iterator[Finding]:
-        """Every slot of the index against the listing, and every listed row's bytes."""
+        """Compare every slot of the index with the listing, and every listed row's bytes with its checksums."""
         first = self._listing.rows.start
         done = {record.row - first: record for record in self._listing.records if record.status == "done"}
         damaged = {problem.row - first for problem in self._listing.problems if problem.row is not None}
@@ -249,21 +248,8 @@ class ArrayCheck(FileCheck):
             yield self._of_row("checksum", message, record.row, record.key)
 
 
-def _is_finite(values: np.ndarray) -> bool:
-    if values.dtype.kind != "f":
-        return True
-    if values.dtype.itemsize == 2:
-        # isfinite converts float16 value by value; its exponent says the same five times as fast.
-        exponent = np.uint16(0x7C00)
-        return bool(((values.view(np.uint16) & exponent) != exponent).all())
-    return bool(np.isfinite(values).all())
-
-
-# --- A shard's kept images against its listing.
-
-
 class TarCheck(FileCheck):
-    """A shard's tar: its length, and every member's header and bytes."""
+    """Check of a shard's kept images: the tar's length, every member's header and bytes."""
 
     def __init__(self, path: Path, kind: str, listing: ShardListing) -> None:
         super().__init__(path, listing)
@@ -279,8 +265,8 @@ class TarCheck(FileCheck):
         # Where a row's listing is damaged, the length of its image isn't known; every tar has an end.
         if size < len(END) or (size != expected and not self._listing.problems):
             yield self._short(size, expected)
-        elif kept and is_zero(descriptor, size):
-            yield self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+        elif kept and _is_zero(descriptor, size):
+            yield self._zeros()
         else:
             for record, image in kept:
                 yield from self._compare(descriptor, record, image)
@@ -298,3 +284,19 @@ class TarCheck(FileCheck):
         else:
             return
         yield self._of_row("checksum", message, record.row, record.key)
+
+
+def _is_zero(descriptor: int, size: int) -> bool:
+    """Return True if an open file of `size` bytes is nothing but zero bytes."""
+    piece = 1 << 20
+    return not any(os.pread(descriptor, piece, start).strip(b"\0") for start in range(0, size, piece))
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype.kind != "f":
+        return True
+    if values.dtype.itemsize == 2:
+        # isfinite converts float16 value by value; its exponent says the same five times as fast.
+        exponent = np.uint16(0x7C00)
+        return bool(((values.view(np.uint16) & exponent) != exponent).all())
+    return bool(np.isfinite(values).all())
