@@ -1,4 +1,4 @@
-"""One distillation from its configuration to its result: open, describe, prepare the folder, train."""
+"""Way into `mobilesam distill`: open the store, describe the run, create or resume its folder, train, summarise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-STOPPED_EARLY = "stopped before training went on, so that nothing was lost; run the same command again"
+STOPPED_EARLY = "stopped before training began, so that nothing was lost; run the same command again"
 """Message of a stop by a signal before there is anything to save."""
 
 
@@ -58,37 +58,39 @@ def distill(
     stop: StopFlag | None = None,
     latest: bool = True,
 ) -> dict[str, Any]:
-    """Fits a student to a store's embeddings and returns the run's result.
+    """Train a student on a store's embeddings.
 
-    A run that was interrupted goes on; one that is finished returns its result without training. The keys:
-    `run` (absolute path), `epochs`, `steps`, `seconds` (all sessions of the run), `images_per_second` (images
-    trained by time in the training loop), `data_wait_share` (of that time), `val` (metrics of the validation
-    rows after the last epoch).
+    An interrupted run resumes; a finished one returns its result without training. Started by torchrun, every process
+    calls this with the same configuration and gets the same result; rank 0 alone writes. In the main thread SIGINT
+    and SIGTERM save a checkpoint and stop.
 
-    Started by torchrun, every process calls this with the same configuration, and gets the same result; the first one
-    alone writes. With `latest`, runs/latest is made to point at the run.
+    Args:
+        config: all options.
+        progress: called after each step and each batch of an evaluation, for display.
+        stop: set it to save a checkpoint and stop.
+        latest: make `runs/latest` point to the run.
 
-    In the main thread SIGINT and SIGTERM save and stop; so does setting `stop`. Raises DistillInterrupted then,
-    DistillError, StoreError or SamError (each with a message for the user) when something is wrong.
+    Returns:
+        `run` (absolute path), `epochs`, `steps`, `seconds` (of all sessions of the run), `images_per_second` (images
+        trained by seconds in the training loop), `data_wait_share` (share of these seconds), `val` (metrics of the
+        validation rows after the last epoch); with labels from annotations `labels` (`annotated`, `images`, `empty`
+        and `broken`, numbers of images).
+
+    Raises:
+        DistillInterrupted: stopped by a signal or by `stop`.
+        DistillError, StoreError, SamError: something is wrong, with a message for the user.
     """
     stop = stop or StopFlag()
     with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
         processes = stack.enter_context(join_process_group())
         store = stack.enter_context(EmbeddingStore.open(config.store))
-        records = _committed(store)
+        records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
-        initial = None
-        if config.init is not None:
-            initial = read_initial(config.init, config.student, store.spec.image_size)
-            if config.objective == "decoder":
-                _check_finished(initial, config.student)
+        initial = _initial_weights(config, store)
         description = describe(config, store, records, split, initial, processes)
-        # No colon in a folder's name: rsync and scp take what is before it for a host.
-        label = config.student.replace(":", "-")
-        name = f"{label}-{digest(description.identity, description.data.to_json())}"
         head = store.read_head() if store.head_path.exists() else None
-        folder = config.out or RUNS / name
-        begun: tuple[Path, dict[str, Any] | None] | None = None
+        folder = config.out or RUNS / _folder_name(description)
+        started: tuple[Path, dict[str, Any] | None] | None = None
         if processes.is_main:
             stack.enter_context(explain_os_errors(folder))
             run = stack.enter_context(
@@ -96,8 +98,8 @@ def distill(
             )
             if latest:
                 point_latest(run.path)
-            begun = run.path, _finished(run)
-        path, finished = processes.broadcast(begun)
+            started = run.path, _finished_result(run)
+        path, finished = processes.broadcast(started)
         if not processes.is_main:
             run = Run.open(path)
         if finished is not None:
@@ -105,109 +107,12 @@ def distill(
         return _train(config, run, store, records, initial, processes, stop, progress)
 
 
-def _finished(run: Run) -> dict[str, Any] | None:
-    """The result of a run that is finished and whole."""
-    finished = run.result()
-    if finished is None or not _whole(run):
-        return None
-    run.checkpoints.drop_previous()
-    logger.info("%s is finished: its result is reported again; --restart trains anew", run.path)
-    return finished
+def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
+    """Return the rows to learn from; warn of rows that are missing or failed an audit.
 
-
-def _whole(run: Run) -> bool:
-    """Whether a finished run can be used as it lies there; its last checkpoint restores what can't."""
-    try:
-        run.student()
-        run.mean_embedding()
-    except DistillError as error:
-        logger.warning("%s\nthe run's last checkpoint restores it", error)
-        return False
-    return True
-
-
-def _train(
-    config: DistillConfig,
-    run: Run,
-    store: EmbeddingStore,
-    records: Sequence[ImageRecord],
-    initial: InitialWeights | None,
-    processes: ProcessGroup,
-    stop: StopFlag,
-    progress: Callable[[Progress], None] | None,
-) -> dict[str, Any]:
-    device = resolve_device(processes.local_device(config.device))
-    if device.type == "cpu":
-        keep_freed_memory()
-    resolved = run.description.resolved
-    compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
-    workers = config.workers or default_workers(device)
-    pin_memory = device.type == "cuda"
-    student = build_student(config.student, store.spec.image_size, config.seed)
-    if initial is not None and not run.checkpoints.exist():
-        initial.apply(student)
-    student = student.to(device)
-    objective = build_objective(config, store, device)
-    if initial is not None and initial.head is not None and objective.head is not None:
-        objective.head.load_state_dict(initial.head)
-    labels = _labels(config, run)
-    with (
-        _compiled(student, config),
-        Loader(
-            store, records, run.image_root, workers=workers, pin_memory=pin_memory, labels=labels
-        ) as loader,
-    ):
-        trainer = Trainer(
-            config,
-            run,
-            student,
-            loader,
-            compute=compute,
-            objective=objective,
-            processes=processes,
-        )
-        return trainer.fit(stop, progress)
-
-
-def _check_finished(initial: InitialWeights, student: str) -> None:
-    """Raises DistillError where a file doesn't have the whole of a student, as it was trained."""
-    if initial.left or initial.resized:
-        raise DistillError(
-            f"{initial.path} is no finished {student}: {len(initial.left)} of its weights are missing and "
-            f"{len(initial.resized)} are for another image size; give a student that distill has trained"
-        )
-
-
-def _labels(config: DistillConfig, run: Run) -> Labels | None:
-    """Where objects are read from; None where the teacher's masks are all."""
-    if config.labels == "teacher":
-        return None
-    assert run.image_root is not None, "_image_root has seen to it"
-    return Labels(run.image_root, run.description.image_size, config.objects, config.seed)
-
-
-@contextmanager
-def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
-    """Has torch.compile translate the student as it is used, if that was asked for. Its weights keep their names."""
-    if not config.compile:
-        yield
-        return
-    from torch._dynamo.exc import TorchDynamoException
-
-    student.compile()
-    try:
-        yield
-    except TorchDynamoException as error:
-        fact = str(error).strip().splitlines()[0]
-        raise DistillError(
-            f"torch.compile can't translate {config.student} here ({fact}); leave out --compile, which only makes "
-            "training faster"
-        ) from error
-
-
-def _committed(store: EmbeddingStore) -> list[ImageRecord]:
-    """The rows to learn from; says how many are missing."""
-    records, counts = store.manifest.records("done"), store.manifest.counts()
+    Raises DistillError when there is none, or the store's preprocessing is not this version's.
+    """
+    records, counts = store.records("done"), store.counts()
     if not records:
         raise DistillError(
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
@@ -224,20 +129,24 @@ def _committed(store: EmbeddingStore) -> list[ImageRecord]:
         )
     if outside := store.audits_out_of_tolerance():
         logger.warning(
-            "%s: %d of its audited rows are not what the teacher computes; mobilesam inspect tells the numbers",
+            "%s: %d of its audited rows are not what the teacher computes; mobilesam inspect shows the numbers",
             store.path,
             len(outside),
         )
     return records
 
 
-def default_workers(device: torch.device) -> int:
-    """Decoding threads: few on a CPU, which trains slower than one of them decodes."""
-    available = len(os.sched_getaffinity(0))
-    return min(2 if device.type == "cpu" else 16, available)
-
-
-# --- What config.json says of a run, and what its student's file says of it.
+def _initial_weights(config: DistillConfig, store: EmbeddingStore) -> InitialWeights | None:
+    """Read the file of `--init`, if one is given; the decoder objective needs a whole student in it."""
+    if config.init is None:
+        return None
+    initial = read_initial(config.init, config.student, store.spec.image_size)
+    if config.objective == "decoder" and (initial.left or initial.resized):
+        raise DistillError(
+            f"{initial.path} is no finished {config.student}: {len(initial.left)} of its weights are missing and "
+            f"{len(initial.resized)} are for another image size; give a student that distill has trained"
+        )
+    return initial
 
 
 def describe(
@@ -248,19 +157,31 @@ def describe(
     initial: InitialWeights | None,
     processes: ProcessGroup,
 ) -> RunDescription:
-    """The content of config.json for a run begun now."""
-    info = student_info(config.student)
+    """Return the description of a run that begins now: device, precision and micro-batch are resolved here.
+
+    Args:
+        config: all options.
+        store: open for reading.
+        records: of the rows to learn from.
+        split: these rows, for training and for validation.
+        initial: weights to start from, if a file of them was given.
+        processes: those that train together.
+
+    Raises:
+        DistillError: the student is unknown, the images are missing, or there are no annotations to learn from.
+        SamError: the device or the precision can't be had here.
+    """
     device = resolve_device(processes.local_device(config.device))
     precision = resolve_precision(config.precision, device)
     micro_batch = config.micro_batch or default_micro_batch(
-        info,
+        student_info(config.student),
         -(-config.batch_size // processes.world_size),
         store.spec.image_size,
         precision,
         device,
         masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
     )
-    counts = store.manifest.counts()
+    counts = store.counts()
     root = _image_root(config, store)
     return RunDescription(
         student=config.student,
@@ -272,10 +193,13 @@ def describe(
             store_id=store.spec.store_id,
             rows=len(records),
             rows_digest=rows_digest(records),
-            annotated=_annotated(root, records) if config.labels == "annotations" else None,
+            annotated=_count_annotated(root, records) if config.labels == "annotations" else None,
         ),
         resolved=ResolvedSettings(
-            device=str(device), precision=precision, micro_batch=micro_batch, processes=processes.world_size
+            device=str(device),
+            precision=precision,
+            micro_batch=micro_batch,
+            processes=processes.world_size,
         ),
         store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
         image_root=root,
@@ -290,7 +214,7 @@ def describe(
 
 
 def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
-    """The folder of the images that are learned from; None for those that the store keeps."""
+    """Return the folder of the images; None for those that the store keeps, which have no annotations."""
     root = image_root(store, config.images)
     if root is None and config.labels == "annotations":
         raise DistillError(
@@ -299,8 +223,8 @@ def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
     return root
 
 
-def _annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
-    """How many of the images have annotations beside them; DistillError where none has."""
+def _count_annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
+    """Return the number of images with annotations beside them; DistillError if it is 0."""
     assert root is not None, "_image_root has seen to it"
     count = count_annotated(root, records)
     if not count:
@@ -311,11 +235,102 @@ def _annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
     return count
 
 
-# --- What a run has come to, as lines for people.
+def _folder_name(description: RunDescription) -> str:
+    """Return the student's name and a digest of what is learned from which data."""
+    # No colon in a folder's name: rsync and scp take what is before it for a host.
+    label = description.student.replace(":", "-")
+    return f"{label}-{digest(description.identity, description.data.to_json())}"
+
+
+def _finished_result(run: Run) -> dict[str, Any] | None:
+    """Return the result of a finished run; None if it is to be trained, or restored from its last checkpoint."""
+    finished = run.result()
+    if finished is None:
+        return None
+    try:
+        run.student()
+        run.mean_embedding()
+    except DistillError as error:
+        logger.warning("%s\nthe run's last checkpoint restores it", error)
+        return None
+    run.checkpoints.drop_previous()
+    logger.info("%s is finished: its result is reported again; --restart trains from the start", run.path)
+    return finished
+
+
+def _train(
+    config: DistillConfig,
+    run: Run,
+    store: EmbeddingStore,
+    records: Sequence[ImageRecord],
+    initial: InitialWeights | None,
+    processes: ProcessGroup,
+    stop: StopFlag,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    """Build student, objective and loader, and train; returns the run's result."""
+    device = resolve_device(processes.local_device(config.device))
+    if device.type == "cpu":
+        keep_freed_memory()
+    resolved = run.description.resolved
+    compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
+    student = build_student(config.student, store.spec.image_size, config.seed)
+    if initial is not None and not run.checkpoints.exist():
+        initial.apply(student)
+    student = student.to(device)
+    objective = build_objective(config, store, device)
+    if initial is not None and initial.head is not None and objective.head is not None:
+        objective.head.load_state_dict(initial.head)
+    loader = Loader(
+        store,
+        records,
+        run.image_root,
+        workers=config.workers or default_workers(device),
+        pin_memory=device.type == "cuda",
+        labels=_annotation_labels(config, run),
+    )
+    with _compiled(student, config), loader:
+        trainer = Trainer(
+            config, run, student, loader, compute=compute, objective=objective, processes=processes
+        )
+        return trainer.fit(stop, progress)
+
+
+def _annotation_labels(config: DistillConfig, run: Run) -> Labels | None:
+    """Return the reader of annotations; None if labels are the teacher's masks."""
+    if config.labels == "teacher":
+        return None
+    assert run.image_root is not None, "_image_root has seen to it"
+    return Labels(run.image_root, run.description.image_size, config.objects, config.seed)
+
+
+@contextmanager
+def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
+    """Let torch.compile translate the student at its first use, if that was asked for. Weights keep their names."""
+    if not config.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    student.compile()
+    try:
+        yield
+    except TorchDynamoException as error:
+        fact = str(error).strip().splitlines()[0]
+        raise DistillError(
+            f"torch.compile can't translate {config.student} here ({fact}); leave out --compile, which only makes "
+            "training faster"
+        ) from error
+
+
+def default_workers(device: torch.device) -> int:
+    """Return the default number of decoding threads: few on a CPU, where training is slower than decoding."""
+    available = len(os.sched_getaffinity(0))
+    return min(2 if device.type == "cpu" else 16, available)
 
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
-    """The result of `distill`; the metrics are those of the image part of the held-out rows."""
+    """Return the result of `distill` as lines for the terminal; metrics are of the validation rows' valid cells."""
     val = result["val"]
     lines = [
         f"{result['run']}: {result['epochs']} epochs, {result['steps']:,} steps, {result['seconds']:.0f} s",
