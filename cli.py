@@ -1,12 +1,13 @@
-"""The command line: options to config objects, errors to exit codes. What it says goes to standard error, results
-to standard output.
+"""Command line: one command a function. Config objects are made of options, and errors become exit codes.
 
-Exit codes: 0 done; 1 a check or threshold failed; 2 usage; 3 input or environment; 130 and 143 interrupted.
-Rooms are imported inside commands, so that `--help` is instant.
+Results go to standard output, messages and progress to standard error. Each command returns its exit code, and
+`_explain` chooses that of an error. Rooms are imported inside commands, except for their configs, so that `--help`
+is instant.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -14,47 +15,44 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from datetime import timedelta
-from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .distill.config import LABELS, OBJECTIVES, DistillConfig
-from .sam.registry import TEACHERS
+from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
+from .common.errors import Interrupted, MobileSamError, ReportError
+from .distill.config import CostConfig, DistillConfig
+from .precompute.config import PrecomputeConfig
+from .predict.config import ExportConfig, SegmentConfig
+from .verify.config import VerifyConfig
+from .verify.evaluate.config import EvaluateConfig
+from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
 
 if TYPE_CHECKING:
     from .distill import Progress
     from .precompute import Snapshot
 
-FAILED_CHECK, INPUT = 1, 3
-# Whether a path can be read is for the rooms to say: that is input, not usage.
-_PATH = click.Path(path_type=Path, readable=False)
-
-# Options that several commands have, with the same meaning.
-_device = click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]")
-_moved_images = click.option(
-    "--images", type=_PATH, metavar="DIR", help="Where the images are now, if they moved."
-)
-_checkpoint = click.option("--checkpoint", type=_PATH, metavar="FILE", help="The teacher's weights.")
+# Exit codes. click itself exits with 2 for wrong usage; a signal's code is 128 + its number (130 and 143).
+DONE, FAILED_CHECK, INPUT = 0, 1, 3
 
 
 class RoomCommand(click.Command):
-    """A command whose rooms' errors become one or two lines and an exit code."""
+    """Command whose return value is its exit code, and whose errors become one or two lines and an exit code."""
 
-    def invoke(self, context: click.Context) -> Any:
-        """Run, and translate what is raised."""
-        debug = context.params.pop("debug", False)
+    def invoke(self, context: click.Context) -> None:
+        """Run the command and exit."""
+        debug = context.params.pop("debug")
         try:
-            return super().invoke(context)
+            code = super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
-            context.exit(130)
+            code = 130
         except Exception as error:  # noqa: BLE001 - this is where errors end
             if debug:
                 traceback.print_exc()
@@ -63,53 +61,26 @@ class RoomCommand(click.Command):
                 click.echo(f"error: {message}", err=True)
             elif code == INPUT:
                 click.echo(f"error in process {_rank()}: {message}", err=True)
-            context.exit(code)
-
-
-def _rank() -> int:
-    """Which of torchrun's processes this is: only the first one, 0, reports."""
-    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
+        context.exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
-    from .common.errors import (
-        DistillError,
-        PrecomputeError,
-        PredictError,
-        ReportError,
-        SamError,
-        StoreError,
-        VerifyError,
-    )
-
-    signum = getattr(error, "signum", None)
-    if signum is not None:
-        return str(error), 128 + signum
+    """Return the message for an error and the exit code."""
+    if isinstance(error, Interrupted):
+        return str(error), 128 + error.signum
     if isinstance(error, ReportError) and isinstance(error.__cause__, Exception):
         message, code = _explain(error.__cause__)
         return f"no report: {message}", code
-    if isinstance(error, SamError | StoreError | PrecomputeError | DistillError | VerifyError | PredictError):
+    if isinstance(error, MobileSamError):
         return str(error), INPUT
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}", INPUT
     return f"unexpected {type(error).__name__}: {error}\nThis is a bug; --debug shows where.", INPUT
 
 
-@contextmanager
-def _usage() -> Iterator[None]:
-    """What a config object refuses is a wrong use of options."""
-    try:
-        yield
-    except Exception as error:
-        message, code = _explain(error)
-        if code != INPUT or message.startswith("unexpected"):
-            raise
-        raise click.UsageError(message) from error
-
-
-def _options(*options: Callable) -> Callable:
-    """One decorator of many."""
-    return lambda command: reduce(lambda decorated, option: option(decorated), reversed(options), command)
+def _rank() -> int:
+    """Return the rank among torchrun's processes; only rank 0 reports."""
+    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
 
 
 def _common(command: Callable) -> Callable:
@@ -118,24 +89,19 @@ def _common(command: Callable) -> Callable:
     return json_option(debug_option(command))
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given: the others take their config object's defaults."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 class Reporter:
     """Messages and progress on standard error: a bar on a terminal, else a line every `LINE_SECONDS`."""
 
     LINE_SECONDS = 10.0
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, title: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
         self._console = Console(stderr=True, highlight=False)
         self._last_time, self._last_shown = time.monotonic(), (-1.0, -1.0)
         self._bar = Progress(
-            TextColumn(what),
+            TextColumn(title),
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             TextColumn("{task.fields[note]}"),
@@ -152,11 +118,11 @@ class Reporter:
         self._bar.stop()
 
     def message(self, text: str) -> None:
-        """A line that matters once."""
+        """Print one line."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, done: float, total: float, note: str) -> None:
-        """How far it is, and a note such as rate and time left."""
+        """Show the progress and a note, such as rate and time left."""
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
             return
@@ -166,22 +132,22 @@ class Reporter:
             self.message(f"{done:,.0f}/{total:,.0f} {note}")
 
     def download(self, done: int, total: int) -> None:
-        """Bytes of a checkpoint downloaded."""
+        """Show the bytes of a checkpoint downloaded."""
         self.show(done, total, "bytes downloaded")
 
-    def training(self, progress: Progress) -> None:
-        """How far distill is."""
-        loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
-        speed = [f"{progress.images_per_second:.3g} images/s", f"{_time(progress.eta_seconds)} left"]
-        what = [f"steps, epoch {progress.epoch} of {progress.epochs}", progress.phase]
-        self.show(progress.step, progress.steps, ", ".join([*what, *loss, *speed]))
-
     def comparison(self, done: int, total: int) -> None:
-        """How far verify is."""
+        """Show the images compared."""
         self.show(done, total, "images")
 
+    def training(self, progress: Progress) -> None:
+        """Show the steps of a distillation."""
+        loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
+        speed = [f"{progress.images_per_second:.3g} images/s", f"{_time(progress.eta_seconds)} left"]
+        place = [f"steps, epoch {progress.epoch} of {progress.epochs}", progress.phase]
+        self.show(progress.step, progress.steps, ", ".join([*place, *loss, *speed]))
+
     def progress(self, snapshot: Snapshot) -> None:
-        """How far precompute is."""
+        """Show the images of a precompute job."""
         rate = snapshot.images_per_second
         speed = [] if rate is None else [f"{rate:.3g} images/s", f"{_time(snapshot.eta or 0)} left"]
         counts = [f"{snapshot.done_before:,} done before", f"{snapshot.failed:,} failed"]
@@ -197,10 +163,8 @@ def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
 
 
 @contextmanager
-def _figures_first(as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> Iterator[None]:
-    """What was found is printed also where its report can't be made."""
-    from .verify import ReportError
-
+def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> Iterator[None]:
+    """Print the result before the error where only its report could not be written."""
     try:
         yield
     except ReportError as error:
@@ -214,77 +178,33 @@ def main() -> None:
     """Distil Segment Anything's image encoder into a small one.
 
     \b
-    mobilesam precompute --images DIR --out store.zarr    run the teacher once, into a Zarr store
-    mobilesam distill --epochs 8                          fit the student to the store
-    mobilesam verify                                      how close student and teacher are
-    mobilesam evaluate --store S --model NAME=FILE        any models' masks, with the teacher's and with labels
-    mobilesam inspect store.zarr --check                  what a store is, and whether it is whole
-    mobilesam segment photo.jpg --point 320 240           masks of one image
-    mobilesam export --out exported                       files for MobileSAM's own code and for onnxruntime
-    mobilesam students                                    what there is to distil into, and what it costs
-    mobilesam sweep --epochs 2,4,8 --seed 0,1,2           a grid of students, side by side
+    mobilesam precompute --images DIR --out store.zarr    embed images with the teacher, into a Zarr store
+    mobilesam distill --epochs 8                          train a student on the store
+    mobilesam verify                                      compare student and teacher
+    mobilesam evaluate --store S --model NAME=FILE        compare models by their masks
+    mobilesam inspect store.zarr --check                  describe a store and check it
+    mobilesam segment photo.jpg --point 320 240           segment one image
+    mobilesam export --out exported                       write files for MobileSAM's code and for onnxruntime
+    mobilesam students                                    list the students and their cost
+    mobilesam sweep --epochs 2,4,8 --seed 0,1,2           train and compare a grid of students
     """
-    # Only our own: a handler at the root would print what dask and matplotlib say to themselves.
+    # Only this package's logger: a handler at the root would print the messages of dask and matplotlib.
     logger = logging.getLogger(__package__)
     logger.handlers[:] = [logging.StreamHandler()]
     logger.propagate = False
 
 
-# fmt: off
-_precompute_options = _options(
-    click.option("--images", type=_PATH, multiple=True, required=True, metavar="DIR|TAR...",
-                  help="Folders (searched recursively) and .tar files; several may follow one --images."),
-    click.argument("more", nargs=-1, type=_PATH, metavar="[DIR|TAR]..."),
-    click.option("--out", type=_PATH, default="store.zarr", show_default=True,
-                  help="The store, made or gone on with."),
-    click.option("--teacher", type=click.Choice(list(TEACHERS)),
-                  help="[default: the store's, else vit_h]"),
-    click.option("--checkpoint", type=_PATH, metavar="FILE",
-                  help="The teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]"),
-    click.option("--fraction", type=float, default=1.0, show_default=True, metavar="F",
-                  help="Keep this share of the images, chosen by a hash of each one's name."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of --fraction's choice."),
-    click.option("--limit", type=int, metavar="N", help="At most this many images."),
-    click.option("--extend", is_flag=True, help="Append images that the store lacks."),
-    click.option("--retry-failed", is_flag=True, help="Compute shards with failed images anew."),
-    click.option("--dtype", type=click.Choice(["float16", "float32", "int8"]),
-                  help="Of the stored embeddings [default: the store's, else float16]"),
-    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-                  help="Of the teacher's arithmetic; auto is bfloat16 where the hardware accelerates it."),
-    _device,
-    click.option("--workers", type=int, metavar="N", help="Worker processes [default: one a GPU; 1 on a CPU]"),
-    click.option("--scheduler", metavar="ADDRESS", help="Use the dask cluster at this address."),
-    click.option("--shard-size", default="auto", show_default=True, metavar="S",
-                  help="Images per shard; auto is 64, or less where a shard would take over five minutes."),
-    click.option("--batch-size", type=int, metavar="B",
-                  help="Images that the teacher takes at once [default: by device]"),
-    click.option("--compile", is_flag=True,
-                  help="Have torch.compile translate the teacher first: minutes at each worker's start."),
-    click.option("--image-size", type=int, metavar="PX",
-                  help="Side of the teacher's input [default: the store's, else 1024]"),
-    click.option("--image-timeout", type=float, default=120.0, show_default=True, metavar="SECONDS",
-                  help="An image that takes longer to read and decode fails."),
-    click.option("--audit", type=int, default=2, show_default=True, metavar="K",
-                  help="At the end, embed K random images of this run again in float32 and compare."),
-    click.option("--keep-images", is_flag=True,
-                  help="Keep the resized images in the store, too: it then trains and verifies without the photos."),
-    click.option("--performance-report", type=_PATH, metavar="FILE.html",
-                  help="Write dask's performance report."),
-    click.option("--dry-run", is_flag=True, help="Say what would be done, needed and taken; change nothing."),
-)
-# fmt: on
-
-
 @main.command(cls=RoomCommand)
-@_precompute_options
+@config_options(PrecomputeConfig)
+@click.argument("more", nargs=-1, type=PATH_TYPE, metavar="[DIR|TAR]...")
+@click.option("--dry-run", is_flag=True, help="Print the plan, its time and its disk space; change nothing.")
 @_common
-def precompute(
-    images: tuple[Path, ...], more: tuple[Path, ...], dry_run: bool, as_json: bool, **options: Any
-) -> None:
-    """Run the teacher once over the images, into a store.
+def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, as_json: bool) -> int:
+    """Embed images with the teacher and write the embeddings to a store.
 
     A rerun of the same command computes only what is missing. A broken image is recorded as failed and does not
-    stop the job. Exit code 1 when the audit finds stored embeddings that are not the teacher's.
+    stop the job. Exit code 1 if the audit finds stored embeddings that are not the teacher's, 3 if no image could be
+    embedded.
 
     \b
     Examples:
@@ -299,112 +219,30 @@ def precompute(
       mobilesam precompute --images /nfs/photos --image-timeout 600 --audit 10
       mobilesam precompute --images /data/photos --out /data/store.zarr --scheduler tcp://10.0.0.1:8786 --debug
     """
-    from .precompute import PrecomputeConfig
-    from .precompute import dry_run as plan_only
+    from .precompute import dry_run as plan
     from .precompute import precompute as run
     from .precompute.dry_run import plan_lines
     from .precompute.run import summary_lines
 
-    with _usage():
-        shard_size = _auto_or_number("--shard-size", options.pop("shard_size"))
-        config = PrecomputeConfig(images=images + more, shard_size=shard_size, **options)
+    config = replace(config, images=config.images + more)
     with Reporter("precompute") as reporter:
-        result = plan_only(config, reporter) if dry_run else run(config, reporter)
+        result = plan(config, reporter) if dry_run else run(config, reporter)
     _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
-    if not dry_run:
-        click.get_current_context().exit(_precompute_code(result))
-
-
-def _precompute_code(result: dict[str, Any]) -> int:
-    """A store in which nothing could be embedded is of no use to the next command; one out of tolerance neither."""
+    if dry_run:
+        return DONE
     if result["failed"] == result["images"]:
         return INPUT
-    return FAILED_CHECK if result["out_of_tolerance"] else 0
-
-
-def _auto_or_number(option: str, value: str) -> int | None:
-    if value == "auto":
-        return None
-    try:
-        return int(value)
-    except ValueError:
-        raise click.UsageError(f"{option} {value!r} is neither auto nor a number") from None
-
-
-_DISTILL = {field.name: field.default for field in fields(DistillConfig)}
-
-
-# fmt: off
-_distill_options = _options(
-    click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
-                  help="What precompute made."),
-    _moved_images,
-    click.option("--student", default=_DISTILL["student"], show_default=True, metavar="NAME",
-                  help="tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, or timm:NAME for a backbone of timm's."),
-    click.option("--init", type=_PATH, metavar="FILE",
-                  help="Start from these weights: ImageNet's (timm's or TinyViT's files), MobileSAM's, a student's."),
-    click.option("--epochs", type=int, default=_DISTILL["epochs"], show_default=True),
-    click.option("--batch-size", type=int, default=_DISTILL["batch_size"], show_default=True,
-                  help="Images that one optimizer step is made of."),
-    click.option("--micro-batch", type=int, metavar="M",
-                  help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"),
-    click.option("--lr", type=float, default=_DISTILL["lr"], show_default=True,
-                  help="Highest learning rate; a decoder that is trained has a tenth of it."),
-    click.option("--weight-decay", type=float, default=_DISTILL["weight_decay"], show_default=True),
-    click.option("--warmup", type=float, default=_DISTILL["warmup"], show_default=True,
-                  help="Share of the steps in which the rate rises."),
-    click.option("--seed", type=int, default=_DISTILL["seed"], show_default=True),
-    click.option("--val-fraction", type=float, default=_DISTILL["val_fraction"], show_default=True,
-                  help="Share of the images held out."),
-    click.option("--objective", type=click.Choice(OBJECTIVES), default=_DISTILL["objective"], show_default=True,
-                  help="The embeddings alone; masks through SAM's decoder, which stays as it is (semi_coupled) or is "
-                  "trained, too (coupled); or the decoder alone, for the student that --init names."),
-    click.option("--labels", type=click.Choice(LABELS), default=_DISTILL["labels"], show_default=True,
-                  help="Whose masks: the teacher's, or those of SA-1B's JSON files beside the images, where there "
-                  "are any."),
-    click.option("--objects", type=int, default=_DISTILL["objects"], show_default=True, metavar="N",
-                  help="Objects of each image that a step asks for."),
-    click.option("--rounds", type=int, default=_DISTILL["rounds"], show_default=True, metavar="N",
-                  help="Prompts of each object: the first one, and corrections."),
-    click.option("--boxes", type=float, default=_DISTILL["boxes"], show_default=True, metavar="SHARE",
-                  help="Of the objects, asked for by a box first; the others by a point."),
-    click.option("--mse-weight", type=float, default=_DISTILL["mse_weight"], show_default=True,
-                  help="Of the embeddings' error, beside the masks'."),
-    click.option("--focal-weight", type=float, default=_DISTILL["focal_weight"], show_default=True),
-    click.option("--dice-weight", type=float, default=_DISTILL["dice_weight"], show_default=True),
-    click.option("--iou-weight", type=float, default=_DISTILL["iou_weight"], show_default=True,
-                  help="Of the error of predicted IoUs."),
-    click.option(
-        "--loss-region",
-        type=click.Choice(["all", "valid"]),
-        default=_DISTILL["loss_region"],
-        show_default=True,
-        help="The whole square, or only its image part.",
-    ),
-    click.option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bfloat16"]),
-        default=_DISTILL["precision"],
-        show_default=True,
-    ),
-    _device,
-    click.option("--compile", is_flag=True, default=None,
-                  help="Have torch.compile translate the student first: minutes at the start, then faster on GPUs."),
-    click.option("--resume/--restart", default=True, show_default=True,
-                  help="Go on with the same run, or begin it anew."),
-    click.option("--out", type=_PATH, metavar="runs/NAME",
-                  help="The run's folder [default: by student, options and data]"),
-)
-# fmt: on
+    return FAILED_CHECK if result["out_of_tolerance"] else DONE
 
 
 @main.command(cls=RoomCommand)
-@_distill_options
+@config_options(DistillConfig)
 @_common
-def distill(resume: bool, as_json: bool, **options: Any) -> None:
-    """Fit a student to a store's embeddings, by their mean squared error or by the masks made of them.
+def distill(config: DistillConfig, as_json: bool) -> int:
+    """Train a student on a store's embeddings, or on the masks that SAM's decoder makes of them.
 
-    Writes runs/NAME and points runs/latest to it. A rerun of the same command goes on where it was.
+    Writes the run to runs/NAME and points runs/latest to it. A rerun of the same command resumes the run; a finished
+    one is only reported.
 
     \b
     Examples:
@@ -424,46 +262,25 @@ def distill(resume: bool, as_json: bool, **options: Any) -> None:
     from .distill.run import summary_lines
     from .distill.students.registry import student_info
 
-    with _usage():
-        config = DistillConfig(**_given(**options), restart=not resume)
+    with usage_errors():
         student_info(config.student)
     if _rank():
         logging.disable(logging.WARNING)
         run(config)
-        return
+        return DONE
     with Reporter("distill") as reporter:
         result = run(config, progress=reporter.training)
     _print(as_json, result, [*summary_lines(result), "Next: mobilesam verify"])
-
-
-# fmt: off
-_verify_options = _options(
-    click.option("--student", type=_PATH, metavar="RUN_OR_FILE", help="[default: runs/latest]"),
-    click.option("--store", type=_PATH, help="[default: the run's]"),
-    _moved_images,
-    click.option("--split", type=click.Choice(["val", "train", "all"]), default="val", show_default=True),
-    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True,
-                  help="Of the student's arithmetic; auto is what it was trained in."),
-    _device,
-    click.option("--batch-size", type=int, metavar="B", help="[default: by device]"),
-    click.option("--report", type=_PATH, metavar="FILE.html",
-                  help="Write one self-contained page with curves and pictures."),
-    click.option("--min-cosine", type=float, metavar="X", help="Fail below this mean cosine (valid cells)."),
-    click.option("--min-skill", type=float, metavar="X", help="Fail below this skill (valid cells)."),
-    click.option("--min-miou", type=float, metavar="X", help="Fail below this mean IoU of the masks."),
-    click.option("--points", type=int, default=4, show_default=True, metavar="N",
-                  help="Compare the masks of N x N points in each image; 0 leaves masks out."),
-)
-# fmt: on
+    return DONE
 
 
 @main.command(cls=RoomCommand)
-@_verify_options
+@config_options(VerifyConfig)
 @_common
-def verify(as_json: bool, **options: Any) -> None:
+def verify(config: VerifyConfig, as_json: bool) -> int:
     """Compare a student with its teacher: their embeddings, and the masks that SAM's decoder makes of them.
 
-    Exit code 1 when a threshold is missed.
+    Prints the metrics and writes only the report. Exit code 1 if a threshold is missed.
 
     \b
     Examples:
@@ -474,27 +291,26 @@ def verify(as_json: bool, **options: Any) -> None:
       mobilesam verify --student runs/mine --store store.zarr --images /data/photos --split train
       mobilesam verify --precision float32 --device cpu --batch-size 2 --debug
     """
-    from .verify import VerifyConfig, table_lines
+    from .verify import table_lines
     from .verify import verify as run
 
-    with _usage():
-        config = VerifyConfig(**options)
-    with _figures_first(as_json, table_lines), Reporter("verify") as reporter:
+    with _printed_without_report(as_json, table_lines), Reporter("verify") as reporter:
         result = run(config, progress=reporter.comparison)
     _print(as_json, result, table_lines(result))
-    if not result["passed"]:
-        click.get_current_context().exit(FAILED_CHECK)
+    return DONE if result["passed"] else FAILED_CHECK
 
 
 @main.command(cls=RoomCommand)
-@click.argument("store", type=_PATH, default="store.zarr")
-@click.option("--check", is_flag=True, help="Read everything and name each damaged shard and image.")
-@click.option("--repair", is_flag=True, help="Check, and take damaged shards out, to be computed anew.")
+@click.argument("store", type=PATH_TYPE, default="store.zarr")
+@click.option("--check", is_flag=True, help="Read everything and list each damaged shard and image.")
+@click.option(
+    "--repair", is_flag=True, help="Check, and remove damaged shards, so that precompute recomputes them."
+)
 @_common
-def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
-    """Tell what a store is, and whether it is whole.
+def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> int:
+    """Describe a store, and check or repair it.
 
-    Exit code 1 when something is wrong with it, 0 when --repair has mended that. A good shard is never touched.
+    Exit code 1 if the store is damaged, 0 if --repair has removed the damage. Intact shards are never changed.
 
     \b
     Examples:
@@ -507,20 +323,17 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> None:
     with Reporter("inspect") as reporter:
         result = inspect_store(store, check=check or repair, repair=repair, progress=reporter.comparison)
     _print(as_json, result, inspection_lines(result))
-    if result["problems"]:
-        click.get_current_context().exit(FAILED_CHECK)
+    return FAILED_CHECK if result["problems"] else DONE
 
 
 @main.command(cls=RoomCommand)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--image-size", type=int, default=1024, show_default=True, metavar="PX")
-@_device
-@click.option(
-    "--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="float32", show_default=True
-)
+@config_options(CostConfig)
 @_common
-def students(names: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """List students with what they cost: parameters, multiply-accumulates, milliseconds an image on this machine.
+def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
+    """List students and their cost: parameters, multiply-accumulates, and milliseconds per image on this machine.
+
+    Without names, all students. Exit code 3 if none of them could be built.
 
     \b
     Examples:
@@ -535,46 +348,19 @@ def students(names: tuple[str, ...], as_json: bool, **options: Any) -> None:
     with Reporter("students") as reporter:
         for name in names:
             reporter.show(len(rows), len(names), name)
-            rows += students_table([name], **options)
+            rows += students_table([name], **dataclasses.asdict(config))
     _print(as_json, {"students": rows}, students_lines(rows))
-    if all(row["error"] is not None for row in rows):
-        click.get_current_context().exit(INPUT)
-
-
-# fmt: off
-_segment_options = _options(
-    click.argument("image", type=_PATH),
-    click.option("--student", type=_PATH, metavar="RUN_OR_FILE",
-                  help="A run, an export, a student's file, or one like mobile_sam.pt [default: runs/latest]"),
-    click.option("--head", type=_PATH, metavar="STORE_OR_FILE",
-                  help="SAM's mask decoder, where the student lies without it."),
-    click.option("--teacher", type=click.Choice(list(TEACHERS)), help="In a student's place."),
-    _checkpoint,
-    click.option("--point", "points", type=float, nargs=2, multiple=True, metavar="X Y",
-                  help="On the object, in pixels of the image; may be repeated."),
-    click.option("--negative-point", "negative_points", type=float, nargs=2, multiple=True, metavar="X Y",
-                  help="Beside the object; may be repeated."),
-    click.option("--box", "boxes", type=float, nargs=4, multiple=True, metavar="X0 Y0 X1 Y1",
-                  help="Around the object. Several mean an object each."),
-    click.option("--everything", is_flag=True, help="Whatever SAM's automatic mask generator finds."),
-    click.option("--out", type=_PATH, default="overlay.png", show_default=True, metavar="FILE",
-                  help="The picture with the masks drawn in, PNG or JPEG."),
-    click.option("--masks", type=_PATH, metavar="DIR", help="Write each mask as a PNG, 255 on the object."),
-    click.option("--rle", type=_PATH, metavar="FILE", help="Write the masks as SA-1B does, in COCO's RLE."),
-    _device,
-    click.option("--image-size", type=int, metavar="PX",
-                  help="For teachers and files like mobile_sam.pt, which don't say [default: 1024]"),
-)
-# fmt: on
+    return INPUT if all(row["error"] is not None for row in rows) else DONE
 
 
 @main.command(cls=RoomCommand)
-@_segment_options
+@config_options(SegmentConfig)
 @_common
-def segment(as_json: bool, **options: Any) -> None:
+def segment(config: SegmentConfig, as_json: bool) -> int:
     """Segment one image by points, boxes, or everything in it.
 
-    All points, with the box if there is one, mean one object. Prints how long the embedding and the masks took.
+    All points, with the box if there is only one, mean one object. Writes a picture with the masks drawn into it, and
+    prints the time taken by the embedding and by the masks.
 
     \b
     Examples:
@@ -585,40 +371,24 @@ def segment(as_json: bool, **options: Any) -> None:
       mobilesam segment photo.jpg --teacher vit_b --checkpoint sam_vit_b_01ec64.pth --point 320 240 --device cuda:0
       mobilesam segment photo.jpg --teacher vit_nano --image-size 256 --everything --debug
     """
-    from .predict import SegmentConfig
     from .predict import segment as run
     from .predict.run import segment_lines
 
-    with _usage():
-        config = SegmentConfig(**options)
     with Reporter("segment") as reporter:
         result = run(config, download=reporter.download)
     _print(as_json, result, segment_lines(result))
+    return DONE
 
 
 @main.command(cls=RoomCommand)
-@click.option("--student", type=_PATH, metavar="RUN_OR_FILE", help="[default: runs/latest]")
-@click.option("--head", type=_PATH, metavar="STORE_OR_FILE", help="SAM's mask decoder, if it lies elsewhere.")
-@click.option(
-    "--out",
-    type=_PATH,
-    required=True,
-    metavar="X.pt|encoder.onnx|decoder.onnx|DIR",
-    help="What to make, by its name; a folder gets all of them.",
-)
-@click.option(
-    "--image-size",
-    type=int,
-    metavar="PX",
-    help="For files like mobile_sam.pt, which don't say [default: 1024]",
-)
+@config_options(ExportConfig)
 @_common
-def export(as_json: bool, **options: Any) -> None:
-    """Make files that run without this package.
+def export(config: ExportConfig, as_json: bool) -> int:
+    """Write files that run without this package.
 
-    X.pt is for MobileSAM's own code: student and head as one checkpoint (of tiny_vit alone). encoder.onnx and
-    decoder.onnx are for onnxruntime; both are compared with torch before they are left there. A folder gets all of
-    these, safetensors with JSON, and a card that says what teacher, data and metrics are behind them.
+    X.pt is for MobileSAM's own code: student and head as one checkpoint (tiny_vit only). encoder.onnx and
+    decoder.onnx are for onnxruntime; both are compared with torch before they are written. A folder gets all of
+    these, safetensors with JSON, and a model card with teacher, data and metrics.
 
     \b
     Examples:
@@ -627,57 +397,21 @@ def export(as_json: bool, **options: Any) -> None:
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
     """
-    from .predict import ExportConfig
     from .predict import export as run
     from .predict.export.run import export_lines
 
-    with _usage():
-        config = ExportConfig(**options)
-        _ = config.kind
     result = run(config)
     _print(as_json, result, export_lines(result))
-
-
-# fmt: off
-_evaluate_options = _options(
-    click.option("--model", "models", multiple=True, metavar="NAME=FILE",
-                 help="May be repeated. FILE is a run, an export, a student's file, mobile_sam.pt, a checkpoint of "
-                 "vit_b, vit_l or vit_h, or vit_nano; fastsam:FILE (or the name fastsam) is FastSAM, through "
-                 "ultralytics, whose licence is AGPL-3.0; PREDICTOR:FILE is for packages with an entry point in "
-                 "mobilesam.predictors."),
-    click.option("--store", type=_PATH, help="Its images and its teacher's embeddings."),
-    click.option("--images", type=_PATH, metavar="DIR|TAR",
-                 help="Without a store: the images. With one: where they are now, if they moved."),
-    click.option("--teacher", type=click.Choice(list(TEACHERS)), help="To be run on --images."),
-    _checkpoint,
-    click.option("--coco", type=_PATH, metavar="FILE.json",
-                 help="Labels: a COCO instances file [default: SA-1B's JSON beside each image]"),
-    click.option("--points", type=int, default=4, show_default=True, metavar="N",
-                 help="N x N points in each image against the teacher; 0 leaves that out."),
-    click.option("--distances", default="100,200,300,400,500", show_default=True, metavar="PX,PX,...",
-                 help="Between a foreground and a background point; none leaves pairs out."),
-    click.option("--max-objects", type=int, default=64, show_default=True, metavar="N",
-                 help="At most so many labelled objects an image, drawn."),
-    click.option("--split", type=click.Choice(["auto", "val", "all"]), default="auto", show_default=True,
-                 help="Of a store; auto is what no run among the models was trained on."),
-    click.option("--limit", type=int, metavar="N", help="At most this many images."),
-    click.option("--seed", type=int, default=0, show_default=True),
-    click.option("--image-size", type=int, metavar="PX",
-                 help="For files that don't say theirs [default: the store's, else 1024]"),
-    _device,
-    click.option("--report", type=_PATH, metavar="FILE.html",
-                 help="Write one self-contained page with everybody's masks side by side."),
-)
-# fmt: on
+    return DONE
 
 
 @main.command(cls=RoomCommand)
-@_evaluate_options
+@config_options(EvaluateConfig)
 @_common
-def evaluate(models: tuple[str, ...], distances: str, as_json: bool, **options: Any) -> None:
-    """Compare models by their masks: with the teacher's, with labels, and by what they cost.
+def evaluate(config: EvaluateConfig, as_json: bool) -> int:
+    """Compare models by their masks, against the teacher's and against labels, and by their cost.
 
-    The same prompts go to all of them. A broken image or label fails that image alone; exit code 3 when there was
+    All models get the same prompts. A broken image or label fails that image alone. Exit code 3 if there was
     nothing to compare.
 
     \b
@@ -690,81 +424,30 @@ def evaluate(models: tuple[str, ...], distances: str, as_json: bool, **options: 
       mobilesam evaluate --images photos --model other=their_predictor:weights.pt --limit 100 --seed 1 --json
       mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
     """
-    from .verify import EvaluateConfig, evaluate_masks, evaluation_lines
+    from .verify import evaluate_masks, evaluation_lines
 
-    with _usage():
-        pairs = tuple((name, value) for name, _, value in (model.partition("=") for model in models))
-        config = EvaluateConfig(models=pairs, distances=_pixels(distances), **options)
-    with _figures_first(as_json, evaluation_lines), Reporter("evaluate") as reporter:
+    with _printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
         result = evaluate_masks(config, progress=reporter.comparison, download=reporter.download)
     _print(as_json, result, evaluation_lines(result))
-    if not result["evaluated"]:
-        click.get_current_context().exit(INPUT)
-
-
-def _pixels(distances: str) -> tuple[int, ...]:
-    try:
-        return () if distances == "none" else tuple(map(int, distances.split(",")))
-    except ValueError:
-        raise click.UsageError(f"--distances {distances!r}: give pixels, such as 100,200, or none") from None
-
-
-def _axis(name: str, help_text: str) -> Callable:
-    """An option of sweep that takes several values, with commas between."""
-    return click.option(f"--{name.replace('_', '-')}", name, metavar="V,...", help=help_text)
-
-
-# fmt: off
-_sweep_options = _options(
-    click.option("--store", type=_PATH, default=_DISTILL["store"], show_default=True,
-                  help="What precompute made."),
-    _moved_images,
-    _axis("student", "As distill has it, and so on; each without its values has distill's default."),
-    _axis("init", "Files or runs to start from."),
-    _axis("objective", "decoupled, semi_coupled, coupled; decoder finetunes what decoupled has made, or --init."),
-    _axis("batch_size", "Images that one optimizer step is made of."),
-    _axis("epochs", "[default: 8]"),
-    _axis("iterations", "In place of --epochs: optimizer steps, to the nearest number of epochs."),
-    _axis("lr", "Highest learning rates."),
-    _axis("weight_decay", "Of AdamW."),
-    _axis("warmup", "Shares of the steps in which the rate rises."),
-    _axis("loss_region", "all, valid"),
-    _axis("labels", "teacher, annotations. This and the next are of masks, and left out where decoupled."),
-    _axis("objects", "Objects of each image that a step asks for."),
-    _axis("rounds", "Prompts of each object."),
-    _axis("boxes", "Shares of the objects asked for by a box first."),
-    _axis("mse_weight", "Of the embeddings' error beside the masks'."),
-    _axis("focal_weight", "Of the masks' focal loss."),
-    _axis("dice_weight", "Of their dice loss."),
-    _axis("iou_weight", "Of the error of predicted IoUs."),
-    _axis("seed", "Several show the spread."),
-    click.option("--micro-batch", type=int, metavar="M", help="Images in memory at once [default: as distill]"),
-    click.option("--val-fraction", type=float, default=_DISTILL["val_fraction"], show_default=True,
-                  help="Share of the images held out, the same ones in all runs."),
-    click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto",
-                  show_default=True),
-    _device,
-    click.option("--compile", is_flag=True, default=None, help="Have torch.compile translate the students."),
-    click.option("--points", type=int, default=4, show_default=True, metavar="N",
-                  help="Compare the masks of N x N points in each image."),
-    click.option("--test-store", type=_PATH, metavar="STORE",
-                  help="Judge the students by all images of another store, too."),
-    click.option("--test-images", type=_PATH, metavar="DIR", help="Where those are now, if they moved."),
-    click.option("--scheduler", metavar="ADDRESS",
-                  help="Train on the dask cluster at this address, one run a worker [default: all here, in turn]"),
-    click.option("--out", type=_PATH, default="sweeps/latest", show_default=True, metavar="sweeps/NAME"),
-)
-# fmt: on
+    return DONE if result["evaluated"] else INPUT
 
 
 @main.command(cls=RoomCommand)
-@_sweep_options
+@config_options(DistillConfig, "base", only=["store", "images"])
+@mapping_options(AXIS_OPTIONS, "axes")
+@config_options(DistillConfig, "base", only=["micro_batch", "val_fraction", "precision", "device", "compile"])
+@config_options(SweepConfig)
 @_common
-def sweep(as_json: bool, **options: Any) -> None:
-    """Train and verify a grid of students: every combination of the values given, with commas between.
+def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, ...]], as_json: bool) -> int:
+    """Train and verify a grid of students: every combination of the values given.
 
-    Leaves tables in the shape of the paper's, results.json and report.html in --out. A rerun of the same command goes
-    on where it was; further values add their runs. Exit code 1 when a run failed, which doesn't stop the others.
+    An option with V,... takes several values with commas between; without it, all runs have distill's default.
+    Options that an objective doesn't use are left out of its runs. Decoder runs finetune the students of the
+    decoupled runs, or those that --init names.
+
+    Writes runs, results.json, report.html, and tables in the layout of the MobileSAM paper's to --out. A rerun of the
+    same command resumes the sweep; further values add their runs. Exit code 1 if a run failed, which doesn't stop the
+    others.
 
     \b
     Examples:
@@ -778,27 +461,16 @@ def sweep(as_json: bool, **options: Any) -> None:
       mobilesam sweep --seed 0,1,2,3 --scheduler tcp://10.0.0.1:8786 --micro-batch 8 --compile --debug
     """
     from .distill.students.registry import student_info
-    from .verify import SweepConfig
     from .verify import sweep as run
-    from .verify.sweep.config import AXES, parse_axis
     from .verify.sweep.grid import plan_trials
     from .verify.sweep.run import summary_lines
 
-    common = {name: options.pop(name) for name in (
-        "store", "images", "micro_batch", "val_fraction", "precision", "device", "compile"
-    )}  # fmt: skip
-    with _usage():
-        texts = _given(**{name: options.pop(name) for name in (*AXES, "iterations")})
-        axes = {name: parse_axis(name, text) for name, text in texts.items()}
-        iterations = axes.pop("iterations", ())
-        config = SweepConfig(
-            base=DistillConfig(**_given(**common)), axes=axes, iterations=iterations, **options
-        )
+    with usage_errors():
+        config = replace(config, base=base, iterations=axes.pop("iterations", ()), axes=axes)
         plan_trials(config, training_rows=1)
         for student in axes.get("student", ()):
             student_info(student)
     with Reporter("sweep") as reporter:
         result = run(config, message=reporter.message, progress=reporter.training)
     _print(as_json, result, summary_lines(result))
-    if result["failed"]:
-        click.get_current_context().exit(FAILED_CHECK)
+    return FAILED_CHECK if result["failed"] else DONE

@@ -79,9 +79,10 @@ class DistillConfig:
     """Largest norm of the gradient."""
     freeze_norm: float = 0.5
     """Share of all steps after which batch norms keep their statistics; 1 is never."""
-    seed: int = option(0, help="Seed of initial weights, split, order of the images and prompts.")
+    seed: int = option(0, help="Seed of initial weights, order of the images, and prompts.")
     val_fraction: float = option(
-        0.05, help="Share of images held out for validation; copies of one image count once."
+        0.05,
+        help="Share of images held out for validation; the same ones for every seed.",
     )
     objective: str = option(
         "decoupled",

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mobilesam.cli import main
-from mobilesam.distill import DistillConfig
-from mobilesam.precompute import PrecomputeConfig
+from mobilesam.distill.config import CostConfig, DistillConfig
+from mobilesam.precompute.config import PrecomputeConfig
+from mobilesam.predict.config import ExportConfig, SegmentConfig
+from mobilesam.verify.config import VerifyConfig
+from mobilesam.verify.evaluate.config import EvaluateConfig
+from mobilesam.verify.sweep.config import AXES, AXIS_OPTIONS, SweepConfig
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 COMMANDS = [
@@ -70,29 +75,72 @@ def test_there_are_these_commands_and_no_others() -> None:
     assert set(main.commands) == set(COMMANDS)
 
 
-def test_defaults_on_the_command_line_are_the_libraries() -> None:
-    distill = main.commands["distill"].make_context("distill", [])
-    defaults = DistillConfig()
-    for name, value in distill.params.items():
-        if hasattr(defaults, name) and value is not None:
-            assert value == getattr(defaults, name), name
-    given = main.commands["precompute"].make_context("precompute", ["--images", "photos"]).params
-    config = PrecomputeConfig(images=(Path("photos"),), out=Path("store.zarr"))
-    for name in (
-        "fraction",
-        "seed",
-        "limit",
-        "extend",
-        "retry_failed",
-        "precision",
-        "device",
-        "workers",
-        "out",
-        "audit",
-        "compile",
-        "image_timeout",
-    ):
-        assert given[name] == getattr(config, name), name
+CONFIGS: dict[str, Any] = {
+    "precompute": PrecomputeConfig(images=(Path("photos"),)),
+    "distill": DistillConfig(),
+    "verify": VerifyConfig(),
+    "students": CostConfig(),
+    "segment": SegmentConfig(image=Path("photo.jpg"), everything=True),
+    "export": ExportConfig(out=Path("exported")),
+    "evaluate": EvaluateConfig(models=(("mine", "run"),), store=Path("store.zarr")),
+}
+"""Config that each command's options make, with what is required and nothing else."""
+REQUIRED = {
+    "precompute": ["--images", "photos"],
+    "segment": ["photo.jpg", "--everything"],
+    "export": ["--out", "exported"],
+    "evaluate": ["--model", "mine=run", "--store", "store.zarr"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_defaults_on_the_command_line_are_the_configs(name: str) -> None:
+    config = CONFIGS[name]
+    given = main.commands[name].make_context(name, list(REQUIRED.get(name, []))).params
+    options = [field.name for field in fields(config) if "option" in field.metadata]
+    assert set(options) <= given.keys()
+    for option in options:
+        default = getattr(config, option)
+        assert given[option] == default or (given[option] in (None, ()) and not default), option
+
+
+@pytest.mark.parametrize("name", ["distill", "sweep"])
+def test_the_defaults_that_the_help_shows_are_those_of_distill(name: str) -> None:
+    page = _run(name, "--help").output.partition("Options:")[2]
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=-)", page)[1:]}
+    for field in fields(DistillConfig):
+        if "option" in field.metadata and field.default is not None and not isinstance(field.default, bool):
+            entry = entries[f"--{field.name.replace('_', '-')}"]
+            assert entry.endswith(f"[default: {field.default}]"), entry
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_described_in_a_sentence(name: str) -> None:
+    page = _run(name, "--help").output
+    for option in main.commands[name].params:
+        if isinstance(option, click.Option):
+            text = option.help or ""
+            assert option.opts[-1] in page
+            assert text[:1].isupper(), option.name
+            assert text.endswith((".", "]")), option.name
+            assert text.split()[0] not in ("Of", "What", "Whether", "Which", "How", "As", "Where"), (
+                option.name
+            )
+
+
+@pytest.mark.parametrize("config", [*map(type, CONFIGS.values()), SweepConfig])
+def test_every_option_of_a_config_has_a_help_text(config: type) -> None:
+    for field in fields(config):
+        if "option" in field.metadata:
+            assert field.metadata["option"].help, field.name
+
+
+def test_a_sweep_has_an_option_for_each_of_its_axes() -> None:
+    assert AXIS_OPTIONS.keys() == {*AXES, "iterations"}
+    axes = {"batch_size": (4, 8), "init": (Path("a.pt"), Path("b"))}
+    arguments = ["--batch-size", "4, 8", "--init", "a.pt,b"]
+    given = main.commands["sweep"].make_context("sweep", arguments).params
+    assert {name: given[name] for name in AXIS_OPTIONS if given[name] is not None} == axes
 
 
 def test_several_folders_and_tars_may_follow_one_images_option() -> None:
@@ -122,6 +170,14 @@ def test_the_version_is_told() -> None:
         (["precompute", "--images", "x", "--audit", "-1"], "--audit -1"),
         (["precompute", "--images", "x", "--image-timeout", "0"], "--image-timeout 0"),
         (["export"], "export"),
+        (["export", "--out", "mine.zip"], "give a name that ends in .pt"),
+        (
+            ["evaluate", "--store", "x", "--model", "m=f", "--distances", "far"],
+            "--distances 'far': give pixels",
+        ),
+        (["evaluate", "--store", "x"], "--model NAME=FILE"),
+        (["sweep", "--batch-size", "4,many"], "batch size must be int values"),
+        (["sweep", "--student", "resnet"], "resnet"),
     ],
 )
 def test_wrong_use_exits_2_and_names_what_is_wrong(arguments: list[str], told: str) -> None:

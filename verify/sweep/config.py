@@ -5,26 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from ...common.config import must_be, option, require
+from ...common.config import Option, must_be, option, require
 from ...common.errors import VerifyError
 from ...distill.config import DistillConfig
 from ..config import MOST_POINTS
 
 
-def _value_types(names: str) -> Mapping[str, type]:
+def _value_types(*names: str) -> Mapping[str, type]:
     """Return the types of these options of distill; of an optional one the type that isn't None."""
     hints = get_type_hints(DistillConfig)
-    return MappingProxyType({name: (*get_args(hints[name]), hints[name])[0] for name in names.split()})
+    return MappingProxyType({name: (*get_args(hints[name]), hints[name])[0] for name in names})
 
 
 AXES = _value_types(
-    "seed student init objective labels objects rounds boxes mse_weight focal_weight dice_weight iou_weight "
-    "lr weight_decay warmup loss_region batch_size epochs"
-)
+    "seed", "student", "init", "objective", "labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight",
+    "dice_weight", "iou_weight", "lr", "weight_decay", "warmup", "loss_region", "batch_size", "epochs",
+)  # fmt: skip
 """Options of distill that may have several values in a sweep, with the type of a value. The first varies slowest:
 all combinations of one seed come before those of the next, so that a sweep is of use before it ends."""
 
@@ -99,6 +100,31 @@ def parse_axis(name: str, text: str) -> tuple[Any, ...]:
         return tuple(map(kind, parts))
     except ValueError:
         raise VerifyError(must_be(name, text, f"{kind.__name__} values with commas between")) from None
+
+
+def _axis_options(*names: str) -> Mapping[str, Option]:
+    """Return the command-line options of these axes: those of distill, except that they take several values."""
+    fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
+    options = {}
+    for name in names:
+        field = fields["epochs" if name == "iterations" else name]
+        described = field.metadata["option"]
+        default = "" if field.default is None else f" [default: {field.default}]"
+        text = described.help + default
+        if name == "iterations":
+            text = "Numbers of optimizer steps, in place of --epochs; each run gets the nearest number of epochs."
+        options[name] = dataclasses.replace(
+            described, help=text, metavar="V,...", choices=(), parse=partial(parse_axis, name)
+        )
+    return MappingProxyType(options)
+
+
+AXIS_OPTIONS = _axis_options(
+    "student", "init", "objective", "batch_size", "epochs", "iterations", "lr", "weight_decay", "warmup",
+    "loss_region", "labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight",
+    "seed",
+)  # fmt: skip
+"""Options of `mobilesam sweep` that take several values, in the order of its help."""
 
 
 def _absolute(path: Path | None) -> Path | None:
