@@ -210,8 +210,8 @@ def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
 
     Returns:
         `cosine`: over the channels at each cell, mean over cells. `relative_mse`: sum (s - t)^2 / sum (t - t_c)^2,
-        with t_c the fresh embedding's mean per channel. Where one is undefined, -1 and the largest float: neither JSON
-        nor SQLite has a NaN.
+        with t_c the fresh embedding's mean per channel. Where one is undefined, -1 and the largest float: neither
+        JSON nor SQLite has a NaN.
     """
     stored_CN = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
     fresh_CN = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)

@@ -1,4 +1,4 @@
-"""The audit at the end of a run: green for the teacher's embeddings, red for others."""
+"""Audit at the end of a run: embeddings of the teacher are in tolerance, others are not."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import pytest
 import torch
 from listener import Listener
 
-from mobilesam.precompute import PrecomputeError, PrecomputeInterrupted, Snapshot, shard
-from mobilesam.precompute import audit as audit_module
-from mobilesam.precompute.audit import Sample, compare
+from mobilesam.precompute import PrecomputeError, PrecomputeInterrupted, Snapshot, audit, shard
+from mobilesam.precompute.audit import ReservoirSample, compare
 from mobilesam.precompute.decode import Batch
 from mobilesam.precompute.shard import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
@@ -125,7 +124,7 @@ def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
 def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
     run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
 ) -> None:
-    load = audit_module.decoded_batches
+    load = audit.decoded_batches
 
     def changing(*arguments: Any) -> Any:
         with (photos / "0-admiral.png").open("ab") as file:
@@ -133,7 +132,7 @@ def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
         (photos / "1-astronaut.png").unlink()
         return load(*arguments)
 
-    monkeypatch.setattr(audit_module, "decoded_batches", changing)
+    monkeypatch.setattr(audit, "decoded_batches", changing)
     result = run(audit=7, observer=listener)
     assert result["audit"]["rows"] == 5
     told = sorted(message for message in listener.messages if message.startswith("not audited"))
@@ -149,7 +148,7 @@ def test_an_audit_that_fails_says_so_and_what_is_committed_stays(
     def starved(*_: object) -> None:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(audit_module, "_embed", starved)
+    monkeypatch.setattr(audit, "_embed", starved)
     with pytest.raises(PrecomputeError, match=r"audit could not be done \(MemoryError: no room\).*--audit 0"):
         run(audit=1)
     assert run(audit=1)["done_before"] == 7
@@ -191,13 +190,13 @@ def test_a_run_that_is_interrupted_is_not_audited(run: Run, tmp_path: Path) -> N
 
 def test_a_signal_ends_an_audit_that_lasts(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    embed = audit_module._embed
+    embed = audit._embed
 
     def lasting(*arguments: Any) -> np.ndarray:
         release.wait()
         return embed(*arguments)
 
-    monkeypatch.setattr(audit_module, "_embed", lasting)
+    monkeypatch.setattr(audit, "_embed", lasting)
     with pytest.raises(PrecomputeInterrupted, match="7 of 7 images are committed"):
         run(audit=2, observer=InterruptingAtMessage("audit: embedding 2"))
     release.set()
@@ -212,9 +211,9 @@ def _result(row: int, reason: str | None = None) -> RowResult:
 def test_every_done_row_has_the_same_chance_to_be_audited() -> None:
     drawn = [0] * 10
     for _ in range(4000):
-        sample = Sample(2)
-        sample.show([_result(row) for row in range(5)])
-        sample.show([_result(row) for row in range(5, 10)] + [_result(10, "broken")])
+        sample = ReservoirSample(2)
+        sample.add([_result(row) for row in range(5)])
+        sample.add([_result(row) for row in range(5, 10)] + [_result(10, "broken")])
         assert len(set(sample.rows)) == 2
         for row in sample.rows:
             drawn[row] += 1

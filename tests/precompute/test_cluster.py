@@ -1,13 +1,13 @@
-"""Clusters that are not as hoped: unknown, measured from afar, lost; and signals while one starts."""
+"""Clusters that are absent, don't start or are lost; the workers' part in a plan; scratch folders."""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import signal
-import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,17 +15,19 @@ from distributed import LocalCluster
 from distributed.comm import CommClosedError
 from precompute_command import committed
 
-from mobilesam.common.signals import starting_processes
 from mobilesam.precompute import PrecomputeError, Snapshot, dry_run
+from mobilesam.precompute.cluster import scratch_folder
 from mobilesam.precompute.config import PrecomputeConfig
-from mobilesam.precompute.progress import Silent
+from mobilesam.precompute.progress import SilentObserver
 from mobilesam.store import EmbeddingStore
 
 Run = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize("address", ["bogus", "foo://host:1"])
-def test_an_address_that_is_none_is_told(run: Run, address: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_an_invalid_scheduler_address_is_refused_by_name(
+    run: Run, address: str, recwarn: pytest.WarningsRecorder
+) -> None:
     with pytest.raises(PrecomputeError, match=f"no dask scheduler at {address}"):
         run(scheduler=address)
     assert not list(recwarn)
@@ -44,7 +46,7 @@ def test_shard_and_batch_size_are_chosen_by_the_clusters_workers(
         assert store.spec.shard_size == 4
 
 
-class _Closing(Silent):
+class _Closing(SilentObserver):
     """Closes a cluster as soon as something is committed."""
 
     def __init__(self, cluster: LocalCluster, store: Path) -> None:
@@ -69,30 +71,9 @@ def test_a_scheduler_that_goes_away_ends_the_run_and_what_is_committed_stays(
     assert run(shard_size=1)["done_before"] == done
 
 
-def test_ctrl_c_while_workers_start_is_heard_afterwards_and_never_by_them() -> None:
-    heard: list[int] = []
-    masks: list[str] = []
-
-    def start_child() -> None:
-        masks.append(subprocess.check_output(["grep", "SigBlk", "/proc/self/status"], text=True))
-
-    before = signal.signal(signal.SIGINT, lambda signum, _: heard.append(signum))
-    try:
-        with starting_processes():
-            thread = Thread(target=start_child)
-            thread.start()
-            thread.join()
-            os.kill(os.getpid(), signal.SIGINT)
-            assert heard == []
-        assert heard == [signal.SIGINT]
-        start_child()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    bit = 1 << signal.SIGINT - 1
-    assert [bool(int(mask.split()[1], 16) & bit) for mask in masks] == [True, False]
-
-
-def test_workers_that_dont_start_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_dont_start_end_the_run_with_the_likely_causes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(**_: object) -> None:
         raise RuntimeError("Nanny failed to start.")
 
@@ -103,7 +84,7 @@ def test_workers_that_dont_start_are_told(run: Run, monkeypatch: pytest.MonkeyPa
         run(scheduler=None, workers=2)
 
 
-def test_a_worker_that_dies_while_its_teacher_is_taken_from_it_costs_nothing(
+def test_a_worker_that_dies_while_it_releases_its_teacher_costs_nothing(
     run: Run, scheduler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def closed(*_: object) -> None:
@@ -111,4 +92,34 @@ def test_a_worker_that_dies_while_its_teacher_is_taken_from_it_costs_nothing(
 
     monkeypatch.setattr("distributed.Client.unregister_worker_plugin", closed)
     assert run(scheduler=scheduler)["done"] == 7
-    assert "couldn't be told to let go of the teacher" in caplog.text
+    assert "could not be told to release the teacher" in caplog.text
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+    os.close(descriptor)
+
+
+def test_only_folders_of_dead_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("mobilesam-dead", "mobilesam-alive", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "coordinator.lock").touch()
+        (tmp_path / name / "spilled").touch()
+    (tmp_path / "mobilesam-foreign").mkdir()
+    (tmp_path / "mobilesam-link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mobilesam-trap").mkdir()
+    (tmp_path / "mobilesam-trap" / "coordinator.lock").symlink_to(tmp_path / "elsewhere" / "coordinator.lock")
+    before = {path.name for path in tmp_path.iterdir()}
+    with _locked(tmp_path / "mobilesam-alive" / "coordinator.lock"):
+        with scratch_folder() as mine:
+            assert Path(mine).parent == tmp_path
+            with scratch_folder() as another:
+                assert mine != another
+                assert (Path(mine) / "coordinator.lock").exists()
+        assert {path.name for path in tmp_path.iterdir()} == before - {"mobilesam-dead"}
+        assert (tmp_path / "mobilesam-alive" / "spilled").exists()
+        assert (tmp_path / "elsewhere" / "spilled").exists()

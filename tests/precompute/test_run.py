@@ -234,12 +234,6 @@ def test_int8_is_near_float32(run: Run, tmp_path: Path) -> None:
     assert (error**2).sum() / ((truth - truth.mean(axis=(0, 2, 3), keepdims=True)) ** 2).sum() < 2e-4
 
 
-def test_no_scheduler_at_the_address_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.precompute.cluster.CONNECT_SECONDS", 1)
-    with pytest.raises(PrecomputeError, match="no dask scheduler at tcp://127"):
-        run(scheduler="tcp://127.0.0.1:9")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,3 +1,5 @@
+"""Sizes of shards and batches, and time limits."""
+
 from __future__ import annotations
 
 import pytest
@@ -49,3 +51,10 @@ def test_batch_size_by_device_and_never_larger_than_a_shard(
     asked: int | None, device_type: str, shard_size: int, expected: int
 ) -> None:
     assert sizing.batch_size(asked, device_type, shard_size) == expected
+
+
+def test_a_batch_may_take_twenty_times_the_slowest_and_the_first_half_an_hour() -> None:
+    assert sizing.batch_timeout(1, None) == 1800
+    assert sizing.batch_timeout(8, None) == 4800
+    assert sizing.batch_timeout(8, 0.01) == 300
+    assert sizing.batch_timeout(1, 320.0) == 6400

@@ -1,4 +1,4 @@
-"""Runs that find a store or its photos not as they left them, and teachers that give what can't be stored."""
+"""Runs that resume a store whose files or photos changed, and teachers whose values can't be stored."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ Run = Callable[..., dict[str, Any]]
 
 def _embeddings(path: Path) -> dict[str, bytes]:
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
+        return {
+            record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")
+        }
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "short"])
-def test_a_head_that_is_damaged_or_missing_is_written_anew_from_the_teacher(
+def test_a_damaged_or_missing_head_is_rewritten_from_the_teachers_file(
     run: Run, tmp_path: Path, listener: Listener, damage: str
 ) -> None:
     run(limit=2)
@@ -45,10 +47,10 @@ def test_a_head_that_is_damaged_or_missing_is_written_anew_from_the_teacher(
     result = run(limit=2, observer=listener)
     assert (result["done"], result["done_before"]) == (2, 2)
     assert head.read_bytes() == whole
-    (told,) = [message for message in listener.messages if "anew from the teacher's file" in message]
+    (told,) = [message for message in listener.messages if "from the teacher's file" in message]
     assert str(head) in told
     run(limit=2, observer=listener)
-    assert len([message for message in listener.messages if "anew from the teacher" in message]) == 1
+    assert len([message for message in listener.messages if "from the teacher's file" in message]) == 1
 
 
 def _records(path: Path) -> dict[str, ImageRecord]:
@@ -56,7 +58,7 @@ def _records(path: Path) -> dict[str, ImageRecord]:
         return {record.key: record for record in store.manifest.records(None)}
 
 
-def test_photos_that_changed_before_a_resume_are_taken_as_they_are_where_pending_and_refused_where_done(
+def test_photos_that_changed_before_a_resume_are_read_as_they_are_if_pending_and_refused_if_done(
     run: Run, tmp_path: Path, photos: Path
 ) -> None:
     run("undisturbed.zarr")
@@ -85,7 +87,7 @@ def test_photos_that_changed_before_a_resume_are_taken_as_they_are_where_pending
             assert read_checked(*arguments)
 
 
-def test_the_store_keeps_which_folders_and_limits_were_named_each_time(
+def test_the_store_records_the_folders_and_limits_of_each_run(
     run: Run, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = photos / os.fsdecode(b"more \xff")
@@ -108,7 +110,7 @@ def test_the_store_keeps_which_folders_and_limits_were_named_each_time(
         (1e6, "the teacher's values reach 1e+06, past float16's range: store them as float32"),
     ],
 )
-def test_an_image_that_the_teacher_gives_no_storable_values_for_fails_by_name_alone(
+def test_only_the_image_whose_embedding_cannot_be_stored_fails_and_is_named(
     run: Run,
     tmp_path: Path,
     listener: Listener,
@@ -121,7 +123,7 @@ def test_an_image_that_the_teacher_gives_no_storable_values_for_fails_by_name_al
     def broken(teacher: Teacher, batch: Batch) -> Embeddings:
         emb_BCHW = embed(teacher, batch).numpy().copy()
         for slot, loaded in enumerate(batch.images):
-            if loaded.image.key == "4-retina.png":
+            if loaded.image.ref.key == "4-retina.png":
                 emb_BCHW[slot, 200, 3, 1] = value
         return Embeddings(torch.from_numpy(emb_BCHW))
 

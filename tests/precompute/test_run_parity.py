@@ -1,4 +1,4 @@
-"""What precompute stores is what segment_anything's own predictor computes from the same checkpoint."""
+"""Stored embeddings equal those of segment_anything's own predictor with the same checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`precompute --compile`: what is compiled and what isn't, and what becomes of it."""
+"""`precompute --compile`: the shards' teacher is compiled, the audit's is not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mobilesam.store import EmbeddingStore
 Run = Callable[..., dict[str, Any]]
 
 
-def test_a_workers_teacher_is_compiled_once_for_its_batches_and_the_audits_never(
+def test_a_workers_teacher_is_compiled_once_for_its_batches_and_the_audits_is_not(
     run: Run, monkeypatch: pytest.MonkeyPatch, listener: Listener
 ) -> None:
     compiled: list[tuple[Teacher, int]] = []
@@ -49,11 +49,11 @@ def test_compiling_has_a_time_limit_of_its_own(run: Run, monkeypatch: pytest.Mon
     limits: list[tuple[float, str]] = []
 
     @contextmanager
-    def limited(_: TeacherPlugin, seconds: float, what: str = "a batch") -> Iterator[None]:
+    def time_limit(_: TeacherPlugin, seconds: float, what: str = "a batch") -> Iterator[None]:
         limits.append((seconds, what))
         yield
 
-    monkeypatch.setattr(TeacherPlugin, "limited", limited)
+    monkeypatch.setattr(TeacherPlugin, "time_limit", time_limit)
     monkeypatch.setattr(worker, "compile_teacher", lambda *_: None)
     run(compile=True)
     assert limits[:2] == [(3600 + 1800, "torch.compile"), (1800, "a batch")]
@@ -62,7 +62,7 @@ def test_compiling_has_a_time_limit_of_its_own(run: Run, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("place", ["torch.nn.Module.compile", "mobilesam.sam.teacher.Teacher.embed"])
 @pytest.mark.parametrize("kind", [TorchDynamoException, RuntimeError])
-def test_a_teacher_that_cannot_be_compiled_says_so(
+def test_a_failing_torch_compile_ends_the_run_and_names_the_option_to_leave_out(
     run: Run, monkeypatch: pytest.MonkeyPatch, place: str, kind: type[Exception]
 ) -> None:
     def failing(*_: object, **__: object) -> None:
@@ -71,12 +71,12 @@ def test_a_teacher_that_cannot_be_compiled_says_so(
     monkeypatch.setattr(place, failing)
     with pytest.raises(
         PrecomputeError,
-        match=r"can't translate vit_nano on a worker \(no C\+\+ compiler\); leave out --compile",
+        match=r"torch\.compile failed for vit_nano on a worker \(no C\+\+ compiler\); leave out --compile",
     ):
         run(compile=True, shard_size=7)
 
 
-def test_too_little_memory_for_a_compiled_batch_is_told_as_that(
+def test_too_little_memory_for_a_compiled_batch_is_reported_as_such(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starved(*_: object, **__: object) -> None:

@@ -1,3 +1,5 @@
+"""Selection of a store's images: fraction, seed, limit, and additions to what is stored."""
+
 from __future__ import annotations
 
 import os
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mobilesam.common.image_ref import ImageRef
 from mobilesam.precompute import PrecomputeError
-from mobilesam.precompute.plan import select, select_more
-from mobilesam.sam import ImageRef, in_fraction
+from mobilesam.precompute.plan import select, select_additional
+from mobilesam.sam import in_fraction
 from mobilesam.store import Selection
 
 
@@ -55,22 +58,25 @@ def test_a_fraction_that_keeps_nothing_is_refused_with_its_number() -> None:
 def test_a_rerun_with_the_same_selection_adds_nothing() -> None:
     files = _files(50)
     for selection in (_selection(), _selection(0.5, seed=4), _selection(limit=9), _selection(0.5, limit=9)):
-        assert select_more(files, selection, _stored(select(files, selection))) == []
+        assert select_additional(files, selection, _stored(select(files, selection))) == []
 
 
-def test_more_files_come_behind_what_is_stored() -> None:
+def test_additional_files_are_appended_after_the_stored_ones() -> None:
     files = _files(10)
     stored = _stored(files[4:])
-    assert _keys(select_more(files, _selection(), stored)) == _keys(files[:4])
+    assert _keys(select_additional(files, _selection(), stored)) == _keys(files[:4])
 
 
 def test_a_higher_limit_adds_up_to_it() -> None:
-    assert _keys(select_more(_files(10), _selection(limit=6), _stored(_files(4)))) == ["0004.jpg", "0005.jpg"]
+    assert _keys(select_additional(_files(10), _selection(limit=6), _stored(_files(4)))) == [
+        "0004.jpg",
+        "0005.jpg",
+    ]
 
 
 def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit() -> None:
     files = [ImageRef(key="000-new.jpg", size=1, offset=None), *_files(5)]
-    assert select_more(files, _selection(limit=5), _stored(_files(5))) == []
+    assert select_additional(files, _selection(limit=5), _stored(_files(5))) == []
 
 
 @pytest.mark.parametrize(
@@ -85,25 +91,25 @@ def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit(
         (_files(10), _selection(limit=9), r"--limit 9 is fewer than the 10"),
     ],
 )
-def test_fewer_is_refused_with_both_numbers(
+def test_a_selection_that_lacks_stored_images_is_refused_with_both_numbers(
     files: list[ImageRef], selection: Selection, message: str
 ) -> None:
     with pytest.raises(PrecomputeError, match=message):
-        select_more(files, selection, _stored(_files(10)))
+        select_additional(files, selection, _stored(_files(10)))
 
 
-def test_another_seed_is_refused_where_it_chooses_otherwise() -> None:
+def test_another_seed_that_drops_stored_images_is_refused() -> None:
     files = _files(100)
     stored = _stored(select(files, _selection(0.5, seed=1)))
     with pytest.raises(PrecomputeError, match="--seed 2"):
-        select_more(files, _selection(0.5, seed=2), stored)
+        select_additional(files, _selection(0.5, seed=2), stored)
 
 
 _KEYS = st.lists(st.text("abcé€😀\udcff/", min_size=1, max_size=3), unique=True)
 
 
 @given(listed=_KEYS, stored=_KEYS, fraction=st.floats(0.2, 1.0), limit=st.none() | st.integers(1, 12))
-def test_walking_both_side_by_side_gives_what_sets_give(
+def test_walking_listing_and_store_side_by_side_gives_the_same_as_sets(
     listed: list[str], stored: list[str], fraction: float, limit: int | None
 ) -> None:
     files = [ImageRef(key=key, size=1, offset=None) for key in sorted(listed, key=os.fsencode)]
@@ -119,19 +125,20 @@ def test_walking_both_side_by_side_gives_what_sets_give(
     walked = iter(sorted(map(os.fsencode, stored)))
     if problem:
         with pytest.raises(PrecomputeError, match=problem):
-            select_more(iter(files), selection, walked)
+            select_additional(iter(files), selection, walked)
         return
     new = [file for file in kept if file.key not in stored]
     assert (
-        select_more(iter(files), selection, walked) == new[: None if limit is None else limit - len(stored)]
+        select_additional(iter(files), selection, walked)
+        == new[: None if limit is None else limit - len(stored)]
     )
 
 
-def test_no_copy_of_a_stores_keys_is_made() -> None:
+def test_the_keys_of_a_store_are_never_all_in_memory() -> None:
     files = [ImageRef(key=f"{number:0200d}.jpg", size=1, offset=None) for number in range(50_000)]
     stored = (file.key.encode() for file in files)
     tracemalloc.start()
-    assert select_more(files, _selection(), stored) == []
+    assert select_additional(files, _selection(), stored) == []
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3_000_000, "bytes; the keys are 10,200,000, and other tests' threads allocate some"

@@ -1,4 +1,4 @@
-"""Which shard and image are blamed when workers die."""
+"""Shards and images that are blamed when workers die."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 from distributed import KilledWorker
 from listener import Listener
 
-from mobilesam.precompute import scheduler as job
-from mobilesam.precompute import shard
-from mobilesam.precompute import supervision as suspects
+from mobilesam.precompute import scheduler, shard, supervision
 from mobilesam.precompute.messages import ShardResult, ShardTask
+from mobilesam.precompute.scheduler import ShardScheduler
 from mobilesam.store import EmbeddingStore
 
 Run = Callable[..., dict[str, Any]]
@@ -26,11 +25,11 @@ def _killed() -> KilledWorker:
 
 
 def _deadly(task: ShardTask) -> bool:
-    return any(image.key == "2-coffee.png" and image.excluded is None for image in task.images)
+    return any(image.ref.key == "2-coffee.png" and image.excluded is None for image in task.images)
 
 
 def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
-    """Shard 0 holds the image, and ends when shard 1 was heard of, which dies once, since it ran beside it."""
+    """Shard 0 holds the deadly image, and ends after shard 1, which dies once because it ran beside it."""
     once, heard = task.store / "died", task.store / "heard"
     if task.shard == 1 and not once.exists():
         once.touch()
@@ -42,15 +41,15 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
     return shard.compute_shard(task, plugin_name)
 
 
-def _suspect(self: job.Job, task: ShardTask, error: KilledWorker) -> None:
-    """As the job does, which gives other shards POLL_SECONDS to be heard of: here, as long as it takes."""
+def _handle_killed_worker(self: ShardScheduler, task: ShardTask, error: KilledWorker) -> None:
+    """As the scheduler does, which waits POLL_SECONDS for other killed shards: here, as long as it takes."""
     (task.store / "heard").touch()
-    while any(_deadly(other) and future.status != "error" for future, other in self._flying.items()):
+    while any(_deadly(other) and future.status != "error" for future, other in self._in_flight.items()):
         time.sleep(0.01)
     _original(self, task, error)
 
 
-_original = job.Job._suspect
+_original = ShardScheduler._handle_killed_worker
 
 
 def _probe(task: ShardTask, plugin_name: str) -> bool:
@@ -62,16 +61,16 @@ def _probe(task: ShardTask, plugin_name: str) -> bool:
 def test_a_shard_that_ran_beside_the_deadly_one_is_not_blamed(
     run: Run, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "compute_shard", _compute)
-    monkeypatch.setattr(suspects, "probe", _probe)
-    monkeypatch.setattr(job.Job, "_suspect", _suspect)
+    monkeypatch.setattr(scheduler, "compute_shard", _compute)
+    monkeypatch.setattr(supervision, "probe", _probe)
+    monkeypatch.setattr(ShardScheduler, "_handle_killed_worker", _handle_killed_worker)
     result = run(observer=listener)
     assert (result["done"], result["failed"]) == (6, 1)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
         (record,) = store.manifest.records("failed")
-    assert (record.key, record.reason) == ("2-coffee.png", suspects.REASON)
+    assert (record.key, record.reason) == ("2-coffee.png", supervision.KILLED_REASON)
     assert [message for message in listener.messages if "workers died" in message] == [
         "workers died under shard 1: looking for the image among 3",
         "workers died under shard 0: looking for the image among 3",
     ]
-    assert not any("tried again" in message for message in listener.messages)
+    assert not any("retrying" in message for message in listener.messages)

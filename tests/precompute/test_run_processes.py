@@ -24,7 +24,7 @@ DASK = Path(sys.executable).with_name("dask")
 # the original every time.
 WAITING = """
 import itertools, pathlib, time
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 count = itertools.count()
 def waiting(data, image_size):
@@ -32,7 +32,7 @@ def waiting(data, image_size):
         while not pathlib.Path({gate!r}).exists():
             time.sleep(0.02)
     return load_image(data, image_size)
-decoding.load_image = waiting
+decode.load_image = waiting
 """
 
 
@@ -40,7 +40,7 @@ decoding.load_image = waiting
     ("signum", "code"),
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)],
 )
-def test_an_interrupted_run_goes_on_where_it_was(
+def test_an_interrupted_run_resumes_where_it_was(
     shared_photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, signum: int, code: int
 ) -> None:
     photos, options = shared_photos, ("--shard-size", "1")
@@ -95,7 +95,7 @@ def test_two_workers_share_a_run_and_dasks_report_shows_its_phases(
         assert f"{phase} time" in page
 
 
-def test_dasks_own_scheduler_and_worker_commands_do(
+def test_a_run_works_on_dasks_own_scheduler_and_worker_commands(
     shared_photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     with _dask(
@@ -123,13 +123,13 @@ def _dask(*arguments: str) -> Iterator[Iterator[str]]:
 
 KILLER = """
 import os
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 def deadly(data, image_size):
     if data.endswith(b"KILL"):
         os.abort()
     return load_image(data, image_size)
-decoding.load_image = deadly
+decode.load_image = deadly
 """
 
 

@@ -1,4 +1,4 @@
-"""What hangs for good, with real worker processes: images, teachers, workers whose coordinator was killed."""
+"""Images and teachers that hang for good, and workers whose coordinator was killed, in real worker processes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mobilesam.store import EmbeddingStore
 HANGING = """
 import ctypes
 import time
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 def hanging(data, image_size):
     while data.endswith(b"HANG"):
         {how}
     return load_image(data, image_size)
-decoding.load_image = hanging
+decode.load_image = hanging
 """
 
 
@@ -93,7 +93,7 @@ if not hasattr(shard, "embed_as_it_was"):
     shard.embed_as_it_was = shard.embed
 def hanging(teacher, batch):
     (loaded,) = batch.images
-    while loaded.image.key == "2-coffee.png" and loaded.decoded is not None:
+    while loaded.image.ref.key == "2-coffee.png" and loaded.decoded is not None:
         time.sleep(3600)
     return shard.embed_as_it_was(teacher, batch)
 shard.embed = hanging

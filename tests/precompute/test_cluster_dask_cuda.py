@@ -14,7 +14,7 @@ from distributed import LocalCluster
 from precompute_command import contents, preload
 
 from mobilesam.precompute import cluster
-from mobilesam.precompute.cluster import _kind
+from mobilesam.precompute.cluster import _cluster_class
 
 Run = Callable[..., dict[str, Any]]
 
@@ -42,7 +42,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_with_dask_cuda_a_run_on_two_gpus_is_on_its_cluster(
+def test_with_dask_cuda_a_run_on_two_gpus_uses_its_cluster(
     run: Run,
     shared_photos: Path,
     undisturbed: dict[str, bytes],
@@ -75,10 +75,12 @@ def test_with_dask_cuda_a_run_on_two_gpus_is_on_its_cluster(
     ("devices", "workers"),
     [(("cpu",), 1), (("cpu",), 2), (("cuda:1",), 1), (("cuda:0",), 2), (("cuda:0", "cuda:1"), 4)],
 )
-def test_its_cluster_is_for_one_worker_a_gpu_alone(devices: tuple[str, ...], workers: int) -> None:
-    assert _kind(devices, workers) == (LocalCluster, devices)
+def test_the_dask_cuda_cluster_is_used_for_one_worker_a_gpu_only(
+    devices: tuple[str, ...], workers: int
+) -> None:
+    assert _cluster_class(devices, workers) == (LocalCluster, devices)
 
 
 def test_without_dask_cuda_each_worker_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dask_cuda", None)
-    assert _kind(("cuda:0", "cuda:1"), 2) == (LocalCluster, ("cuda:0", "cuda:1"))
+    assert _cluster_class(("cuda:0", "cuda:1"), 2) == (LocalCluster, ("cuda:0", "cuda:1"))

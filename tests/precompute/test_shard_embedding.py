@@ -1,4 +1,4 @@
-"""A batch through the teacher, and back in the host's memory."""
+"""Embedding of a batch, and its way back to the host's memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that take for ever to read and decode, on a cluster in this process."""
+"""Decode pool: images that hang, the order of results, errors; runs on a cluster in this process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from mobilesam.common.image_ref import ImageRef
-from mobilesam.precompute import PrecomputeConfig, PrecomputeError, dry_run
-from mobilesam.precompute import decode as decoders
-from mobilesam.precompute import decode as decoding
-from mobilesam.precompute.decode import Decoders
+from mobilesam.precompute import PrecomputeConfig, PrecomputeError, decode, dry_run
+from mobilesam.precompute.decode import DecodePool
 from mobilesam.precompute.messages import TaskImage
-from mobilesam.precompute.sizing import batch_timeout
 from mobilesam.sam import DecodedImage, load_image
 from mobilesam.store import EmbeddingStore
 
@@ -33,7 +30,7 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
             event.wait()
         return load_image(data, image_size)
 
-    monkeypatch.setattr(decoding, "load_image", hanging)
+    monkeypatch.setattr(decode, "load_image", hanging)
     yield event
     event.set()
 
@@ -46,10 +43,12 @@ def _hang(*photos: Path) -> None:
 
 def _embeddings(path: Path) -> dict[str, bytes]:
     with EmbeddingStore.open(path) as store:
-        return {record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")}
+        return {
+            record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")
+        }
 
 
-def test_more_hanging_images_than_threads_fail_alone_and_the_others_are_as_they_were(
+def test_more_hanging_images_than_threads_fail_alone_and_change_no_other_embedding(
     run: Run, photos: Path, tmp_path: Path, release: threading.Event
 ) -> None:
     run("whole.zarr", batch_size=3)
@@ -72,10 +71,10 @@ def test_more_hanging_images_than_threads_fail_alone_and_the_others_are_as_they_
     assert _embeddings(tmp_path / "store.zarr") == whole
 
 
-def test_when_too_many_images_hang_at_once_the_run_ends_and_asks_for_the_disk(
+def test_too_many_images_that_hang_at_once_end_the_run_with_a_hint_at_the_disk(
     run: Run, photos: Path, tmp_path: Path, release: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "STUCK_ALLOWED", 2)
+    monkeypatch.setattr(decode, "HUNG_ALLOWED", 2)
     _hang(*sorted(photos.iterdir())[:3])
     with pytest.raises(PrecomputeError, match=r"3 images at once took longer than 0\.5 s .*disk or server"):
         run(image_timeout=0.5)
@@ -85,9 +84,7 @@ def test_when_too_many_images_hang_at_once_the_run_ends_and_asks_for_the_disk(
     assert run(image_timeout=60)["done"] == 7
 
 
-def test_a_dry_run_passes_over_a_hanging_image(
-    photos: Path, tmp_path: Path, release: threading.Event
-) -> None:
+def test_a_dry_run_skips_a_hanging_image(photos: Path, tmp_path: Path, release: threading.Event) -> None:
     _hang(photos / "0-admiral.png")
     plan = dry_run(
         PrecomputeConfig(
@@ -101,23 +98,23 @@ def _images(count: int) -> list[TaskImage]:
     return [TaskImage(row=row, ref=ImageRef(key=str(row), size=0)) for row in range(count)]
 
 
-def test_threads_give_results_in_order_and_raise_what_was_raised() -> None:
+def test_the_pool_returns_results_in_order_and_raises_the_loaders_errors() -> None:
     def load(image: TaskImage) -> int:
         time.sleep(0.01 * (image.row % 3))
         if image.row == 5:
             raise MemoryError
         return image.row
 
-    pool = Decoders(3, 60, load)
-    jobs = [pool.submit(image) for image in _images(8)]
-    assert [pool.result(job) for job in jobs[:5]] == [0, 1, 2, 3, 4]
+    pool = DecodePool(3, 60, load)
+    futures = [pool.submit(image) for image in _images(8)]
+    assert [pool.result(future) for future in futures[:5]] == [0, 1, 2, 3, 4]
     with pytest.raises(MemoryError):
-        pool.result(jobs[5])
-    assert [pool.result(job) for job in jobs[6:]] == [6, 7]
+        pool.result(futures[5])
+    assert [pool.result(future) for future in futures[6:]] == [6, 7]
     pool.close()
 
 
-def test_a_closed_pool_starts_nothing_more_and_its_threads_end() -> None:
+def test_a_closed_pool_starts_no_more_images_and_its_threads_end() -> None:
     release, began, threads = threading.Event(), [], []
 
     def load(image: TaskImage) -> int:
@@ -126,7 +123,7 @@ def test_a_closed_pool_starts_nothing_more_and_its_threads_end() -> None:
         release.wait()
         return image.row
 
-    pool = Decoders(1, 60, load)
+    pool = DecodePool(1, 60, load)
     for image in _images(3):
         pool.submit(image)
     while not threads:
@@ -135,10 +132,3 @@ def test_a_closed_pool_starts_nothing_more_and_its_threads_end() -> None:
     release.set()
     threads[0].join()
     assert began == [0]
-
-
-def test_a_batch_may_take_twenty_times_the_slowest_and_vit_h_on_a_slow_cpu_half_an_hour() -> None:
-    assert batch_timeout(1, None) == 1800
-    assert batch_timeout(8, None) == 4800
-    assert batch_timeout(8, 0.01) == 300
-    assert batch_timeout(1, 320.0) == 6400
