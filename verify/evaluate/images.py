@@ -1,4 +1,7 @@
-"""The images of an evaluation: a folder's or tar's, or those of a store, one after the other."""
+"""Images of an evaluation, read one after the other: those of a folder or tar, or those of a store.
+
+Shape suffixes: H and W rows and columns of an image, C its RGB channels.
+"""
 
 from __future__ import annotations
 
@@ -25,45 +28,54 @@ from ...store import EmbeddingStore, ImageRecord
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scene:
+class LazyImage:
     """One image, decoded for each size when that is first asked for."""
 
     key: str
     data: bytes
-    """The image's file; of a store that keeps images, and is read without its photos, the kept one."""
+    """Content of the image's file; where a store's images are read without its photos, of the kept image."""
     original_size: tuple[int, int]
-    """Height and width as the picture is seen."""
+    """Height and width of the photo, as it is displayed."""
     row: int | None = None
-    """Of the store."""
+    """Row of the store; None for a file."""
     _decoded: dict[int, DecodedImage] = field(default_factory=dict, repr=False)
 
     def resized(self, image_size: int) -> DecodedImage:
-        """The picture with its longest side `image_size`. Raises ImageError."""
+        """Return the image with its longest side `image_size` pixels. Raises ImageError."""
         if image_size not in self._decoded:
             self._decoded[image_size] = load_image(self.data, image_size)
         return self._decoded[image_size]
 
     def pixels(self) -> npt.NDArray[np.uint8]:
-        """The picture as it is in its file, uint8 RGB (H, W, 3). Raises ImageError."""
+        """Return the image at the size of its file, uint8 RGB (H, W, 3). Raises ImageError."""
         return decode_image(self.data)
 
 
-class Scenes(Protocol):
-    """Images in order. `root` is the folder that the keys are relative to; None where there are no files."""
+class Images(Protocol):
+    """Images in a fixed order."""
 
     root: Path | None
+    """Folder that the keys are relative to; None where there are no files."""
 
     def __len__(self) -> int: ...
 
     def key(self, index: int) -> str:
-        """The image's name."""
+        """Return the image's name."""
 
-    def read(self, index: int) -> Scene:
-        """The image. Raises ImageError where it can't be used."""
+    def read(self, index: int) -> LazyImage:
+        """Read the image. Raises ImageError where it can't be used."""
 
 
-class FolderScenes:
-    """The images of a folder or a tar, listed once. Raises SamError where there are none."""
+class FolderImages:
+    """Images of a folder or a tar, listed once.
+
+    Args:
+        path: the folder or the tar.
+        limit: largest number of images; None for all.
+
+    Raises:
+        SamError: there are no images.
+    """
 
     def __init__(self, path: Path, limit: int | None) -> None:
         listed = list_images([path])
@@ -77,17 +89,23 @@ class FolderScenes:
     def key(self, index: int) -> str:
         return self._files[index].key
 
-    def read(self, index: int) -> Scene:
+    def read(self, index: int) -> LazyImage:
         assert self.root is not None, "files lie in a folder"
         file = self._files[index]
         data = read_image(self.root, file.key, offset=file.offset, size=file.size)
         height, width = decode_image(data).shape[:2]
         resized_size(height, width)
-        return Scene(key=file.key, data=data, original_size=(height, width))
+        return LazyImage(key=file.key, data=data, original_size=(height, width))
 
 
-class StoreScenes:
-    """The images behind rows of a store, each as the teacher saw it: below `root`, or with None the kept ones."""
+class StoreImages:
+    """Images behind rows of a store, each checked to be the one that the teacher embedded.
+
+    Args:
+        store: an open store.
+        records: its committed rows, in the order wanted.
+        root: folder of the photos; None for the images that the store keeps.
+    """
 
     def __init__(self, store: EmbeddingStore, records: Sequence[ImageRecord], root: Path | None) -> None:
         self.root = root
@@ -100,7 +118,7 @@ class StoreScenes:
     def key(self, index: int) -> str:
         return self._records[index].key
 
-    def read(self, index: int) -> Scene:
+    def read(self, index: int) -> LazyImage:
         record = self._records[index]
         assert record.original_size is not None, "only committed rows are evaluated"
         assert record.bytes is not None, "only committed rows are evaluated"
@@ -108,10 +126,10 @@ class StoreScenes:
             data = self._store.read_image(record.row)
         else:
             data = read_checked(self.root, record.key, record.offset, record.bytes, record.sha256)
-        scene = Scene(key=record.key, data=data, original_size=record.original_size, row=record.row)
-        found = scene.resized(self._store.spec.image_size).resized_size
+        image = LazyImage(key=record.key, data=data, original_size=record.original_size, row=record.row)
+        found = image.resized(self._store.spec.image_size).resized_size
         if found != record.resized_size:
             raise ImageError(
                 f"it is now resized to {found}, to {record.resized_size} when it was precomputed"
             )
-        return scene
+        return image

@@ -1,11 +1,10 @@
-"""Everything that an evaluation needs, opened: images, labels, the teacher, the models."""
+"""Inputs of an evaluation: images, labels, the teacher, the models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,134 +18,157 @@ from ...store import EmbeddingStore, ImageRecord
 from ..inputs import open_head
 from ..thresholds import audit_faults
 from .config import DEFAULT_IMAGE_SIZE, EvaluateConfig
-from .images import FolderScenes, Scene, Scenes, StoreScenes
-from .models import Opened, Opener
-from .predictor import Contender
-from .sam_predictor import SamContender, StoreContender
+from .images import FolderImages, Images, LazyImage, StoreImages
+from .models import LoadedModel, ModelLoader
+from .predictor import Predictor
+from .sam_predictor import EncoderPredictor, StorePredictor
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arena:
-    """What is compared, where, and with what."""
+class EvaluationInputs:
+    """Models, and what their masks are compared with."""
 
-    scenes: Scenes
+    images: Images
     labels: AnnotationFiles | CocoInstances | None
-    teacher: Contender | None
+    teacher: Predictor | None
     reference: dict[str, Any] | None
-    """What the teacher is, as JSON values."""
-    models: Sequence[Opened]
+    """Name and sources of the teacher, as JSON values."""
+    models: Sequence[LoadedModel]
     device: torch.device
     split: str
+    """Rows of the store that are evaluated: "val" or "all"."""
     notes: list[str]
+    """Facts that a reader of the numbers has to know."""
 
     @property
-    def embedding(self) -> list[SamContender]:
-        """Those that embed resized images."""
-        all_of_them = [opened.contender for opened in self.models] + ([self.teacher] if self.teacher else [])
-        return [contender for contender in all_of_them if isinstance(contender, SamContender)]
+    def predictors(self) -> list[Predictor]:
+        """Predictors of the models."""
+        return [model.predictor for model in self.models]
 
-    def labels_of(self, scene: Scene) -> Annotations | None:
-        """The objects of an image; None where nothing is said of it. Raises AnnotationError."""
-        return None if self.labels is None else self.labels.read(scene.key, size=scene.original_size)
+    @property
+    def encoder_sizes(self) -> list[int]:
+        """Sides in pixels to which images are resized for encoders, the teacher's among them."""
+        predictors = [*self.predictors, *([self.teacher] if self.teacher else [])]
+        return [each.image_size for each in predictors if isinstance(each, EncoderPredictor)]
+
+    def read_labels(self, image: LazyImage) -> Annotations | None:
+        """Return the labelled objects of an image; None where no label file covers it. Raises AnnotationError."""
+        return None if self.labels is None else self.labels.read(image.key, size=image.original_size)
 
 
-def open_arena(config: EvaluateConfig, stack: ExitStack, download: Progress | None = None) -> Arena:
-    """Opens what `config` names; what has to be closed goes on `stack`. The models come last, as they take longest.
+def open_evaluation(
+    config: EvaluateConfig, stack: ExitStack, download: Progress | None = None
+) -> EvaluationInputs:
+    """Open all inputs; the models come last, since they take longest.
 
-    Raises VerifyError, and the other rooms' errors for what is missing or damaged.
+    Args:
+        config: see `EvaluateConfig`.
+        stack: gets the store that has to be closed.
+        download: called with the bytes of a teacher's checkpoint done and in all.
+
+    Raises:
+        VerifyError: an input can't be used.
+        StoreError, DistillError, SamError: an input is missing or damaged.
     """
     device = resolve_device(config.device)
     coco = None if config.coco is None else CocoInstances(config.coco)
     if config.store is not None:
-        return _of_store(config, config.store, stack, device, coco)
-    assert config.images is not None, "the config has one of them"
-    scenes = FolderScenes(config.images, config.limit)
-    opener = Opener(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE)
-    teacher = None
+        return _open_store(config, stack.enter_context(EmbeddingStore.open(config.store)), device, coco)
+    return _open_folder(config, device, coco, download)
+
+
+def _open_folder(
+    config: EvaluateConfig, device: torch.device, coco: CocoInstances | None, download: Progress | None
+) -> EvaluationInputs:
+    """Open the images of a folder or tar, and the teacher, if one is named."""
+    assert config.images is not None, "the config has a store or images"
+    images = FolderImages(config.images, config.limit)
+    loader = ModelLoader(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE)
+    teacher, reference = None, None
     if config.teacher is not None:
-        teacher = opener.teacher(config.teacher, config.teacher, config.checkpoint, download)
-    return Arena(
-        scenes=scenes,
-        labels=_labels(coco, scenes),
-        teacher=None if teacher is None else teacher.contender,
-        reference=None if teacher is None else {"teacher": config.teacher, "store": None, **_known(teacher)},
-        models=[opener.open(name, value) for name, value in config.models],
+        teacher = loader.load_teacher(config.teacher, config.teacher, config.checkpoint, download)
+        known = teacher.to_json()
+        reference = {
+            "teacher": config.teacher,
+            "store": None,
+            "file": known["file"],
+            "image_size": known["image_size"],
+        }
+    return EvaluationInputs(
+        images=images,
+        labels=_labels(coco, images),
+        teacher=None if teacher is None else teacher.predictor,
+        reference=reference,
+        models=[loader.load(name, value) for name, value in config.models],
         device=device,
         split="all",
-        notes=[f"not read: {problem}" for problem in scenes.problems],
+        notes=[f"not read: {problem}" for problem in images.problems],
     )
 
 
-def _of_store(
-    config: EvaluateConfig, path: Path, stack: ExitStack, device: torch.device, coco: CocoInstances | None
-) -> Arena:
-    store = stack.enter_context(EmbeddingStore.open(path))
+def _open_store(
+    config: EvaluateConfig, store: EmbeddingStore, device: torch.device, coco: CocoInstances | None
+) -> EvaluationInputs:
+    """Open the images behind a store's rows; its embeddings are the teacher."""
     size = store.spec.image_size
     check_preprocessing(store, refusal=VerifyError)
-    opener = Opener(device=device, image_size=config.image_size or size, store=path)
-    models = [opener.open(name, value) for name, value in config.models]
-    own = [run for run in (opened.run for opened in models) if run is not None and _is_of(run, store)]
-    last = next((run.image_root for run in own if run.image_root is not None), None)
+    loader = ModelLoader(device=device, image_size=config.image_size or size, store=config.store)
+    models = [loader.load(name, value) for name, value in config.models]
+    own_runs = [run for run in (model.run for model in models) if run is not None and _trained_on(run, store)]
+    last = next((run.image_root for run in own_runs if run.image_root is not None), None)
     root = image_root(store, config.images, last, refusal=VerifyError)
-    for opened in models:
-        if root is None and opened.needs_photos:
+    for model in models:
+        if root is None and model.needs_photos:
             raise VerifyError(
-                f"--model {opened.contender.name} takes whole photos, {path} keeps resized ones: say where the "
+                f"--model {model.name} takes whole photos, {config.store} keeps resized ones: say where the "
                 "photos are with --images DIR"
             )
-    records, split = _records(config, store, own)
-    scenes = StoreScenes(store, records[: config.limit], root)
-    reference = {
-        "teacher": store.spec.teacher,
-        "store": str(path),
-        "file": store.spec.checkpoint,
-        "image_size": size,
-    }
-    return Arena(
-        scenes=scenes,
-        labels=_labels(coco, scenes),
-        teacher=StoreContender(store, open_head(store, device), device) if config.points else None,
-        reference=reference,
+    records, split = _records(config, store, own_runs)
+    images = StoreImages(store, records[: config.limit], root)
+    return EvaluationInputs(
+        images=images,
+        labels=_labels(coco, images),
+        teacher=StorePredictor(store, open_head(store, device), device) if config.points else None,
+        reference={
+            "teacher": store.spec.teacher,
+            "store": str(config.store),
+            "file": store.spec.checkpoint,
+            "image_size": size,
+        },
         models=models,
         device=device,
         split=split,
-        notes=[*_notes(store, own, models), *_without_labels(coco, scenes)],
+        notes=[*_notes(store, own_runs, models), *_missing_labels(coco, images)],
     )
 
 
-def _known(teacher: Opened) -> dict[str, Any]:
-    names = teacher.names()
-    return {key: names[key] for key in ("file", "image_size")}
-
-
-def _labels(coco: CocoInstances | None, scenes: Scenes) -> AnnotationFiles | CocoInstances | None:
+def _labels(coco: CocoInstances | None, images: Images) -> AnnotationFiles | CocoInstances | None:
     if coco is not None:
-        coco.told_of(scenes.key(index) for index in range(len(scenes)))
+        coco.expect_names(images.key(index) for index in range(len(images)))
         return coco
-    return None if scenes.root is None else AnnotationFiles(scenes.root)
+    return None if images.root is None else AnnotationFiles(images.root)
 
 
-def _is_of(run: Run, store: EmbeddingStore) -> bool:
-    """Whether a run was trained on this store."""
+def _trained_on(run: Run, store: EmbeddingStore) -> bool:
     return run.description.data.store_id == store.spec.store_id
 
 
 def _records(
-    config: EvaluateConfig, store: EmbeddingStore, own: Sequence[Run]
+    config: EvaluateConfig, store: EmbeddingStore, own_runs: Sequence[Run]
 ) -> tuple[Sequence[ImageRecord], str]:
-    """The rows to look at, and which split they are; `own` are the runs that were trained on the store."""
+    """Return the rows to evaluate, and the name of their split; `own_runs` were trained on the store."""
     records = store.manifest.records("done")
-    if config.split == "val" and not own:
+    if config.split == "val" and not own_runs:
         raise VerifyError(
             f"no model is a run that was trained on {store.path}, so nothing is held out there: give --split all"
         )
-    if config.split == "all" or not own:
+    if config.split == "all" or not own_runs:
         split = "all"
     else:
         split = "val"
-        held_out = set.intersection(*(set(run.split.val) for run in own))
+        held_out = set.intersection(*(set(run.split.val) for run in own_runs))
         records = [record for record in records if record.row in held_out]
     if not records:
         counts = store.manifest.counts()
@@ -157,23 +179,24 @@ def _records(
     return records, split
 
 
-def _notes(store: EmbeddingStore, own: Sequence[Run], models: Sequence[Opened]) -> list[str]:
+def _notes(store: EmbeddingStore, own_runs: Sequence[Run], models: Sequence[LoadedModel]) -> list[str]:
     counts, notes = store.manifest.counts(), []
     if counts.pending or counts.failed:
         notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
     notes += audit_faults(store)
-    ids = {run.id for run in own}
-    for opened in models:
-        if opened.run is None and opened.store_id == store.spec.store_id and opened.run_id not in ids:
+    ids = {run.id for run in own_runs}
+    for model in models:
+        store_id, run_id = model.trained_on
+        if model.run is None and store_id == store.spec.store_id and run_id not in ids:
             notes.append(
-                f"{opened.contender.name} was trained on this store and comes without its run: it may have learned "
-                "from images that it is judged by here"
+                f"{model.name} was trained on this store and comes without its run: it may have learned from images "
+                "that it is evaluated on here"
             )
     return notes
 
 
-def _without_labels(coco: CocoInstances | None, scenes: Scenes) -> list[str]:
-    if coco is not None or scenes.root is not None:
+def _missing_labels(coco: CocoInstances | None, images: Images) -> list[str]:
+    if coco is not None or images.root is not None:
         return []
     return [
         "the store keeps its images, so no labels were looked for: --images DIR says where photos lie beside some"

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...distill.metrics.masks import iou, overlap
+from ...distill.metrics.masks import intersection_and_union, iou
 from .predictor import Floats, PredictedMasks
 
 POINT = "point"
 """Protocol against the teacher: one foreground point; `pair_name` names those of pairs."""
 
 BOX, CENTRE, TOP_SCORED, ORACLE = "box", "center", "center_picked", "center_oracle"
-"""Protocols against labels: the single mask for an object's box; for its centre; of three masks for its centre the one
-that the model rates highest; of these three the one with the highest IoU."""
+"""Protocols against labels: the single mask for an object's box; for its centre; of three masks for its centre the
+one that the model rates highest; of these three the one with the highest IoU."""
 
 LABEL_PROTOCOLS = (BOX, CENTRE, TOP_SCORED, ORACLE)
 
@@ -81,4 +81,4 @@ def oracle_iou(predicted: PredictedMasks, wanted_HW: Tensor) -> float:
 def _ious(predicted: PredictedMasks, wanted_HW: Tensor) -> list[float]:
     masks_THW = predicted.masks_THW
     wanted_THW = wanted_HW.to(masks_THW.device).expand_as(masks_THW)
-    return iou(*overlap(masks_THW, wanted_THW)).tolist()
+    return iou(*intersection_and_union(masks_THW, wanted_THW)).tolist()

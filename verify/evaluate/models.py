@@ -1,4 +1,4 @@
-"""Opening what `--model NAME=FILE` and `--teacher` name."""
+"""Loading of the models that `--model NAME=FILE` and `--teacher` name."""
 
 from __future__ import annotations
 
@@ -23,44 +23,55 @@ from ...sam.modeling.vit import ViTConfig
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
 from ...sam.torch_file import in_torch_format
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
-from .predictor import Contender
-from .sam_predictor import SamContender
+from .predictor import Predictor
+from .sam_predictor import EncoderPredictor
 
 FASTSAM = "fastsam"
-"""The name, or the word before a colon, that says that a file is FastSAM's."""
+"""Name of a model, or word before a colon, that marks a file as FastSAM's weights."""
 
 CHECKPOINTS = tuple(name for name, info in TEACHERS.items() if not info.embedded)
 """Teachers whose checkpoint a file of torch's format may be."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Opened:
-    """A model ready to be asked, and what is known of it."""
+class LoadedModel:
+    """A model ready to be prompted, and what is known of it."""
 
-    contender: Contender
+    predictor: Predictor
     kind: str
-    """What it is: a student's or teacher's name, FastSAM, or an entry point's name."""
+    """A student's or teacher's name, FastSAM, or an entry point's name."""
     file: str | None
-    image_size: int | None = None
-    head: str | None = None
-    """Where its mask decoder came from."""
-    run: Run | None = None
-    store_id: str | None = None
-    """Of the store that it was trained on, where its file says so; likewise `run_id`."""
-    run_id: str | None = None
+    sam: Model | None = None
+    """The SAM that `predictor` prompts, with its run and description; None for models of other packages."""
     licence: str | None = None
     needs_photos: bool = False
-    """Whether resized pictures, as a store keeps them, won't do."""
+    """True if resized images, as a store keeps them, won't do."""
     notes: tuple[str, ...] = ()
 
-    def names(self) -> dict[str, Any]:
-        """What it is, as JSON values."""
+    @property
+    def name(self) -> str:
+        """Name of the model in the evaluation."""
+        return self.predictor.name
+
+    @property
+    def run(self) -> Run | None:
+        """Run that the model belongs to; None without one."""
+        return None if self.sam is None else self.sam.run
+
+    @property
+    def trained_on(self) -> tuple[str | None, str | None]:
+        """Ids of the store and of the run that the model was trained in, where its file records them."""
+        info = {} if self.sam is None else self.sam.info
+        return info.get("store_id"), info.get("run_id")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model's names and sources as JSON values."""
         return {
-            "name": self.contender.name,
+            "name": self.name,
             "kind": self.kind,
             "file": self.file,
-            "image_size": self.image_size,
-            "head": self.head,
+            "image_size": None if self.sam is None else self.sam.image_size,
+            "head": None if self.sam is None else self.sam.head_source,
             "run": None if self.run is None else self.run.path.name,
             "licence": self.licence,
             "notes": list(self.notes),
@@ -68,49 +79,65 @@ class Opened:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opener:
-    """Opens models on one device.
-
-    `image_size` in pixels is for files that don't say theirs, `store` is where a student's head is looked for last.
-    """
+class ModelLoader:
+    """Loads models on one device."""
 
     device: torch.device
     image_size: int
+    """Side in pixels of the encoder's square, for files that don't record theirs."""
     store: Path | None = None
+    """Store whose head is used for a student that has none elsewhere."""
 
-    def open(self, name: str, value: str) -> Opened:
-        """A model as `--model` names it, told by its content.
+    def load(self, name: str, value: str) -> LoadedModel:
+        """Load a model as `--model` names it; its kind is known from its content.
 
-        `value` is a run's or an export's folder, a student's file, a file of mobile_sam's or of a SAM checkpoint;
-        vit_nano; `fastsam:FILE`, for which the name fastsam will do as well; or the name of an entry point of
-        `mobilesam.predictors` with a colon and a file. Raises VerifyError, and the errors of whatever opens it.
+        Args:
+            name: of the model in the evaluation; the name "fastsam" marks FastSAM's weights.
+            value: a run's or an export's folder, a student's file, a file in mobile_sam.pt's format, a SAM
+                checkpoint; "vit_nano"; "fastsam:FILE"; or an entry point of `mobilesam.predictors` with a colon and
+                a file.
+
+        Raises:
+            VerifyError: there is no such file or entry point, or the file is no model.
+            DistillError, CheckpointError, StoreError: the file is damaged or doesn't fit.
         """
         before, colon, after = value.partition(":")
         path = Path(value)
         if colon and before == FASTSAM:
-            return self._fastsam(name, Path(after))
+            return self._load_fastsam(name, Path(after))
         if colon and not path.exists() and before in (points := installed_predictors()):
-            contender = open_predictor(name, points[before], Path(after), self.device)
-            return Opened(contender=contender, kind=before, file=after, needs_photos=True)
+            predictor = open_predictor(name, points[before], Path(after), self.device)
+            return LoadedModel(predictor=predictor, kind=before, file=after, needs_photos=True)
         if name == FASTSAM:
-            return self._fastsam(name, path)
+            return self._load_fastsam(name, path)
         if value == EMBEDDED_TEACHER and not path.exists():
-            return self.teacher(name, EMBEDDED_TEACHER, None)
+            return self.load_teacher(name, EMBEDDED_TEACHER, None)
         if not path.exists():
-            raise VerifyError(f"--model {shown(name)}: there is no {shown(value)}{_meant(before, colon)}")
+            raise VerifyError(
+                f"--model {shown(name)}: there is no {shown(value)}{_alternatives(before, colon)}"
+            )
         found = None if path.is_dir() else _checkpoint(name, path)
         if found is not None and found != "mobile_sam":
-            return self.teacher(name, found, path)
-        return self._student(name, path)
+            return self.load_teacher(name, found, path)
+        return self._load_student(name, path)
 
-    def teacher(self, name: str, teacher: str, file: Path | None, download: Progress | None = None) -> Opened:
-        """A SAM by its teacher's name; without a file it is looked for as precompute does."""
+    def load_teacher(
+        self, name: str, teacher: str, file: Path | None, download: Progress | None = None
+    ) -> LoadedModel:
+        """Load a teacher as a whole SAM.
+
+        Args:
+            name: of the model in the evaluation.
+            teacher: its name in the registry.
+            file: its checkpoint; None: found, or downloaded, as precompute does it.
+            download: called with the bytes done and in all.
+        """
         model = load_teacher_model(
             teacher, file, device=str(self.device), image_size=self.image_size, download=download
         )
-        return self._of_model(name, model)
+        return self._from_sam(name, model)
 
-    def _student(self, name: str, path: Path) -> Opened:
+    def _load_student(self, name: str, path: Path) -> LoadedModel:
         try:
             model = load_model(
                 path, fallback_head=self.store, device=str(self.device), image_size=self._size_of(path)
@@ -120,28 +147,24 @@ class Opener:
                 f"--model {shown(name)}: {shown(str(path))} lies without a mask decoder: give its run's folder, or "
                 "--store with the store that it learned from"
             ) from None
-        return self._of_model(name, model)
+        return self._from_sam(name, model)
 
     def _size_of(self, path: Path) -> int | None:
         return None if path.is_dir() or not _in_torch_format(path) else self.image_size
 
-    def _of_model(self, name: str, model: Model) -> Opened:
+    def _from_sam(self, name: str, model: Model) -> LoadedModel:
         outline = partial(outline_encoder, model.student, model.image_size)
-        return Opened(
-            contender=SamContender(name, model.sam, outline, self.device),
+        return LoadedModel(
+            predictor=EncoderPredictor(name, model.sam, outline, self.device),
             kind=model.student,
             file=None if model.file is None else str(model.file),
-            image_size=model.image_size,
-            head=model.head_source,
-            run=model.run,
-            store_id=model.info.get("store_id"),
-            run_id=model.info.get("run_id"),
+            sam=model,
             notes=model.notes,
         )
 
-    def _fastsam(self, name: str, file: Path) -> Opened:
-        return Opened(
-            contender=open_fastsam(name, file, self.device),
+    def _load_fastsam(self, name: str, file: Path) -> LoadedModel:
+        return LoadedModel(
+            predictor=open_fastsam(name, file, self.device),
             kind="FastSAM",
             file=str(file),
             licence=f"ultralytics: {LICENCE}",
@@ -151,17 +174,22 @@ class Opener:
 
 
 def outline_encoder(kind: str, image_size: int) -> nn.Module:
-    """An encoder without its memory, to be counted. In a teacher's place mobile_sam is called so, too."""
+    """Return an encoder on the meta device, to be counted.
+
+    Args:
+        kind: a student's name, or a teacher's.
+        image_size: side in pixels of the encoder's square.
+    """
     architecture = TEACHERS[kind].encoder if kind in TEACHERS else None
     if isinstance(architecture, ViTConfig):
-        # SAM's own class: ours does the same with other multiplications, and published counts are of the former.
+        # SAM's own class: ours computes the same with other multiplications, and published counts are of SAM's.
         with torch.device("meta"):
             return _upstream_vit(architecture, image_size)
     return outline_student(student_info("tiny_vit" if kind in TEACHERS else kind), image_size)
 
 
 def _upstream_vit(config: ViTConfig, image_size: int) -> ImageEncoderViT:
-    """Source: segment_anything/build_sam.py."""
+    """Build SAM's own encoder class. Source: segment_anything/build_sam.py."""
     return ImageEncoderViT(
         img_size=image_size,
         embed_dim=config.width,
@@ -176,7 +204,7 @@ def _upstream_vit(config: ViTConfig, image_size: int) -> ImageEncoderViT:
 
 
 def _checkpoint(name: str, path: Path) -> str | None:
-    """Which SAM a file of torch's format holds; None for one of another format."""
+    """Return the name of the teacher that a file in torch's format holds; None for a file in another format."""
     if not _in_torch_format(path):
         return None
     found = identify_teacher(read_state(path))
@@ -196,9 +224,9 @@ def _in_torch_format(path: Path) -> bool:
         raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
 
 
-def _meant(before: str, colon: str) -> str:
-    """What installed entry points there are, for a value that may name one."""
+def _alternatives(before: str, colon: str) -> str:
+    """Say what else could be given; for a value with a colon, which entry points are installed."""
     if not colon:
         return f"; give a run, an export, a student's file, a SAM checkpoint, or {EMBEDDED_TEACHER}"
-    there = ", ".join(sorted(installed_predictors())) or "none"
-    return f", and no installed package has a predictor {shown(before)!r} (there are: {there})"
+    names = ", ".join(sorted(installed_predictors())) or "none"
+    return f", and no installed package has a predictor {shown(before)!r} (there are: {names})"

@@ -1,4 +1,8 @@
-"""Models of others that have the interface of SAM's predictor, found by the entry points of installed packages."""
+"""Predictors of other packages: plugins with the interface of SAM's predictor, and FastSAM through ultralytics.
+
+Shape suffixes: P prompts, N points of one prompt, T masks of one prompt, H and W rows and columns of an image or
+mask, C channels, 2 (x, y).
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,39 @@ from torch import nn
 
 from ...common.errors import VerifyError
 from ...distill.students.cost import median_seconds
-from .images import Scene
-from .predictor import LIMIT, Answer, Cost, Floats
-from .prompts import Prompts
+from ...sam.modeling.decode_prompts import Prompts
+from .images import LazyImage
+from .predictor import TIMING_SECONDS, Cost, Floats, PredictedMasks
 
 GROUP = "mobilesam.predictors"
-"""Of entry points: each is a function of a file (Path) and a device ("cpu", "cuda:0") that gives a predictor."""
+"""Group of entry points. Each is a function of a file (Path) and a device ("cpu", "cuda:0") that returns a
+predictor."""
+
+PACKAGE, LICENCE = "ultralytics", "AGPL-3.0"
+"""Package that FastSAM runs through, and its licence."""
+
+FASTSAM_SETTINGS = {"imgsz": 1024, "conf": 0.4, "iou": 0.9, "retina_masks": True, "verbose": False}
+"""Defaults of FastSAM's Inference.py: side in pixels, least confidence, overlap that non-maximum suppression leaves,
+masks at the image's resolution."""
 
 
 def installed_predictors() -> Mapping[str, EntryPoint]:
-    """Entry points by name."""
+    """Return the entry points of installed packages by name."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.device) -> PredictorContender:
-    """Loads what the entry point names and has it open the file. Raises VerifyError for whatever it raises."""
+def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.device) -> PluginPredictor:
+    """Load the function that an entry point names, and have it open a file.
+
+    Args:
+        name: of the model in the evaluation.
+        point: of the group GROUP.
+        file: passed to the function, unchecked.
+        device: passed to the function as text.
+
+    Raises:
+        VerifyError: the function raises anything, or returns no predictor.
+    """
     with named(f"--model {name}: the entry point {point.name} of {GROUP}"):
         predictor = point.load()(file, str(device))
     for method in ("set_image", "predict"):
@@ -42,18 +64,18 @@ def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.devic
                 f"--model {name}: what the entry point {point.name} gives has no {method}: it has to be like "
                 "segment_anything.SamPredictor"
             )
-    return PredictorContender(name, predictor, device)
+    return PluginPredictor(name, predictor, device)
 
 
-class PredictorContender:
+class PluginPredictor:
     """A model with the interface of `segment_anything.SamPredictor`: `set_image(image)` and `predict(...)`.
 
-    Of `predict` the arguments point_coords, point_labels, box and multimask_output are given, by name, and of what it
-    returns the masks (C, H, W) and the scores (C,) are looked at. Its parameters are those of its attribute `model`,
-    if that is a torch module.
+    `predict` is called with numpy arrays for point_coords, point_labels and box, and with multimask_output, all by
+    name; of its results the masks (T, H, W) and the scores (T,) are used. Its parameters are counted in its
+    attribute `model`, if that is a torch module.
     """
 
-    several = True
+    multimask = True
 
     def __init__(self, name: str, predictor: Any, device: torch.device) -> None:
         self.name = name
@@ -61,44 +83,46 @@ class PredictorContender:
         self._predictor = predictor
         self._size = (0, 0)
 
-    def look(self, scene: Scene) -> bool:
-        """Hands over the picture as it is in its file."""
-        image_HWC = scene.pixels().copy()
+    def set_image(self, image: LazyImage) -> bool:
+        """Pass on the image at the size of its file."""
+        image_HWC = image.pixels().copy()
         self._size = image_HWC.shape[0], image_HWC.shape[1]
         with self._named("set_image"):
             self._predictor.set_image(image_HWC)
         return True
 
-    def answer(self, prompts: Prompts, several: bool) -> list[Answer]:
-        """Asks for each prompt by itself. Raises VerifyError for masks or scores of another shape."""
-        answers = []
+    def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
+        """Predict the masks of each prompt by itself. Raises VerifyError for masks or scores of another shape."""
+        predicted = []
+        points_PN2, labels_PN, boxes_P4 = as_arrays(prompts)
         for index in range(len(prompts)):
-            points, labels, boxes = prompts.points_NP2, prompts.labels_NP, prompts.boxes_N4
             with self._named("predict"):
                 masks, scores, *_ = self._predictor.predict(
-                    point_coords=None if points is None else points[index],
-                    point_labels=None if labels is None else labels[index],
-                    box=None if boxes is None else boxes[index],
-                    multimask_output=several,
+                    point_coords=None if points_PN2 is None else points_PN2[index],
+                    point_labels=None if labels_PN is None else labels_PN[index],
+                    box=None if boxes_P4 is None else boxes_P4[index],
+                    multimask_output=multimask_output,
                 )
-            answers.append(self._checked(np.asarray(masks), np.asarray(scores, dtype=np.float64)))
-        return answers
+            predicted.append(self._checked(np.asarray(masks), np.asarray(scores, dtype=np.float64)))
+        return predicted
 
     def cost(self) -> Cost:
-        """Times both calls on a grey picture of 1024 x 1024."""
+        """Time both calls on a grey image of 1024 x 1024."""
         image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
         point = {"point_coords": np.array([[512.0, 512.0]]), "point_labels": np.array([1]), "box": None}
         with self._named("set_image"):
-            looking = median_seconds(lambda: self._predictor.set_image(image_HWC), self._device, LIMIT)
+            image_seconds = median_seconds(
+                lambda: self._predictor.set_image(image_HWC), self._device, TIMING_SECONDS
+            )
         with self._named("predict"):
-            answering = median_seconds(
-                lambda: self._predictor.predict(**point, multimask_output=False), self._device, LIMIT
+            prompt_seconds = median_seconds(
+                lambda: self._predictor.predict(**point, multimask_output=False), self._device, TIMING_SECONDS
             )
         model = getattr(self._predictor, "model", None)
         parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else None
-        return Cost(parameters=parameters, encoder_ms=1000 * looking, decoder_ms=1000 * answering)
+        return Cost(parameters=parameters, encoder_ms=1000 * image_seconds, decoder_ms=1000 * prompt_seconds)
 
-    def _checked(self, masks: npt.NDArray, scores: Floats) -> Answer:
+    def _checked(self, masks: npt.NDArray, scores: Floats) -> PredictedMasks:
         if (
             masks.ndim != 3
             or not len(masks)
@@ -109,42 +133,38 @@ class PredictorContender:
             raise VerifyError(
                 f"{self.name}'s predict gave masks {masks.shape} and scores {scores.shape}, not {wanted}"
             )
-        return Answer(masks_CHW=torch.from_numpy(np.ascontiguousarray(masks.astype(bool))), scores_C=scores)
+        masks_THW = torch.from_numpy(np.ascontiguousarray(masks.astype(bool)))
+        return PredictedMasks(masks_THW=masks_THW, scores_T=scores)
 
     def _named(self, call: str) -> AbstractContextManager[None]:
         return named(f"{self.name}'s {call}")
 
 
+def as_arrays(
+    prompts: Prompts,
+) -> tuple[Floats | None, npt.NDArray[np.int64] | None, Floats | None]:
+    """Return the points (P, N, 2), labels (P, N) and boxes (P, 4) of prompts as numpy arrays; None for what is
+    absent."""
+    points_PN2, labels_PN = prompts.points_PN2.numpy(), prompts.labels_PN.numpy()
+    boxes_P4 = None if prompts.boxes_P4 is None else prompts.boxes_P4.numpy()
+    return (points_PN2, labels_PN, boxes_P4) if points_PN2.shape[1] else (None, None, boxes_P4)
+
+
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Whatever another's code raises, as a VerifyError that says whose code it was."""
+    """Turn any exception of another package's code into a VerifyError that names the code, `what`."""
     try:
         yield
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise VerifyError(f"{what} failed with {type(error).__name__}: {told}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise VerifyError(f"{what} failed with {type(error).__name__}: {reason}") from error
 
 
-# --- FastSAM in an evaluation, through ultralytics where that is installed.
-#
-# It has no decoder for prompts. It segments everything once, and ultralytics' own prompting then chooses among those
-# masks: for points the union of the masks that hold a foreground point and no background point, for a box the mask
-# whose IoU with the box is highest.
-#
+def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamPredictor:
+    """Open FastSAM's weights. They are a pickle of ultralytics' classes, which can run code: ultralytics checks them.
 
-LICENCE = "AGPL-3.0"
-
-PACKAGE = "ultralytics"
-
-SETTINGS = {"imgsz": 1024, "conf": 0.4, "iou": 0.9, "retina_masks": True, "verbose": False}
-"""FastSAM's own, of its Inference.py: side in pixels, least confidence, overlap that non-maximum suppression leaves,
-masks at the image's resolution."""
-
-
-def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamContender:
-    """Raises VerifyError where ultralytics isn't installed, or can't open the file.
-
-    The file is a pickle of ultralytics' classes, which can run code when it is loaded: that is theirs to check.
+    Raises:
+        VerifyError: ultralytics isn't installed, there is no such file, or ultralytics can't open it.
     """
     if not _installed():
         raise VerifyError(
@@ -155,13 +175,13 @@ def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamContende
         raise VerifyError(
             f"--model {name}: there is no file {file}; give FastSAM's weights, such as FastSAM-s.pt"
         )
-    # It would install what it misses, and tell its maker that it is used.
+    # ultralytics would install packages that it misses, and report its use to its maker.
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_OFFLINE", "true")
-    with named(f"--model {name}: {PACKAGE}"), _standard_output_kept_clean():
+    with named(f"--model {name}: {PACKAGE}"), _stdout_to_stderr():
         from ultralytics import FastSAM
 
-        return FastSamContender(name, FastSAM(str(file)), device)
+        return FastSamPredictor(name, FastSAM(str(file)), device)
 
 
 def _installed() -> bool:
@@ -171,10 +191,16 @@ def _installed() -> bool:
         return False
 
 
-class FastSamContender:
-    """A model of ultralytics' class FastSAM."""
+class FastSamPredictor:
+    """A model of ultralytics' class FastSAM.
 
-    several = False
+    It has no decoder for prompts. It segments everything once, and ultralytics' own prompting then chooses among
+    those
+    masks: for points the union of the masks that hold a foreground point and no background point, for a box the mask
+    whose IoU with the box is highest.
+    """
+
+    multimask = False
 
     def __init__(self, name: str, model: Any, device: torch.device) -> None:
         self.name = name
@@ -183,27 +209,28 @@ class FastSamContender:
         self._everything: Any = None
         self._size = (0, 0)
 
-    def look(self, scene: Scene) -> bool:
-        """Segments everything in the picture as it is in its file."""
-        image_HWC = scene.pixels()
+    def set_image(self, image: LazyImage) -> bool:
+        """Segment everything in the image at the size of its file."""
+        image_HWC = image.pixels()
         self._size = image_HWC.shape[0], image_HWC.shape[1]
         self._everything = self._segment(image_HWC)
         return True
 
-    def answer(self, prompts: Prompts, several: bool) -> list[Answer]:
-        """The masks that ultralytics' prompting chooses, as one."""
-        assert not several, "there is one mask"
-        return [self._answer(prompts.take(slice(index, index + 1))) for index in range(len(prompts))]
+    def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
+        """Return for each prompt the union of the masks that ultralytics' prompting chooses."""
+        assert not multimask_output, "there is one mask"
+        return [self._one_prompt(prompts.take(slice(index, index + 1))) for index in range(len(prompts))]
 
-    def _answer(self, prompt: Prompts) -> Answer:
-        chosen: dict[str, Any] = {}
-        if prompt.points_NP2 is not None and prompt.labels_NP is not None:
-            # It counts pixels, and would round 0.9 down as we do.
-            chosen = {"points": prompt.points_NP2[0].astype(np.int64), "labels": prompt.labels_NP[0]}
-        elif prompt.boxes_N4 is not None:
-            chosen = {"bboxes": prompt.boxes_N4[0]}
-        with named(f"{self.name}'s prompt"), _standard_output_kept_clean():
-            (result,) = self._model.predictor.prompt(self._everything, **chosen)
+    def _one_prompt(self, prompt: Prompts) -> PredictedMasks:
+        asked: dict[str, Any] = {}
+        points_1N2, labels_1N, boxes_14 = as_arrays(prompt)
+        if points_1N2 is not None and labels_1N is not None:
+            # ultralytics indexes pixels: 0.9 is pixel 0.
+            asked = {"points": points_1N2[0].astype(np.int64), "labels": labels_1N[0]}
+        elif boxes_14 is not None:
+            asked = {"bboxes": boxes_14[0]}
+        with named(f"{self.name}'s prompt"), _stdout_to_stderr():
+            (result,) = self._model.predictor.prompt(self._everything, **asked)
         mask_HW = torch.zeros(self._size, dtype=torch.bool)
         if result.masks is not None and len(result.masks.data):
             mask_HW = result.masks.data.bool().any(dim=0).cpu()
@@ -211,22 +238,22 @@ class FastSamContender:
             raise VerifyError(
                 f"{self.name} gave a mask of {tuple(mask_HW.shape)} for an image of {self._size}"
             )
-        return Answer(masks_CHW=mask_HW[None], scores_C=np.ones(1))
+        return PredictedMasks(masks_THW=mask_HW[None], scores_T=np.ones(1))
 
     def cost(self) -> Cost:
-        """Parameters, and the time for everything in a picture of 1024 x 1024, from pixels to masks."""
+        """Count parameters; time everything in an image of 1024 x 1024, from pixels to masks."""
         image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
-        seconds = median_seconds(lambda: self._segment(image_HWC), self._device, LIMIT)
+        seconds = median_seconds(lambda: self._segment(image_HWC), self._device, TIMING_SECONDS)
         parameters = sum(parameter.numel() for parameter in self._model.model.parameters())
         return Cost(parameters=parameters, encoder_ms=1000 * seconds)
 
     def _segment(self, image_HWC: np.ndarray) -> Any:
-        # Arrays are taken for BGR.
+        # ultralytics takes arrays for BGR.
         source = np.ascontiguousarray(image_HWC[..., ::-1])
-        with named(f"{self.name}'s predict"), _standard_output_kept_clean():
-            return self._model.predict(source=source, device=str(self._device), **SETTINGS)[0]
+        with named(f"{self.name}'s predict"), _stdout_to_stderr():
+            return self._model.predict(source=source, device=str(self._device), **FASTSAM_SETTINGS)[0]
 
 
-def _standard_output_kept_clean() -> contextlib.AbstractContextManager[Any]:
-    """Results alone go to standard output; ultralytics logs there."""
+def _stdout_to_stderr() -> contextlib.AbstractContextManager[Any]:
+    """Redirect ultralytics' log, since standard output is for results alone."""
     return contextlib.redirect_stdout(sys.stderr)

@@ -1,8 +1,10 @@
-"""What takes part in an evaluation: anything that looks at an image and answers prompts with masks."""
+"""Interface of a model in an evaluation: it is given an image, then predicts masks for prompts; its cost.
+
+Shape suffixes: T masks of one prompt, H and W rows and columns of a mask.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,28 +12,28 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .images import Scene
-from .prompts import Prompts
+from ...sam.modeling.decode_prompts import Prompts
+from .images import LazyImage
 
-LIMIT = 20.0
-"""Seconds that a model is timed for, if two calls don't take longer: ViT-H takes a minute a call on a small CPU."""
+TIMING_SECONDS = 20.0
+"""Longest timing of a model, unless two calls take longer: one of ViT-H takes a minute on a small CPU."""
 
 Floats = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """The masks for one prompt."""
+class PredictedMasks:
+    """Masks of one prompt."""
 
-    masks_CHW: Tensor
-    """bool (C, H, W) at the image's original size: one, or with several wanted three (of another's predictor any)."""
-    scores_C: Floats
-    """What the model thinks of each; the IoU that it predicts."""
+    masks_THW: Tensor
+    """bool, at the image's original size: one mask, or with multimask output three (of a plugin any number)."""
+    scores_T: Floats
+    """Quality of each mask as the model rates it: the IoU that it predicts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a model takes; None where it isn't known."""
+    """Size and speed of a model; None where a number isn't known."""
 
     parameters: int | None = None
     """Of encoder and decoder together."""
@@ -39,28 +41,29 @@ class Cost:
     encoder_macs: int | None = None
     """Multiply-accumulates of convolutions, matrix products and attention for one image."""
     encoder_ms: float | None = None
-    """One image, median; where a model has no encoder of its own, all that it does with an image."""
+    """Milliseconds for one image, median; for a model without an encoder, of all that it computes of an image
+    alone."""
     decoder_ms: float | None = None
-    """One prompt of one point, median."""
+    """Milliseconds for one prompt of one point, median."""
 
 
-class Contender(Protocol):
+class Predictor(Protocol):
     """A model in an evaluation."""
 
     name: str
-    several: bool
-    """Whether it can be asked for several masks a prompt."""
+    multimask: bool
+    """True if the model can predict several masks for one prompt."""
 
-    def look(self, scene: Scene) -> bool:
-        """Takes an image; False where nothing can be said of it, as its embedding isn't finite."""
+    def set_image(self, image: LazyImage) -> bool:
+        """Take an image; return False where its embedding isn't finite, so that its masks mean nothing."""
 
-    def answer(self, prompts: Prompts, several: bool) -> list[Answer]:
-        """Masks of that image for each prompt."""
+    def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
+        """Return the masks of each prompt.
+
+        Args:
+            prompts: about the image that was set; coordinates in pixels of the original image, on the CPU.
+            multimask_output: several masks a prompt instead of one.
+        """
 
     def cost(self) -> Cost:
-        """Measures it."""
-
-
-def best_by(scores: Sequence[float] | Floats) -> int:
-    """The place of the highest score, of several the first; those that are no numbers lose."""
-    return int(np.argmax(np.nan_to_num(np.asarray(scores, dtype=np.float64), nan=-np.inf)))
+        """Measure the cost. The image that was set is lost."""

@@ -1,4 +1,8 @@
-"""The report of an evaluation: one HTML file with the tables, and the masks of every model side by side."""
+"""Report of an evaluation: one HTML file with the tables, and the masks of every model side by side.
+
+Shape suffixes: P prompts, N points of one prompt, T masks of one prompt, H and W rows and columns of an image or
+mask, C channels, 2 (x, y).
+"""
 
 from __future__ import annotations
 
@@ -13,65 +17,79 @@ import torch
 
 from ...common.errors import VerifyError, shown
 from ...sam import ImageError
-from ..gallery import pick_extremes
-from ..rendering.images import COLOURS, LONGEST, Bools, Floats, Rgb, choose_points, paint_masks, thumbnail_uri
+from ...sam.modeling.decode_prompts import Prompts
+from ..gallery import worst_and_best
+from ..rendering.images import POINT_COLOURS, Bools, Floats, Rgb, choose_points, paint_masks, thumbnail_uri
 from ..report import page_environment, write_page
 from .config import EvaluateConfig
-from .images import Scene
-from .inputs import Arena
-from .iou import first_iou
-from .predictor import Contender
-from .prompts import Prompts, centre_of_mask, choose_objects, point_prompts
+from .images import LazyImage
+from .inputs import EvaluationInputs
+from .iou import single_iou
+from .predictor import Predictor
+from .prompts import centre_of_mask, choose_objects, point_prompts
 from .sam_predictor import prompts_at_once
-from .table import nothing_told, tables
-
-TELLING = 512
-"""Pixels of a mask's longer side that tell it from others."""
-SHOWN = 3
-"""Images on the page of the worst, and of the best."""
+from .table import no_numbers, tables
 
 TEMPLATE = "evaluation.html.j2"
+
+MOST_SHOWN = 3
+"""Number of images on the page of the worst, and of the best."""
+
+CHOICE_SIDE = 512
+"""Longer side in pixels to which masks are reduced before those that differ are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One model's masks over a photo."""
+    """Masks of one model, or those wanted, over a photo."""
 
     name: str
     uri: str
     ious: Sequence[tuple[str, float]]
-    """The colour of each prompt, for CSS, and its IoU; none for what is compared with."""
+    """CSS colour and IoU of each prompt; empty for the masks wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strip:
-    """The same prompts to everybody."""
+class PanelRow:
+    """Pictures of the masks for the same prompts: those wanted, then each model's."""
 
     title: str
     pictures: Sequence[Picture]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exhibit:
-    """One image with its strips."""
+class ImagePanel:
+    """One image with its rows of pictures."""
 
     name: str
-    width: int
-    height: int
+    size: tuple[int, int]
+    """Height and width of the photo in pixels."""
     photo: str
-    strips: Sequence[Strip]
-    figures: Sequence[tuple[str, float | None]]
-    """Each model's mean over the image's prompts."""
+    """Data URI."""
+    rows: Sequence[PanelRow]
+    means: Sequence[tuple[str, float | None]]
+    """Each model's name and mean IoU over the image's prompts."""
 
 
 def write_evaluation_report(
-    path: Path, result: Mapping[str, Any], arena: Arena, config: EvaluateConfig
+    path: Path, result: Mapping[str, Any], inputs: EvaluationInputs, config: EvaluateConfig
 ) -> None:
-    """Looks at the worst and the best images once more, and writes the page. Raises VerifyError where it can't."""
-    worst, best = _chosen(result["per_image"])
-    where = {shown(arena.scenes.key(index)): index for index in range(len(arena.scenes))}
-    exhibits = [
-        [_exhibit(arena, config, where[one["key"]], one["miou"]) for one in some] for some in (worst, best)
+    """Predict the masks of the worst and the best images once more, and write the page.
+
+    Args:
+        path: of the HTML file.
+        result: as `evaluate_masks` returns it.
+        inputs: of the evaluation, still open.
+        config: of the evaluation.
+
+    Raises:
+        VerifyError: an image can't be read any more, or the page can't be written.
+    """
+    worst, best = _worst_and_best(result["per_image"])
+    index_of = {shown(inputs.images.key(index)): index for index in range(len(inputs.images))}
+    panels = [
+        [_image_panel(inputs, config, index_of[one["key"]], one["miou"]) for one in some]
+        for some in (worst, best)
     ]
     page = (
         page_environment()
@@ -80,109 +98,123 @@ def write_evaluation_report(
             result=result,
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             tables=tables(result),
-            worst=exhibits[0],
-            best=exhibits[1],
-            nothing=None if result["evaluated"] else nothing_told(result),
+            worst=panels[0],
+            best=panels[1],
+            no_numbers=None if result["evaluated"] else no_numbers(result),
         )
     )
     write_page(path, page)
 
 
-def _chosen(per_image: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """The images of the lowest and of the highest mean over the models; where it is undefined, none."""
+def _worst_and_best(per_image: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """Return the images of the lowest and of the highest mean over the models; an undefined one is in neither."""
     means = []
     for one in per_image:
         values = list(one["miou"].values())
         means.append(None if None in values else float(np.mean(values)))
-    worst, best = pick_extremes(means, SHOWN)
+    worst, best = worst_and_best(means, MOST_SHOWN)
     return [per_image[i] for i in worst], [per_image[i] for i in best]
 
 
-def _exhibit(
-    arena: Arena, config: EvaluateConfig, index: int, figures: Mapping[str, float | None]
-) -> Exhibit:
+def _image_panel(
+    inputs: EvaluationInputs, config: EvaluateConfig, index: int, means: Mapping[str, float | None]
+) -> ImagePanel:
     try:
-        scene = arena.scenes.read(index)
+        image = inputs.images.read(index)
     except ImageError as error:  # it was readable when it was measured
-        raise VerifyError(f"{shown(arena.scenes.key(index))}: {error}") from error
-    photo_HWC = scene.pixels() if arena.scenes.root is not None else scene.resized(1024).pixels_HWC
-    for opened in arena.models:
-        opened.contender.look(scene)
-    strips = []
-    if arena.teacher is not None and config.points:
-        arena.teacher.look(scene)
-        strips.append(_teacher_strip(arena, arena.teacher, config, scene, photo_HWC))
-    strips += _label_strips(arena, config, scene, photo_HWC)
-    return Exhibit(
-        name=scene.key,
-        width=photo_HWC.shape[1],
-        height=photo_HWC.shape[0],
-        photo=thumbnail_uri(photo_HWC, LONGEST),
-        strips=strips,
-        figures=list(figures.items()),
+        raise VerifyError(f"{shown(inputs.images.key(index))}: {error}") from error
+    photo_HWC = image.pixels() if inputs.images.root is not None else image.resized(1024).pixels_HWC
+    for predictor in inputs.predictors:
+        predictor.set_image(image)
+    rows = []
+    if inputs.teacher is not None and config.points:
+        inputs.teacher.set_image(image)
+        prompts, wanted_PHW = _teacher_masks(inputs.teacher, config, image, inputs.device)
+        pictures = _pictures(inputs, image, photo_HWC, prompts, inputs.teacher.name, wanted_PHW)
+        rows.append(PanelRow(title="The same points", pictures=pictures))
+    labelled = _labelled_masks(inputs, config, image)
+    if labelled is not None:
+        prompts, wanted_PHW = labelled
+        pictures = _pictures(inputs, image, photo_HWC, prompts, "labels", wanted_PHW)
+        rows.append(PanelRow(title="Centers of labelled objects", pictures=pictures))
+    return ImagePanel(
+        name=image.key,
+        size=(photo_HWC.shape[0], photo_HWC.shape[1]),
+        photo=thumbnail_uri(photo_HWC),
+        rows=rows,
+        means=list(means.items()),
     )
 
 
-def _teacher_strip(
-    arena: Arena, teacher: Contender, config: EvaluateConfig, scene: Scene, photo_HWC: Rgb
-) -> Strip:
-    prompts = point_prompts(config.points, scene.original_size)
-    # By every few of their pixels: all of the masks together have thousands of times as many as the photo.
-    step = -(-max(scene.original_size) // TELLING)
-    chosen = choose_points(_single_masks(teacher, prompts, scene, arena.device, step))
-    prompts = Prompts.of_points(_points(prompts)[chosen])
-    wanted_NHW = _single_masks(teacher, prompts, scene, arena.device)
-    return _strip("The same points", str(teacher.name), arena, scene, photo_HWC, prompts, wanted_NHW)
+def _teacher_masks(
+    teacher: Predictor, config: EvaluateConfig, image: LazyImage, device: torch.device
+) -> tuple[Prompts, Bools]:
+    """Return points whose teacher masks differ from each other, and these masks."""
+    prompts = point_prompts(config.points, image.original_size)
+    # Reduced, since all of the masks together have thousands of times as many pixels as the photo.
+    step = -(-max(image.original_size) // CHOICE_SIDE)
+    chosen = choose_points(_single_masks(teacher, prompts, image, device, step))
+    prompts = Prompts.of_points(prompts.points_PN2[chosen, 0])
+    return prompts, _single_masks(teacher, prompts, image, device)
 
 
-def _label_strips(arena: Arena, config: EvaluateConfig, scene: Scene, photo_HWC: Rgb) -> list[Strip]:
-    labels = arena.labels_of(scene)
+def _labelled_masks(
+    inputs: EvaluationInputs, config: EvaluateConfig, image: LazyImage
+) -> tuple[Prompts, Bools] | None:
+    """Return the centres and masks of the largest labelled objects that differ from each other; None without any."""
+    labels = inputs.read_labels(image)
     if not labels:
-        return []
-    chosen = choose_objects(len(labels), config.max_objects, config.seed, scene.key)
-    # The largest objects that differ from each other.
-    chosen = sorted(chosen, key=lambda index: -int(labels.areas_N[index]))[: 4 * len(COLOURS)]
-    masks_NHW = np.stack([labels.mask(index) for index in chosen])
-    wanted_NHW = masks_NHW[choose_points(masks_NHW, len(COLOURS))]
-    prompts = Prompts.of_points(np.array([centre_of_mask(mask_HW) for mask_HW in wanted_NHW]))
-    return [_strip("Centers of labelled objects", "labels", arena, scene, photo_HWC, prompts, wanted_NHW)]
-
-
-def _strip(
-    title: str, name: str, arena: Arena, scene: Scene, photo_HWC: Rgb, prompts: Prompts, wanted_NHW: Bools
-) -> Strip:
-    height, width = scene.original_size
-    points_n2 = (_points(prompts) + 0.5) / (width, height)
-    pictures = [_picture(name, photo_HWC, wanted_NHW, points_n2, ())]
-    for opened in arena.models:
-        answers = opened.contender.answer(prompts, False)
-        masks_NHW = np.stack([answer.masks_CHW[0].cpu().numpy() for answer in answers])
-        ious = [first_iou(a, torch.from_numpy(w.copy())) for a, w in zip(answers, wanted_NHW, strict=True)]
-        pictures.append(_picture(opened.contender.name, photo_HWC, masks_NHW, points_n2, ious))
-    return Strip(title=title, pictures=pictures)
-
-
-def _picture(
-    name: str, photo_HWC: Rgb, masks_NHW: Bools, points_n2: Floats, ious: Sequence[float]
-) -> Picture:
-    painted = paint_masks(photo_HWC, masks_NHW, points_n2, LONGEST)
-    colours = [f"rgb{colour}" for colour in COLOURS]
-    return Picture(
-        name=name, uri=thumbnail_uri(painted, LONGEST), ious=list(zip(colours, ious, strict=False))
-    )
+        return None
+    chosen = choose_objects(len(labels), config.max_objects, config.seed, image.key)
+    chosen = sorted(chosen, key=lambda index: -int(labels.areas_P[index]))[: 4 * len(POINT_COLOURS)]
+    masks_PHW = np.stack([labels.mask(index) for index in chosen])
+    wanted_PHW = masks_PHW[choose_points(masks_PHW, len(POINT_COLOURS))]
+    centres_P2 = np.array([centre_of_mask(mask_HW) for mask_HW in wanted_PHW], dtype=np.float64)
+    return Prompts.of_points(centres_P2), wanted_PHW
 
 
 def _single_masks(
-    contender: Contender, prompts: Prompts, scene: Scene, device: torch.device, step: int = 1
+    predictor: Predictor, prompts: Prompts, image: LazyImage, device: torch.device, step: int = 1
 ) -> Bools:
-    """A mask for each prompt, every `step`-th of its rows and columns."""
-    at_once = prompts_at_once(scene.original_size, device)
+    """Return the mask for each prompt, reduced to every `step`-th of its rows and columns."""
+    at_once = prompts_at_once(image.original_size, device)
     masks = (
-        answer.masks_CHW[0] for _, part in prompts.parts(at_once) for answer in contender.answer(part, False)
+        predicted.masks_THW[0]
+        for _, part in prompts.parts(at_once)
+        for predicted in predictor.predict(part, False)
     )
     return np.stack([mask_HW[::step, ::step].cpu().numpy() for mask_HW in masks])
 
 
-def _points(prompts: Prompts) -> Floats:
-    assert prompts.points_NP2 is not None, "points"
-    return prompts.points_NP2[:, 0]
+def _pictures(
+    inputs: EvaluationInputs,
+    image: LazyImage,
+    photo_HWC: Rgb,
+    prompts: Prompts,
+    wanted_name: str,
+    wanted_PHW: Bools,
+) -> list[Picture]:
+    """Paint the masks wanted, and those that each model predicts for the same prompts of one point."""
+    height, width = image.original_size
+    points_P2 = (prompts.points_PN2[:, 0].numpy() + 0.5) / (width, height)
+    pictures = [_picture(wanted_name, photo_HWC, wanted_PHW, points_P2, ())]
+    for predictor in inputs.predictors:
+        predicted = predictor.predict(prompts, False)
+        masks_PHW = np.stack([one.masks_THW[0].cpu().numpy() for one in predicted])
+        ious = [
+            single_iou(one, torch.from_numpy(wanted_HW.copy()))
+            for one, wanted_HW in zip(predicted, wanted_PHW, strict=True)
+        ]
+        pictures.append(_picture(predictor.name, photo_HWC, masks_PHW, points_P2, ious))
+    return pictures
+
+
+def _picture(
+    name: str, photo_HWC: Rgb, masks_PHW: Bools, points_P2: Floats, ious: Sequence[float]
+) -> Picture:
+    colours = [f"rgb{colour}" for colour in POINT_COLOURS]
+    return Picture(
+        name=name,
+        uri=thumbnail_uri(paint_masks(photo_HWC, masks_PHW, points_P2)),
+        ious=list(zip(colours, ious, strict=False)),
+    )

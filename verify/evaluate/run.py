@@ -1,10 +1,12 @@
-"""One evaluation: any number of models, their masks against the teacher's and against labels, and what they cost."""
+"""One evaluation: the masks of any number of models against the teacher's and against labels, and what models cost.
+
+Shape suffixes: P prompts, H and W rows and columns of a mask.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,213 +15,226 @@ from torch import Tensor
 
 from ...common.errors import shown
 from ...sam import AnnotationError, Annotations, CocoInstances, ImageError
-from ..report import check_report, keeping
+from ...sam.modeling.decode_prompts import Prompts
+from ..report import check_report, report_errors
 from . import iou
 from .config import EvaluateConfig
-from .images import Scene
-from .inputs import Arena, open_arena
-from .iou import Tally
-from .predictor import Answer, Contender
-from .prompts import Prompts, centre_of_mask, choose_objects, pair_prompts, point_prompts
+from .images import LazyImage
+from .inputs import EvaluationInputs, open_evaluation
+from .iou import IouTotals
+from .models import LoadedModel
+from .predictor import PredictedMasks, Predictor
+from .prompts import centre_of_mask, choose_objects, pair_prompts, point_prompts
 from .report import write_evaluation_report
 from .sam_predictor import prompts_at_once
 
-OnImage = Callable[[int, int], None]
-Judge = Callable[[Answer, Tensor], float]
+Progress = Callable[[int, int], None]
+"""Is called with the numbers done and in all."""
+
+Score = Callable[[PredictedMasks, Tensor], float]
+"""IoU of the predicted masks of one prompt with the mask wanted, bool (H, W)."""
+
+ImageIous = dict[str, dict[str, list[float]]]
+"""Model -> protocol -> IoU of each prompt of one image."""
 
 
 def evaluate_masks(
-    config: EvaluateConfig, *, progress: OnImage | None = None, download: OnImage | None = None
+    config: EvaluateConfig, *, progress: Progress | None = None, download: Progress | None = None
 ) -> dict[str, Any]:
-    """Compares models and returns what `--json` prints.
+    """Compare the masks of models with the teacher's and with labels.
 
-    `images` counts all, `evaluated` those that gave numbers, `failed` lists {key, reason} of those that couldn't be
-    read or whose labels are broken. `reference` is the teacher (None without), `left_out` how many pairs of points
-    didn't fit into their images, by protocol. `models` has for each its names, its cost, and
+    Args:
+        config: see `EvaluateConfig`.
+        progress: called with the numbers of images done and in all.
+        download: called with the bytes of a teacher's checkpoint done and in all.
 
-    - `teacher`: protocol -> {miou, prompts, images}: IoU with the teacher's mask for the same prompt, SAM's single
-      mask both times, at the image's original resolution; mean over an image's prompts, then over images.
-    - `labels`: the same for boxes and centres of labelled objects, mean over all objects.
+    Returns:
+        The JSON object that `--json` prints:
 
-    `per_image` are each image's figures for `point` (else `center`), by model. `progress(done, total)` counts images,
-    `download(done, total)` bytes of a teacher's checkpoint.
+        - `images`: number of all images; `evaluated`: of those that gave numbers; `labelled`: of those with labelled
+          objects; `failed`: {key, reason} of those that couldn't be read or whose labels are damaged.
+        - `reference`: the teacher, None without one. `left_out`: protocol -> number of pairs of points that didn't
+          fit into their images.
+        - `models`: for each its names and its cost (see `Cost`), and
 
-    Raises ReportError, which has the result, when only the report can't be made; VerifyError, and the other rooms'
-    errors, for a model or store that is missing or damaged.
+          - `teacher`: protocol -> {miou, prompts, images}: IoU with the teacher's mask for the same prompt, SAM's
+            single mask both times, at the image's original resolution; mean over an image's prompts, then over
+            images.
+          - `labels`: the same for boxes and centres of labelled objects, mean over all objects.
+        - `per_image`: each image's mean IoU of protocol `point` (without it `center`), by model.
+        - `split`, `points`, `device`, `seed`, `notes`, `report`.
+
+    Raises:
+        ReportError: only the report can't be made; the error has the result.
+        VerifyError: a model or another input can't be used.
+        StoreError, DistillError, SamError: a model or store is missing or damaged.
     """
     if config.report is not None:
         check_report(config.report)
     with ExitStack() as stack:
-        arena = open_arena(config, stack, download)
-        evaluation = _Evaluation(arena=arena, config=config)
-        for index in range(len(arena.scenes)):
+        inputs = open_evaluation(config, stack, download)
+        evaluation = _Evaluation(inputs, config)
+        for index in range(len(inputs.images)):
             evaluation.add(index)
             if progress is not None:
-                progress(index + 1, len(arena.scenes))
+                progress(index + 1, len(inputs.images))
         result = evaluation.result()
         if config.report is not None:
-            with keeping(result, result):
-                write_evaluation_report(config.report, result, arena, config)
+            with report_errors(result, result):
+                write_evaluation_report(config.report, result, inputs, config)
     return result
 
 
-@dataclass(kw_only=True, eq=False)
 class _Evaluation:
-    """What has been found so far."""
+    """Measurements of the images so far."""
 
-    arena: Arena
-    config: EvaluateConfig
-    failed: list[dict[str, str]] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)
-    per_image: list[dict[str, Any]] = field(default_factory=list)
-    evaluated: int = 0
-    labelled: int = 0
-    listed: int = 0
-    """Images that labels say anything of, were it that they show no object."""
-    tallies: dict[str, Tally] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.tallies = {opened.contender.name: Tally() for opened in self.arena.models}
-        if self.arena.teacher is not None and self.config.points:
-            self.left_out = {iou.pair_name(distance): 0 for distance in self.config.distances}
-
-    @property
-    def contenders(self) -> list[Contender]:
-        return [opened.contender for opened in self.arena.models]
+    def __init__(self, inputs: EvaluationInputs, config: EvaluateConfig) -> None:
+        self.inputs, self.config = inputs, config
+        self.compares_teacher = inputs.teacher is not None and config.points > 0
+        self.totals = {model.name: IouTotals() for model in inputs.models}
+        self.per_image: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+        self.left_out: dict[str, int] = {}
+        if self.compares_teacher:
+            self.left_out = {iou.pair_name(distance): 0 for distance in config.distances}
+        self.evaluated = 0
+        self.labelled = 0
+        self.covered = 0
+        """Number of images that labels cover, be it that they list no object."""
 
     def add(self, index: int) -> None:
-        """One image. What is wrong with it is noted before any model sees it."""
-        key = self.arena.scenes.key(index)
+        """Measure one image. Its faults are found before any model sees it."""
         try:
-            scene = self.arena.scenes.read(index)
-            labels = self.arena.labels_of(scene)
-            for contender in self.arena.embedding:
-                scene.resized(contender.image_size)
+            image = self.inputs.images.read(index)
+            labels = self.inputs.read_labels(image)
+            for size in self.inputs.encoder_sizes:
+                image.resized(size)
         except (ImageError, AnnotationError) as error:
+            key = self.inputs.images.key(index)
             self.failed.append({"key": shown(key), "reason": shown(" ".join(str(error).split()))})
             return
-        self.listed += labels is not None
-        compares = self.arena.teacher is not None and self.config.points > 0
-        if not compares and not labels:
+        self.covered += labels is not None
+        if not self.compares_teacher and not labels:
             return
-        finite = {contender.name: contender.look(scene) for contender in self.contenders}
-        found: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in self.contenders}
-        if self.arena.teacher is not None and compares:
-            self._against_teacher(self.arena.teacher, scene, found)
+        finite = {predictor.name: predictor.set_image(image) for predictor in self.inputs.predictors}
+        ious: ImageIous = {predictor.name: {} for predictor in self.inputs.predictors}
+        if self.inputs.teacher is not None and self.compares_teacher:
+            self._compare_with_teacher(self.inputs.teacher, image, ious)
         if labels:
-            self._against_labels(labels, scene, found)
+            self._compare_with_labels(labels, image, ious)
             self.labelled += 1
         self.evaluated += 1
-        self._take(scene, found, finite)
+        self._add_to_totals(image, ious, finite)
 
-    def _against_teacher(
-        self, teacher: Contender, scene: Scene, found: dict[str, dict[str, list[float]]]
-    ) -> None:
-        side, size = self.config.points, scene.original_size
-        sets = {iou.POINT: point_prompts(side, size)}
+    def _compare_with_teacher(self, teacher: Predictor, image: LazyImage, ious: ImageIous) -> None:
+        side, size = self.config.points, image.original_size
+        protocols = {iou.POINT: point_prompts(side, size)}
         for distance in self.config.distances:
             name = iou.pair_name(distance)
-            sets[name], missing = pair_prompts(side, size, distance, self.config.seed, scene.key)
+            protocols[name], missing = pair_prompts(side, size, distance, self.config.seed, image.key)
             self.left_out[name] += missing
-        finite = teacher.look(scene)
-        for name, prompts in sets.items():
-            for _, part in prompts.parts(prompts_at_once(size, self.arena.device)):
-                wanted = [answer.masks_CHW[0] for answer in teacher.answer(part, False)]
-                self._judge(part, wanted, False, {name: iou.first_iou}, found, undefined=not finite)
+        finite = teacher.set_image(image)
+        for name, prompts in protocols.items():
+            for _, part in prompts.parts(prompts_at_once(size, self.inputs.device)):
+                wanted = [predicted.masks_THW[0] for predicted in teacher.predict(part, False)]
+                self._score(part, wanted, {name: iou.single_iou}, ious, undefined=not finite)
 
-    def _against_labels(
-        self, labels: Annotations, scene: Scene, found: dict[str, dict[str, list[float]]]
-    ) -> None:
-        chosen = choose_objects(len(labels), self.config.max_objects, self.config.seed, scene.key)
-        at_once = prompts_at_once(scene.original_size, self.arena.device)
+    def _compare_with_labels(self, labels: Annotations, image: LazyImage, ious: ImageIous) -> None:
+        chosen = choose_objects(len(labels), self.config.max_objects, self.config.seed, image.key)
+        at_once = prompts_at_once(image.original_size, self.inputs.device)
         for start in range(0, len(chosen), at_once):
-            some = chosen[start : start + at_once]
-            masks = [labels.mask(index) for index in some]
+            objects = chosen[start : start + at_once]
+            masks = [labels.mask(index) for index in objects]
             wanted = [torch.from_numpy(mask_HW.copy()) for mask_HW in masks]
-            centres = Prompts.of_points(np.array([centre_of_mask(mask_HW) for mask_HW in masks]))
-            self._judge(
-                Prompts(boxes_N4=labels.boxes_N4[some]), wanted, False, {iou.BOX: iou.first_iou}, found
+            boxes = Prompts.of_boxes(labels.boxes_P4[objects])
+            centres = Prompts.of_points(
+                np.array([centre_of_mask(mask_HW) for mask_HW in masks], dtype=np.float64)
             )
-            self._judge(centres, wanted, False, {iou.CENTRE: iou.first_iou}, found)
-            both = {iou.PICKED: iou.picked_iou, iou.ORACLE: iou.best_iou}
-            self._judge(centres, wanted, True, both, found)
+            self._score(boxes, wanted, {iou.BOX: iou.single_iou}, ious)
+            self._score(centres, wanted, {iou.CENTRE: iou.single_iou}, ious)
+            of_three = {iou.TOP_SCORED: iou.top_scored_iou, iou.ORACLE: iou.oracle_iou}
+            self._score(centres, wanted, of_three, ious, multimask_output=True)
 
-    def _judge(
+    def _score(
         self,
         prompts: Prompts,
         wanted: Sequence[Tensor],
-        several: bool,
-        judges: Mapping[str, Judge],
-        found: dict[str, dict[str, list[float]]],
+        scores: Mapping[str, Score],
+        ious: ImageIous,
         *,
+        multimask_output: bool = False,
         undefined: bool = False,
     ) -> None:
-        """Every model's answers to the prompts, by each of the judges."""
-        for contender in self.contenders:
-            if several and not contender.several:
+        """Add the IoUs of every model's masks for the prompts to `ious`, for each protocol by its score.
+
+        Args:
+            prompts: about the image that the predictors have.
+            wanted: the reference mask of each prompt, bool (H, W).
+            scores: protocol -> score.
+            ious: gets the IoUs.
+            multimask_output: ask for several masks a prompt, of the models that can give them.
+            undefined: the reference masks mean nothing, so every IoU is NaN.
+        """
+        for predictor in self.inputs.predictors:
+            if multimask_output and not predictor.multimask:
                 continue
-            answers = contender.answer(prompts, several)
-            for name, judge in judges.items():
-                ious = [judge(answer, mask_HW) for answer, mask_HW in zip(answers, wanted, strict=True)]
-                found[contender.name].setdefault(name, []).extend(
-                    [float("nan")] * len(ious) if undefined else ious
+            predicted = predictor.predict(prompts, multimask_output)
+            for protocol, score in scores.items():
+                ious_P = [score(masks, wanted_HW) for masks, wanted_HW in zip(predicted, wanted, strict=True)]
+                ious[predictor.name].setdefault(protocol, []).extend(
+                    [float("nan")] * len(ious_P) if undefined else ious_P
                 )
 
-    def _take(
-        self, scene: Scene, found: Mapping[str, Mapping[str, list[float]]], finite: Mapping[str, bool]
-    ) -> None:
-        figures: dict[str, float | None] = {}
-        for name, ious in found.items():
-            for protocol, ious_N in ious.items():
-                # Masks of an embedding that isn't finite are empty, and empty masks agree.
-                self.tallies[name].add(protocol, ious_N if finite[name] else [float("nan")] * len(ious_N))
-            shown_N = ious.get(iou.POINT) or ious.get(iou.CENTRE) or []
-            mean = float(np.mean(shown_N)) if shown_N and finite[name] else float("nan")
-            figures[name] = None if np.isnan(mean) else mean
-        self.per_image.append({"key": scene.key, "miou": figures})
+    def _add_to_totals(self, image: LazyImage, ious: ImageIous, finite: Mapping[str, bool]) -> None:
+        means: dict[str, float | None] = {}
+        for name, by_protocol in ious.items():
+            for protocol, ious_P in by_protocol.items():
+                # Masks of an embedding that isn't finite are empty, and two empty masks count 1.
+                self.totals[name].add(protocol, ious_P if finite[name] else [float("nan")] * len(ious_P))
+            shown_P = by_protocol.get(iou.POINT) or by_protocol.get(iou.CENTRE) or []
+            mean = float(np.mean(shown_P)) if shown_P and finite[name] else float("nan")
+            means[name] = None if np.isnan(mean) else mean
+        self.per_image.append({"key": image.key, "miou": means})
+
+    def result(self) -> dict[str, Any]:
+        """Return the result of `evaluate_masks`. Models are timed here, as no image is needed any more."""
+        inputs, config = self.inputs, self.config
+        return {
+            "images": len(inputs.images),
+            "evaluated": self.evaluated,
+            "labelled": self.labelled,
+            "failed": self.failed,
+            "reference": inputs.reference,
+            "split": inputs.split,
+            "points": config.points,
+            "left_out": self.left_out,
+            "models": [self._model_result(model) for model in inputs.models],
+            "per_image": [{**one, "key": shown(one["key"])} for one in self.per_image],
+            "device": str(inputs.device),
+            "seed": config.seed,
+            "notes": [*inputs.notes, *self._label_notes()],
+            "report": None if config.report is None else str(config.report),
+        }
+
+    def _model_result(self, model: LoadedModel) -> dict[str, Any]:
+        totals = self.totals[model.name]
+        protocols = (iou.POINT, *self.left_out) if self.compares_teacher else ()
+        label_protocols = iou.LABEL_PROTOCOLS if self.labelled else ()
+        return {
+            **model.to_json(),
+            **(vars(model.predictor.cost()) if self.evaluated else {}),
+            "teacher": {name: totals.by_image(name) for name in protocols},
+            "labels": {name: totals.by_object(name) for name in label_protocols},
+        }
 
     def _label_notes(self) -> list[str]:
-        """Why there are no labels where some were given."""
-        coco, scenes = self.arena.labels, self.arena.scenes
-        if not isinstance(coco, CocoInstances) or self.listed or self.failed or not len(scenes):
+        """Explain why a COCO file that was given covers none of the images."""
+        coco, images = self.inputs.labels, self.inputs.images
+        if not isinstance(coco, CocoInstances) or self.covered or self.failed or not len(images):
             return []
         example = coco.example()
         has = "is empty" if example is None else f"has {shown(example)!r} for instance"
         return [
-            f"{coco.path.name} names none of the {len(scenes):,} images: it {has}, they are {shown(scenes.key(0))!r} "
+            f"{coco.path.name} names none of the {len(images):,} images: it {has}, they are {shown(images.key(0))!r} "
             "for instance"
         ]
-
-    def result(self) -> dict[str, Any]:
-        """What `evaluate_masks` returns."""
-        arena, config = self.arena, self.config
-        protocols = (iou.POINT, *self.left_out) if self.left_out or (arena.teacher and config.points) else ()
-        models = []
-        for opened in arena.models:
-            tally_of = self.tallies[opened.contender.name]
-            models.append(
-                {
-                    **opened.names(),
-                    **(vars(opened.contender.cost()) if self.evaluated else {}),
-                    "teacher": {name: tally_of.by_image(name) for name in protocols},
-                    "labels": {name: tally_of.by_object(name) for name in iou.LABEL_PROTOCOLS}
-                    if self.labelled
-                    else {},
-                }
-            )
-        return {
-            "images": len(arena.scenes),
-            "evaluated": self.evaluated,
-            "labelled": self.labelled,
-            "failed": self.failed,
-            "reference": arena.reference,
-            "split": arena.split,
-            "points": config.points,
-            "left_out": self.left_out,
-            "models": models,
-            "per_image": [{**one, "key": shown(one["key"])} for one in self.per_image],
-            "device": str(arena.device),
-            "seed": config.seed,
-            "notes": [*arena.notes, *self._label_notes()],
-            "report": None if config.report is None else str(config.report),
-        }

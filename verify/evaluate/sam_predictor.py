@@ -1,4 +1,9 @@
-"""SAM in an evaluation: with an encoder of any kind, or with a store's embeddings in an encoder's place."""
+"""SAM as a predictor: with an encoder of any kind, or with a store's embeddings in an encoder's place.
+
+Shape suffixes: P prompts, N points of one prompt, T masks of one prompt (one, or three), C channels, H and W rows and
+columns of an embedding or mask, h and w those of low-resolution masks (4g), g side of the embedding's grid, 1 one,
+2 (x, y), 4 (x0, y0, x1, y1).
+"""
 
 from __future__ import annotations
 
@@ -12,18 +17,18 @@ from torch import Tensor, nn
 
 from ...distill.students.cost import count_macs, median_seconds
 from ...sam import image_pixels
+from ...sam.modeling.decode_prompts import Prompts
 from ...sam.modeling.head import SamHead, assemble
 from ...sam.modeling.masks import PIXELS_AT_ONCE, PROMPTS_AT_ONCE, to_square, upscale_masks
 from ...store import EmbeddingStore
-from .images import Scene
-from .predictor import LIMIT, Answer, Cost, Floats
-from .prompts import Prompts
+from .images import LazyImage
+from .predictor import TIMING_SECONDS, Cost, PredictedMasks
 
 
-class SamMasks:
-    """A SAM's head over one image's embedding: what `SamPredictor.predict_torch` gives, in bounded memory."""
+class HeadPredictor:
+    """SAM's head over one image's embedding: equal to `SamPredictor.predict_torch`, in bounded memory."""
 
-    several = True
+    multimask = True
 
     def __init__(self, name: str, sam: Sam) -> None:
         self.name = name
@@ -39,30 +44,39 @@ class SamMasks:
     def set_embedding(
         self, emb_1CHW: Tensor, original_size: tuple[int, int], resized_size: tuple[int, int]
     ) -> bool:
-        """Takes an image's embedding, float32 (1, 256, g, g); whether it is finite."""
+        """Take an image's embedding.
+
+        Args:
+            emb_1CHW: (1, 256, g, g), on the head's device.
+            original_size: height and width of the image.
+            resized_size: height and width of its part of the encoder's square.
+
+        Returns:
+            True if the embedding is finite.
+        """
         self._emb_1CHW = emb_1CHW.float().contiguous()
         self._original_size, self._resized_size = original_size, resized_size
         return bool(torch.isfinite(emb_1CHW).all())
 
     @torch.no_grad()
-    def answer(self, prompts: Prompts, several: bool) -> list[Answer]:
-        """Masks, logits above 0, and predicted IoUs, for each prompt."""
-        logits_nChw, scores_nC = self.decode(prompts, several)
-        masks_nCHW = torch.stack([self._upscale(logits_Chw) for logits_Chw in logits_nChw])
-        scores = scores_nC.double().cpu().numpy()
-        return [Answer(masks_CHW=m, scores_C=s) for m, s in zip(masks_nCHW, scores, strict=True)]
+    def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
+        """Return for each prompt its masks, logits above 0, and their predicted IoUs."""
+        logits_PThw, scores_PT = self.decode(prompts, multimask_output)
+        masks_PTHW = torch.stack([self._upscale(logits_Thw) for logits_Thw in logits_PThw])
+        scores = scores_PT.double().cpu().numpy()
+        return [PredictedMasks(masks_THW=m, scores_T=s) for m, s in zip(masks_PTHW, scores, strict=True)]
 
-    def decode(self, prompts: Prompts, several: bool) -> tuple[Tensor, Tensor]:
-        """Logits (n, C, 4g, 4g) over the encoder's square, and predicted IoUs (n, C)."""
+    def decode(self, prompts: Prompts, multimask_output: bool) -> tuple[Tensor, Tensor]:
+        """Return the logits over the encoder's square (P, T, 4g, 4g), and the predicted IoUs (P, T)."""
         assert self._emb_1CHW is not None, "an image comes first"
         encoder, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
         device = self._emb_1CHW.device
         points, boxes = None, None
-        if prompts.points_NP2 is not None:
-            labels_NP = torch.as_tensor(prompts.labels_NP, dtype=torch.int, device=device)
-            points = (self._to_square(prompts.points_NP2).to(device), labels_NP)
-        if prompts.boxes_N4 is not None:
-            boxes = self._to_square(prompts.boxes_N4.reshape(-1, 2, 2)).reshape(-1, 4).to(device)
+        if prompts.points_PN2.shape[1]:
+            labels_PN = prompts.labels_PN.to(device, torch.int)
+            points = (self._to_square(prompts.points_PN2).to(device), labels_PN)
+        if prompts.boxes_P4 is not None:
+            boxes = self._to_square(prompts.boxes_P4.reshape(-1, 2, 2)).reshape(-1, 4).to(device)
         with torch.autocast(device.type, enabled=False):
             sparse, dense = encoder(points=points, boxes=boxes, masks=None)
             return decoder(
@@ -70,20 +84,27 @@ class SamMasks:
                 image_pe=encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
-                multimask_output=several,
+                multimask_output=multimask_output,
             )
 
-    def _to_square(self, points: Floats) -> Tensor:
-        return to_square(points, self._original_size, self._resized_size)
+    def _to_square(self, points: Tensor) -> Tensor:
+        return to_square(points.numpy(), self._original_size, self._resized_size)
 
-    def _upscale(self, logits_Chw: Tensor) -> Tensor:
-        """One by one, since logits at an image's full size take four bytes a pixel."""
+    def _upscale(self, logits_Thw: Tensor) -> Tensor:
+        """Upscale masks one by one: logits at an image's full size take four bytes a pixel."""
         sizes = self.image_size, self._original_size, self._resized_size
-        return torch.cat([upscale_masks(one_1hw[None], *sizes) for one_1hw in logits_Chw.split(1)])
+        return torch.cat([upscale_masks(one_1hw[None], *sizes) for one_1hw in logits_Thw.split(1)])
 
 
-class SamContender(SamMasks):
-    """A whole SAM, in float32: it embeds each image itself."""
+class EncoderPredictor(HeadPredictor):
+    """A whole SAM, in float32, that embeds each image itself.
+
+    Args:
+        name: of the model in the evaluation.
+        sam: in evaluation mode, on `device`.
+        outline: makes its encoder on the meta device, to be counted.
+        device: that it computes on.
+    """
 
     def __init__(self, name: str, sam: Sam, outline: Callable[[], nn.Module], device: torch.device) -> None:
         super().__init__(name, sam)
@@ -91,22 +112,25 @@ class SamContender(SamMasks):
         self._device = device
 
     @torch.no_grad()
-    def look(self, scene: Scene) -> bool:
-        """Resizes, normalises and embeds."""
-        image = scene.resized(self.image_size)
-        emb_1CHW = self.sam.image_encoder(image_pixels(image, self.image_size, self._device))
-        return self.set_embedding(emb_1CHW, scene.original_size, image.resized_size)
+    def set_image(self, image: LazyImage) -> bool:
+        """Resize, normalise and embed an image; return False where the embedding isn't finite."""
+        resized = image.resized(self.image_size)
+        emb_1CHW = self.sam.image_encoder(image_pixels(resized, self.image_size, self._device))
+        return self.set_embedding(emb_1CHW, image.original_size, resized.resized_size)
 
     @torch.no_grad()
     def cost(self) -> Cost:
-        """Times one image and one point, on what doesn't matter."""
+        """Count parameters and multiply-accumulates; time one image and one point, on zeros."""
         size = self.image_size
         pixels_1CHW = torch.zeros(1, 3, size, size, device=self._device)
-        encoder_seconds = median_seconds(lambda: self.sam.image_encoder(pixels_1CHW), self._device, LIMIT)
+        encoder_seconds = median_seconds(
+            lambda: self.sam.image_encoder(pixels_1CHW), self._device, TIMING_SECONDS
+        )
         self.set_embedding(
             torch.zeros(1, 256, size // 16, size // 16, device=self._device), (size, size), (size, size)
         )
         prompt = Prompts.of_points(np.array([[size / 2, size / 2]]))
+        decoder_seconds = median_seconds(lambda: self.decode(prompt, False), self._device, TIMING_SECONDS)
         outline = self._outline()
         encoder = sum(parameter.numel() for parameter in outline.parameters())
         head = (*self.sam.prompt_encoder.parameters(), *self.sam.mask_decoder.parameters())
@@ -115,31 +139,32 @@ class SamContender(SamMasks):
             encoder_parameters=encoder,
             encoder_macs=count_macs(outline, size),
             encoder_ms=1000 * encoder_seconds,
-            decoder_ms=1000 * median_seconds(lambda: self.decode(prompt, False), self._device, LIMIT),
+            decoder_ms=1000 * decoder_seconds,
         )
 
 
-class StoreContender(SamMasks):
-    """A store's embeddings behind its head: the teacher, without running it."""
+class StorePredictor(HeadPredictor):
+    """The teacher without its encoder: a store's embeddings behind the store's head."""
 
     def __init__(self, store: EmbeddingStore, head: SamHead, device: torch.device) -> None:
         super().__init__(store.spec.teacher, assemble(nn.Identity(), head))
         self._store = store
         self._device = device
 
-    def look(self, scene: Scene) -> bool:
-        """Reads the image's embedding."""
-        assert scene.row is not None, "scenes of the store"
-        emb_1CHW = torch.from_numpy(self._store.read([scene.row]).to_float32()).to(self._device)
-        resized_size = scene.resized(self.image_size).resized_size
-        return self.set_embedding(emb_1CHW, scene.original_size, resized_size)
+    def set_image(self, image: LazyImage) -> bool:
+        """Read the embedding of an image of the store; return False where it isn't finite."""
+        assert image.row is not None, "an image of the store"
+        emb_1CHW = torch.from_numpy(self._store.read([image.row]).to_float32()).to(self._device)
+        resized_size = image.resized(self.image_size).resized_size
+        return self.set_embedding(emb_1CHW, image.original_size, resized_size)
 
     def cost(self) -> Cost:
-        """Nothing that would say something of the teacher."""
+        """Return no numbers: reading embeddings says nothing about the teacher's cost."""
         return Cost()
 
 
 def prompts_at_once(size: tuple[int, int], device: torch.device) -> int:
-    """How many prompts are answered together, so that masks of an image of (height, width) fit into memory."""
+    """Return the number of prompts decoded together: masks of an image of `size` (height, width) must fit into
+    memory."""
     fitting = math.ceil(PIXELS_AT_ONCE / (size[0] * size[1]))
     return min(PROMPTS_AT_ONCE[device.type], fitting)

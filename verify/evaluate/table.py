@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for the terminal and the report."""
+"""Tables of an evaluation, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -11,46 +11,79 @@ from ..table import number
 from . import iou
 
 ABSENT = "-"
-MOST_NAMED = 10
-"""Failed images that the terminal names; `--json` and the report name all."""
+"""Cell without a number."""
 
+MOST_NAMED = 10
+"""Number of failed images that the terminal names; `--json` and the report name all."""
 
 LABEL_HEADINGS = {
     iou.BOX: "box",
     iou.CENTRE: "center",
-    iou.PICKED: "center, picked of 3",
+    iou.TOP_SCORED: "center, picked of 3",
     iou.ORACLE: "center, best of 3",
 }
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """What was measured: cost, masks against the teacher's, masks against labels; only those there are."""
+    """Return the tables of cost, of masks against the teacher's, and of masks against labels, where there are any.
+
+    Args:
+        result: as `evaluate_masks` returns it.
+    """
     models: Sequence[Mapping[str, Any]] = result["models"]
     if not result["evaluated"]:
         return []
-    found = [_costs(models)]
+    found = [_cost_table(models)]
     if any(model["teacher"] for model in models):
-        found.append(_teacher(result, models))
+        found.append(_teacher_table(result, models))
     if any(model["labels"] for model in models):
-        images = f"{result['labelled']:,} image{_s(result['labelled'])}"
-        headings = [LABEL_HEADINGS[name] for name in iou.LABEL_PROTOCOLS]
-        objects = max(
-            (one["prompts"] for model in models for one in model["labels"].values() if one), default=0
-        )
-        found.append(
-            Table(
-                title=f"mIoU with labels, {objects:,} objects in {images}",
-                note="Single masks for the object's box and for its innermost point, and for that point the mask of "
-                "three that the model itself rates best, and the best one. Mean over objects.",
-                columns=["model", *headings],
-                numeric=[False, *(True for _ in headings)],
-                rows=[[model["name"], *_ious(model["labels"], iou.LABEL_PROTOCOLS)] for model in models],
-            )
-        )
+        found.append(_label_table(result, models))
     return found
 
 
-def _costs(models: Sequence[Mapping[str, Any]]) -> Table:
+def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the lines that `mobilesam evaluate` prints.
+
+    Args:
+        result: as `evaluate_masks` returns it.
+    """
+    images, evaluated = result["images"], result["evaluated"]
+    counts = f"{evaluated:,} of {images:,} image{_s(images)}"
+    if result["reference"] is not None and result["reference"]["store"] is not None:
+        counts += f", split {result['split']}"
+    lines = [counts]
+    lines += [f"note: {note}" for note in result["notes"]]
+    for model in result["models"]:
+        if model["licence"] is not None:
+            lines.append(f"licence of {model['name']}: {model['licence']}")
+        lines += [f"note on {model['name']}: {note}" for note in model["notes"]]
+    for table in tables(result):
+        lines += ["", *table.lines()]
+    failed = result["failed"]
+    if failed:
+        lines += ["", f"{len(failed):,} image{_s(len(failed))} failed:"]
+        lines += [
+            f"  {one['key']}: {one['reason'].removeprefix(one['key'] + ': ')}" for one in failed[:MOST_NAMED]
+        ]
+        lines += [f"  and {len(failed) - MOST_NAMED:,} more"] if len(failed) > MOST_NAMED else []
+    if not evaluated:
+        lines += ["", no_numbers(result)]
+    if result["report"]:
+        lines += ["", f"report  {result['report']}"]
+    return [shown(line) for line in lines]
+
+
+def no_numbers(result: Mapping[str, Any]) -> str:
+    """Explain why no image could be evaluated."""
+    if result["failed"]:
+        return "nothing could be evaluated: every image failed, or has nothing to be compared with"
+    return (
+        "nothing to compare with: give --store, --teacher, or labels of these images (--coco, or SA-1B's JSON beside "
+        "each image)"
+    )
+
+
+def _cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for model in models:
         macs = model["encoder_macs"]
@@ -74,7 +107,7 @@ def _costs(models: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def _teacher(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Table:
+def _teacher_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Table:
     protocols = list(models[0]["teacher"])
     side, images = result["points"], result["evaluated"]
     left_out = sum(result["left_out"].values())
@@ -94,47 +127,23 @@ def _teacher(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> 
     )
 
 
+def _label_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Table:
+    images = f"{result['labelled']:,} image{_s(result['labelled'])}"
+    headings = [LABEL_HEADINGS[name] for name in iou.LABEL_PROTOCOLS]
+    objects = max((one["prompts"] for model in models for one in model["labels"].values() if one), default=0)
+    return Table(
+        title=f"mIoU with labels, {objects:,} objects in {images}",
+        note="Single masks for the object's box and for its innermost point, and for that point the mask of "
+        "three that the model itself rates best, and the best one. Mean over objects.",
+        columns=["model", *headings],
+        numeric=[False, *(True for _ in headings)],
+        rows=[[model["name"], *_ious(model["labels"], iou.LABEL_PROTOCOLS)] for model in models],
+    )
+
+
 def _ious(found: Mapping[str, Mapping[str, Any] | None], protocols: Sequence[str]) -> list[str]:
     values = [found.get(name) for name in protocols]
     return [ABSENT if value is None else number(value["miou"], ".4f") for value in values]
-
-
-def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
-    """What `mobilesam evaluate` prints."""
-    images, evaluated = result["images"], result["evaluated"]
-    what = f"{evaluated:,} of {images:,} image{_s(images)}"
-    if result["reference"] is not None and result["reference"]["store"] is not None:
-        what += f", split {result['split']}"
-    lines = [what]
-    lines += [f"note: {note}" for note in result["notes"]]
-    for model in result["models"]:
-        if model["licence"] is not None:
-            lines.append(f"licence of {model['name']}: {model['licence']}")
-        lines += [f"note on {model['name']}: {note}" for note in model["notes"]]
-    for table in tables(result):
-        lines += ["", *table.lines()]
-    failed = result["failed"]
-    if failed:
-        lines += ["", f"{len(failed):,} image{_s(len(failed))} failed:"]
-        lines += [
-            f"  {one['key']}: {one['reason'].removeprefix(one['key'] + ': ')}" for one in failed[:MOST_NAMED]
-        ]
-        lines += [f"  and {len(failed) - MOST_NAMED:,} more"] if len(failed) > MOST_NAMED else []
-    if not evaluated:
-        lines += ["", nothing_told(result)]
-    if result["report"]:
-        lines += ["", f"report  {result['report']}"]
-    return [shown(line) for line in lines]
-
-
-def nothing_told(result: Mapping[str, Any]) -> str:
-    """Why there are no numbers."""
-    if result["failed"]:
-        return "nothing could be evaluated: every image failed, or has nothing to be compared with"
-    return (
-        "nothing to compare with: give --store, --teacher, or labels of these images (--coco, or SA-1B's JSON beside "
-        "each image)"
-    )
 
 
 def _s(count: int) -> str:

@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 from mobilesam.distill.students import cost
 from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
-from mobilesam.verify.evaluate import plugins as predictors
+from mobilesam.verify.evaluate import plugins
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A picture whose left half is dark, with a label for just that half."""
+    """An image whose left half is dark, with a label for just that half."""
     folder = tmp_path / "photos"
     folder.mkdir()
     pixels = np.full((40, 60, 3), 250, dtype=np.uint8)
@@ -43,7 +43,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Installs a distribution `theirs` whose module has this source and the entry point `dark` for its `open_it`."""
+    """Install a distribution `theirs` whose module has this source and the entry point `dark` for its `open_it`."""
 
     def install_source(source: str) -> None:
         site = tmp_path / "site"
@@ -63,7 +63,7 @@ DARK = '''
 import numpy as np
 
 class Dark:
-    """Whatever is as dark as the point, or as the middle of the box."""
+    """Segments all pixels that are as dark as the point, or as the middle of the box."""
     def __init__(self, file, device):
         assert device == "cpu"
         self.threshold = int(file.read_text())
@@ -106,11 +106,9 @@ def test_an_installed_packages_predictor_takes_part(
 def test_a_predictor_is_timed_on_the_device_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU has to be waited for: calls return when its work is queued."""
     devices: list[torch.device] = []
-    monkeypatch.setattr(
-        predictors, "median_seconds", lambda call, device, limit: devices.append(device) or 1.0
-    )
+    monkeypatch.setattr(plugins, "median_seconds", lambda call, device, limit: devices.append(device) or 1.0)
     given = torch.device("meta")
-    predictors.PredictorContender("other", object(), given).cost()
+    plugins.PluginPredictor("other", object(), given).cost()
     assert devices == [given, given]
 
 
@@ -141,10 +139,10 @@ BROKEN = {
 def test_a_predictor_that_misbehaves_is_an_error_that_names_it(
     name: str, photos: Path, tmp_path: Path, install: Callable[[str], None]
 ) -> None:
-    source, told = BROKEN[name]
+    source, message = BROKEN[name]
     install(source)
     (tmp_path / "threshold.txt").write_text("100")
-    with pytest.raises(VerifyError, match=told):
+    with pytest.raises(VerifyError, match=message):
         evaluate_masks(config(photos, f"dark:{tmp_path / 'threshold.txt'}"))
 
 

@@ -35,7 +35,7 @@ DISTANCES = (20, 40, 300)
 
 
 def labelled_masks(size: tuple[int, int], seed: int) -> list[np.ndarray]:
-    """Three ellipses."""
+    """Return three ellipses."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
     masks = []
@@ -53,7 +53,7 @@ def annotation(mask_HW: np.ndarray) -> dict[str, Any]:
 
 
 def label(photo: Path, seed: int) -> None:
-    """Writes SA-1B's JSON beside a photo."""
+    """Write SA-1B's JSON beside a photo."""
     with Image.open(photo) as image:
         width, height = image.size
     content = {
@@ -65,7 +65,7 @@ def label(photo: Path, seed: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Medians take most of the time, and the test of them needs no evaluation."""
+    """Time each model once: medians take most of the time, and the test of them needs no evaluation."""
     monkeypatch.setattr(cost, "FORWARDS", 1)
 
 
@@ -99,7 +99,7 @@ class StoredPredictor(SamPredictor):
 
 
 def by_brute_force(world: Any, student: Any) -> dict[str, Any]:
-    """Every prompt by itself through upstream's SamPredictor: protocol -> IoUs of each image."""
+    """Predict every prompt by itself through upstream's SamPredictor: protocol -> IoUs of each image."""
     encoder = nn.Identity()
     teacher = StoredPredictor(assemble(encoder, build_head(load_head("vit_nano", None), 128)))
     model = SamPredictor(student)
@@ -118,7 +118,7 @@ def by_brute_force(world: Any, student: Any) -> dict[str, Any]:
             sets |= {f"pair_{d}": pair_prompts(2, size, d, 5, record.key)[0] for d in DISTANCES}
             for name, prompts in sets.items():
                 ious = []
-                for points, labels in zip(prompts.points_NP2, prompts.labels_NP, strict=True):
+                for points, labels in zip(prompts.points_PN2.numpy(), prompts.labels_PN.numpy(), strict=True):
                     prompt = {"point_coords": points, "point_labels": labels}
                     ious.append(
                         overlap_of(ask(teacher, False, **prompt)[0][0], ask(model, False, **prompt)[0][0])
@@ -184,7 +184,7 @@ def test_a_teacher_on_the_fly_is_upstreams_and_agrees_with_itself(labelled: Any)
     for photo in sorted(labelled.photos.glob("*.bmp"))[:2]:
         image_HWC = np.asarray(Image.open(photo).convert("RGB"))
         ious = []
-        for points in point_prompts(2, image_HWC.shape[:2]).points_NP2:
+        for points in point_prompts(2, image_HWC.shape[:2]).points_PN2.numpy():
             masks = []
             for predictor in (teacher, student):
                 predictor.set_image(image_HWC)
@@ -352,7 +352,7 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, r"--model x: there is no .*/x.pt; give a run, an export"),
         (b"not a model", "no safetensors file|is not a student|damaged"),
@@ -361,19 +361,19 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
     ],
 )
 def test_a_file_that_is_no_model_is_refused_by_name(
-    world: Any, tmp_path: Path, content: bytes | str | None, told: str
+    world: Any, tmp_path: Path, content: bytes | str | None, message: str
 ) -> None:
     path = tmp_path / "x.pt"
     if content == "flat":
         torch.save({"image_encoder.x": torch.zeros(2)}, path)
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises((VerifyError, DistillError, SamError), match=told):
+    with pytest.raises((VerifyError, DistillError, SamError), match=message):
         evaluate_masks(EvaluateConfig(models=(("x", str(path)),), images=world.photos, device="cpu"))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"models": ()}, "at least one --model NAME=FILE"),
         ({"models": (("a", ""),)}, "--model a=: give NAME=FILE"),
@@ -393,8 +393,10 @@ def test_a_file_that_is_no_model_is_refused_by_name(
         ({"image_size": 100}, "--image-size 100"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_before_any_work(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(VerifyError, match=told):
+def test_options_that_make_no_sense_are_refused_before_any_work(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(VerifyError, match=message):
         EvaluateConfig(**({"models": (("a", "x"),), "store": "s"} | options))
 
 
@@ -478,14 +480,14 @@ def test_nothing_to_compare_exits_3_and_says_what_to_give(run: Callable[..., Any
 
 
 def test_wrong_use_exits_2(run: Callable[..., Any]) -> None:
-    for arguments, told in (
+    for arguments, message in (
         (("--store", "store.zarr"), "--model NAME=FILE"),
         (("--store", "store.zarr", "--model", "runs/latest"), "give NAME=FILE"),
         (("--store", "s", "--model", "a=b", "--distances", "1,x"), "--distances '1,x'"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
-        assert told in result.stderr
+        assert message in result.stderr
 
 
 def test_the_report_shows_everybodys_masks_and_needs_nothing_else(
@@ -544,7 +546,7 @@ def test_what_was_found_outlives_photos_that_go_away_before_the_report(world: An
 
 
 def test_pixels_of_an_image_are_upstreams_for_every_encoder(world: Any) -> None:
-    """What the contenders are given is what SamPredictor gives its encoder."""
+    """Encoders are given the pixels that SamPredictor gives its encoder."""
     photo = world.photos / "photo0.bmp"
     image = load_image(photo.read_bytes(), 128)
     ours = image_pixels(image, 128)
@@ -555,7 +557,7 @@ def test_pixels_of_an_image_are_upstreams_for_every_encoder(world: Any) -> None:
     assert torch.equal(ours, seen[0])
 
 
-def test_a_coco_file_that_names_none_of_the_images_is_told(world: Any, tmp_path: Path) -> None:
+def test_a_coco_file_that_names_none_of_the_images_is_noted(world: Any, tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     entry = {"id": 1, "file_name": "elsewhere/9.jpg", "width": 4, "height": 4}
     path.write_text(json.dumps({"images": [entry], "annotations": []}))
@@ -579,7 +581,7 @@ def test_a_student_without_its_run_may_have_learned_from_what_judges_it(world: A
     assert not any("was trained on this store" in note for note in both["notes"])
 
 
-def test_a_store_that_fails_its_audit_is_told(world: Any) -> None:
+def test_a_store_that_fails_its_audit_is_noted(world: Any) -> None:
     with EmbeddingStore.open(world.store, writable=True) as store:
         store.record_audits([Audit(row=1, cosine=0.4, relative_mse=1.2)])
     options = {"store": world.store, "points": 1, "distances": (), "device": "cpu", "limit": 1}
