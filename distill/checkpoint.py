@@ -1,8 +1,10 @@
-"""last.pt and previous.pt: everything that a run needs to go on as if it had never stopped.
+"""Checkpoints that a run resumes from, last.pt and previous.pt: a resumed run ends as if it had never stopped.
 
-That is: the student's weights and statistics, AdamW's moments, torch's random numbers (nothing draws from them
-while a student of today trains; one with dropout would), and TrainState. The learning rate and the order of rows
-are pure functions of the step and the epoch, so the position in them is all that is kept of them.
+A checkpoint holds the weights and statistics of what is trained (the student, its head, or both), AdamW's moments,
+torch's random numbers (no student draws from them today; one with dropout would) and `TrainState`. The learning rate
+and the order of rows are pure functions of the step and the epoch, so these two are all that is kept of them.
+
+Shape suffixes: C channels, H, W rows and columns of the embedding (g each).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..sam.torch_file import read_torch_file
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
+"""Version of the checkpoint's content."""
 CHECKPOINT_FILE = "last.pt"
 PREVIOUS_FILE = "previous.pt"
 DAMAGED_FILE = "last.pt.damaged"
@@ -34,49 +37,63 @@ _MEND = "put a whole copy back, or give --restart to start over, which keeps the
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Where a run stands. Counts are totals over all sessions of the run.
-
-    `epoch` epochs are complete and validated; of the next one, `batch` batches are done. `micro_steps` counts
-    forward passes. `window` holds (loss, gradient norm) of the steps since the last logged line. `seconds`
-    and `waited` were spent in the training loop and, of that, waiting for data; `elapsed` includes
-    validation. `metrics_bytes` is the length of metrics.jsonl at this point. `mean_sum_CHW` is the float64 sum
-    over the `mean_rows` teacher embeddings seen in the first epoch.
-    """
+    """Progress of a run: counters, totals over all sessions of the run, and sums that are not yet written."""
 
     epoch: int = 0
+    """Epochs that are complete and validated."""
     batch: int = 0
+    """Batches of the next epoch that are done."""
     step: int = 0
+    """Optimizer steps."""
     micro_steps: int = 0
+    """Forward passes in training, of this process."""
     images: int = 0
+    """Images trained on; one counts once an epoch."""
     seconds: float = 0.0
+    """Time in the training loop."""
     waited: float = 0.0
+    """Part of `seconds` that was spent waiting for data."""
     elapsed: float = 0.0
+    """Time in all, in seconds, with validation and saving."""
     metrics_bytes: int = 0
+    """Length of metrics.jsonl at this point."""
     best_epoch: int = 0
+    """Number from 1 of the epoch with the lowest `best_score`."""
     best_score: float = float("inf")
+    """Score of `Validation.score`; less is better."""
     mean_sum_CHW: Tensor
+    """float64 (256, g, g), sum of the teacher's embeddings seen in the first epoch."""
     mean_rows: int = 0
+    """Number of embeddings in `mean_sum_CHW`."""
     window: list[tuple[float, float]] = field(default_factory=list)
+    """Loss and gradient norm of each step since the last logged line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The two checkpoints in a run's folder. `run_id` tells the run's own from those of others."""
+    """The last two checkpoints in a run's folder: the second last is there in case that the last is damaged."""
 
     folder: Path
     run_id: str
+    """`Run.id`; a checkpoint of another run is refused."""
 
     def exist(self) -> bool:
-        """Whether there is anything to go on from, whole or damaged."""
+        """Return True if a checkpoint is there, whole or damaged."""
         return any((self.folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
 
     def save(
         self, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, device: torch.device
     ) -> None:
-        """Makes this moment last.pt and what was last.pt previous.pt.
+        """Write last.pt, and rename the one before it to previous.pt.
 
         The new file is complete and durable under another name first. A kill between the two renames leaves
-        previous.pt to go on from.
+        previous.pt to resume from.
+
+        Args:
+            student: what is trained (`Objective.trained`).
+            optimizer: its AdamW.
+            state: progress of the run.
+            device: the one whose random numbers are saved beside the CPU's.
         """
         rng = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
@@ -87,7 +104,7 @@ class Checkpoints:
                 "format": FORMAT,
                 "run_id": self.run_id,
                 "student": student.state_dict(),
-                # Its groups are the configuration's, and the rate is the step's.
+                # Without its groups: they follow from the configuration, and the learning rate from the step.
                 "moments": optimizer.state_dict()["state"],
                 # Not asdict(): it would copy the tensor.
                 "state": {one.name: getattr(state, one.name) for one in fields(state)},
@@ -105,11 +122,22 @@ class Checkpoints:
     def load(
         self, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, device: torch.device
     ) -> TrainState:
-        """Puts the newest whole checkpoint into `student` (on `device`), `optimizer` and torch's generators.
+        """Load the newest whole checkpoint into `student`, `optimizer` and torch's random number generators.
 
-        `state` is one of a run that begins: its tensor has the right shape. A damaged or missing last.pt falls
-        back to previous.pt, with a warning; the damaged one is set aside, so that it never replaces the whole one.
-        Raises DistillError when neither is whole; nothing has been changed then.
+        A damaged or missing last.pt falls back to previous.pt, with a warning; the damaged one is renamed, so that it
+        never replaces the whole one.
+
+        Args:
+            student: what is trained, on `device`.
+            optimizer: its AdamW.
+            state: of a run that begins; its tensor has the right shape.
+            device: the one that is trained on.
+
+        Returns:
+            The saved state, its tensor on `device`.
+
+        Raises:
+            DistillError: neither file is whole; nothing has been changed then.
         """
         last, previous = self.folder / CHECKPOINT_FILE, self.folder / PREVIOUS_FILE
         try:
@@ -119,7 +147,7 @@ class Checkpoints:
                 saved = self._read(previous, student, optimizer, state)
             except _Unusable as also:
                 raise DistillError(f"{last} {why}, and {previous} {also};\n{_MEND}") from None
-            logger.warning("%s %s: going on from %s, the checkpoint before it", last, why, previous)
+            logger.warning("%s %s: resuming from %s, the checkpoint before it", last, why, previous)
             if last.exists():
                 os.rename(last, self.folder / DAMAGED_FILE)
                 fsync_directory(self.folder)
@@ -134,14 +162,14 @@ class Checkpoints:
         return loaded
 
     def drop_previous(self) -> None:
-        """For a run that is finished: last.pt alone can restore its student, and both take disk."""
+        """Delete previous.pt: last.pt alone can restore the student of a finished run, and both take disk."""
         (self.folder / PREVIOUS_FILE).unlink(missing_ok=True)
         (self.folder / DAMAGED_FILE).unlink(missing_ok=True)
 
     def _read(
         self, path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
     ) -> dict[str, Any]:
-        """What is in one file, all of it checked, so that putting it to use can't fail half way."""
+        """Read one file and check all of it, so that loading it into student and optimizer can't fail half way."""
         try:
             saved = read_torch_file(path)
         except FileNotFoundError:
@@ -166,11 +194,11 @@ class Checkpoints:
 
 
 class _Unusable(Exception):
-    """A checkpoint can't be used: the end of a sentence that begins with its name."""
+    """A checkpoint can't be used; the message ends a sentence that begins with the file's name."""
 
 
 def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Raises ValueError or what a wrong type raises where a checkpoint isn't one of this student and optimizer."""
+    """Refuse a checkpoint that isn't one of this student and optimizer, by ValueError or what a wrong type raises."""
     _check_same(saved["student"], student.state_dict())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if saved["moments"].keys() - range(len(parameters)):
@@ -192,6 +220,7 @@ def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, sta
 
 
 def _check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raise ValueError if names, shapes or dtypes differ."""
     if found.keys() != wanted.keys():
         raise ValueError("other names")
     for name, like in wanted.items():
@@ -200,5 +229,5 @@ def _check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def _cloned(moments: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """Copies that no longer depend on the file."""
+    """Return copies, which no longer depend on the mapped file."""
     return {index: {name: value.clone() for name, value in one.items()} for index, one in moments.items()}

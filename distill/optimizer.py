@@ -1,4 +1,4 @@
-"""Which weights are trained, and how: what decays, and at what rate."""
+"""AdamW's parameter groups, with or without weight decay, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from torch import nn
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1.0) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices and kernels decay; vectors (norms, biases) and attention biases don't.
+    """Return AdamW's two parameter groups: matrices and kernels decay; vectors and attention biases don't.
 
-    Parameters that take no gradients are in neither. `lr_share` is kept in both, for whoever sets their rates.
+    Vectors are the weights and biases of norms and the biases of layers. Parameters that take no gradients are in
+    neither group.
+
+    Args:
+        module: what is trained.
+        weight_decay: of the first group; the second has 0.
+        lr_share: share of the schedule's rate that both groups learn with; the trainer multiplies by it.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -24,14 +30,17 @@ def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1
     ]
 
 
-# --- The learning rate as a function of the step.
-
-
 def learning_rate(step: int, steps: int, base: float, warmup: float) -> float:
-    """The rate of optimizer step `step` (from 0) out of `steps`.
+    """Return the learning rate of one step: a linear warm-up, then a half cosine.
 
-    The first `warmup` share of all steps (rounded up) rises linearly and ends at `base`; what is left falls
-    along a half cosine towards 0, which the step after the last one would reach.
+    The rate rises linearly over the first steps, the last of which has `base`, and then falls towards 0, which the
+    step after the last one would reach.
+
+    Args:
+        step: number of the optimizer step, from 0.
+        steps: number of all steps of the run.
+        base: highest rate.
+        warmup: share of all steps, rounded up, over which the rate rises; 0 to below 1.
     """
     warm_steps = min(math.ceil(warmup * steps), steps)
     if step < warm_steps:

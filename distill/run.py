@@ -112,7 +112,7 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
 
     Raises DistillError when there is none, or the store's preprocessing is not this version's.
     """
-    records, counts = store.records("done"), store.counts()
+    records, counts = store.manifest.records("done"), store.manifest.counts()
     if not records:
         raise DistillError(
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
@@ -181,7 +181,7 @@ def describe(
         device,
         masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
     )
-    counts = store.counts()
+    counts = store.manifest.counts()
     root = _image_root(config, store)
     return RunDescription(
         student=config.student,

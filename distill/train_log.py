@@ -1,4 +1,4 @@
-"""What a run writes while it trains: lines of metrics and TensorBoard's curves."""
+"""Log of a run in training: metrics.jsonl and TensorBoard's curves, losses and times, progress for display."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ from .run_folder import METRICS_FILE
 
 
 class Recorder:
-    """Appends to metrics.jsonl and to TensorBoard's event file.
+    """Log of a run: appends lines to metrics.jsonl and points to TensorBoard's event file.
 
-    `keep_bytes` of metrics.jsonl are kept, their checksums verified, and the rest cut off: what a killed session
-    logged beyond the checkpoint that is gone on from will be logged again. TensorBoard hides its own such points from
-    `next_step` on.
+    Args:
+        folder: the run's folder.
+        keep_bytes: length of metrics.jsonl at the checkpoint being resumed. These lines are kept and their
+            checksums verified; what a killed session logged after them is cut off and will be logged again.
+        next_step: first step of this session; TensorBoard hides older points from it on.
+
+    Raises:
+        DistillError: the lines to keep are missing or damaged.
     """
 
     def __init__(self, folder: Path, *, keep_bytes: int, next_step: int) -> None:
@@ -57,14 +62,14 @@ class Recorder:
         self._file.close()
 
     def line(self, kind: str, values: dict[str, Any]) -> None:
-        """Appends one JSON object; a step's numbers also become points of curves."""
+        """Append a line of one kind; if it has a `step`, its numbers also become points of TensorBoard's curves."""
         self._file.write(encode_line({"kind": kind, **values}))
         self._file.flush()
         if "step" in values:
             self._points(kind, values, values["step"])
 
     def sync(self) -> int:
-        """Makes the lines durable; the file's length in bytes."""
+        """Make the lines durable; return the file's length in bytes."""
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -76,13 +81,15 @@ class Recorder:
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
 
 
-# --- Losses and time, measured without making a GPU wait.
-
-
 class Meter:
-    """Keeps steps' losses on the device until they are asked for, and adds up the time in `state`.
+    """Meter of losses and times that doesn't make a GPU wait: losses stay on the device until they are asked for.
 
-    `last_loss` is the newest loss that was fetched, or None.
+    Args:
+        state: gets losses (`window`) and times (`seconds`, `waited`, `elapsed`).
+        loader: says how long it was waited for.
+
+    Attributes:
+        last_loss: the newest loss that was fetched, or None.
     """
 
     def __init__(self, state: TrainState, loader: Loader) -> None:
@@ -93,17 +100,18 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Begins to count training time and, of it, the wait for data."""
+        """Start to count time in the training loop and the wait for data in it."""
         self._clock, self._waited = time.perf_counter(), self._loader.waited
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Takes over a step's scalars without looking at them."""
+        """Keep a step's loss and gradient norm, scalars on the device, without waiting for them."""
         self._unfetched.append(torch.stack([loss, grad_norm]))
 
     def fetch(self) -> None:
-        """Waits for the device, and takes over losses and time until now.
+        """Wait for the device, and add the losses and the time until now to the state.
 
-        Raises DistillError when a loss or gradient isn't finite: nothing sensible can follow.
+        Raises:
+            DistillError: a loss or a gradient is not finite, so that training can't continue.
         """
         if not self._unfetched:
             return
@@ -123,7 +131,7 @@ class Meter:
         self.last_loss = values[-1][0]
 
     def take_window(self) -> dict[str, float]:
-        """Means of loss and gradient norm since the last call, and the run's rates so far."""
+        """Return the means of loss and gradient norm since the last call, and the run's rates so far."""
         self.fetch()
         losses, norms = zip(*self.state.window, strict=True)
         self.state.window.clear()
@@ -135,30 +143,32 @@ class Meter:
         }
 
     def images_per_second(self) -> float:
-        """Images trained per second of training, over all sessions; steps not yet fetched count as done."""
+        """Return images per second in the training loop, over all sessions; steps not yet fetched count as done."""
         unfetched = time.perf_counter() - self._clock if self._unfetched else 0.0
         return self.state.images / (self.state.seconds + unfetched) if self.state.images else 0.0
 
     def count_elapsed(self) -> None:
-        """Adds all time since the last call, validation included."""
+        """Add the time since the last call, validation included, to the state."""
         now = time.perf_counter()
         self.state.elapsed += now - self._elapsed_at
         self._elapsed_at = now
 
 
-# --- How far a run is, for whoever displays it.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where the run stands, for display. `epoch` counts from 1; `loss` is the last one fetched, if any yet;
-    `eta_seconds` covers training alone; `phase` is "train", "validate" or "evaluate"."""
+    """Progress of a run, for display."""
 
     phase: str
+    """"train", "validate" or, after the last epoch, "evaluate"."""
     epoch: int
+    """Number of the current epoch, from 1."""
     epochs: int
     step: int
+    """Optimizer steps done."""
     steps: int
     loss: float | None
+    """The newest loss fetched from the device, if there is one yet."""
     images_per_second: float
+    """Rate in the training loop, over all sessions."""
     eta_seconds: float
+    """Time left, training alone."""
