@@ -1,4 +1,4 @@
-"""How far a stored embedding may lie from a fresh float32 run of the teacher on the same photo."""
+"""Audit limits: how far a stored embedding may lie from a fresh float32 run of the teacher on the same photo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Tolerance:
     relative_mse: float
 
     def missed_by(self, audit: Audit) -> bool:
-        """Whether the audit lies outside; NaN does."""
+        """Return True if the audit lies outside the limits; NaN does."""
         return not (audit.cosine >= self.cosine and audit.relative_mse <= self.relative_mse)
 
 
@@ -34,7 +34,9 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ("int8", "bfloat16"): Tolerance(cosine=0.9995, relative_mse=2e-2),
     }
 )
-"""By (dtype stored, precision of the arithmetic). Largest values measured with vit_nano on a CPU, batches of 3 in two
+"""Limits by (dtype stored, precision of the arithmetic).
+
+Largest values measured with vit_nano on a CPU, batches of 3 in two
 threads against single images in one: 9 example photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain
 white image, the worst case of relative_mse, since its embedding varies little from cell to cell:
 
@@ -55,13 +57,15 @@ and float16 from float32.
 
 
 def tolerance(dtype: str, precision: str) -> Tolerance:
-    """The limits for a store of this dtype, computed in this precision (as resolved)."""
+    """Return the limits for a store of this dtype, computed in this precision (as resolved, never "auto")."""
     return TOLERANCES[dtype, precision]
 
 
 def audit_summary(audits: Sequence[Audit], limits: Tolerance) -> dict[str, Any] | None:
-    """Audits as plain JSON values: `rows, cosine_min, relative_mse_max, tolerance`; None without any. A minimum or
-    maximum is None where an audit gave no number: JSON has no NaN."""
+    """Summarise audits as plain JSON values: `rows, cosine_min, relative_mse_max, tolerance`; None without any.
+
+    The minimum or maximum is None where an audit gave no number: JSON has no NaN.
+    """
     if not audits:
         return None
     cosines = [audit.cosine for audit in audits]

@@ -1,4 +1,4 @@
-"""Making a store beside its place and moving it there whole, so that no half-made one is ever seen."""
+"""Draft of a new store: made beside its place and moved there whole, so that no half-made store is ever seen."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRAFT_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 
 
 def refuse_taken(path: Path) -> None:
-    """StoreError unless a store can be made at `path`: nothing is there, or an empty folder (or a link to one)."""
+    """Raise StoreError unless nothing is at `path`, or an empty folder (or a link to one)."""
     if not path.name or path.name == "..":
         raise StoreError(
             f"{path} can't become a store: name a folder of its own, as in {path / 'store.zarr'}"
@@ -28,7 +28,7 @@ def refuse_taken(path: Path) -> None:
         if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
             return
     if (path / MANIFEST).exists():
-        raise StoreError(f"{path} holds a store already: go on with it, or give another --out")
+        raise StoreError(f"{path} holds a store already: resume it, or give another --out")
     if path.is_symlink() and not path.exists():
         raise StoreError(f"{path} is a link to {path.readlink()}, which is not there: make that folder first")
     raise StoreError(f"{path} exists and is no mobilesam store: give another --out, or remove it")
@@ -36,10 +36,15 @@ def refuse_taken(path: Path) -> None:
 
 @contextmanager
 def draft_of(path: Path) -> Iterator[Path]:
-    """A folder to make the store in, locked, which takes the place `path` when the context is left normally and
-    is removed otherwise. Drafts that killed processes left are removed first."""
+    """Make a locked folder for a new store; it is moved to `path` when the context ends normally, else removed.
+
+    Drafts that killed processes left are removed first.
+
+    Raises:
+        StoreError: the place is taken, before the context or at its end, or can't be written.
+    """
     refuse_taken(path)
-    # A link stays a link: the store is made on the disk that it leads to.
+    # A link stays a link: the store is made on the disk that it points to.
     place = Path(os.path.realpath(path))
     with explain_os_errors(path):
         make_folder(place.parent)
@@ -61,7 +66,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Remove what a killed process left beside the place. Nothing but our own drafts: other names are somebody's."""
+    """Remove drafts that killed processes left beside the place. Other names are other people's files."""
     for draft in place.parent.iterdir():
         if not draft.name.startswith(place.name) or not _DRAFT_NAME.fullmatch(draft.name[len(place.name) :]):
             continue
@@ -80,7 +85,7 @@ def _remove_abandoned(place: Path) -> None:
 
 
 def _remove_empty(draft: Path) -> None:
-    """A draft whose process was killed before it had made all its folders. One that holds anything is somebody's."""
+    """Remove a draft whose process was killed before it had made all its folders, unless it holds anything."""
     with suppress(OSError):
         for folder in (draft / PRIVATE).parents:
             if folder == draft.parent:
@@ -93,6 +98,6 @@ def _move_into_place(draft: Path, place: Path, path: Path) -> None:
     try:
         os.rename(draft, place)
     except OSError:
-        refuse_taken(path)  # somebody may have made something there meanwhile
+        refuse_taken(path)  # something may have been made there meanwhile
         raise
     fsync_directory(place.parent)

@@ -1,8 +1,9 @@
-"""Where a row lies: rows, shards, slots and bytes. Pure arithmetic, no I/O.
+"""Store layout: shards, slots and bytes of rows, checksums, and places of files. Pure arithmetic, no I/O.
 
 A shard file is what the Zarr v3 codec `sharding_indexed` defines with its index at the end: inner chunks (one
-row each, followed by its crc32c), then one pair (offset, bytes) of little-endian uint64 per slot, then the
-index's own crc32c. A slot without a row holds 2**64 - 1 twice. Inner chunks start at multiples of `ALIGNMENT`.
+row each, followed by the row's checksum, a crc32c), then one pair (offset, bytes) of little-endian uint64 per slot,
+then the index's own crc32c. A slot without a row holds 2**64 - 1 twice. Inner chunks start at multiples of
+`ALIGNMENT`.
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
@@ -22,6 +23,12 @@ from ..common.errors import StoreError
 ALIGNMENT = 4096
 """Bytes; O_DIRECT needs file offsets at multiples of the device's block size, at most 4096 in practice."""
 
+PRIVATE = Path("embeddings") / "mobilesam"
+"""Our own files' folder: inside an array's, into which Zarr readers don't look."""
+
+MANIFEST = PRIVATE / "manifest.sqlite"
+HEAD = PRIVATE / "sam_head.safetensors"
+
 CHECKSUM_BYTES = 4
 CHANNELS = 256
 EMPTY = np.uint64(2**64 - 1)
@@ -30,22 +37,22 @@ PIXELS_PER_CELL = 16
 
 
 def crc32c(data: np.ndarray | bytes) -> int:
-    """Checksum of an array's or a string's bytes (Castagnoli, as Zarr's codec `crc32c` stores it)."""
+    """Return the checksum of an array's or a string's bytes (Castagnoli, as Zarr's codec `crc32c` stores it)."""
     return int(google_crc32c.value(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data))
 
 
 def shard_of(row: int, shard_size: int) -> int:
-    """The shard that holds `row`."""
+    """Return the shard that holds `row`."""
     return row // shard_size
 
 
 def rows_of(shard: int, shard_size: int, rows: int) -> range:
-    """The rows of a shard in a store of `rows` rows; fewer than `shard_size` in the last one."""
+    """Return the rows of a shard in a store of `rows` rows; fewer than `shard_size` in the last one."""
     return range(shard * shard_size, min((shard + 1) * shard_size, rows))
 
 
 def shard_count(rows: int, shard_size: int) -> int:
-    """How many shards hold `rows` rows."""
+    """Return the number of shards that hold `rows` rows."""
     return math.ceil(rows / shard_size)
 
 
@@ -74,15 +81,15 @@ class ArrayLayout:
         return 16 * self.shard_size + CHECKSUM_BYTES
 
     def file_bytes(self, slots: int) -> int:
-        """Bytes of a shard file in which `slots` slots are in use."""
+        """Return the length in bytes of a shard file in which `slots` slots are in use."""
         return slots * self.stride + self.index_bytes
 
     def file_name(self, shard: int) -> str:
-        """The shard's file name inside the array's folder (Zarr's default key encoding, separator '.')."""
+        """Return the shard's file name inside the array's folder (Zarr's default key encoding, separator '.')."""
         return ".".join(["c", str(shard), *("0" for _ in self.item_shape)])
 
     def encode_index(self, present: Iterable[int]) -> bytes:
-        """The index of a shard file whose slots `present` hold a row at slot x stride."""
+        """Return the index of a shard file whose slots `present` hold a row at slot x stride."""
         entries = np.full((self.shard_size, 2), EMPTY, dtype="<u8")
         for slot in present:
             entries[slot] = slot * self.stride, self.payload_bytes + CHECKSUM_BYTES
@@ -90,7 +97,7 @@ class ArrayLayout:
         return body + crc32c(body).to_bytes(CHECKSUM_BYTES, "little")
 
     def decode_index(self, data: bytes) -> np.ndarray:
-        """The index as uint64 (shard_size, 2) of (offset, bytes); ValueError when its checksum is wrong."""
+        """Return the index as uint64 (shard_size, 2) of (offset, bytes); ValueError when its checksum is wrong."""
         body, stored = data[:-CHECKSUM_BYTES], int.from_bytes(data[-CHECKSUM_BYTES:], "little")
         if len(data) != self.index_bytes or crc32c(body) != stored:
             raise ValueError(f"{self.name}: the shard index's checksum is wrong")
@@ -98,7 +105,13 @@ class ArrayLayout:
 
 
 def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLayout, ...]:
-    """The arrays of a store: `embeddings`, and `scales` beside it when embeddings are int8."""
+    """Return the layouts of a store's arrays: `embeddings`, and `scales` beside it when embeddings are int8.
+
+    Args:
+        dtype: one of `DTYPES`.
+        image_size: side of the encoder's square in pixels.
+        shard_size: rows of a shard.
+    """
     grid = image_size // PIXELS_PER_CELL
     embeddings = ArrayLayout(
         name="embeddings",
@@ -112,17 +125,8 @@ def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLa
     return embeddings, scales
 
 
-# --- Where a store is, and where it keeps what is not Zarr's.
-
-PRIVATE = Path("embeddings") / "mobilesam"
-"""Our own files' folder: inside an array's, into which Zarr readers don't look."""
-
-MANIFEST = PRIVATE / "manifest.sqlite"
-HEAD = PRIVATE / "sam_head.safetensors"
-
-
 def local_path(path: Path | str) -> Path:
-    """The path as a Path; StoreError for a URL: stores are local folders so far."""
+    """Return the path as a Path; StoreError for a URL, since stores are local folders."""
     # A Path has already made one slash of the two in s3://bucket.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise StoreError(

@@ -1,4 +1,4 @@
-"""One writer at a time: a held flock, and a file that says whose it is."""
+"""Writer's lock: one writer at a time, by a held flock and a file that names its owner."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _NETWORK_FILE_SYSTEMS = (
 
 
 class WriterLock:
-    """Held from `acquire` to `release`; the kernel lets go of it when its process dies, however it dies.
+    """Lock of a store's writer, held from `acquire` to `release`; the kernel releases it when its process dies.
 
     The owner file (host, pid) exists for people: it names a live writer in the refusal. Where flock may not
     reach other hosts (network file systems), an owner file left by another host is refused too.
+
+    Args:
+        folder: of the store's private files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +34,12 @@ class WriterLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock or raise StoreLocked, naming who holds it; StoreError when there can be none."""
+        """Take the lock.
+
+        Raises:
+            StoreLocked: names the process that holds it, or may hold it from another host.
+            StoreError: the lock's file can't be made.
+        """
         with explain_os_errors(self._lock_path):
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -42,7 +50,7 @@ class WriterLock:
         self._descriptor = descriptor
 
     def live_owner(self) -> dict[str, Any] | None:
-        """Host and pid (None where not known) of the process that holds the lock, or may hold it from another
+        """Return host and pid (None where not known) of the process that holds the lock, or may hold it from another
         host; None when nobody does. Needs no write access."""
         with explain_os_errors(self._lock_path):
             try:
@@ -82,7 +90,7 @@ class WriterLock:
         self._owner_path.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let go; harmless when not held."""
+        """Release the lock; do nothing if it is not held."""
         if self._descriptor is None:
             return
         self.forget_owner()
@@ -107,7 +115,7 @@ class WriterLock:
 
 
 def _flock_soon(descriptor: int) -> bool:
-    """Take the lock; False when it stays held. Whoever only looks whether it is held holds it for an instant."""
+    """Take the lock; return False if it stays held. A process that only looks whether it is held holds it briefly."""
     for wait in (0.01, 0.04, 0.1, 0.2, None):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +128,7 @@ def _flock_soon(descriptor: int) -> bool:
 
 
 def _on_network(path: Path) -> bool:
-    """Whether the file lies on a file system that other hosts may share (by /proc/self/mountinfo)."""
+    """Return True if the file lies on a file system that other hosts may share (by /proc/self/mountinfo)."""
     target = str(path.resolve())
     best, kind = "", ""
     try:

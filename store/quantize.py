@@ -1,17 +1,27 @@
-"""int8 storage: one scale per image and channel, symmetric about zero."""
+"""int8 quantisation of stored embeddings: one scale per image and channel, symmetric about zero.
+
+Shape suffixes: B images, C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 LEVELS = 127
+"""Steps on either side of zero."""
 
 
 def quantize(emb_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round float32 (C, H, W) to int8 in [-127, 127] and float32 scales (C,), value = int8 x scale.
+    """Round one image's embedding to int8, where value = int8 x scale.
 
     The largest magnitude of a channel maps to 127 (clipping it instead is worse for SAM's embeddings); a channel
     that is zero throughout gets scale 0.
+
+    Args:
+        emb_CHW: float32, finite.
+
+    Returns:
+        int8 values (C, H, W) in [-127, 127], and float32 scales (C,).
     """
     peak_C = np.abs(emb_CHW).max(axis=(1, 2))
     scales_C = (peak_C / np.float32(LEVELS)).astype(np.float32)
@@ -20,6 +30,6 @@ def quantize(emb_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(steps_CHW, -LEVELS, LEVELS).astype(np.int8), scales_C
 
 
-def dequantize(values_NCHW: np.ndarray, scales_NC: np.ndarray) -> np.ndarray:
-    """float32 (N, C, H, W) from int8 values and their scales (N, C)."""
-    return values_NCHW.astype(np.float32) * scales_NC[:, :, None, None]
+def dequantize(values_BCHW: np.ndarray, scales_BC: np.ndarray) -> np.ndarray:
+    """Return the float32 embeddings (B, C, H, W) of int8 values and their float32 scales."""
+    return values_BCHW.astype(np.float32) * scales_BC[:, :, None, None]

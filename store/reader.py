@@ -1,4 +1,9 @@
-"""Memory that starts at a page, which reads past the system's cache need."""
+"""Shard files being read: indexes, rows by number through the system's cache or past it, each verified three ways.
+
+A row is one positioned read: zarr-python's fancy indexing on sharded arrays is a hundred times slower (zarr-python
+issue 3829). It is handed out only when three checksums agree: that of its bytes, the one stored behind them, and the
+manifest's. The first two prove the bytes, the third that they are this row's.
+"""
 
 from __future__ import annotations
 
@@ -23,164 +28,45 @@ from .manifest import Manifest
 from .quantize import dequantize
 from .spec import StoreSpec
 
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-    """An uninitialised array, C-contiguous, whose first byte lies at a multiple of `ALIGNMENT`."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def is_aligned(array: np.ndarray) -> bool:
-    """Whether an array's first byte lies at a multiple of `ALIGNMENT`."""
-    return array.ctypes.data % ALIGNMENT == 0
-
-
-class Scratch(threading.local):
-    """Each thread's own page-aligned bytes, kept for the next read."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, mmap.mmap] = {}
-
-    def take(self, use: str, size: int) -> np.ndarray:
-        """`size` bytes for one use, uint8; what an earlier call gave for the same use is overwritten."""
-        if len(self._memory.get(use, b"")) < size:
-            self._memory[use] = mmap.mmap(-1, math.ceil(size / ALIGNMENT) * ALIGNMENT)
-        return np.frombuffer(self._memory[use], np.uint8)[:size]
-
-
-# --- A shard file of one array, open for reading: its index, and rows read through the system's cache or past it.
-
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has none."""
 
-_scratch = Scratch()
-
-
-class ShardFile:
-    """Raises StoreDamaged when the file is missing or its index is damaged, StoreError when it can't be opened.
-
-    With `direct`, rows are read past the system's cache where the file system and the layout allow it (whole pages);
-    else through it. `checksums` are the manifest's, by row.
-    """
-
-    def __init__(self, path: Path, layout: ArrayLayout, checksums: dict[int, int], *, direct: bool) -> None:
-        self.path = path
-        self.checksums = checksums
-        with explain_os_errors(path):
-            try:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError as error:
-                raise StoreDamaged(
-                    f"{path} is missing, though the manifest lists it; {REPAIR_SHARDS}"
-                ) from error
-            size = os.fstat(self._descriptor).st_size
-            tail = os.pread(self._descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
-        try:
-            self.index = layout.decode_index(tail)
-        except ValueError as error:
-            raise StoreDamaged(f"{path} ({size} bytes): {error}; {REPAIR_SHARDS}") from error
-        self.direct = direct and layout.payload_bytes % ALIGNMENT == 0 and self._set_direct(True)
-
-    def read(self, offset: int, payload: np.ndarray) -> int | None:
-        """Fill `payload` (uint8) with the bytes at `offset`; the checksum stored behind them, or None when the file
-        is too short. OSError as the system raises it."""
-        if self.direct:
-            try:
-                return self._read_past_cache(offset, payload)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-            # A file system that agreed to read past its cache and then didn't, or the end of a short file.
-            self.direct = False
-            self._set_direct(False)
-        return read_chunk(self._descriptor, offset, payload)
-
-    def _read_past_cache(self, offset: int, payload: np.ndarray) -> int | None:
-        """As `read`, in whole pages: the checksum's page goes to a buffer of its own."""
-        aligned = is_aligned(payload)
-        place = payload if aligned else _scratch.take("row", len(payload))
-        page = _scratch.take("checksum", ALIGNMENT)
-        count = read_fully(self._descriptor, [place.data, page.data], offset)
-        if count < len(payload) + CHECKSUM_BYTES:
-            return None
-        if not aligned:
-            payload[:] = place
-        return int.from_bytes(page[:CHECKSUM_BYTES].tobytes(), "little")
-
-    def _set_direct(self, on: bool) -> bool:
-        """Switch the open file; whether it reads past the cache now."""
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~O_DIRECT
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | O_DIRECT if on else flags)
-        except OSError:
-            return False  # not on this file system
-        return on and O_DIRECT != 0
-
-    def __del__(self) -> None:
-        # By now every thread that read from it has let go. There is none when opening failed.
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-
-def read_chunk(descriptor: int, offset: int, payload: np.ndarray) -> int | None:
-    """Fill `payload` (uint8) with the bytes at `offset` of an open file; the checksum stored behind them, or None
-    when the file is too short."""
-    behind = bytearray(CHECKSUM_BYTES)
-    count = read_fully(descriptor, [payload.data, memoryview(behind)], offset)
-    return int.from_bytes(behind, "little") if count == len(payload) + CHECKSUM_BYTES else None
-
-
-def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-    """preadv until the buffers are full or the file ends; the number of bytes read."""
-    total = 0
-    while buffers:
-        count = os.preadv(descriptor, buffers, offset + total)
-        if count == 0:
-            break
-        total += count
-        while buffers and count >= len(buffers[0]):
-            count -= len(buffers.pop(0))
-        if buffers and count:
-            buffers[0] = buffers[0][count:]
-    return total
-
-
-# --- Reading rows straight from the Zarr files: one positioned read each, verified three ways.
-#
-# zarr-python's fancy indexing on sharded arrays is a hundred times slower (zarr-python issue 3829). A row is
-# handed out only when the checksum of its bytes, the checksum stored behind them, and the manifest's agree: the
-# first two prove the bytes, the third that they are this row's.
-#
-
 OPEN_SHARDS = 128
-"""Shard files held open at most; the usual limit of a process is 1024 descriptors."""
+"""Most shards whose files are held open; the usual limit of a process is 1024 descriptors."""
 
 READS_IN_FLIGHT = 4
-"""Rows of a batch that are read at a time: a disk serves several requests faster than one after another."""
+"""Rows of a batch that are read at a time: a disk serves several requests together faster than in turn."""
 
 CACHED_SHARE = 0.5
-"""Of the machine's memory: a store larger than that is read past the system's cache, which would not hold it till the
-next epoch, and copying into it costs half of the reading."""
+"""Share of the machine's memory. A store larger than that is read past the system's cache, which would not hold it
+until the next epoch, while copying into it costs half of the reading."""
 
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """Rows as stored: `values` (n, 256, grid, grid) in the store's dtype; `scales` (n, 256) float32 for int8."""
+    """B rows as stored."""
 
     values: np.ndarray
+    """(B, 256, g, g) in the store's dtype."""
     scales: np.ndarray | None
+    """float32 (B, 256) in int8 stores: the factor of each image and channel."""
 
     def to_float32(self) -> np.ndarray:
-        """The embeddings as float32 (n, 256, grid, grid)."""
+        """Return the embeddings as float32 (B, 256, g, g)."""
         if self.scales is None:
             return self.values.astype(np.float32)
         return dequantize(self.values, self.scales)
 
 
 class DirectReader:
-    """Rows of one store by number. Safe to use from several threads; opens nothing before the first read."""
+    """Reader of one store's rows by number. Safe to use from several threads; opens nothing before the first read.
+
+    Args:
+        path: of the store.
+        spec: of the store.
+        manifest: of the store; it has the rows' checksums.
+        direct: read past the system's cache; None to decide by the store's size and the machine's memory.
+    """
 
     def __init__(
         self, path: Path, spec: StoreSpec, manifest: Manifest, *, direct: bool | None = None
@@ -195,7 +81,7 @@ class DirectReader:
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
-        """Read rows in the order given, into `out` where that is given.
+        """Read rows in the order given; see `EmbeddingStore.read`.
 
         Raises:
             StoreDamaged: names the file, row and key of whatever is not as committed.
@@ -209,18 +95,18 @@ class DirectReader:
             self._read_row(*places[0])
         elif places:
             futures = [self._threads().submit(self._read_row, row, items) for row, items in places]
-            wait(futures)  # all of them: nobody writes into the batch once this is left
+            wait(futures)  # all of them: no thread writes into the batch after the return
             for future in futures:
                 future.result()
         return batch
 
     def empty_batch(self, rows: int) -> StoredBatch:
-        """An uninitialised batch for so many rows that starts at a page, as reads past the cache like it best."""
+        """Return an uninitialised batch for so many rows, page-aligned, so that reads past the cache need no copy."""
         arrays = [aligned_empty((rows, *layout.item_shape), layout.dtype) for layout in self._layouts]
         return StoredBatch(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Close files and threads."""
         with self._mutex:
             self._shards.clear()
             if self._pool is not None:
@@ -228,7 +114,7 @@ class DirectReader:
                 self._pool = None
 
     def _arrays(self, batch: StoredBatch, rows: int) -> list[np.ndarray]:
-        """The arrays of a batch, one for each of the store's; ValueError when they are not for so many rows."""
+        """Return the arrays of a batch, one for each of the store's; ValueError if they are not for so many rows."""
         arrays = [array for array in (batch.values, batch.scales) if array is not None]
         wanted = [((rows, *layout.item_shape), layout.dtype) for layout in self._layouts]
         if [(array.shape, array.dtype) for array in arrays] != wanted or not all(
@@ -245,7 +131,7 @@ class DirectReader:
             return self._pool
 
     def _reads_past_cache(self) -> bool:
-        """As asked for, else when the system's cache could not keep what is read until it is read again."""
+        """Return the setting asked for, else True if the system's cache can't keep the store until the next epoch."""
         if self._direct is None:
             rows = self._manifest.row_count()
             size = sum(layout.stride for layout in self._layouts) * rows
@@ -254,7 +140,7 @@ class DirectReader:
         return self._direct
 
     def forget(self, shard: int) -> None:
-        """Let go of a shard whose file or listing has changed."""
+        """Close a shard whose file or listing has changed."""
         with self._mutex:
             self._shards.pop(shard, None)
 
@@ -288,7 +174,7 @@ class DirectReader:
         try:
             self._read_items(row, items)
         except StoreError:
-            # A writer may have committed the shard anew since it was opened, or been at it just then.
+            # A writer may have committed the shard again since it was opened, or be doing so just now.
             self.forget(shard_of(row, self._spec.shard_size))
             self._read_items(row, items)
 
@@ -319,3 +205,137 @@ class DirectReader:
     def _damage(self, shard: ShardFile, row: int, fact: str) -> StoreDamaged:
         key = self._manifest.records(None, range(row, row + 1))[0].key
         return StoreDamaged(f"{shard.path}, row {row} ({key!r}): {fact}; {REPAIR_SHARDS}")
+
+
+class ShardFile:
+    """Shard file of one array, open for reading: its index, and the bytes of rows.
+
+    Args:
+        path: of the file.
+        layout: of the array.
+        checksums: the manifest's crc32c of every done row, by row.
+        direct: read rows past the system's cache where the file system and the layout (whole pages) allow it.
+
+    Raises:
+        StoreDamaged: the file is missing or its index is damaged.
+        StoreError: it can't be opened.
+    """
+
+    def __init__(self, path: Path, layout: ArrayLayout, checksums: dict[int, int], *, direct: bool) -> None:
+        self.path = path
+        self.checksums = checksums
+        with explain_os_errors(path):
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise StoreDamaged(
+                    f"{path} is missing, though the manifest lists it; {REPAIR_SHARDS}"
+                ) from error
+            size = os.fstat(self._descriptor).st_size
+            tail = os.pread(self._descriptor, layout.index_bytes, max(size - layout.index_bytes, 0))
+        try:
+            self.index = layout.decode_index(tail)
+        except ValueError as error:
+            raise StoreDamaged(f"{path} ({size} bytes): {error}; {REPAIR_SHARDS}") from error
+        self.direct = direct and layout.payload_bytes % ALIGNMENT == 0 and self._set_direct(True)
+
+    def read(self, offset: int, payload: np.ndarray) -> int | None:
+        """Read the bytes at `offset` into `payload` (uint8), and return the checksum stored behind them.
+
+        Returns:
+            The checksum; None when the file is too short.
+
+        Raises:
+            OSError: as the system raises it.
+        """
+        if self.direct:
+            try:
+                return self._read_past_cache(offset, payload)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            # A file system that agreed to read past its cache and then didn't, or the end of a short file.
+            self.direct = False
+            self._set_direct(False)
+        return read_chunk(self._descriptor, offset, payload)
+
+    def _read_past_cache(self, offset: int, payload: np.ndarray) -> int | None:
+        """Read likewise in whole pages: the checksum's page goes to a buffer of its own."""
+        aligned = is_aligned(payload)
+        place = payload if aligned else _scratch.take("row", len(payload))
+        page = _scratch.take("checksum", ALIGNMENT)
+        count = read_fully(self._descriptor, [place.data, page.data], offset)
+        if count < len(payload) + CHECKSUM_BYTES:
+            return None
+        if not aligned:
+            payload[:] = place
+        return int.from_bytes(page[:CHECKSUM_BYTES].tobytes(), "little")
+
+    def _set_direct(self, on: bool) -> bool:
+        """Switch reading past the cache on or off; return True if it is on now."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~O_DIRECT
+        try:
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | O_DIRECT if on else flags)
+        except OSError:
+            return False  # not on this file system
+        return on and O_DIRECT != 0
+
+    def __del__(self) -> None:
+        # By now no thread reads from it any more. There is no descriptor when opening failed.
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+def read_chunk(descriptor: int, offset: int, payload: np.ndarray) -> int | None:
+    """Read the bytes at `offset` of an open file into `payload` (uint8), and return the checksum stored behind them;
+    None when the file is too short."""
+    behind = bytearray(CHECKSUM_BYTES)
+    count = read_fully(descriptor, [payload.data, memoryview(behind)], offset)
+    return int.from_bytes(behind, "little") if count == len(payload) + CHECKSUM_BYTES else None
+
+
+def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    """Call preadv until the buffers are full or the file ends; return the number of bytes read."""
+    total = 0
+    while buffers:
+        count = os.preadv(descriptor, buffers, offset + total)
+        if count == 0:
+            break
+        total += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if buffers and count:
+            buffers[0] = buffers[0][count:]
+    return total
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    """Return an uninitialised array, C-contiguous, whose first byte lies at a multiple of `ALIGNMENT`.
+
+    Reads past the system's cache need such memory.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def is_aligned(array: np.ndarray) -> bool:
+    """Return True if an array's first byte lies at a multiple of `ALIGNMENT`."""
+    return array.ctypes.data % ALIGNMENT == 0
+
+
+class Scratch(threading.local):
+    """Page-aligned buffers of each thread, kept for its next read."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, mmap.mmap] = {}
+
+    def take(self, use: str, size: int) -> np.ndarray:
+        """Return `size` bytes (uint8) for one use; they overlap what an earlier call gave for the same use."""
+        if len(self._memory.get(use, b"")) < size:
+            self._memory[use] = mmap.mmap(-1, math.ceil(size / ALIGNMENT) * ALIGNMENT)
+        return np.frombuffer(self._memory[use], np.uint8)[:size]
+
+
+_scratch = Scratch()

@@ -1,4 +1,4 @@
-"""What the manifest says of images and shards."""
+"""Values that the manifest keeps and the checks give: images' results and records, audits, selections, problems."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ProblemKind = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptImage:
-    """Where in its shard's tar an image file lies, in bytes, and the crc32c of it."""
+    """Place of an image file in its shard's tar (`offset` and length, in bytes), and its crc32c."""
 
     offset: int
     bytes: int
@@ -35,26 +35,36 @@ class KeptImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowResult:
-    """What a worker learned of one image, committed with its shard.
+    """Outcome of one image on a worker, committed with its shard.
 
-    A failed image has a `reason` and no checksum; its hash and sizes are there as far as they could be learned.
-    Sizes are (height, width) in pixels; `bytes` is the file's length; `kept` is there in stores that keep images.
+    A failed image has a `reason` and no checksum; its hash and sizes are there if they were known before it failed.
     """
 
     row: int
     reason: str | None = None
+    """Why the image failed; None if it is done."""
     sha256: str | None = None
+    """SHA-256 of the image's file, in hex."""
     bytes: int | None = None
+    """Length of the image's file."""
     original_size: tuple[int, int] | None = None
+    """(height, width) in pixels, EXIF orientation applied."""
     resized_size: tuple[int, int] | None = None
+    """(height, width) in pixels as the teacher saw it, without padding."""
     crc32c: int | None = None
+    """Checksum of the row's bytes in `embeddings`."""
     scales_crc32c: int | None = None
+    """Checksum of the row's bytes in `scales`, in int8 stores."""
     kept: KeptImage | None = None
+    """Resized image, in stores that keep images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRecord:
-    """One row of the manifest. Status follows from commits: pending until the row's shard is committed."""
+    """One row of the manifest: the image as listed, and its `RowResult` once the row's shard is committed.
+
+    `status` follows from commits: pending until the shard is committed, then done or failed.
+    """
 
     row: int
     key: str
@@ -78,7 +88,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Rows by status."""
+    """Number of rows by status."""
 
     done: int
     failed: int
@@ -86,38 +96,40 @@ class Counts:
 
     @property
     def rows(self) -> int:
-        """All rows."""
+        """Number of all rows."""
         return self.done + self.failed + self.pending
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """How a set of images was chosen: the fraction and seed of the subset rule, and the limit if any.
-
-    `sources` are the absolute paths of the folders and tars that were named, `checkpoint` that of the teacher's
-    file when one was named: kept so that the command that goes on with a store can be told.
-    """
+    """Rule by which a set of images was chosen, and the options that gave it, for a command that continues."""
 
     fraction: float
+    """Share of the images that the subset rule keeps."""
     seed: int
+    """Seed of the subset rule."""
     limit: int | None
+    """Most images; None for no limit."""
     sources: tuple[str, ...] = ()
+    """Absolute paths of the folders and tars that were named."""
     checkpoint: str | None = None
+    """Absolute path of the teacher's file, if one was named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """One stored row against a fresh float32 run of the teacher: `cosine` over the 256 channels of a cell, mean
-    over cells; `relative_mse` against the fresh embedding's own mean per channel."""
+    """Comparison of one stored row with a fresh float32 run of the teacher."""
 
     row: int
     cosine: float
+    """Over the 256 channels of a cell, mean over cells."""
     relative_mse: float
+    """Against the fresh embedding's own mean per channel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that is not as committed.
+    """Something in a store that is not as committed.
 
     Kinds: "missing" (a shard's file), "short" (a file of another length), "zeros" (where bytes should be),
     "checksum", "identity" (whole bytes, but not those listed), "not-finite" (NaN or infinity), "unreadable" (the
@@ -133,5 +145,5 @@ class Problem:
     key: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)

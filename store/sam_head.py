@@ -1,4 +1,4 @@
-"""SAM's prompt encoder and mask decoder beside the embeddings: one safetensors file, known by its SHA-256."""
+"""SAM's prompt encoder and mask decoder beside the embeddings: one safetensors file, identified by its SHA-256."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ import numpy as np
 from ..common.durable import explain_os_errors, write_atomic
 from ..common.errors import StoreDamaged, StoreError, StoreMismatch
 
-_MEND = "run the same mobilesam precompute again, which writes it anew"
+_MEND = "run the same mobilesam precompute again, which restores it"
 
 
 def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
-    """SAM's prompt encoder and mask decoder as safetensors, with their SHA-256."""
+    """Encode SAM's prompt encoder and mask decoder as safetensors.
+
+    Args:
+        tensors: by name; keys `prompt_encoder.*`, `mask_decoder.*`.
+
+    Returns:
+        The file's bytes, the same for equal tensors in any order, and their SHA-256 in hex.
+    """
     from safetensors.numpy import save
 
     data = save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)})
@@ -23,7 +30,12 @@ def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
 
 
 def read_head(path: Path, sha256: str) -> bytes:
-    """The file's content; StoreDamaged when it is gone, or not the one with this SHA-256."""
+    """Read the file.
+
+    Raises:
+        StoreDamaged: it is missing, or not the one with this SHA-256.
+        StoreError: it can't be read.
+    """
     try:
         with explain_os_errors(path):
             data = path.read_bytes()
@@ -37,7 +49,7 @@ def read_head(path: Path, sha256: str) -> bytes:
 
 
 def write_head(path: Path, data: bytes, sha256: str) -> None:
-    """Write the file anew, whole; StoreMismatch unless it is the one with this SHA-256."""
+    """Write the file whole; StoreMismatch, and nothing is written, unless it is the one with this SHA-256."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise StoreMismatch(

@@ -1,4 +1,4 @@
-"""What a store is made of: written once, never changed, compared before anything is added."""
+"""Description of a store: written once, never changed, compared before anything is added."""
 
 from __future__ import annotations
 
@@ -28,35 +28,47 @@ _COMPARED = (
 
 
 def spec_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of a spec's JSON values."""
+    """Return the SHA-256 (hex) of a spec's JSON values."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """The immutable description of a store, kept in the Zarr group's attributes under `mobilesam`.
+    """Immutable description of a store, kept in the Zarr group's attributes under `mobilesam`.
 
-    `image_size` is the side in pixels of the teacher's square input, `positions_interpolated` whether its position
-    tables had to be resampled for it; `precision` the arithmetic as resolved, never `auto`; `kept_images` the kind of
-    file (as "webp") that resized images are kept as beside their embeddings, None where they aren't; `subset` the
-    fraction and seed that chose the first set of images; `image_root` the absolute folder that keys are relative to.
+    Raises:
+        StoreError: a value is out of range.
     """
 
     store_id: str
+    """Random name, the same in zarr.json and manifest."""
     teacher: str
+    """Name of the teacher, as in the registry."""
     checkpoint: str | None
+    """File name of the teacher's checkpoint; None for an embedded teacher."""
     checkpoint_sha256: str
     head_sha256: str
+    """SHA-256 of the safetensors file with SAM's prompt encoder and mask decoder."""
     image_size: int
+    """Side of the teacher's square input, in pixels."""
     positions_interpolated: bool
+    """True if the teacher's position tables were resampled for `image_size`."""
     preprocessing: Mapping[str, Any]
+    """Recipe between a file and the teacher's input, by step."""
     dtype: str
+    """Type of the stored embeddings, one of `DTYPES`."""
     precision: str
+    """Arithmetic of the teacher as resolved, one of `PRECISIONS`, never "auto"."""
     shard_size: int
+    """Rows of a shard."""
     kept_images: str | None = None
+    """File type (such as "webp") of the resized images kept beside their embeddings; None if none are kept."""
     subset: Mapping[str, Any]
+    """Fraction and seed that chose the first set of images."""
     image_root: str
+    """Absolute folder that keys are relative to."""
     versions: Mapping[str, str]
+    """Versions of the programs that wrote the store, by name."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -75,27 +87,32 @@ class StoreSpec:
 
     @property
     def layouts(self) -> tuple[ArrayLayout, ...]:
-        """The arrays' layouts, `embeddings` first."""
+        """Layouts of the arrays, `embeddings` first."""
         return array_layouts(self.dtype, self.image_size, self.shard_size)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the format's version."""
+        """Return plain JSON values, with the format's version."""
         return {"format": FORMAT_VERSION, **asdict(self)}
 
     def digest(self) -> str:
-        """SHA-256 (hex) of every field: the manifest keeps it, so that a changed zarr.json is told."""
+        """Return the SHA-256 (hex) of all fields. The manifest keeps it, so that a changed zarr.json is detected."""
         return spec_digest(self.to_json())
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> StoreSpec:
-        """The inverse of `to_json`; StoreError for another format version or a missing field."""
+        """Make a spec from the values of `to_json`.
+
+        Raises:
+            StoreError: another format version, or a value out of range.
+            StoreDamaged: a field is missing or of another type.
+        """
         version = value.get("format")
         if version != FORMAT_VERSION:
             raise StoreError(
                 f"the store has format {version!r}, this program reads format {FORMAT_VERSION}: "
                 "use the version that wrote it"
             )
-        # Stores of versions before images could be kept say nothing of them; their manifests say the rest.
+        # Stores written before images could be kept lack the field; their manifests' copies hold the rest.
         value = {"kept_images": None, **value}
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
@@ -111,15 +128,16 @@ class StoreSpec:
             ) from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
-        """StoreMismatch, naming each difference, when a setting in `wanted` that isn't None is not the store's."""
+        """Raise StoreMismatch, naming each difference, if a setting in `wanted` is neither None nor the store's."""
         lines = self.differences(wanted)
         if lines:
             raise StoreMismatch(
-                f"{path} was made otherwise ({'; '.join(lines)}): ask for the store's settings, or give another --out"
+                f"{path} was made with other settings ({'; '.join(lines)}): ask for the store's settings, or give "
+                "another --out"
             )
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
-        """One line for every setting in `wanted` that is not None and differs from the store's."""
+        """Return one line for every setting in `wanted` that is not None and differs from the store's."""
         lines = []
         for name in _COMPARED:
             mine, asked = getattr(self, name), wanted.get(name)

@@ -1,4 +1,7 @@
-"""Writing one shard whole, beside its place: what a worker does. No lock, no manifest."""
+"""Shard files being written by workers, beside their places, without lock or manifest; what interrupted writing left.
+
+Shape suffixes: C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +23,28 @@ from .records import KeptImage
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRow:
-    """Checksums of a row as written: of the embedding's payload, and of its scales where there are any; `kept` tells
-    of its image, in stores that keep images."""
+    """Checksums of a row as written."""
 
     crc32c: int
+    """Of the embedding's bytes."""
     scales_crc32c: int | None
+    """Of its scales' bytes, in int8 stores."""
     kept: KeptImage | None
+    """Place and checksum of its image, in stores that keep images."""
 
 
 class ShardWriter:
-    """Streams rows into `SHARD.ATTEMPT.partial`, one file per array of the store, and their images into a tar where
-    the store keeps them (as files of the kind `kept_images`).
+    """Writer of one shard: rows go to `SHARD.ATTEMPT.partial`, one file per array, kept images to a tar.
 
     Use as a context manager: leaving it by an exception, or without `finish`, removes the partial files.
+
+    Args:
+        store: path of the store.
+        layouts: of the store's arrays, `embeddings` first.
+        shard: number of the shard.
+        attempt: name of this attempt, different from every other attempt's.
+        slots: rows that the shard has, failed ones included.
+        kept_images: file type of the kept images; None in stores that keep none.
     """
 
     def __init__(
@@ -67,10 +79,16 @@ class ShardWriter:
         return self
 
     def add(self, slot: int, emb_CHW: np.ndarray, image: bytes | None = None) -> StoredRow:
-        """Write one embedding, float32 (256, grid, grid), in the store's dtype; with `image`, the file that it is of,
-        as a store that keeps images wants. One thread at a time.
+        """Write one row in the store's dtype; one thread at a time.
 
-        Raises ValueError when a value is NaN or infinite, before or after the conversion.
+        Args:
+            slot: place in the shard, from 0.
+            emb_CHW: float32 (256, g, g).
+            image: content of the file to keep, in stores that keep images.
+
+        Raises:
+            ValueError: another shape, or a value that is NaN or infinite before or after the conversion.
+            StoreError: the disk is full or fails.
         """
         if emb_CHW.shape != self._layouts[0].item_shape:
             raise ValueError(f"the embedding has shape {emb_CHW.shape}, not {self._layouts[0].item_shape}")
@@ -98,7 +116,7 @@ class ShardWriter:
         return kept
 
     def finish(self) -> None:
-        """Write the indexes and make the files durable; the coordinator may then put them in their place."""
+        """Write the indexes and make the files durable; the coordinator may then commit them."""
         ends = [(layout.encode_index(self._present), self._slots * layout.stride) for layout in self._layouts]
         if self._kept_images is not None:
             ends.append((END, self._kept_end))
@@ -127,12 +145,12 @@ class ShardWriter:
 
 
 def partial_path(store: Path, layout: ArrayLayout, shard: int, attempt: str) -> Path:
-    """Where one attempt at a shard is written before it is committed."""
+    """Return the path at which one attempt at a shard writes an array before it is committed."""
     return store / layout.name / f"{layout.file_name(shard)}.{attempt}.partial"
 
 
 def _encode(emb_CHW: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """The row's item in every array of the store."""
+    """Return the row's item in every array of the store."""
     if not np.isfinite(emb_CHW).all():
         raise ValueError("the teacher gave NaN or infinite values")
     if dtype == np.int8:
@@ -158,7 +176,7 @@ def _write_chunk(descriptor: int, offset: int, item: np.ndarray) -> int:
 
 
 def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: int) -> None:
-    """pwritev until everything is written: one call may write less."""
+    """Call pwritev until everything is written: one call may write less."""
     pending = [memoryview(buffer) for buffer in buffers]
     while pending:
         written = os.pwritev(descriptor, pending, offset)
