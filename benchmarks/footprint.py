@@ -18,10 +18,10 @@ from typing import Any
 import click
 import psutil
 
-from benchmarks.memory import peak_resident
-from benchmarks.pictures import make_pictures
-from benchmarks.ratios import Figure, report
-from benchmarks.sampling import worker_processes
+from benchmarks.support.figures import Figure, report
+from benchmarks.support.memory import peak_resident
+from benchmarks.support.pictures import make_pictures
+from benchmarks.support.sampling import worker_processes
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.precompute.progress import SilentObserver, Snapshot

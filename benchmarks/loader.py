@@ -24,9 +24,9 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.made_store import make_photo_store
-from benchmarks.pictures import make_large_photos
-from benchmarks.ratios import Figure, by_turns, report
+from benchmarks.support.figures import Figure, by_turns, report
+from benchmarks.support.pictures import make_large_photos
+from benchmarks.support.synthetic_store import make_photo_store
 from mobilesam.distill import Loader
 from mobilesam.distill.data.sampler import epoch_order, split_batches
 from mobilesam.sam import DecodedImage, load_image, place_on_canvas

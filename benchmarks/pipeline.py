@@ -21,12 +21,12 @@ import click
 import torch
 from segment_anything import sam_model_registry
 
-from benchmarks.bare_teacher import embedding_seconds, loop_seconds
-from benchmarks.jpeg import compare_decoders
-from benchmarks.pictures import make_large_photos
-from benchmarks.processes import in_a_new_process
-from benchmarks.ratios import Figure, report
-from benchmarks.spans import watched_spans
+from benchmarks.support.figures import Figure, report
+from benchmarks.support.jpeg_decoders import compare_decoders
+from benchmarks.support.pictures import make_large_photos
+from benchmarks.support.processes import in_a_new_process
+from benchmarks.support.teacher_seconds import embedding_seconds, loop_seconds
+from benchmarks.support.timeline import watched_spans
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.precompute.cluster import local_devices
 

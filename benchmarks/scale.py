@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 
-from benchmarks.curves import judge_curve, judgements_json, table, verdict
-from benchmarks.large_costs import manifest_costs, start_costs
-from benchmarks.machine import machine
-from benchmarks.pictures import make_pictures
+from benchmarks.support.curves import judge_curve, judgements_json, table, verdict
+from benchmarks.support.large_costs import manifest_costs, start_costs
+from benchmarks.support.machine import machine
+from benchmarks.support.pictures import make_pictures
 
 ROOT = Path(__file__).parents[1]
 SIDE = 64

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.sampling import Sample, Watch, curve, worker_processes
+from benchmarks.support.sampling import Sample, Watch, curve, worker_processes
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.distill.students.registry import STUDENTS, StudentInfo
 from mobilesam.distill.train_log import Progress

@@ -23,10 +23,10 @@ from statistics import median
 import click
 import numpy as np
 
-from benchmarks.large_store import make_large_store
-from benchmarks.made_store import EVERYTHING, made_embedding, made_spec
-from benchmarks.peers import FlatRecord, Memmap, NpyPerImage, Peer, Preadv, Streaming
-from benchmarks.ratios import Figure, report
+from benchmarks.support.baseline_formats import FlatRecord, Memmap, NpyPerImage, Peer, Preadv, Streaming
+from benchmarks.support.figures import Figure, report
+from benchmarks.support.large_store import make_large_store
+from benchmarks.support.synthetic_store import EVERYTHING, made_embedding, made_spec
 from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter
 
 BATCH = 16

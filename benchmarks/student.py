@@ -25,11 +25,11 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.made_store import make_photo_store
-from benchmarks.photos import PHOTOS
-from benchmarks.processes import in_a_new_process
-from benchmarks.ratios import EMULATED, Figure, report
-from benchmarks.training_step import PEER_IMAGE_SIZE, Side, step_seconds, step_shares
+from benchmarks.support.figures import EMULATED, Figure, report
+from benchmarks.support.pictures import PHOTOS
+from benchmarks.support.processes import in_a_new_process
+from benchmarks.support.synthetic_store import make_photo_store
+from benchmarks.support.training_step import PEER_IMAGE_SIZE, Side, step_seconds, step_shares
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.sam.device import accelerates_bfloat16, resolve_device

@@ -20,9 +20,9 @@ import torch
 from segment_anything import sam_model_registry
 from torch import Tensor, nn
 
-from benchmarks.photos import photo_pixels
-from benchmarks.profile import shares
-from benchmarks.ratios import EMULATED, Figure, by_turns, report
+from benchmarks.support.figures import EMULATED, Figure, by_turns, report
+from benchmarks.support.pictures import photo_pixels
+from benchmarks.support.profiler import shares
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.device import cpu_accelerates_bfloat16
 from mobilesam.sam.registry import TEACHERS

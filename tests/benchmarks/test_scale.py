@@ -75,7 +75,7 @@ def test_the_figures_are_printed_with_what_they_were_measured_on(measured: dict[
 
 def test_a_curve_that_grows_by_more_than_its_noise_is_told_from_a_flat_one() -> None:
     code = """
-from benchmarks.flatness import judge, line, neighbour_noise
+from benchmarks.support.flatness import judge, line, neighbour_noise
 x = list(range(1000, 21000, 1000))
 wiggle = [(-1) ** n * (n % 3) for n in range(20)]
 noise = neighbour_noise(wiggle)
@@ -98,7 +98,7 @@ assert abs(slope - 3) < 1e-9 and error < 1e-9
 
 def test_a_point_takes_the_median_of_memory_the_most_descriptors_and_the_time_of_its_stretch() -> None:
     code = """
-from benchmarks.sampling import Sample, curve
+from benchmarks.support.sampling import Sample, curve
 samples = [Sample(n, 100 + 2 * n, n / 2, {"p": n * n}, {"p": 7 if n == 3 else 5}, n) for n in range(1, 9)]
 points = curve(samples, rows=8, points=2)
 assert [(p.images, p.resident["p"], p.descriptors["p"]) for p in points] == [(4, 6.5, 7), (8, 42.5, 5)], points
@@ -112,7 +112,7 @@ assert [p.allocated for p in points] == [2.5, 6.5], points
 def test_the_most_memory_is_told_anew_after_each_look_and_what_is_allocated_at_any_time() -> None:
     code = """
 import numpy as np
-from benchmarks.memory import allocated, forget_peak, peak_resident
+from benchmarks.support.memory import allocated, forget_peak, peak_resident
 mib = 2**20
 before = allocated()
 block = np.ones(50 * mib, np.uint8)

@@ -7,7 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.profile import OTHER, group_of
+from benchmarks.support.profiler import OTHER, group_of
 from benchmarks.student import main
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.ratios import by_turns
+from benchmarks.support.figures import by_turns
 from mobilesam.sam import load_image, resize_longest_side, resized_size
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.flatness import Judgement, judge
+from benchmarks.support.flatness import Judgement, judge
 
 MEMORY_FLOOR = 0.02
 TIME_FLOOR = 0.05

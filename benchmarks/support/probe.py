@@ -1,6 +1,6 @@
 """One thing done to a large store or folder, in a process of its own: its time and peak memory are that thing's.
 
-    python -m benchmarks.probe NAME ARGUMENT...
+    python -m benchmarks.support.probe NAME ARGUMENT...
 
 Prints one JSON object: `seconds`, and of these `processor_seconds`, without Python's start and imports; `peak_bytes`,
 resident, with them; and `found`.
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import peak_resident
+from benchmarks.support.memory import peak_resident
 from mobilesam.store import EmbeddingStore
 from mobilesam.store.inspection import inspect_store
 

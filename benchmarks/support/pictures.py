@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from benchmarks.photos import PHOTOS
+from mobilesam.sam import image_pixels, load_image
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 PER_FOLDER = 1000
 SA1B_HEIGHT, SA1B_WIDTH = 1500, 2250
@@ -45,3 +48,8 @@ def make_large_photos(root: Path, count: int, height: int = SA1B_HEIGHT, width: 
         pixels = np.clip(np.asarray(large) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(root / f"{number:06d}.jpg", quality=90)
     return root
+
+
+def photo_pixels(name: str, image_size: int) -> Tensor:
+    """A photo, preprocessed: float32 (1, 3, image_size, image_size)."""
+    return image_pixels(load_image((PHOTOS / name).read_bytes(), image_size), image_size)

@@ -9,7 +9,7 @@ from statistics import median
 
 import psutil
 
-from benchmarks.memory import allocated, forget_peak, peak_resident
+from benchmarks.support.memory import allocated, forget_peak, peak_resident
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.profile import shares
+from benchmarks.support.profiler import shares
 from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, build_student
 from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.distributed import ProcessGroup

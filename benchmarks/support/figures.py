@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
-from benchmarks.machine import machine
+from benchmarks.support.machine import machine
 
 EMULATED = "this processor only emulates bfloat16: --emulated measures it all the same"
 

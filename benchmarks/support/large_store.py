@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks.made_store import SHARD_SIZE, made_spec
+from benchmarks.support.synthetic_store import SHARD_SIZE, made_spec
 from mobilesam.store import EmbeddingStore, ImageRef, Selection
 from mobilesam.store.database import row_digest, shard_digest
 from mobilesam.store.layout import MANIFEST

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.large_store import make_large_store
-from benchmarks.made_store import SHARD_SIZE
+from benchmarks.support.large_store import make_large_store
+from benchmarks.support.synthetic_store import SHARD_SIZE
 from mobilesam.store import shard_count
 from mobilesam.store.layout import MANIFEST
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TARGET_SECONDS = 3.0
 PENDING_SHARDS = 10
 Say = Callable[[str], None]
@@ -106,7 +106,7 @@ def _slope(what: str, sizes: tuple[int, int], pair: list[dict[str, Any]]) -> dic
 
 def _probe(name: str, *arguments: str, cwd: Path | None = None) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.probe", name, *arguments],
+        [sys.executable, "-m", "benchmarks.support.probe", name, *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
