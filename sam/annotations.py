@@ -1,4 +1,7 @@
-"""The objects of an image: masks that people or SAM have drawn, in SA-1B's JSON beside each image."""
+"""Annotations: object masks of an image, from SA-1B's JSON files beside the images or from a COCO instances file.
+
+Shape suffixes: P objects of one image, 4 (x0, y0, x1, y1).
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,18 @@ from .image_files import TarMember, scan_tar, split_tar_key
 from .rle import checked_runs, write_runs
 
 SUFFIX = ".json"
+"""Suffix of SA-1B's annotation files."""
 
 MAX_JSON = 16 * 2**20
-"""Largest annotation file that is read, in bytes: SA-1B's have some hundred KB. What JSON holds takes up to thirty
-times its length in memory."""
+"""Largest SA-1B file that is read, in bytes: SA-1B's own have some hundred KB. JSON's values take up to thirty times
+the file's length in memory."""
+
+MAX_COCO = 2 * 2**30
+"""Largest COCO file that is read, in bytes. COCO's own training set has 470 MB, and takes about 2 GB once it is
+read."""
 
 MOST_OBJECTS = 10_000
-"""Of one image: SA-1B has 100 on average."""
+"""Most objects of one image: SA-1B has 100 on average."""
 
 BOX_MARGIN = 1.0
 """Pixels that a box may reach beyond its image: some writers count edges, others pixels."""
@@ -35,41 +43,44 @@ BOX_MARGIN = 1.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Annotations:
-    """The object masks of one image, each kept compressed until it is asked for.
+    """Object masks of one image, each kept compressed until it is decoded.
 
     Objects without a pixel are left out. Every mask was checked when it was read: `mask` can't fail.
     """
 
     source: str
-    """Where they come from, fit to be shown."""
+    """File that they come from, for messages."""
     size: tuple[int, int]
     """Height and width of the image, and of each mask."""
     counts: tuple[str, ...]
-    """COCO's compressed runs, one for each object."""
-    boxes_N4: npt.NDArray[np.float64]
+    """COCO's compressed RLE of each object's mask."""
+    boxes_P4: npt.NDArray[np.float64]
     """x0, y0, x1, y1 in pixels, as the file has them."""
-    areas_N: npt.NDArray[np.int64]
+    areas_P: npt.NDArray[np.int64]
     """Pixels in each mask, counted."""
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def rle(self, index: int) -> dict[str, Any]:
-        """One mask as pycocotools takes it: `size` [height, width] and compressed `counts`."""
+        """Return one mask as pycocotools takes it: `size` [height, width] and compressed `counts`."""
         return {"size": list(self.size), "counts": self.counts[index]}
 
     def mask(self, index: int) -> npt.NDArray[np.bool_]:
-        """One mask, bool (H, W), decoded now."""
+        """Decode one mask: bool (H, W)."""
         from pycocotools import mask as coco
 
         return coco.decode(self.rle(index)).view(np.bool_)
 
 
 class AnnotationFiles:
-    """SA-1B's JSON files below one root: each beside its image, under its name, in a folder or in the same tar.
+    """SA-1B's JSON files below one root, each beside its image and named like it, in a folder or in the same tar.
 
-    Threads may share it. A tar's headers are read once, when the first of its members is asked for; a copy that was
-    pickled reads them again.
+    Threads may share it. A tar's headers are read once, when its first member is needed; an unpickled copy reads
+    them again.
+
+    Args:
+        root: the image root that keys are relative to.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -80,34 +91,40 @@ class AnnotationFiles:
     def __reduce__(self) -> tuple[type[AnnotationFiles], tuple[Path]]:
         return AnnotationFiles, (self.root,)
 
-    def beside(self, key: str) -> bool:
-        """Whether there is a file beside the image `key`, be it readable or not."""
+    def has_file(self, key: str) -> bool:
+        """Return True if a file lies beside the image `key`, readable or not."""
         found = split_tar_key(self.root, key)
         if found is None:
-            return os.path.lexists(self.root / _beside(key))
+            return os.path.lexists(self.root / _annotation_name(key))
         try:
-            return self._index(found[0]).member(_beside(found[1])) is not None
+            return self._index(found[0]).member(_annotation_name(found[1])) is not None
         except (BadAnnotation, OSError):
             return True
 
     def read(self, key: str, *, size: tuple[int, int] | None = None) -> Annotations | None:
-        """The masks of the image `key`, as `list_images` names it.
+        """Read the masks of an image.
 
-        None where no file lies beside it, or one of another kind: JSON with neither `image` nor `annotations` in it,
-        as other programs put beside images.
+        Args:
+            key: of the image, as `list_images` returns it.
+            size: height and width of the image in pixels, if the caller knows them.
 
-        `size` is the image's height and width, where the caller knows them. Raises AnnotationError, with one line
-        that names the image, where the file is there and isn't what it should be: unreadable, too large, not SA-1B's
-        layout, of an image of another size, with a mask that doesn't decode to that size or a box that isn't in it.
+        Returns:
+            Its annotations; None if no file lies beside it, or JSON of another kind, with neither `image` nor
+            `annotations` in it, as other programs put beside images.
+
+        Raises:
+            AnnotationError: the file is unreadable, too large, not of SA-1B's layout, of an image of another size,
+            or
+                has a mask that doesn't decode to that size or a box outside it. One line names the image.
         """
         try:
             data = self._data(key)
             if data is None:
                 return None
-            content = parse_json(data)
+            content = _parse_json(data)
             if isinstance(content, dict) and not content.keys() & {"image", "annotations"}:
                 return None
-            return _checked(content, shown(_beside(key)), size)
+            return _checked(content, shown(_annotation_name(key)), size)
         except BadAnnotation as error:
             raise AnnotationError(f"{shown(key)}: its annotations can't be used: {error}") from error
 
@@ -115,9 +132,9 @@ class AnnotationFiles:
         found = split_tar_key(self.root, key)
         try:
             if found is None:
-                with open(self.root / _beside(key), "rb") as file:
+                with open(self.root / _annotation_name(key), "rb") as file:
                     return _read(file.fileno(), os.fstat(file.fileno()).st_size, 0)
-            member = self._index(found[0]).member(_beside(found[1]))
+            member = self._index(found[0]).member(_annotation_name(found[1]))
             if member is None:
                 return None
             with open(found[0], "rb") as file:
@@ -134,8 +151,99 @@ class AnnotationFiles:
             return self._tars[tar]
 
 
+class CocoInstances:
+    """Objects of a COCO instances file, by image. Threads may share it.
+
+    Polygons, compressed and uncompressed RLE are read; `iscrowd` annotations, which mark regions rather than
+    objects, are left out. A defect of one image's annotations is reported when that image is read.
+
+    Args:
+        path: of the JSON file.
+
+    Raises:
+        AnnotationError: the file can't be read or does not have COCO's layout.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        try:
+            content = _parse_json(self._read())
+            self._images, self._objects = _by_image(content)
+        except BadAnnotation as error:
+            raise AnnotationError(f"{shown(str(self.path))} is not a COCO instances file: {error}") from error
+        self._names: defaultdict[str, list[int]] = defaultdict(list)
+        self._base_names: defaultdict[str, list[int]] = defaultdict(list)
+        self._expected: Counter[str] = Counter()
+        for position, image in enumerate(self._images):
+            self._names[image["file_name"]].append(position)
+            self._base_names[_base(image["file_name"])].append(position)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, file_name: str, *, size: tuple[int, int] | None = None) -> Annotations | None:
+        """Read the masks of an image.
+
+        Args:
+            file_name: of the image; if the file lists no such name, the only image with its base name is taken.
+            size: height and width of the image in pixels, if the caller knows them.
+
+        Returns:
+            Its annotations; None if the file lists no such image.
+
+        Raises:
+            AnnotationError: the file lists the image twice, lists only a base name that several images have (see
+                `expect_names`), or has it in another size; or a mask or box is damaged. One line names the image.
+        """
+        position = self._find(file_name)
+        if position is None:
+            return None
+        image = self._images[position]
+        try:
+            return _build_annotations(shown(str(self.path)), image, self._objects.get(image["id"], ()), size)
+        except BadAnnotation as error:
+            raise AnnotationError(
+                f"{shown(file_name)}: its annotations in {self.path.name}: {error}"
+            ) from error
+
+    def expect_names(self, file_names: Iterable[str]) -> None:
+        """Set the names of all images that will be read: a base name shared by several of them matches none."""
+        self._expected = Counter(map(_base, file_names))
+
+    def example(self) -> str | None:
+        """Return the first image's `file_name`, None if the file lists no image."""
+        return self._images[0]["file_name"] if self._images else None
+
+    def _find(self, file_name: str) -> int | None:
+        found = self._names.get(file_name, [])
+        if len(found) > 1:
+            raise AnnotationError(f"{shown(file_name)}: {self.path.name} lists it {len(found)} times")
+        if found:
+            return found[0]
+        base = _base(file_name)
+        found = self._base_names.get(base, [])
+        if len(found) == 1 and self._expected[base] > 1:
+            raise AnnotationError(
+                f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, of which there are "
+                f"{self._expected[base]} here: give file_name as paths below the images' folder"
+            )
+        return found[0] if len(found) == 1 else None
+
+    def _read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > MAX_COCO:
+                    raise BadAnnotation(f"it has {size:,} bytes, at most {MAX_COCO:,} are read")
+                return file.read()
+        except OSError as error:
+            raise AnnotationError(
+                f"{shown(str(self.path))} can't be read: {error.strerror or error}"
+            ) from error
+
+
 class _TarIndex:
-    """Where a tar's JSON members lie. Raises OSError where it can't be read."""
+    """Places of a tar's JSON members; OSError if the tar can't be read."""
 
     def __init__(self, tar: str) -> None:
         contents = scan_tar(tar)
@@ -144,7 +252,7 @@ class _TarIndex:
         self._problem = contents.problem
 
     def member(self, name: str) -> TarMember | None:
-        """None where the tar has no such member; BadAnnotation where it may have had one."""
+        """Return a member's place, None if the tar has no such member; BadAnnotation if it may have had one."""
         if name in self._unusable:
             raise BadAnnotation("a link or sparse file in a tar can't be read in place")
         member = self._members.get(name)
@@ -153,8 +261,8 @@ class _TarIndex:
         return member
 
 
-def _beside(key: str) -> str:
-    """The name of an image's annotations: its own, with another suffix."""
+def _annotation_name(key: str) -> str:
+    """Return the name of an image's annotation file: the image's, with another suffix."""
     return key.rpartition(".")[0] + SUFFIX
 
 
@@ -173,23 +281,30 @@ def _checked(content: Any, source: str, size: tuple[int, int] | None) -> Annotat
     image, objects = content.get("image"), content.get("annotations")
     if not isinstance(image, dict) or not isinstance(objects, list):
         raise BadAnnotation("no image and annotations in it, as SA-1B's files have them")
-    return build_annotations(source, image, objects, size)
+    return _build_annotations(source, image, objects, size)
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON's values; BadAnnotation for anything else."""
+def _parse_json(data: bytes) -> Any:
+    """Parse JSON; BadAnnotation if it is none."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadAnnotation(f"not JSON ({str(error)[:80]})") from error
 
 
-def build_annotations(
+def _build_annotations(
     source: str, image: Mapping[str, Any], objects: Sequence[Any], size: tuple[int, int] | None
 ) -> Annotations:
-    """Checks one image's objects, given as COCO's and SA-1B's `image` and annotations, and packs them.
+    """Check one image's objects and pack them.
 
-    Raises BadAnnotation.
+    Args:
+        source: file that they come from, for messages.
+        image: COCO's or SA-1B's `image`.
+        objects: COCO's or SA-1B's annotations of that image.
+        size: height and width of the image in pixels, if the caller knows them.
+
+    Raises:
+        BadAnnotation: the image, a mask or a box is not what it should be.
     """
     own = _own_size(image)
     if size is not None and own != tuple(size):
@@ -213,12 +328,13 @@ def build_annotations(
         source=source,
         size=own,
         counts=tuple(counts),
-        boxes_N4=np.array(boxes, dtype=np.float64).reshape(-1, 4),
-        areas_N=np.array(areas, dtype=np.int64),
+        boxes_P4=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        areas_P=np.array(areas, dtype=np.int64),
     )
 
 
 def _own_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the height and width that a file states for its image."""
     height, width = image.get("height"), image.get("width")
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
         raise BadAnnotation("its image has no height and width in pixels")
@@ -230,10 +346,10 @@ def _own_size(image: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _corners(bbox: object, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """x0, y0, x1, y1 of COCO's x, y, width, height."""
+    """Convert COCO's x, y, width, height to x0, y0, x1, y1."""
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
         raise BadAnnotation("a bbox is not four numbers")
-    # Before they become floats: JSON's integers have any length. NaN is in no range.
+    # Checked before the conversion to float, since JSON's integers have any length. NaN is in no range.
     if not all(-BOX_MARGIN <= value <= max(size) + BOX_MARGIN for value in bbox):
         raise BadAnnotation(f"bbox {str(bbox)[:80]} is not in the image")
     x, y, width, height = map(float, bbox)
@@ -242,94 +358,8 @@ def _corners(bbox: object, size: tuple[int, int]) -> tuple[float, float, float, 
     return x, y, x + width, y + height
 
 
-# --- Object masks in a COCO instances file: one JSON for many images.
-
-MAX_COCO = 2 * 2**30
-"""Largest file that is read, in bytes. COCO's own training set has 470 MB, and takes about 2 GB once it is read."""
-
-
-class CocoInstances:
-    """The instances of a COCO file, by image. Threads may share it.
-
-    Polygons, compressed and uncompressed RLE are read; `iscrowd` annotations, which mark regions rather than objects,
-    are left out. What is wrong with one image's annotations is told when that image is read.
-
-    Raises AnnotationError where the file can't be read or isn't laid out as COCO's.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        try:
-            content = parse_json(self._read())
-            self._images, self._objects = _by_image(content)
-        except BadAnnotation as error:
-            raise AnnotationError(f"{shown(str(self.path))} is not a COCO instances file: {error}") from error
-        self._names: defaultdict[str, list[int]] = defaultdict(list)
-        self._base_names: defaultdict[str, list[int]] = defaultdict(list)
-        self._asked: Counter[str] = Counter()
-        for position, image in enumerate(self._images):
-            self._names[image["file_name"]].append(position)
-            self._base_names[_base(image["file_name"])].append(position)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def read(self, file_name: str, *, size: tuple[int, int] | None = None) -> Annotations | None:
-        """The masks of an image: of the one with this `file_name`, else of the only one with its base name.
-
-        None where the file lists no such image. `size` is the image's height and width. Raises AnnotationError, with
-        one line that names the image, where the file lists it twice; where it lists a base name that several images
-        have (see `told_of`); where it has it in another size; or where a mask or box of its isn't one.
-        """
-        position = self._find(file_name)
-        if position is None:
-            return None
-        image = self._images[position]
-        try:
-            return build_annotations(shown(str(self.path)), image, self._objects.get(image["id"], ()), size)
-        except BadAnnotation as error:
-            raise AnnotationError(
-                f"{shown(file_name)}: its annotations in {self.path.name}: {error}"
-            ) from error
-
-    def told_of(self, file_names: Iterable[str]) -> None:
-        """Takes note of all images that may be asked for: a base name that several have means none of them."""
-        self._asked = Counter(map(_base, file_names))
-
-    def example(self) -> str | None:
-        """The first image's `file_name`, None without any."""
-        return self._images[0]["file_name"] if self._images else None
-
-    def _find(self, file_name: str) -> int | None:
-        found = self._names.get(file_name, [])
-        if len(found) > 1:
-            raise AnnotationError(f"{shown(file_name)}: {self.path.name} lists it {len(found)} times")
-        if found:
-            return found[0]
-        base = _base(file_name)
-        found = self._base_names.get(base, [])
-        if len(found) == 1 and self._asked[base] > 1:
-            raise AnnotationError(
-                f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, of which there are "
-                f"{self._asked[base]} here: give file_name as paths below the images' folder"
-            )
-        return found[0] if len(found) == 1 else None
-
-    def _read(self) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > MAX_COCO:
-                    raise BadAnnotation(f"it has {size:,} bytes, at most {MAX_COCO:,} are read")
-                return file.read()
-        except OSError as error:
-            raise AnnotationError(
-                f"{shown(str(self.path))} can't be read: {error.strerror or error}"
-            ) from error
-
-
 def _by_image(content: Any) -> tuple[list[dict[str, Any]], dict[int, list[Any]]]:
-    """The images, and each one's annotations by its id: only what is needed of either."""
+    """Return the images and their annotations by image id, reduced to the fields that are needed."""
     images, objects = (
         (content.get(key) for key in ("images", "annotations")) if isinstance(content, dict) else (0, 0)
     )

@@ -29,7 +29,8 @@ def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
     Args:
         path: of the file.
-        wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that the
+        wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that
+        the
             file has is used. Without names only a flat state dict is read.
 
     Returns:

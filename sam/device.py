@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""Device that computes, and precision that it computes in: names resolved to what this machine has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from ..common.errors import SamError
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:i`` into a device that exists here.
+    """Turn a device's name into a device that exists on this machine.
 
-    ``auto`` is the first CUDA device, else the CPU. ``cuda`` is ``cuda:0``.
+    Args:
+        device: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda` (the same as `cuda:0`) or `cuda:i`.
 
     Raises:
         SamError: the name is not one of these, or the CUDA device does not exist here.
@@ -41,13 +42,19 @@ def _existing_cuda(wanted: torch.device) -> torch.device:
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> str:
-    """Turn ``auto`` into ``float32`` or ``bfloat16`` for this device; pass those two through.
+    """Turn `auto` into the precision that suits a device.
 
-    ``auto`` is bfloat16 only where the hardware accelerates it. float16 is never offered: SAM's ViT
-    overflows in it (segment-anything issues 540 and 696).
+    float16 is never offered: SAM's ViT overflows in it (segment-anything issues 540 and 696).
+
+    Args:
+        precision: `float32`, `bfloat16`, or `auto`, which is bfloat16 only if the hardware accelerates it.
+        device: the device that will compute.
+
+    Returns:
+        `float32` or `bfloat16`.
 
     Raises:
-        SamError: another name, or bfloat16 asked of a GPU that can only emulate it.
+        SamError: another name, or bfloat16 for a GPU that can only emulate it.
     """
     device = torch.device(device)
     if precision == "auto":
@@ -61,7 +68,7 @@ def resolve_precision(precision: str, device: str | torch.device) -> str:
 
 
 def accelerates_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster than float32 by hardware on this device."""
+    """Return True if the device has hardware that makes matrix products in bfloat16 faster than in float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -69,10 +76,10 @@ def accelerates_bfloat16(device: torch.device) -> bool:
 
 
 def cpu_accelerates_bfloat16() -> bool:
-    """Whether this CPU has AMX bf16 or AVX-512 bf16."""
+    """Return True if this CPU has AMX bf16 or AVX-512 bf16."""
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    # Older torch knows the same under private names.
+    # Older versions of torch have the same under private names.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)

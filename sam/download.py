@@ -1,4 +1,9 @@
-"""Where a teacher's checkpoint is: given, in the cache, or downloaded into it."""
+"""Checkpoint files of teachers: given by the user, in the cache, or downloaded into it.
+
+A download is whole and checked, resumed after an interruption, and retried. The bytes go to `FILE.part`, and what
+the server says about its version of the file goes to `FILE.part.json`, so that a later attempt continues only the
+same version (Range with If-Range, RFC 9110). The file gets its name only after its SHA-256 was found right.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +32,28 @@ from ..common.errors import DownloadError as DownloadError
 from .registry import EMBEDDED_TEACHER, find_teacher_info
 
 CACHE_VARIABLE = "MOBILESAM_CACHE"
+"""Environment variable that names the cache directory."""
+
+CHUNK = 1 << 20
+"""Bytes that are received at a time."""
+
+TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses after which another attempt may succeed."""
+
+Progress = Callable[[int, int], None]
+"""progress(bytes so far, bytes in all)"""
+
+log = logging.getLogger(__name__)
 
 
 def cache_directory() -> Path:
-    """``$MOBILESAM_CACHE``, else the user's cache directory for mobilesam; it need not exist."""
+    """Return `$MOBILESAM_CACHE`, else the user's cache directory for mobilesam; it need not exist."""
     named = os.environ.get(CACHE_VARIABLE)
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mobilesam"))
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a whole file.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Return the hex SHA-256 of a whole checkpoint file; CheckpointError if it can't be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -56,23 +69,24 @@ def find_checkpoint(
     download: bool = True,
     url: str | None = None,
 ) -> Path | None:
-    """The teacher's checkpoint file: ``checkpoint``, else the cache's, else downloaded into the cache.
+    """Find a teacher's checkpoint file: the user's own, else the cache's, else downloaded into the cache.
 
-    A file of the user's own is not compared with the official digest: a finetuned one is as good.
+    The user's own file is not compared with the official digest: it may be finetuned.
 
     Args:
-        teacher: a key of ``TEACHERS``.
-        checkpoint: a file of the user's own.
+        teacher: a key of `TEACHERS`.
+        checkpoint: the user's own file.
         progress: called with (bytes so far, bytes in all) while downloading.
-        download: False looks only; what is absent is an error.
+        download: False never downloads: a file that is not in the cache is an error.
         url: another place to download the official file from (a mirror).
 
     Returns:
         The file; None for the embedded teacher, which has none.
 
     Raises:
-        CheckpointError: ``checkpoint`` does not exist, is no file, or was given for the embedded teacher;
-            or nothing was found with ``download=False``.
+        CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or nothing
+        was
+            found with `download=False`.
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
@@ -98,6 +112,63 @@ def find_checkpoint(
     return cached
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """File to download, and the patience with which to do so."""
+
+    url: str
+    """http or https."""
+    target: Path
+    """Final path of the file; its directory is made."""
+    size: int
+    """Length in bytes."""
+    sha256: str
+    """Hex digest of the whole file."""
+    timeout: float = 30.0
+    """Seconds without a byte after which an attempt has failed."""
+    attempts: int = 4
+    """Number of attempts in a row that may fail without a new byte."""
+    backoff: float = 1.0
+    """Seconds before the second attempt; doubled before each further one."""
+
+    @property
+    def part(self) -> Path:
+        """File of the bytes received so far."""
+        return self.target.with_name(self.target.name + ".part")
+
+    @property
+    def version_file(self) -> Path:
+        """File of what the server said about the version that `part` belongs to."""
+        return self.target.with_name(self.target.name + ".part.json")
+
+
+def download_file(request: Request, progress: Progress | None = None) -> None:
+    """Download a file; return once it is in place and its SHA-256 was found right.
+
+    A second process that wants the same file waits for the first and takes its result.
+
+    Args:
+        request: the file.
+        progress: called with (bytes so far, bytes in all), a megabyte or so apart.
+
+    Raises:
+        DownloadError: a one-line reason without a full stop. Received bytes stay for the next time, except those of
+        a
+            whole file whose SHA-256 was wrong.
+    """
+    try:
+        request.target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(request.target):
+            if request.target.exists():
+                return
+            _check_room(request)
+            _fetch_with_retries(request, progress or _no_progress)
+            _check_digest(request)
+            _put_in_place(request)
+    except OSError as error:
+        raise DownloadError(f"{error.filename or request.target}: {error.strerror or error}") from None
+
+
 def _existing(checkpoint: Path) -> Path:
     checkpoint = Path(checkpoint)
     if checkpoint.is_dir():
@@ -111,79 +182,8 @@ def _mend(target: Path) -> str:
     return f"Put it at {target}, or give --checkpoint FILE; to try without it: --teacher {EMBEDDED_TEACHER}."
 
 
-# --- One file over HTTP, whole and checked: resumed after an interruption, retried, never half in place.
-#
-# The bytes go to ``FILE.part``; what the server said about its version of the file goes to ``FILE.part.json``,
-# so that a later attempt continues only the same version (Range with If-Range, RFC 9110). The file gets its
-# name only after its SHA-256 was found right.
-#
-
-Progress = Callable[[int, int], None]
-CHUNK = 1 << 20
-TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-log = logging.getLogger(__name__)
-
-
 class _Transient(Exception):
-    """This attempt failed; another may not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is wanted, and how patiently.
-
-    Attributes:
-        url: http or https.
-        target: the file's final path; its directory is made.
-        size: its length in bytes.
-        sha256: hex digest of the whole file.
-        timeout: seconds without a byte after which an attempt is given up.
-        attempts: how many in a row may fail without a new byte.
-        backoff: seconds before the second attempt; doubled before each further one.
-    """
-
-    url: str
-    target: Path
-    size: int
-    sha256: str
-    timeout: float = 30.0
-    attempts: int = 4
-    backoff: float = 1.0
-
-    @property
-    def part(self) -> Path:
-        return self.target.with_name(self.target.name + ".part")
-
-    @property
-    def version_file(self) -> Path:
-        return self.target.with_name(self.target.name + ".part.json")
-
-
-def download_file(request: Request, progress: Progress | None = None) -> None:
-    """Download ``request.url`` to ``request.target``; return when it is there and its SHA-256 is right.
-
-    A second process that wants the same file waits for the first and takes its result.
-
-    Args:
-        request: what is wanted.
-        progress: called with (bytes so far, bytes in all), a megabyte or so apart.
-
-    Raises:
-        DownloadError: a one-line reason without a full stop. Received bytes stay for the next time, except
-            those of a whole file whose SHA-256 was wrong.
-    """
-    try:
-        request.target.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(request.target):
-            if request.target.exists():
-                return
-            _check_room(request)
-            _fetch_patiently(request, progress or _no_progress)
-            _check_digest(request)
-            _put_in_place(request)
-    except OSError as error:
-        raise DownloadError(f"{error.filename or request.target}: {error.strerror or error}") from None
+    """This attempt failed; another may succeed."""
 
 
 def _no_progress(done: int, total: int) -> None:
@@ -191,14 +191,15 @@ def _no_progress(done: int, total: int) -> None:
 
 
 @contextmanager
-def _only_one(target: Path) -> Iterator[None]:
-    """Hold the lock of this target; its file stays, as removing it would let two holders in."""
+def _locked(target: Path) -> Iterator[None]:
+    """Hold the lock of this target; the lock's file stays, since removing it would let two processes in."""
     with target.with_name(target.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _check_room(request: Request) -> None:
+    """Refuse a download that is larger than the room on its disk."""
     present = request.part.stat().st_size if request.part.exists() else 0
     free = shutil.disk_usage(request.target.parent).free
     needed = request.size - present
@@ -208,8 +209,8 @@ def _check_room(request: Request) -> None:
         )
 
 
-def _fetch_patiently(request: Request, progress: Progress) -> None:
-    """Attempt until every byte is there; attempts that brought bytes don't count against the limit."""
+def _fetch_with_retries(request: Request, progress: Progress) -> None:
+    """Make attempts until every byte is there; those that received bytes don't count against the limit."""
     failures = 0
     while True:
         before = _resumable_bytes(request)
@@ -221,12 +222,12 @@ def _fetch_patiently(request: Request, progress: Progress) -> None:
             if failures >= request.attempts:
                 raise DownloadError(f"{request.url}: {error}") from None
             wait = request.backoff * 2 ** (failures - 1)
-            log.warning("%s: %s; again in %.0f s", request.url, error, wait)
+            log.warning("%s: %s; next attempt in %.0f s", request.url, error, wait)
             time.sleep(wait)
 
 
 def _resumable_bytes(request: Request) -> int:
-    """How many bytes of a known version are there; 0 when they can't be continued."""
+    """Return the number of bytes received that an attempt can continue; 0 if their version isn't known."""
     if not _version_headers(request) or not request.part.exists():
         return 0
     present = request.part.stat().st_size
@@ -234,7 +235,7 @@ def _resumable_bytes(request: Request) -> int:
 
 
 def _version_headers(request: Request) -> dict[str, str]:
-    """The If-Range header for the version that ``part`` holds; empty when there is none.
+    """Return the If-Range header for the version that `part` belongs to; empty if there is none.
 
     A weak ETag promises equal meaning, not equal bytes: RFC 9110 forbids it here.
     """
@@ -251,6 +252,7 @@ def _version_headers(request: Request) -> dict[str, str]:
 
 
 def _attempt(request: Request, progress: Progress) -> None:
+    """Receive the bytes that are missing, in one connection."""
     start = _resumable_bytes(request)
     if start == request.size:
         return
@@ -258,24 +260,24 @@ def _attempt(request: Request, progress: Progress) -> None:
     if start:
         headers |= {"Range": f"bytes={start}-"} | _version_headers(request)
     try:
-        # Every URL comes from the catalog or from the caller's own code.
+        # Every URL comes from the registry or from the caller's own code.
         with urllib.request.urlopen(
             urllib.request.Request(request.url, headers=headers), timeout=request.timeout
         ) as response:
             start = _accepted_start(request, start, response.status, response.headers)
             _receive(request, response, start, progress)
     except urllib.error.HTTPError as error:
-        _judge_status(request, error.code, error.reason)
+        _refuse_status(request, error.code, error.reason)
     except urllib.error.URLError as error:
         raise _Transient(str(getattr(error.reason, "strerror", None) or error.reason)) from None
     except (TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException) as error:
         raise _Transient(str(error) or type(error).__name__) from None
 
 
-def _judge_status(request: Request, status: int, reason: str) -> None:
+def _refuse_status(request: Request, status: int, reason: str) -> None:
     if status == 416:
-        # The server's file is shorter than what is here: another version. Begin again.
-        _forget(request)
+        # The server's file is shorter than the bytes received: it is another version. Start again.
+        _discard(request)
         raise _Transient("the server's file changed; starting again")
     if status in TRANSIENT_STATUS:
         raise _Transient(f"the server answered {status} {reason}")
@@ -283,11 +285,11 @@ def _judge_status(request: Request, status: int, reason: str) -> None:
 
 
 def _accepted_start(request: Request, start: int, status: int, headers: Mapping[str, str]) -> int:
-    """Where the answer's first byte belongs; 0 (and a fresh ``part``) unless the range was granted."""
+    """Return the position of the answer's first byte: 0, with an empty `part`, unless the range was granted."""
     if status == 206 and start:
         unit_range, _, total = headers.get("Content-Range", "").partition("/")
         if not unit_range.startswith(f"bytes {start}-"):
-            _forget(request)
+            _discard(request)
             raise _Transient(f"the server sent another range than asked: {unit_range!r}")
         _check_length(request, total)
         return start
@@ -298,16 +300,18 @@ def _accepted_start(request: Request, start: int, status: int, headers: Mapping[
         "etag": headers.get("ETag"),
         "last_modified": headers.get("Last-Modified"),
     }
-    # The old bytes go before the new version is written down, so the two never disagree.
+    # The old bytes are removed before the new version is recorded, so that the two always agree.
     request.part.write_bytes(b"")
     request.version_file.write_text(json.dumps(version))
     return 0
 
 
-def _check_length(request: Request, told: str) -> None:
-    if told.isdigit() and int(told) != request.size:
-        _forget(request)
-        raise DownloadError(f"{request.url}: the server's file has {int(told):,} bytes, not {request.size:,}")
+def _check_length(request: Request, stated: str) -> None:
+    if stated.isdigit() and int(stated) != request.size:
+        _discard(request)
+        raise DownloadError(
+            f"{request.url}: the server's file has {int(stated):,} bytes, not {request.size:,}"
+        )
 
 
 def _receive(request: Request, response: http.client.HTTPResponse, start: int, progress: Progress) -> None:
@@ -324,7 +328,7 @@ def _receive(request: Request, response: http.client.HTTPResponse, start: int, p
         part.flush()
         os.fsync(part.fileno())
     if done > request.size:
-        _forget(request)
+        _discard(request)
         raise DownloadError(f"{request.url}: the server sent more than {request.size:,} bytes")
     if done < request.size:
         raise _Transient(f"the connection ended after {done:,} of {request.size:,} bytes")
@@ -346,7 +350,7 @@ def _check_digest(request: Request) -> None:
     with request.part.open("rb") as part:
         found = hashlib.file_digest(part, "sha256").hexdigest()
     if found != request.sha256:
-        _forget(request)
+        _discard(request)
         raise DownloadError(
             f"{request.url}: the file's SHA-256 is {found}, not {request.sha256}; it was removed"
         )
@@ -362,6 +366,7 @@ def _put_in_place(request: Request) -> None:
         os.close(directory)
 
 
-def _forget(request: Request) -> None:
+def _discard(request: Request) -> None:
+    """Remove the bytes received and the record of their version."""
     request.version_file.unlink(missing_ok=True)
     request.part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> RGB pixels: one stated policy for everything that photo folders hold."""
+"""Image decoding: bytes of a file to RGB pixels, with one stated policy for everything that photo folders hold."""
 
 from __future__ import annotations
 
@@ -42,31 +42,39 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the stored picture upright."""
+"""Transposition that turns the stored image upright, by EXIF orientation."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Decode an image file's bytes into uint8 RGB (H, W, 3), read-only.
+    """Decode an image file.
 
-    The format is read from the content, never from a name: JPEG, PNG, WebP, BMP, TIFF or GIF. Policies:
-    - EXIF orientation is applied; an unreadable or nonsensical one counts as none.
+    The format is recognised by the content, never by a name: JPEG, PNG, WebP, BMP, TIFF or GIF. Policies:
+    - EXIF orientation is applied; an unreadable or invalid one is ignored.
     - Alpha (RGBA, LA, in a palette or as one transparent colour) is dropped and the colours stay as they are
-      stored: what `Image.convert("RGB")` and OpenCV do.
-    - Grey and 1-bit are repeated over the three channels. 16-bit grey is scaled by its full range (65535 becomes
-      255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels name
+      stored, as `Image.convert("RGB")` and OpenCV do.
+    - Grey and 1-bit images are repeated over the three channels. 16-bit grey is scaled by its full range (65535
+    becomes
+      255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels define
       no white level and are refused.
     - CMYK and YCCK, Adobe's inverted ones included, are converted by Pillow's plain formula.
-    - ICC profiles and gamma are left unapplied, as SAM's own loading left them.
-    - Of animations and pages the first is taken.
+    - ICC profiles and gamma are not applied, as in SAM's own loading.
+    - The first frame or page is taken.
 
-    Raises ImageError, with the reason in one line, for anything else: empty, truncated, damaged or not an image,
-    more than MAX_PIXELS pixels (known from the header, before decoding), a colour mode without a policy.
+    Args:
+        data: the file's bytes.
+
+    Returns:
+        uint8 RGB (H, W, 3), read-only.
+
+    Raises:
+        ImageError: anything else: empty, truncated, damaged or not an image, more than MAX_PIXELS pixels (known from
+            the header, before decoding), a colour mode without a policy. One line has the reason.
     """
     return np.asarray(decode_rgb(data))
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """As `decode_image`, but returns Pillow's image in mode RGB, which a resize can follow without a copy."""
+    """Decode as `decode_image`, but into Pillow's image in mode RGB, which can be resized without a copy."""
     image = _open(data)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -82,12 +90,12 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise
     except MemoryError as error:
         raise ImageError(f"out of memory while decoding {width} x {height} pixels") from error
-    except Exception as error:  # a decoder fed with damaged bytes may raise anything
+    except Exception as error:  # decoders raise anything for damaged bytes
         raise ImageError(_reason(image, error)) from error
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Read the header. Pillow's classes, not Image.open: that has a pixel limit of its own, global to the process."""
+    """Read the header with Pillow's classes: Image.open has a pixel limit of its own, global to the process."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     for magic, opener in _MAGIC:
@@ -99,7 +107,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         )
     try:
         return opener(io.BytesIO(data))
-    except Exception as error:  # a parser fed with damaged bytes may raise anything
+    except Exception as error:  # parsers raise anything for damaged bytes
         raise ImageError(_reason(opener, error)) from error
 
 

@@ -1,4 +1,7 @@
-"""Where images come from: folders and tars, listed under one root."""
+"""Image files: listed from folders and tars under one root, and read by the keys they were listed under.
+
+Tars are read in place, nothing is ever extracted: a listing records the place of each member's bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,27 @@ from ..common.errors import shown
 from ..common.image_ref import ImageRef as ImageRef
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""What counts as an image, in any case; the content decides later which format it is."""
+"""Names that end so, in upper or lower case, are images; the content decides later which format each one is."""
+
+TAR_SUFFIX = ".tar"
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
+
+MAX_BYTES = 2_000_000_000
+"""Largest file that is read, in bytes: an image small enough to be decoded is never larger, and without a limit one
+stray file could take all memory."""
+
+_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Something that should have been listed and could not be."""
+    """File or folder that should have been listed and could not be."""
 
     path: str
     reason: str
+    """One line, without the path."""
 
     def __str__(self) -> str:
         return f"{shown(self.path)}: {self.reason}"
@@ -33,29 +48,34 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """What `list_images` found."""
+    """Images found by `list_images`, and what was passed over."""
 
     root: Path
     """Absolute; the keys are relative to it."""
     files: tuple[ImageRef, ...]
     """Sorted by the bytes of the key; no key twice."""
     problems: tuple[Problem, ...]
-    """Folders and tars that could not be read, or not to their end; broken links. To be shown to the user."""
+    """Folders and tars that could not be read, or not to their end, and broken links; for the user to see."""
     others: int
-    """Files passed over because their name is not an image's (SA-1B's .json, for one)."""
+    """Number of files passed over because their name is not an image's (SA-1B's .json files, for example)."""
     hidden: int
-    """Files and folders passed over because their name begins with a dot."""
+    """Number of files and folders passed over because their name begins with a dot."""
 
 
 def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> ImageSet:
     """Find the images in folders (recursively) and .tar files, in any mixture.
 
-    Keys are relative to `root`; by default that is the one folder, the folder of the one tar, or the deepest
-    folder that holds all of `paths`. Symbolic links are followed, but a folder that is reached twice counts once,
-    under its own path rather than a link's: loops end, and a link named `latest` doubles nothing. Names that begin
-    with a dot are passed over.
+    Symbolic links are followed, but a folder that is reached twice counts once, under its own path rather than a
+    link's: loops end, and a link named `latest` doubles nothing. Names that begin with a dot are passed over.
 
-    Raises SamError where a path is absent, unreadable, of another kind or outside `root`, or nothing is found.
+    Args:
+        paths: folders and .tar files.
+        root: keys are relative to it; by default it is the one folder, the folder of the one tar, or the deepest
+        folder
+            that holds all of `paths`.
+
+    Raises:
+        SamError: a path is absent, unreadable, of another kind or outside `root`, or no image is found.
     """
     tops = sorted({_absolute(path) for path in paths}, key=os.fsencode)
     if not tops:
@@ -80,8 +100,147 @@ def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> 
     )
 
 
+def read_image(root: Path | str, key: str, *, offset: int | None = None, size: int | None = None) -> bytes:
+    """Read the bytes of an image: a file below `root`, or a tar's member in place.
+
+    Args:
+        root: the image root that the key is relative to.
+        key: as `list_images` returns it.
+        offset: place of a tar member's bytes in its tar; None for a file of its own.
+        size: length in bytes as listed, checked; required for a tar's member.
+
+    Raises:
+        ImageError: the file or tar is missing or can't be read, or has another length than listed. One line has the
+            reason, without the key.
+    """
+    if offset is not None:
+        if size is None:
+            raise ValueError("a tar's member needs both offset and size")
+        return _read_member(root, key, offset, size)
+    try:
+        with open(Path(root, key), "rb", buffering=0) as file:
+            _refuse_huge(os.fstat(file.fileno()).st_size)
+            data = file.readall()
+    except FileNotFoundError as error:
+        raise ImageError("the file is missing") from error
+    except OSError as error:
+        raise ImageError(f"the file can't be read: {error.strerror}") from error
+    if size is not None and len(data) != size:
+        raise ImageError(f"the file was listed with {size:,} bytes and has {len(data):,}")
+    return data
+
+
+def read_checked(
+    root: Path | str, key: str, offset: int | None, size: int, sha256: str | None = None
+) -> bytes:
+    """Read an image that a store has an embedding of, and make sure that it is still the same.
+
+    Args:
+        root: the image root that the key is relative to.
+        key: as the manifest has it.
+        offset: place of a tar member's bytes in its tar; None for a file of its own.
+        size: length in bytes that the file must have.
+        sha256: hex SHA-256 that it must have; None leaves that unchecked.
+
+    Raises:
+        ImageError: the image is gone or has changed; the message names the key.
+    """
+    mend = "put the original back, or precompute into a new store"
+    try:
+        data = read_image(root, key, offset=offset, size=None if offset is None else size)
+    except ImageError as error:
+        raise ImageError(f"{shown(key)}: {error}\n{mend}") from error
+    changed = f"{shown(key)} changed since precompute"
+    if len(data) != size:
+        raise ImageError(f"{changed}: {size:,} bytes then, {len(data):,} now\n{mend}")
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise ImageError(f"{changed}: SHA-256 {sha256[:12]}... then, {found[:12]}... now\n{mend}")
+    return data
+
+
+def in_fraction(key: str, fraction: float, seed: int) -> bool:
+    """Return True if an image belongs to a fraction of the images.
+
+    The answer depends on the three arguments alone: it is the same on every machine, stable when images are added,
+    and nested (an image in 0.1 is in 0.2 too).
+
+    Args:
+        key: of the image.
+        fraction: above 0 and at most 1.
+        seed: of the choice.
+
+    Raises:
+        ValueError: `fraction` is out of range.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
+    digest = hashlib.sha256(f"{seed}\0".encode() + key.encode("utf-8", "surrogateescape")).digest()
+    # Exact: a power of two only scales, and Python compares int with float exactly. Fraction 1 keeps every key.
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TarMember:
+    """Regular file inside a tar: its bytes are `size` bytes of the tar from `offset` on."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarContents:
+    """Members of one tar."""
+
+    members: dict[str, TarMember]
+    """Regular files by name; a leading "./" is left out, all else is verbatim: "../x" and "/x" are ordinary
+    names."""
+    unusable: tuple[str, ...]
+    """Names of links and sparse files: their bytes don't lie in the tar in one piece."""
+    problem: str | None
+    """Reason why the tar could not be read to its end; `members` then has those that are whole before that."""
+
+
+def scan_tar(path: str) -> TarContents:
+    """Read a tar's headers; of members with the same name the last counts, as when extracting.
+
+    Args:
+        path: of the tar.
+
+    Returns:
+        Its contents; for a damaged, cut or compressed tar their `problem` says so.
+
+    Raises:
+        OSError: the file can't be read.
+    """
+    members: dict[str, TarMember] = {}
+    unusable: dict[str, None] = {}
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        if file.peek(8).startswith(_COMPRESSED_MAGIC):
+            return TarContents(members={}, unusable=(), problem=DECOMPRESS)
+        try:
+            problem = _scan(file, total, members, unusable)
+        except (tarfile.TarError, ValueError) as error:
+            problem = f"damaged or cut short, it has {total:,} bytes: {error}"
+    return TarContents(members=members, unusable=tuple(unusable), problem=problem)
+
+
+def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | None:
+    """Split "a/b.tar/c.jpg" into the tar's path on disk and the member's name; None if there is no such tar.
+
+    The first prefix that is a regular file is the tar, so no name inside the tar is ever taken for a path.
+    """
+    parts = key.split("/")
+    for count in range(1, len(parts)):
+        if parts[count - 1].lower().endswith(TAR_SUFFIX):
+            path = os.path.join(root, *parts[:count])
+            if os.path.isfile(path):
+                return path, "/".join(parts[count:])
+    return None
+
+
 class _Listing:
-    """Collects while it walks. Folders behind links wait for all others, so that real paths come first."""
+    """Images found so far. Folders behind links are walked after all others, so that real paths come first."""
 
     def __init__(self) -> None:
         self.files: list[ImageRef] = []
@@ -93,13 +252,14 @@ class _Listing:
         self._tars: set[str] = set()
 
     def add(self, path: str, key: str) -> None:
-        """List a folder or a tar, whose key is "" if it is the root itself."""
+        """List a folder or a tar; its key is "" if it is the root itself."""
         if os.path.isdir(path):
             self._walk(path, key)
         else:
             self._add_tar(path, key)
 
     def follow_links(self) -> None:
+        """Walk the folders behind links, and behind links found there."""
         while self._links:
             links = sorted(self._links, key=lambda link: os.fsencode(link[1]))
             self._links = []
@@ -126,7 +286,7 @@ class _Listing:
                     folders.append((entry.path, entry_key))
 
     def _add_entry(self, entry: os.DirEntry[str], key: str) -> bool:
-        """Returns whether the entry is a folder to walk now."""
+        """List one entry of a folder; return True if it is a folder to walk now."""
         name = entry.name.lower()
         try:
             if name.startswith("."):
@@ -175,6 +335,7 @@ class _Listing:
 
 
 def _is_hidden(name: str) -> bool:
+    """Return True if a tar member, or a folder of its name, begins with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
@@ -185,6 +346,7 @@ def _absolute(path: Path | str) -> str:
 
 
 def _check_top(path: str) -> None:
+    """Refuse a path that is neither a readable folder nor a readable .tar file."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()
@@ -221,58 +383,14 @@ def _nothing_found(tops: Sequence[str], listing: _Listing) -> str:
     return message
 
 
-# --- Tars read in place: where each member's bytes lie. Nothing is ever extracted.
-
-TAR_SUFFIX = ".tar"
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
-
-_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-_BLOCK = tarfile.BLOCKSIZE
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TarMember:
-    """A regular file inside a tar: its bytes are `size` bytes of the tar from `offset` on."""
-
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarContents:
-    """What one tar holds."""
-
-    members: dict[str, TarMember]
-    """By name without a leading "./"; otherwise verbatim, so "../x" and "/x" are names like any other."""
-    unusable: tuple[str, ...]
-    """Names of links and sparse files: their bytes don't lie in the tar in one piece."""
-    problem: str | None
-    """Why the tar could not be read to its end; `members` then holds what is whole before that."""
-
-
-def scan_tar(path: str) -> TarContents:
-    """Read a tar's headers. Of members with one name the last counts, as when extracting. Raises OSError."""
-    members: dict[str, TarMember] = {}
-    unusable: dict[str, None] = {}
-    with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
-        if file.peek(8).startswith(_COMPRESSED_MAGIC):
-            return TarContents(members={}, unusable=(), problem=DECOMPRESS)
-        try:
-            problem = _scan(file, total, members, unusable)
-        except (tarfile.TarError, ValueError) as error:
-            problem = f"damaged or cut short, it has {total:,} bytes: {error}"
-    return TarContents(members=members, unusable=tuple(unusable), problem=problem)
-
-
 def _scan(
     file: BufferedReader, total: int, members: dict[str, TarMember], unusable: dict[str, None]
 ) -> str | None:
-    # The encoding is stated because the default follows the locale, and keys must not.
+    """Fill `members` and `unusable` from a tar of `total` bytes; return the problem that ended that, if any."""
+    # The encoding is stated because the default depends on the locale, and keys must not.
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # else a tar keeps every header it ever read
+            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
             name = re.sub(r"^(\./+)+", "", member.name)
             members.pop(name, None)
             unusable.pop(name, None)
@@ -288,76 +406,13 @@ def _scan(
 
 
 def _check_end(block: bytes, offset: int) -> str | None:
-    """`tarfile` takes a damaged header for the end, in silence. A real end is a block of zeros."""
+    """Return the problem with a tar's end, if any: `tarfile` silently takes a damaged header for the end, which
+    really is a block of zeros."""
     if block == bytes(_BLOCK):
         return None
     if not block:
         return f"no end-of-archive mark after {offset:,} bytes: it may be cut short"
     return f"damaged or cut short: no valid header at byte {offset:,}"
-
-
-def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | None:
-    """Split "a/b.tar/c.jpg" into the tar's path on disk and the member's name; None if there is no such tar.
-
-    The first prefix that is a regular file is the tar, so no name inside it is ever taken for a path.
-    """
-    parts = key.split("/")
-    for count in range(1, len(parts)):
-        if parts[count - 1].lower().endswith(TAR_SUFFIX):
-            path = os.path.join(root, *parts[:count])
-            if os.path.isfile(path):
-                return path, "/".join(parts[count:])
-    return None
-
-
-# --- Reading one image's bytes, by the key it was listed under.
-
-MAX_BYTES = 2_000_000_000
-"""Largest file that is read, in bytes: no image that is small enough to be decoded is larger, and reading a file of
-any length would let one stray file take all memory."""
-
-
-def read_image(root: Path | str, key: str, *, offset: int | None = None, size: int | None = None) -> bytes:
-    """Read an image: a file below `root` or, with `offset` and `size`, a tar's member in place.
-
-    Raises ImageError, with a one-line reason that leaves out the key, where the file or tar is missing or can't be
-    read, or where there are not the `size` bytes that were listed.
-    """
-    if offset is not None:
-        if size is None:
-            raise ValueError("a tar's member is read by offset and size")
-        return _read_member(root, key, offset, size)
-    try:
-        with open(Path(root, key), "rb", buffering=0) as file:
-            _refuse_huge(os.fstat(file.fileno()).st_size)
-            data = file.readall()
-    except FileNotFoundError as error:
-        raise ImageError("the file is missing") from error
-    except OSError as error:
-        raise ImageError(f"the file can't be read: {error.strerror}") from error
-    if size is not None and len(data) != size:
-        raise ImageError(f"the file was listed with {size:,} bytes and has {len(data):,}")
-    return data
-
-
-def read_checked(
-    root: Path | str, key: str, offset: int | None, size: int, sha256: str | None = None
-) -> bytes:
-    """Read an image that a store has an embedding of: its length must be `size` and its SHA-256 `sha256` (hex).
-
-    With None the SHA-256 is not checked. Raises ImageError, naming the key, if the image is gone or has changed.
-    """
-    mend = "put the original back, or precompute into a new store"
-    try:
-        data = read_image(root, key, offset=offset, size=None if offset is None else size)
-    except ImageError as error:
-        raise ImageError(f"{shown(key)}: {error}\n{mend}") from error
-    changed = f"{shown(key)} changed since precompute"
-    if len(data) != size:
-        raise ImageError(f"{changed}: {size:,} bytes then, {len(data):,} now\n{mend}")
-    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ImageError(f"{changed}: SHA-256 {sha256[:12]}... then, {found[:12]}... now\n{mend}")
-    return data
 
 
 def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
@@ -381,19 +436,3 @@ def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
 def _refuse_huge(size: int) -> None:
     if size > MAX_BYTES:
         raise ImageError(f"too large: {size:,} bytes, the limit is {MAX_BYTES:,}")
-
-
-# --- Which images a fraction keeps: decided by each key alone.
-
-
-def in_fraction(key: str, fraction: float, seed: int) -> bool:
-    """Whether `fraction` (0 < fraction <= 1) of the images, drawn with `seed`, holds the image `key`.
-
-    The answer depends on the three arguments alone: the same on every machine, stable when images are added, and
-    nested (what 0.1 keeps, 0.2 keeps too). Raises ValueError for a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
-    digest = hashlib.sha256(f"{seed}\0".encode() + key.encode("utf-8", "surrogateescape")).digest()
-    # A power of two scales exactly and Python compares int with float exactly: fraction 1 keeps every key.
-    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64

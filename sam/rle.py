@@ -1,8 +1,10 @@
-"""COCO's run-length encoding of masks, checked here before pycocotools' C code, which checks nothing, sees it.
+"""Run-length encoding (RLE) of masks as COCO has it, checked before pycocotools' C code, which checks nothing.
 
 A mask's pixels are read column by column; its runs are the lengths of zeros, ones, zeros and so on. Compressed, each
 run from the fourth on is written as its difference from the run two before, five bits to a letter, the lowest first,
-with a sixth bit on where more follow and the sign extended from the last (source: pycocotools, maskApi.c).
+with a sixth bit set if more letters follow and the sign extended from the last one. Source: pycocotools, maskApi.c.
+
+Shape suffixes: N corners of a polygon or runs of a mask, 2 (x, y), 6 letters of a run (MOST_LETTERS).
 """
 
 from __future__ import annotations
@@ -20,20 +22,27 @@ MOST_LETTERS = 6
 """Letters of one run: enough for 2 ** 28 pixels, and the most that maskApi.c shifts within an int."""
 
 SCALE = 5
-"""maskApi.c draws polygons at five times the resolution."""
+"""Factor of the resolution at which maskApi.c draws polygons."""
 
 MOST_STEPS = 10_000_000
-"""Of an object's polygons at that resolution: 100,000 would be a long outline, and each step takes memory."""
-
+"""Length of an object's outline at that resolution: 100,000 would be a long one, and each step takes memory."""
 
 MOST_RUNS = 2**20
-"""Of one mask. An outline has a few thousand; a million is noise, and arrays of them take memory."""
+"""Most runs of one mask. An outline has a few thousand; a million is noise, and arrays of them take memory."""
 
 
 def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
-    """The runs, int64 (n,), of what COCO calls a segmentation: compressed or uncompressed RLE, or polygons.
+    """Read and check the runs of a mask.
 
-    They add up to height * width of `size`. Raises BadAnnotation for anything else.
+    Args:
+        segmentation: as COCO's JSON has it: compressed or uncompressed RLE, or polygons.
+        size: height and width of the image in pixels.
+
+    Returns:
+        int64 (N,); they add up to height * width.
+
+    Raises:
+        BadAnnotation: `segmentation` is anything else.
     """
     if isinstance(segmentation, list):
         return _polygon_runs(segmentation, size)
@@ -48,11 +57,21 @@ def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
         runs = _listed_runs(counts)
     else:
         raise BadAnnotation(f"RLE counts are a {type(counts).__name__}")
-    return _fitting(runs, size)
+    return _checked_total(runs, size)
 
 
 def read_runs(counts: str) -> Runs:
-    """The runs of compressed counts; damaged ones may be negative. Raises BadAnnotation where they don't decode."""
+    """Decode compressed counts.
+
+    Args:
+        counts: COCO's text.
+
+    Returns:
+        int64 (N,); runs of damaged counts may be negative.
+
+    Raises:
+        BadAnnotation: the counts can't be decoded.
+    """
     if len(counts) > MOST_RUNS * MOST_LETTERS:
         raise BadAnnotation(
             f"RLE counts of {len(counts):,} letters, at most {MOST_RUNS * MOST_LETTERS:,} are read"
@@ -60,7 +79,7 @@ def read_runs(counts: str) -> Runs:
     letters = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
     if not len(letters) or letters.min() < 0 or letters.max() > 63:
         raise BadAnnotation(
-            "RLE counts hold other letters than RLE has" if len(letters) else "RLE counts are empty"
+            "RLE counts hold characters that RLE does not use" if len(letters) else "RLE counts are empty"
         )
     ends = np.flatnonzero(letters & 32 == 0)
     lengths = np.diff(ends, prepend=-1)
@@ -74,35 +93,37 @@ def read_runs(counts: str) -> Runs:
     places = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((letters & 31) << places, starts)
     runs -= np.where(letters[ends] & 16, 1 << (5 * lengths), 0)
-    # From the fourth on they are differences: to the run two before, so each parity adds up by itself.
+    # Runs from the fourth on are differences to the run two before, so even and odd ones add up separately.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
 
 
 def write_runs(runs: Runs) -> str:
-    """Compressed counts of runs of fewer than 2 ** 28 pixels, letter for letter as pycocotools writes them."""
+    """Encode runs of fewer than 2 ** 28 pixels as compressed counts, letter for letter as pycocotools does."""
     steps = runs.copy()
     steps[3:] -= runs[1:-2]
     places = np.arange(MOST_LETTERS)
-    parts_NP = steps[:, None] >> (5 * places)
-    # A run ends with the letter after which only its sign is left, and that letter's highest bit says it.
-    rest_NP, sign_NP = parts_NP >> 5, (parts_NP >> 4) & 1
-    more_NP = rest_NP != -sign_NP
-    letters_NP = (parts_NP & 31) + 32 * more_NP + 48
-    used_NP = places <= (~more_NP).argmax(axis=1)[:, None]
-    return letters_NP[used_NP].astype(np.uint8).tobytes().decode("ascii")
+    parts_N6 = steps[:, None] >> (5 * places)
+    # A run ends with the letter after which only the sign is left, if the letter's highest bit is that sign.
+    rest_N6, sign_N6 = parts_N6 >> 5, (parts_N6 >> 4) & 1
+    more_N6 = rest_N6 != -sign_N6
+    letters_N6 = (parts_N6 & 31) + 32 * more_N6 + 48
+    used_N6 = places <= (~more_N6).argmax(axis=1)[:, None]
+    return letters_N6[used_N6].astype(np.uint8).tobytes().decode("ascii")
 
 
 def _listed_runs(counts: list[Any]) -> Runs:
+    """Return the runs of uncompressed RLE."""
     if not counts:
         raise BadAnnotation("RLE counts are empty")
     if any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
-        raise BadAnnotation("RLE counts hold other things than pixel numbers")
+        raise BadAnnotation("RLE counts hold values other than numbers of pixels")
     return np.array(counts, dtype=np.int64)
 
 
-def _fitting(runs: Runs, size: tuple[int, int]) -> Runs:
+def _checked_total(runs: Runs, size: tuple[int, int]) -> Runs:
+    """Return the runs if they cover an image of `size` (height, width) exactly."""
     if len(runs) > MOST_RUNS:
         raise BadAnnotation(f"{len(runs):,} runs in a mask, at most {MOST_RUNS:,} are read")
     if runs.min() < 0:
@@ -113,7 +134,7 @@ def _fitting(runs: Runs, size: tuple[int, int]) -> Runs:
 
 
 def _polygon_runs(polygons: list[Any], size: tuple[int, int]) -> Runs:
-    """All polygons of one object in one mask."""
+    """Draw all polygons of one object into one mask."""
     from pycocotools import mask as coco
 
     if not polygons:
@@ -127,11 +148,11 @@ def _polygon_runs(polygons: list[Any], size: tuple[int, int]) -> Runs:
     if steps > MOST_STEPS:
         raise BadAnnotation(f"polygons whose boundaries are {steps / SCALE:,.0f} pixels long")
     merged = coco.merge(coco.frPyObjects(checked, *size))
-    return _fitting(read_runs(merged["counts"].decode("ascii")), size)
+    return _checked_total(read_runs(merged["counts"].decode("ascii")), size)
 
 
 def _corners(polygon: object, size: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """x and y of each corner, float64 (n, 2). Beyond the image by its longest side at most: C's ints are narrow."""
+    """Return x and y of each corner, float64 (N, 2), at most one longest side outside: C's ints are narrow."""
     numbers = polygon if isinstance(polygon, list) else []
     if len(numbers) < 6 or len(numbers) % 2 or any(type(number) not in (int, float) for number in numbers):
         raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each")

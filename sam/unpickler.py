@@ -50,8 +50,8 @@ def read_pickle(file: BinaryIO, storage: Storage) -> object:
         storage: returns the flat CPU tensor of a storage's elements; tensors are views of it.
 
     Returns:
-        Numbers, strings, lists, tuples, dicts, and tensors on the CPU. Parameters become tensors, OrderedDicts become
-        dicts without attributes.
+        Numbers, strings, lists, tuples, dicts, and tensors on the CPU. Parameters become tensors, OrderedDicts
+        become dicts without attributes.
 
     Raises:
         ForeignObjects: the pickle holds something else, which was not created.

@@ -80,6 +80,6 @@ def test_what_is_written_is_in_sa_1bs_layout_and_its_masks_are_read_back(
         assert len(found) == len(picture.masks)
         for i, mask in enumerate(picture.masks):
             assert np.array_equal(found.mask(i), mask)
-            x0, y0, x1, y1 = found.boxes_N4[i]
+            x0, y0, x1, y1 = found.boxes_P4[i]
             ys, xs = np.nonzero(mask)
             assert (x0, y0, x1, y1) == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)

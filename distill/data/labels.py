@@ -38,7 +38,7 @@ def mask_side(image_size: int) -> int:
 def count_annotated(root: Path, records: Iterable[ImageRecord]) -> int:
     """Return how many of the images have a JSON file beside them, usable or not."""
     files = AnnotationFiles(root)
-    return sum(files.beside(record.key) for record in records)
+    return sum(files.has_file(record.key) for record in records)
 
 
 class Labels:

@@ -76,8 +76,8 @@ def assert_whole(found: Annotations | None, count: int = 3) -> None:
         mask_HW = found.mask(index)
         assert mask_HW.dtype == bool
         assert np.array_equal(mask_HW, mask_of(index))
-        assert found.boxes_N4[index].tolist() == [3, index, 19 + index, index + 4]
-        assert found.areas_N[index] == mask_of(index).sum()
+        assert found.boxes_P4[index].tolist() == [3, index, 19 + index, index + 4]
+        assert found.areas_P[index] == mask_of(index).sum()
         assert np.array_equal(coco.decode(found.rle(index)), mask_of(index))
 
 
@@ -112,7 +112,7 @@ def test_every_key_of_a_listing_finds_its_own_file(tmp_path: Path) -> None:
     keys = [file.key for file in list_images([tmp_path]).files]
     found = {key: files.read(key) for key in keys}
     counts = {key: None if each is None else len(each) for key, each in found.items()}
-    assert {key: files.beside(key) for key in keys} == {
+    assert {key: files.has_file(key) for key in keys} == {
         key: count is not None for key, count in counts.items()
     }
     assert counts == {
@@ -286,4 +286,4 @@ def test_a_file_beside_an_image_is_seen_without_being_read(tmp_path: Path) -> No
     make_tar(tmp_path / "b.tar", {"c.jpg": b"-", "c.json": b"{", "e.jpg": b"-"})
     files = AnnotationFiles(tmp_path)
     keys = ("a.jpg", "d.jpg", "b.tar/c.jpg", "b.tar/e.jpg")
-    assert [files.beside(key) for key in keys] == [True, False, True, False]
+    assert [files.has_file(key) for key in keys] == [True, False, True, False]

@@ -70,18 +70,18 @@ def test_masks_are_pycocotools_own_for_every_kind_of_segmentation(write: Callabl
         for index, each in enumerate(wanted):
             assert np.array_equal(found.mask(index), theirs.annToMask(each))
             x, y, width, height = each["bbox"]
-            assert found.boxes_N4[index].tolist() == [x, y, x + width, y + height]
-            assert found.areas_N[index] == theirs.annToMask(each).sum()
+            assert found.boxes_P4[index].tolist() == [x, y, x + width, y + height]
+            assert found.areas_P[index] == theirs.annToMask(each).sum()
 
 
 def test_crowds_are_left_out_and_images_without_objects_have_none(write: Callable[[Any], Path]) -> None:
     found = CocoInstances(write(instances())).read("a.jpg")
     assert found is not None
-    assert found.areas_N.tolist() == [60, 60]
+    assert found.areas_P.tolist() == [60, 60]
     empty = CocoInstances(write(instances())).read("c.jpg")
     assert empty is not None
     assert len(empty) == 0
-    assert empty.boxes_N4.shape == (0, 4)
+    assert empty.boxes_P4.shape == (0, 4)
 
 
 def test_images_are_matched_by_name_then_by_an_unambiguous_base_name(write: Callable[[Any], Path]) -> None:
@@ -154,7 +154,7 @@ def test_a_missing_or_huge_file_is_refused(
 
 def test_a_base_name_that_several_images_have_belongs_to_none_of_them(write: Callable[[Any], Path]) -> None:
     found = CocoInstances(write(instances()))
-    found.told_of(["train/a.jpg", "val/a.jpg", "val/c.jpg"])
+    found.expect_names(["train/a.jpg", "val/a.jpg", "val/c.jpg"])
     with pytest.raises(AnnotationError, match=r"^train/a.jpg: .* lists one a.jpg, of which there are 2 here"):
         found.read("train/a.jpg")
     assert found.read("a.jpg") is not None
