@@ -1,4 +1,4 @@
-"""What a store is, whether it is whole, and mending it: `mobilesam inspect`.
+"""`mobilesam inspect`: description of a store, its check or repair, the result as lines, the command that resumes it.
 
 Without a check only the manifest and a few small files are read, and nothing heavy is imported: it answers within a
 second, however many rows there are.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged, StoreError, StoreNotFound
+from ..common.errors import StoreDamaged, StoreError, shown
 from .audit import audit_summary, tolerance
-from .check import InspectedStore, full_problems, quick_problems
+from .check import InspectedStore, ProgressCallback, full_problems, quick_problems
 from .images import FOLDER
 from .layout import MANIFEST, PRIVATE, local_path, shard_count
 from .lock import WriterLock
@@ -28,21 +28,33 @@ from .repair import repair as mend
 from .spec import StoreSpec
 from .zarr_metadata import read_spec
 
+SHOWN_PROBLEMS = 50
+"""Most problems that are printed one by one; --json has them all."""
+
 
 def inspect_store(
     path: Path | str,
     *,
     check: bool = False,
     repair: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Describe the store as plain JSON values.
+    """Describe the store at a path, and check or repair it.
 
-    `problems` holds what can be told at once; with `check` (reads everything, in threads; `progress` hears of rows
-    read and rows to read) all of it; with `repair` (which checks first, as the store's only writer) what is left.
+    Args:
+        path: folder of the store.
+        check: read everything, in threads.
+        repair: check everything, as the store's only writer, and mend what is damaged.
+        progress: called with rows read and rows committed.
 
-    Raises StoreNotFound; StoreDamaged when the manifest is missing, unreadable or another store's; StoreLocked when
-    somebody else writes and a repair was asked for.
+    Returns:
+        Plain JSON values. `problems` holds those that take no long reading to find; all with `check`; those that are
+        left with `repair`.
+
+    Raises:
+        StoreNotFound: there is no store at the path.
+        StoreDamaged: the manifest is missing, unreadable or another store's.
+        StoreLocked: another process writes to the store, and a repair was asked for.
     """
     path = local_path(path)
     with _opened(path, writable=repair) as store:
@@ -62,10 +74,10 @@ def inspect_store(
 
 @contextmanager
 def _opened(path: Path, *, writable: bool) -> Iterator[InspectedStore]:
-    """The store at the path, also when its zarr.json is not as written; with `writable` under the writer's lock."""
+    """Open the store at the path, even if its zarr.json is damaged; with `writable` under the writer's lock."""
     place = path / MANIFEST
     if not place.exists():
-        read_spec(path)  # StoreNotFound, where there is none
+        read_spec(path)  # raises StoreNotFound if there is no store
     lock = None
     if writable:
         lock = WriterLock(path / PRIVATE)
@@ -82,8 +94,11 @@ def _opened(path: Path, *, writable: bool) -> Iterator[InspectedStore]:
 
 
 def _spec(path: Path, manifest: Manifest) -> StoreSpec:
-    """The spec that the manifest was made with, from wherever it is whole. StoreDamaged when zarr.json is whole,
-    and another store's."""
+    """Return the spec that the manifest was made with, from whichever copy is whole.
+
+    Raises:
+        StoreDamaged: zarr.json is whole, and another store's.
+    """
     try:
         spec = manifest.spec()
     except StoreDamaged:
@@ -92,7 +107,7 @@ def _spec(path: Path, manifest: Manifest) -> StoreSpec:
         return spec
     try:
         found = read_spec(path)
-    except (StoreDamaged, StoreNotFound, StoreError):
+    except StoreError:
         return spec
     if found.store_id != spec.store_id:
         manifest.refuse_foreign(found)
@@ -126,7 +141,7 @@ def _description(store: InspectedStore) -> dict[str, Any]:
 
 
 def _bytes_on_disk(store: InspectedStore) -> int:
-    """The lengths of all the store's files together."""
+    """Return the length of all the store's files together."""
     folders = [store.path, store.path / PRIVATE, *(store.path / layout.name for layout in store.spec.layouts)]
     if store.spec.kept_images is not None:
         folders.append(store.path / FOLDER)
@@ -139,7 +154,7 @@ def _file_bytes(folder: Path) -> int:
         try:
             entries = os.scandir(folder)
         except FileNotFoundError:
-            return 0  # told as a problem elsewhere
+            return 0  # reported as a problem elsewhere
         with entries:
             for entry in entries:
                 # A writer may have renamed or removed it meanwhile.
@@ -153,7 +168,7 @@ def _command(store: InspectedStore, problems: Sequence[Problem]) -> str | None:
     pending = store.manifest.counts().pending
     if not pending and not any(problem.kind == "head" for problem in problems):
         return None
-    return precompute_command(store.path, store.spec, store.manifest.selections()[-1])
+    return _precompute_command(store.path, store.spec, store.manifest.selections()[-1])
 
 
 def _repair_json(done: Repair) -> dict[str, Any]:
@@ -165,33 +180,30 @@ def _repair_json(done: Repair) -> dict[str, Any]:
     }
 
 
-# --- An inspection's result as lines for people.
-
-SHOWN_PROBLEMS = 50
-"""Problems that are printed one by one; --json has them all."""
+# ---- the result as lines
 
 
 def inspection_lines(result: Mapping[str, Any]) -> list[str]:
-    """The result of `inspect_store`."""
+    """Return the result of `inspect_store` as lines for people."""
     return [*_store_lines(result), *_repair_lines(result), *_problem_lines(result), *_command_lines(result)]
 
 
 def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     rows, shards, subset = result["rows"], result["shards"], result["subset"]
-    yield f"store         {_shown(result['store'])}"
+    yield f"store         {shown(result['store'])}"
     yield f"images        {rows['done']:,} done, {rows['pending']:,} pending, {rows['failed']:,} failed"
     yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {result['shard_size']} images each"
     yield f"bytes         {result['bytes']:,} ({result['bytes'] / 1e9:.2f} GB)"
     yield f"teacher       {result['teacher']}"
     if result["checkpoint"] is not None:
-        yield f"checkpoint    {_shown(result['checkpoint'])}, SHA-256 {result['checkpoint_sha256']}"
+        yield f"checkpoint    {shown(result['checkpoint'])}, SHA-256 {result['checkpoint_sha256']}"
     yield f"embeddings    {result['dtype']}, computed in {result['precision']} at {result['image_size']} pixels"
     for step in _steps(result["preprocessing"]):
-        yield f"preprocessing {_shown(step)}"
+        yield f"preprocessing {shown(step)}"
     chosen = f"fraction {subset['fraction']:g}, seed {subset['seed']}"
     limit = "" if subset["limit"] is None else f", at most {subset['limit']:,}"
     yield f"subset        {chosen}{limit}"
-    yield f"image root    {_shown(result['image_root'])}"
+    yield f"image root    {shown(result['image_root'])}"
     if result["kept_images"] is not None:
         yield f"kept images   {result['kept_images']}, resized: training and verifying need no other"
     yield f"written with  {', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
@@ -201,7 +213,7 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _steps(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """The recipe between a file and the teacher, one line a step."""
+    """Yield the recipe between a file and the teacher, one line a step."""
     for step, how in recipe.items():
         details = (
             [f"{name} {value}" for name, value in how.items()] if isinstance(how, Mapping) else [str(how)]
@@ -245,21 +257,21 @@ def _problem_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _shown_problems(title: str, problems: list[Mapping[str, Any]], store: Path) -> Iterator[str]:
     for problem in problems[:SHOWN_PROBLEMS]:
-        place = [_shown(_inside(problem["file"], store))] if problem["file"] else []
+        place = [shown(_inside(problem["file"], store))] if problem["file"] else []
         place += [f"shard {problem['shard']}"] if problem["shard"] is not None else []
         place += [f"row {problem['row']}"] if problem["row"] is not None else []
-        place += [_shown(problem["key"])] if problem["key"] is not None else []
-        yield f"{title:<13} {problem['kind']}: {', '.join(place)}: {_shown(problem['message'])}"
+        place += [shown(problem["key"])] if problem["key"] is not None else []
+        yield f"{title:<13} {problem['kind']}: {', '.join(place)}: {shown(problem['message'])}"
     if len(problems) > SHOWN_PROBLEMS:
         yield f"{title:<13} and {len(problems) - SHOWN_PROBLEMS:,} more: --json lists them all"
 
 
 def _command_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["command"] and result["repaired"] is not None:
-        yield "Compute anew what was taken out with"
+        yield "Compute again what was taken out with"
         yield f"  {result['command']}"
     elif result["command"]:
-        yield "Go on with"
+        yield "Resume with"
         yield f"  {result['command']}"
     if result["problems"] and result["repaired"] is None and result["checked"]:
         yield "Take out what is damaged with mobilesam inspect STORE --repair"
@@ -270,16 +282,11 @@ def _inside(file: str, store: Path) -> str:
     return str(path.relative_to(store)) if path.is_relative_to(store) else file
 
 
-def _shown(text: str) -> str:
-    """Text fit for a line of output: what can't be printed (newlines, bytes not UTF-8) is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+# ---- the command that resumes a store
 
 
-# --- The command that goes on with a store, for a shell.
-
-
-def precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> str:
-    """What computes the pending rows: the settings that can't be taken from the store, as they were last given."""
+def _precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> str:
+    """Return the command that computes the pending rows, with the options last given that the store doesn't hold."""
     words = ["mobilesam", "precompute", "--images", *(selection.sources or (spec.image_root,))]
     words += ["--out", str(store), "--teacher", spec.teacher]
     if selection.checkpoint is not None:
@@ -288,16 +295,16 @@ def precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> st
         words += ["--fraction", repr(selection.fraction), "--seed", str(selection.seed)]
     if selection.limit is not None:
         words += ["--limit", str(selection.limit)]
-    return quoted(words)
+    return _quoted(words)
 
 
-def quoted(words: Sequence[str]) -> str:
-    """Words as one line that a shell takes apart again, whatever bytes they are made of."""
+def _quoted(words: Sequence[str]) -> str:
+    """Join words into one line that a shell splits into the same words, whatever their bytes."""
     return " ".join(shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words)
 
 
 def _ansi_quoted(word: str) -> str:
-    """$'...', for newlines and bytes that are not UTF-8: those can't be printed as they are."""
+    """Return a word as $'...', for newlines and bytes that are not UTF-8, which can't be printed as they are."""
     escaped = re.sub(
         rb"[^ -&(-\[\]-~]",  # all but printable ASCII without ' and \
         lambda match: b"\\%03o" % match[0][0],

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..common.config import DTYPES, PRECISIONS
+from ..common.config import DTYPES, PRECISIONS, require
 from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
 
@@ -71,14 +71,19 @@ class StoreSpec:
     """Versions of the programs that wrote the store, by name."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise StoreError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        if self.precision not in PRECISIONS:
-            raise StoreError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
-        if self.image_size < PIXELS_PER_CELL or self.image_size % PIXELS_PER_CELL:
-            raise StoreError(f"image size {self.image_size} is not a positive multiple of {PIXELS_PER_CELL}")
-        if self.shard_size < 1:
-            raise StoreError(f"shard size {self.shard_size} is less than 1")
+        for good, message in (
+            (self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"),
+            (
+                self.precision in PRECISIONS,
+                f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}",
+            ),
+            (
+                self.image_size >= PIXELS_PER_CELL and self.image_size % PIXELS_PER_CELL == 0,
+                f"image size {self.image_size} is not a positive multiple of {PIXELS_PER_CELL}",
+            ),
+            (self.shard_size >= 1, f"shard size {self.shard_size} is less than 1"),
+        ):
+            require(good, message, StoreError)
 
     @property
     def grid(self) -> int:

@@ -20,6 +20,11 @@ from .layout import CHECKSUM_BYTES, PRIVATE, ArrayLayout, crc32c
 from .quantize import quantize
 from .records import KeptImage
 
+_DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
+_TAR = re.compile(r"(0|[1-9]\d*)\.tar")
+_PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
+_PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoredRow:
@@ -188,11 +193,6 @@ def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: i
 
 
 # ---- what interrupted writing left
-
-_DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
-_TAR = re.compile(r"(0|[1-9]\d*)\.tar")
-_PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
-_PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
 
 
 def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]:
