@@ -1,6 +1,7 @@
 """timm's networks as students: DeiT-Tiny, and any that gives feature maps of stride 16 or 32.
 
-Shape suffixes: B images, C channels, H and W rows and columns, N tokens.
+Shape suffixes: B images, C channels, H and W rows and columns of an image or feature map, N tokens. S is the side of
+the encoder's square in pixels.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ...sam.preprocess import PATCH
 
 DEIT_TINY = "deit_tiny_patch16_224"
 STRIDES = (16, 32)
-# Of what a network keeps beside its weights (positions, masks): more than any needs at 1024 pixels.
 MAX_BUFFER_BYTES = 64 << 20
+"""Most that a network may keep beside its weights (positions, masks): more than any needs at 1024 pixels."""
 
 
 class DeiT(nn.Module):
-    """A plain ViT of patch 16 with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
+    """Plain ViT of patch 16 with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
 
     DeiT-Tiny (arXiv 2012.12877) without its class token; the position table is that of S's grid.
     """
@@ -47,10 +48,14 @@ class DeiT(nn.Module):
 
 
 class TimmStudent(nn.Module):
-    """A timm backbone with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
+    """timm backbone with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
 
-    Its deepest maps of stride 16 and 32, as far as it has them, are projected to 256 channels, brought to the
-    grid of the embedding and summed; the rest of the neck follows.
+    The deepest map of each stride 16 and 32 that the backbone has is projected to 256 channels and resized to the
+    grid of the embedding; the sum goes through the rest of the neck.
+
+    Args:
+        name: timm's, without weights' tag.
+        image_size: S in pixels.
     """
 
     def __init__(self, name: str, image_size: int) -> None:
@@ -58,16 +63,16 @@ class TimmStudent(nn.Module):
         self.name, self.image_size = name, image_size
         found = _create_features(name, image_size).feature_info
         indices = _deepest(name, found.reduction(), found.out_indices)
-        # Built for these maps alone: what comes after them isn't needed.
+        # Built for these maps alone, without the layers after them.
         self.backbone = _create_features(name, image_size, out_indices=tuple(indices.values()))
         widths = self.backbone.feature_info.channels()
-        # A network that isn't told apart from others by it gives channels first.
+        # Networks without this attribute give channels first.
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.laterals = nn.ModuleDict(
             {str(stride): neck_projection(width) for stride, width in zip(indices, widths, strict=True)}
         )
         self.neck = nn.Sequential(*neck_rest())
-        _switch_off_dropping(self)
+        _disable_dropout(self)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         _check_pixels(pixels_BCHW, self.image_size, f"timm's {self.name}")
@@ -82,28 +87,36 @@ class TimmStudent(nn.Module):
 
 
 def build_deit_tiny(image_size: int) -> nn.Module:
-    """DeiT-Tiny with SAM's neck; DistillError without timm."""
+    """Return DeiT-Tiny with SAM's neck.
+
+    Raises:
+        DistillError: timm isn't installed, or the size isn't a positive multiple of 16.
+    """
     _check_size(image_size)
     _timm()
     return DeiT(image_size)
 
 
 def build_timm(name: str, image_size: int) -> nn.Module:
-    """timm's network `name` with SAM's neck.
+    """Return timm's network `name` with SAM's neck, built without memory first as a trial.
 
-    It is tried without memory first. Raises DistillError when it gives no maps of stride 16 or 32, or doesn't
-    take images of that size.
+    Raises:
+        DistillError: the network gives no maps of stride 16 or 32, or doesn't take images of that size; or timm
+            isn't installed or has no such network.
     """
     _check_size(image_size)
     check_timm_name(name)
-    _tried(name, image_size)
+    _check_backbone(name, image_size)
     return TimmStudent(name, image_size)
 
 
 def check_timm_name(name: str) -> None:
-    """Raises DistillError when timm isn't installed or has no such network, with those of similar names.
+    """Refuse a name that isn't in timm's list.
 
-    Only plain names are let through: `hf-hub:`, `local-dir:` and tags would read weights from elsewhere.
+    Only plain names are accepted: `hf-hub:`, `local-dir:` and tags would read weights from elsewhere.
+
+    Raises:
+        DistillError: timm isn't installed, or has no such network; the message lists similar names.
     """
     timm = _timm()
     shown = repr(name[:60])
@@ -136,7 +149,10 @@ def _timm() -> ModuleType:
 
 
 def _constructor(name: str) -> Callable[..., Any]:
-    """timm's own constructor: its registry gives another package's where one has registered under that name."""
+    """Return timm's own constructor.
+
+    timm's registry would return another package's where one has registered under that name.
+    """
     constructor: Callable[..., Any] = getattr(_timm().models, name)
     return constructor
 
@@ -153,7 +169,10 @@ def _check_pixels(pixels_BCHW: Tensor, image_size: int, name: str) -> None:
 
 
 def _create_features(name: str, image_size: int, **options: Any) -> Any:
-    """The network as a giver of feature maps. Which ones must know the image size, only their constructors say."""
+    """Return the network as a list of feature maps.
+
+    Only the constructor itself tells whether it takes the image size, by refusing it.
+    """
     create = _constructor(name)
     options = {"pretrained": False, "features_only": True, **options}
     try:
@@ -165,7 +184,7 @@ def _create_features(name: str, image_size: int, **options: Any) -> Any:
 
 
 def _deepest(name: str, reductions: list[int], indices: tuple[int, ...]) -> dict[int, int]:
-    """{stride: index of the deepest map that has it}, by increasing index."""
+    """Return {stride: index of the deepest map that has it}, by increasing index."""
     found = {stride: index for index, stride in zip(indices, reductions, strict=True) if stride in STRIDES}
     if not found:
         strides = ", ".join(map(str, dict.fromkeys(reductions)))
@@ -175,8 +194,8 @@ def _deepest(name: str, reductions: list[int], indices: tuple[int, ...]) -> dict
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _switch_off_dropping(network: nn.Module) -> None:
-    """A student is fitted to embeddings as they are; what ImageNet's recipes drop at random is noise here."""
+def _disable_dropout(network: nn.Module) -> None:
+    """Switch off dropout: a student is fitted to embeddings as they are, so dropping at random is only noise."""
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -184,17 +203,17 @@ def _switch_off_dropping(network: nn.Module) -> None:
             vars(module)["drop_prob"] = 0.0  # timm's DropPath and DropBlock
 
 
-def _tried(name: str, image_size: int) -> None:
-    """Builds and runs the student on the meta device, which takes no memory."""
+def _check_backbone(name: str, image_size: int) -> None:
+    """Build and run the student on the meta device, which takes no memory, and refuse it if that fails."""
     try:
         with torch.device("meta"), torch.no_grad():
             student = TimmStudent(name, image_size).eval()
             out_BCHW = student(torch.empty(1, 3, image_size, image_size))
-            kept = student.state_dict()
-            extra = sum(b.nbytes for key, b in student.named_buffers() if key not in kept)
+            saved = student.state_dict()
+            extra = sum(b.nbytes for key, b in student.named_buffers() if key not in saved)
     except DistillError:
         raise
-    # A hundred authors' constructors and forwards: whatever they raise, this network doesn't do for this size.
+    # Constructors and forward passes of a hundred authors: whatever they raise, the network is unfit for this size.
     except Exception as error:  # noqa: BLE001
         reason = (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
         raise DistillError(

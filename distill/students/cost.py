@@ -113,37 +113,6 @@ def median_seconds(call: Callable[[], object], device: torch.device, limit: floa
     return median(seconds[1:])
 
 
-def _row(name: str, image_size: int, device: torch.device, precision: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "summary": None, "parameters": None, "macs": None}
-    row |= {"milliseconds": None, "error": None}
-    try:
-        info = student_info(name)
-        row["summary"] = info.summary
-        outline = outline_student(info, image_size)
-        student = build_student(name, image_size, seed=0).to(device).eval()
-    except DistillError as error:
-        return {**row, "error": str(error)}
-    return {
-        **row,
-        "parameters": sum(parameter.numel() for parameter in outline.parameters()),
-        "macs": count_macs(outline, image_size),
-        "milliseconds": 1000 * _seconds(student, image_size, device, precision),
-    }
-
-
-@torch.no_grad()
-def _seconds(student: nn.Module, image_size: int, device: torch.device, precision: str) -> float:
-    student = student.to(memory_format=torch.channels_last)
-    pixels_BCHW = torch.zeros(1, 3, image_size, image_size, device=device)
-    pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        return median_seconds(lambda: student(pixels_BCHW), device)
-
-
-def _giga(macs: int) -> str:
-    return f"{macs / 1e9:.3g} G"
-
-
 def default_micro_batch(
     info: StudentInfo,
     batch_size: int,
@@ -216,6 +185,37 @@ def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
 
     once, twice = (_kept_bytes(partial(forward, count * options.objects)) for count in (1, 2))
     return max(1, round((twice - once) * (1024 / size) ** 2))
+
+
+def _row(name: str, image_size: int, device: torch.device, precision: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name, "summary": None, "parameters": None, "macs": None}
+    row |= {"milliseconds": None, "error": None}
+    try:
+        info = student_info(name)
+        row["summary"] = info.summary
+        outline = outline_student(info, image_size)
+        student = build_student(name, image_size, seed=0).to(device).eval()
+    except DistillError as error:
+        return {**row, "error": str(error)}
+    return {
+        **row,
+        "parameters": sum(parameter.numel() for parameter in outline.parameters()),
+        "macs": count_macs(outline, image_size),
+        "milliseconds": 1000 * _seconds(student, image_size, device, precision),
+    }
+
+
+@torch.no_grad()
+def _seconds(student: nn.Module, image_size: int, device: torch.device, precision: str) -> float:
+    student = student.to(memory_format=torch.channels_last)
+    pixels_BCHW = torch.zeros(1, 3, image_size, image_size, device=device)
+    pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return median_seconds(lambda: student(pixels_BCHW), device)
+
+
+def _giga(macs: int) -> str:
+    return f"{macs / 1e9:.3g} G"
 
 
 def _saved_bytes(

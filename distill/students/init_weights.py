@@ -1,4 +1,10 @@
-"""Weights that a student starts from: ImageNet's, MobileSAM's, or an earlier student's."""
+"""Initial weights of a student, from a file: ImageNet's, MobileSAM's, or an earlier student's.
+
+Four naming schemes are tried on the file's keys, and the one that fits most of the parameters is taken. Tables of
+positions for another size are resized.
+
+Shape suffixes: K attention heads (1 for a ViT's table), L positions of a square table, C channels.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...common.errors import DistillError
-from ...sam.checkpoint import read_state
+from ...sam.checkpoint import ENCODER_PREFIX, read_state
 from ...sam.modeling.head_shapes import head_shapes
 from ...sam.torch_file import in_torch_format
 from .registry import outline_student, student_info
@@ -35,32 +41,47 @@ logger = logging.getLogger(__name__)
 WRAPPERS = ("model", "state_dict")
 NECK_PREFIXES = ("neck.", "laterals.")
 MIN_SHARE = 0.5
-"""Of the encoder's parameters, the neck not counted. A file with fewer is another network's."""
+"""Least share of the encoder's parameters, without the neck, that a file must have; one with fewer is another
+network's."""
+MAX_SIDE = 256
+"""Largest side of a table that is resized: four times SAM's grid. A file may claim any size."""
+BACKBONE_PREFIX = "backbone."
+
+Naming = Callable[[str], Iterable[str]]
+"""Naming scheme: returns the student's keys that a file's key may stand for, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """What a file gives to a student.
-
-    `tensors` are keyed and typed as in the student's state. `resized` and `taken` are keys of it, `left` those that
-    keep their new weights, `unused` the file's other keys.
-    """
+    """Weights that a file has for a student."""
 
     path: Path
     sha256: str
+    """SHA-256 of the file, hexadecimal."""
     naming: str
+    """Naming scheme of the file, a key of NAMINGS."""
     taken: list[str]
+    """Keys of the student that get weights from the file."""
     resized: list[str]
+    """Those of them whose table of positions was resized."""
     left: list[str]
+    """Keys of the student that keep their new weights."""
     unused: list[str]
+    """Keys of the file that the student doesn't use."""
     parameters: dict[str, int]
+    """Number of parameters by key of the student."""
     tensors: dict[str, Tensor] = field(repr=False)
+    """Weights by key of the student, in the student's dtypes."""
     head: dict[str, Tensor] | None = field(repr=False, default=None)
-    """SAM's head, float32, where the file is a student's that was trained with it, or in mobile_sam.pt's format."""
+    """SAM's head, float32, if the file is of a student that was trained with it, or in mobile_sam.pt's format."""
 
     def report(self) -> dict[str, Any]:
-        """JSON values: `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}, `resized` (keys);
-        `left_new` and `unused_in_file`, counts of keys by the first part of their names."""
+        """Return JSON values for the run's description.
+
+        Returns:
+            `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}; `resized`, keys; `left_new` and
+            `unused_in_file`, counts of keys by the first part of their names.
+        """
         count = self.parameters
         return {
             "file": self.path.name,
@@ -72,12 +93,12 @@ class InitialWeights:
                 "of_parameters": sum(count.values()),
             },
             "resized": self.resized,
-            "left_new": grouped(self.left),
-            "unused_in_file": grouped(self.unused),
+            "left_new": count_by_prefix(self.left),
+            "unused_in_file": count_by_prefix(self.unused),
         }
 
     def apply(self, student: nn.Module) -> None:
-        """Puts the weights into `student`, which was built as the one they were read for, and says which."""
+        """Load the weights into a student of the name and size that they were read for, and log which."""
         student.load_state_dict(self.tensors, strict=False)
         report = self.report()
         taken = report["taken"]
@@ -98,23 +119,27 @@ class InitialWeights:
 
 
 def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
-    """Reads what `path` has for the student of that name at `image_size` pixels.
+    """Read a file's weights for a student.
 
-    The file is torch's (a flat state dict, or one under `model` or `state_dict`) or safetensors; its names are
-    mobile_sam.pt's, TinyViT's, timm's, or a student's own, whichever fit most of the parameters.
+    Args:
+        path: file in torch's format (a flat state dict, or one under `model` or `state_dict`) or of safetensors, or a
+            folder with a student. Its keys are named as in mobile_sam.pt, TinyViT's releases, timm, or a student,
+            whichever fit most of the parameters.
+        student: name in the registry.
+        image_size: side of the student's square in pixels; tables of positions are resized to it.
 
-    Raises DistillError when it is missing or damaged, when less than half of the encoder's parameters can be taken
-    from it, or when one of those isn't finite. Raises CheckpointError when a file in torch's format is damaged or
-    holds other things than tensors.
+    Raises:
+        DistillError: the file is missing or damaged, has less than half of the encoder's parameters, or one of those
+            isn't finite.
+        CheckpointError: a file in torch's format is damaged or holds objects other than tensors.
     """
-    # A run's folder means its student.
     path = student_path(path) if Path(path).is_dir() else Path(path)
     sha256, state = _read(path)
     outline = outline_student(student_info(student), image_size)
     wanted = outline.state_dict()
     parameters = {key: value.numel() for key, value in outline.named_parameters()}
-    plans = [_matched(name, state, wanted) for name in NAMINGS]
-    best = max(plans, key=lambda plan: sum(parameters.get(key, 0) for key in plan.tensors))
+    matches = [_match(name, state, wanted) for name in NAMINGS]
+    best = max(matches, key=lambda match: sum(parameters.get(key, 0) for key in match.tensors))
     _check_share(path, student, parameters, best)
     for key, value in best.tensors.items():
         if not bool(torch.isfinite(value).all()):
@@ -137,17 +162,53 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
     )
 
 
-def _whole_head(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """SAM's head among the tensors of a file in mobile_sam.pt's format, float32; None where there isn't all of it."""
-    shapes = head_shapes()
-    if any(key not in state or state[key].shape != shape for key, shape in shapes.items()):
-        return None
-    return {key: state[key].float().clone() for key in shapes}
+def count_by_prefix(keys: Iterable[str]) -> dict[str, int]:
+    """Count keys by the first part of their names: {"head": 2, "mask_decoder": 131}."""
+    groups: dict[str, int] = {}
+    for key in sorted(keys):
+        head = key.split(".")[0][:60]
+        groups[head] = groups.get(head, 0) + 1
+    return groups
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return a file's SHA-256 and tensors."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if in_torch_format(start):
+            return sha256, read_state(path, WRAPPERS)
+        return sha256, _read_safetensors(path, start[:8])
+    except FileNotFoundError:
+        raise DistillError(
+            f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)"
+        ) from None
+    except OSError as error:
+        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by any writer; one that carries our SHA-256 is checked against it."""
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > MAX_HEADER:
+        raise DistillError(
+            f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
+    if "sha256" in metadata and "format" in metadata:
+        check_tensors(path)
+    return load_tensors(path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """What one naming finds: tensors by the student's keys, the file's keys for them, and why others don't fit."""
+    """Result of one naming scheme: tensors and the file's keys, by the student's keys, and why others don't fit."""
 
     naming: str
     tensors: dict[str, Tensor]
@@ -156,8 +217,8 @@ class _Match:
     misfits: list[str]
 
 
-def _matched(naming: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Match:
-    theirs = renamed(NAMINGS[naming], state, wanted)
+def _match(naming: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> _Match:
+    theirs = _match_keys(NAMINGS[naming], state, wanted)
     tensors: dict[str, Tensor] = {}
     resized, misfits = [], []
     for key, like in wanted.items():
@@ -166,7 +227,7 @@ def _matched(naming: str, state: Mapping[str, Tensor], wanted: Mapping[str, Tens
             continue
         found, shape = state[theirs[key]], tuple(like.shape)
         fits = found.is_floating_point() == like.is_floating_point()
-        table = None if tuple(found.shape) == shape or not fits else resized_table(key, found, shape)
+        table = None if tuple(found.shape) == shape or not fits else resize_table(key, found, shape)
         if table is not None:
             resized.append(key)
             tensors[key] = table.to(like.dtype)
@@ -188,67 +249,21 @@ def _check_share(path: Path, student: str, parameters: Mapping[str, int], match:
         )
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """A file's SHA-256 and tensors."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if in_torch_format(start):
-            return sha256, read_state(path, WRAPPERS)
-        return sha256, _read_safetensors(path, start[:8])
-    except FileNotFoundError:
-        raise DistillError(
-            f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)"
-        ) from None
-    except OSError as error:
-        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
-
-
-def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    """Whoever wrote it; a file with our SHA-256 is checked against that."""
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER:
-        raise DistillError(
-            f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
-    if "sha256" in metadata and "format" in metadata:
-        check_tensors(path)
-    return load_tensors(path)
-
-
-def _listed(groups: Mapping[str, int]) -> str:
-    shown: Iterable[str] = (f"{name} ({count})" for name, count in list(groups.items())[:8])
-    return (", ".join(shown) + (", ..." if len(groups) > 8 else "")) or "nothing"
-
-
-# --- What the weights of a student are called in files that others wrote.
-
-Naming = Callable[[str], Iterable[str]]
-"""The keys that a file's key may have in a student, the likeliest first."""
-
-ENCODER_PREFIX = "image_encoder."
-BACKBONE_PREFIX = "backbone."
-
-
 def _image_encoder(key: str) -> list[str]:
-    """mobile_sam.pt and students' own files: the encoder is a part of SAM."""
+    """Keys of mobile_sam.pt and of students' own files, where the encoder is a part of SAM."""
     return [key.removeprefix(ENCODER_PREFIX)] if key.startswith(ENCODER_PREFIX) else []
 
 
 def _plain(key: str) -> list[str]:
-    """TinyViT's releases, and a student's bare state dict."""
+    """Keys of TinyViT's releases, and of a student's bare state dict."""
     return [key]
 
 
 def _timm_tiny_vit(key: str) -> list[str]:
-    """timm's TinyViT, for ours: a downsampling belongs to the stage after it, a convolution is `conv`, not `c`."""
+    """Keys of timm's TinyViT, in which a downsampling belongs to the stage after it.
+
+    A convolution is `conv` there, not `c`.
+    """
     key = re.sub(r"\.conv\.weight$", ".c.weight", key)
     key = re.sub(r"^patch_embed\.conv([12])\.", lambda m: f"patch_embed.seq.{2 * int(m[1]) - 2}.", key)
     key = re.sub(r"^stages\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) - 1}.downsample.", key)
@@ -256,10 +271,10 @@ def _timm_tiny_vit(key: str) -> list[str]:
 
 
 def _timm(key: str) -> list[str]:
-    """timm's networks, for those that are part of a student.
+    """Keys of timm's networks, for the backbone of a student.
 
-    Where a network was taken apart for its feature maps, the children of its sequences became children of the
-    whole (`layer.0` is `layer_0`), or the whole became a child.
+    timm rebuilds a network that gives feature maps: its sequences' children become children of the whole (`layer.0`
+    is `layer_0`), or the whole becomes a child.
     """
     flattened = key.replace(".", "_", 1)
     return [BACKBONE_PREFIX + name for name in (key, flattened, f"model.{key}", f"body.{key}")]
@@ -273,8 +288,8 @@ NAMINGS: Mapping[str, Naming] = {
 }
 
 
-def renamed(naming: Naming, theirs: Iterable[str], wanted: Mapping[str, Any]) -> dict[str, str]:
-    """{a student's key: the file's key} as far as `naming` finds them among the `wanted`."""
+def _match_keys(naming: Naming, theirs: Iterable[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Return {student's key: file's key} for the `wanted` keys that `naming` finds among `theirs`."""
     found: dict[str, str] = {}
     for key in theirs:
         ours = next((name for name in naming(key) if name in wanted), None)
@@ -283,58 +298,62 @@ def renamed(naming: Naming, theirs: Iterable[str], wanted: Mapping[str, Any]) ->
     return found
 
 
-def grouped(keys: Iterable[str]) -> dict[str, int]:
-    """How many keys there are of each first part: {"head": 2, "mask_decoder": 131}."""
-    groups: dict[str, int] = {}
-    for key in sorted(keys):
-        head = key.split(".")[0][:60]
-        groups[head] = groups.get(head, 0) + 1
-    return groups
+def resize_table(key: str, table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
+    """Return a learned table of positions resized bicubically as timm does, float32.
 
+    Args:
+        key: of the table. TinyViT's `attention_biases` are (heads, side * side). A ViT's `pos_embed` is (1, tokens,
+            width): class and distillation tokens come first, of which only as many are kept as are wanted.
+        table: from the file.
+        wanted: shape in the student.
 
-# --- Learned tables of positions, brought to another size.
-
-MAX_SIDE = 256
-"""Largest table that is resized, in rows: four times SAM's grid. A file may claim any."""
-
-
-def resized_table(key: str, table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
-    """`table` in the shape `wanted`, bicubically, float32; None where `key` is no table or it can't be done.
-
-    TinyViT's `attention_biases` are (heads, side * side). A ViT's `pos_embed` is (1, tokens, width): class and
-    distillation tokens come first, of which only as many are kept as are wanted. Both as timm resizes them.
+    Returns:
+        A tensor of shape `wanted`; None if `key` is no table or its shape can't be resized.
     """
     if key.endswith("attention_biases") and table.ndim == len(wanted) == 2:
         if table.shape[0] != wanted[0] or not _side(table.shape[1]) or not _side(wanted[1]):
             return None
-        return _resized(table[:, :, None], _side(wanted[1]))[:, :, 0]
+        return _resize_square(table[:, :, None], _side(wanted[1]))[:, :, 0]
     if key.endswith("pos_embed") and table.ndim == len(wanted) == 3:
-        return _positions(table, wanted)
+        return _resize_tokens(table, wanted)
     return None
 
 
-def _positions(table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
-    tokens, wanted_tokens = _prefix(table.shape[1]), _prefix(wanted[1])
+def _resize_tokens(table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
+    tokens, wanted_tokens = _prefix_tokens(table.shape[1]), _prefix_tokens(wanted[1])
     if table.shape[::2] != wanted[::2] or tokens is None or wanted_tokens is None or wanted_tokens > tokens:
         return None
-    grid = _resized(table[:, tokens:], _side(wanted[1] - wanted_tokens))
+    grid = _resize_square(table[:, tokens:], _side(wanted[1] - wanted_tokens))
     return torch.cat([table[:, :wanted_tokens].float(), grid], dim=1)
 
 
-def _resized(table_BNC: Tensor, side: int) -> Tensor:
-    """(B, n * n, C) to (B, side * side, C)."""
-    old = _side(table_BNC.shape[1])
-    maps = table_BNC.float().transpose(1, 2).unflatten(2, (old, old))
+def _resize_square(table_KLC: Tensor, side: int) -> Tensor:
+    """Resize square tables to side * side positions."""
+    old = _side(table_KLC.shape[1])
+    maps = table_KLC.float().transpose(1, 2).unflatten(2, (old, old))
     maps = F.interpolate(maps, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
     return maps.flatten(2).transpose(1, 2).contiguous()
 
 
 def _side(cells: int) -> int:
-    """The side of a square of so many cells; 0 where there is none or it is too large."""
+    """Return the side of a square of so many cells; 0 if they make no square or one larger than MAX_SIDE."""
     side = math.isqrt(max(cells, 0))
     return side if side * side == cells and side <= MAX_SIDE else 0
 
 
-def _prefix(tokens: int) -> int | None:
-    """How many tokens precede a square of positions: none, a class token, or a distillation token as well."""
+def _prefix_tokens(tokens: int) -> int | None:
+    """Return the number of tokens before a square of positions: none, class, or class and distillation token."""
     return next((prefix for prefix in range(3) if _side(tokens - prefix)), None)
+
+
+def _whole_head(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return SAM's head of a file in mobile_sam.pt's format, float32; None unless it is complete."""
+    shapes = head_shapes()
+    if any(key not in state or state[key].shape != shape for key, shape in shapes.items()):
+        return None
+    return {key: state[key].float().clone() for key in shapes}
+
+
+def _listed(groups: Mapping[str, int]) -> str:
+    shown: Iterable[str] = (f"{name} ({count})" for name, count in list(groups.items())[:8])
+    return (", ".join(shown) + (", ..." if len(groups) > 8 else "")) or "nothing"

@@ -1,4 +1,7 @@
-"""Students: a registry of encoders that can take the teacher's place."""
+"""Registry of students: encoders that can take the teacher's place, by the names that `--student` takes.
+
+To add one, write its network (or a builder of it) and one entry in STUDENTS.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ TIMM_PREFIX = "timm:"
 
 @dataclass(frozen=True, kw_only=True)
 class StudentInfo:
-    """One kind of student. `build` takes the image size in pixels and gives an encoder of normalised pixels
-    (B, 3, S, S) to embeddings (B, 256, S/16, S/16), its weights drawn from torch's global generator; it raises
-    DistillError where timm is needed and isn't there, or where the backbone doesn't take images of that size.
-
-    `training_bytes` is the memory that one training image takes at 1024 x 1024 beside the weights, by
-    precision; it scales with the area. None: it is measured when it is needed (`measure_training_bytes`).
-    """
+    """Entry of the registry."""
 
     name: str
     summary: str
+    """One line for the table of students."""
     build: Callable[[int], nn.Module]
+    """Takes the image size S in pixels and returns an encoder of normalised pixels (B, 3, S, S) to embeddings
+    (B, 256, S/16, S/16), its weights drawn from torch's global generator. Raises DistillError if timm is needed and
+    isn't installed, or if the backbone doesn't take images of that size."""
     training_bytes: Mapping[str, int] | None = None
+    """Memory in bytes that one training image takes at 1024 x 1024 beside the weights, by precision; it scales with
+    the area. None: it is measured when it is needed (`measure_training_bytes`)."""
 
 
 STUDENTS: Mapping[str, StudentInfo] = {
@@ -40,7 +43,7 @@ STUDENTS: Mapping[str, StudentInfo] = {
             name="tiny_vit",
             summary="TinyViT-5M with SAM's neck: MobileSAM's encoder, 5.7 M parameters",
             build=TinyViT,
-            # Slopes of the process's peak memory over the number of images, rounded up (measured on a CPU).
+            # Slope of the process's peak memory over the number of images, rounded up (measured on a CPU).
             training_bytes={"float32": 2_600_000_000, "bfloat16": 1_500_000_000},
         ),
         StudentInfo(
@@ -63,10 +66,12 @@ STUDENTS: Mapping[str, StudentInfo] = {
 
 
 def student_info(name: str) -> StudentInfo:
-    """The registry's entry, or one for `timm:NAME`; DistillError names those there are.
+    """Return the registry's entry, or one made for `timm:NAME`.
 
-    A `timm:` name is looked up in timm's own list and never downloads anything. Raises DistillError also when
-    timm isn't installed.
+    A `timm:` name is looked up in timm's own list; nothing is downloaded.
+
+    Raises:
+        DistillError: there is no such student (the message lists them), or timm isn't installed.
     """
     if name.startswith(TIMM_PREFIX):
         backbone = name.removeprefix(TIMM_PREFIX)
@@ -87,7 +92,19 @@ def student_info(name: str) -> StudentInfo:
 
 
 def build_student(name: str, image_size: int, seed: int) -> nn.Module:
-    """A new student on the CPU, its weights drawn from `seed`; torch's global generator is left as it was."""
+    """Return a new student on the CPU, its weights drawn from `seed`; torch's global generator is left as it was.
+
+    Args:
+        name: of the registry, or `timm:NAME`.
+        image_size: side of the encoder's square in pixels, S.
+        seed: of the weights.
+
+    Returns:
+        An encoder of normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16).
+
+    Raises:
+        DistillError: see `student_info` and `StudentInfo.build`.
+    """
     info = student_info(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,6 +112,10 @@ def build_student(name: str, image_size: int, seed: int) -> nn.Module:
 
 
 def outline_student(info: StudentInfo, image_size: int) -> nn.Module:
-    """A student on torch's meta device: names, shapes and types of its weights, without their memory."""
+    """Return a student on torch's meta device: names, shapes and types of its weights, without their memory.
+
+    Raises:
+        DistillError: see `StudentInfo.build`.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return info.build(image_size)

@@ -1,10 +1,14 @@
-"""The file that a student is saved in, from which it rebuilds itself; and students in mobile_sam.pt's format."""
+"""Student file: a safetensors file from which a student rebuilds itself; also students in mobile_sam.pt's format.
+
+A student file, like every tensor file of a run, carries a SHA-256 of its metadata, names, types, shapes and bytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 from ...common.durable import write_atomic
 from ...common.errors import DistillError
+from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import load_head, load_teacher
 from ...sam.torch_file import in_torch_format
@@ -23,17 +28,20 @@ from .registry import outline_student, student_info
 
 STUDENT_FILE = "student.safetensors"
 MODEL_FILE = "model.safetensors"
-"""Student and head in one, in an export's folder."""
+"""File of student and head together in an export's folder."""
 
 FORMAT = "mobilesam student 1"
 
 TRAINED_HEAD = "trained_head"
-"""The key of a student's description that says that its file holds a head of its own."""
+"""Key of a student's description which says that its file holds a head that was trained with it."""
 
 MEND = "put back a whole copy, or run distill again"
 
-# As in mobile_sam.pt, so that student.safetensors and sam_head.safetensors together have that file's keys.
-KEY_PREFIX = "image_encoder."
+MAX_HEADER = 1 << 20
+"""Largest header that is read, in bytes: thirty times TinyViT's. The format allows 100 MB."""
+
+_DIGEST_KEY = "sha256"
+_CHUNK = 1 << 20
 
 
 def save_student(
@@ -44,10 +52,18 @@ def save_student(
     info: Mapping[str, Any],
     head: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes the weights (keys `image_encoder.*`) and what rebuilds them into one file, atomically.
+    """Write a student's weights and what rebuilds it into one file, atomically and durably.
 
-    `info` is more to remember, as JSON values: which teacher, which run. With `head` (`prompt_encoder.*` and
-    `mask_decoder.*`) the file is a whole SAM.
+    The keys are mobile_sam.pt's, `image_encoder.*`, so that student.safetensors and sam_head.safetensors together
+    have that file's keys.
+
+    Args:
+        student: encoder, on any device.
+        path: of the file.
+        name: of the student in the registry, or `timm:NAME`.
+        image_size: side of the student's square in pixels.
+        info: more to remember, as JSON values: which teacher, which run.
+        head: SAM's head (keys `prompt_encoder.*` and `mask_decoder.*`); with it the file is a whole SAM.
     """
     metadata = {
         "format": FORMAT,
@@ -55,64 +71,57 @@ def save_student(
         "image_size": str(image_size),
         "info": json.dumps(info, sort_keys=True),
     }
-    tensors = {KEY_PREFIX + key: value for key, value in student.state_dict().items()} | dict(head or {})
+    tensors = {ENCODER_PREFIX + key: value for key, value in student.state_dict().items()} | dict(head or {})
     save_tensors(path, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
 
 
 def load_student(
     path: Path | str, device: torch.device | str = "cpu", *, image_size: int | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuilds a student from a run's or an export's folder or a student's file, in evaluation mode on `device`.
+    """Rebuild a student from its file, in evaluation mode on `device`.
 
-    A file in mobile_sam.pt's format is a tiny_vit. It doesn't say for which image size: that is `image_size` in
-    pixels, 1024 where it is None. For other files `image_size` means nothing.
+    Names and shapes are compared before the student is built or any weight is read.
 
-    Returns it with its description: `student`, `image_size`, and what it was saved with. Raises DistillError
-    when the file is missing, damaged (its SHA-256 says), not a student, or its weights don't fit the student it
-    names, and where that student needs timm and it isn't there. Names and shapes are compared before the student
-    is built or any weight is read. Raises CheckpointError for a file in torch's format that isn't mobile_sam's.
+    Args:
+        path: student's file, or the folder of a run or an export.
+        device: of the student.
+        image_size: side of the student's square in pixels, for a file in mobile_sam.pt's format, which is a tiny_vit
+            and doesn't tell its image size; None is 1024. Ignored for other files.
+
+    Returns:
+        The student, and its description: `student`, `image_size`, and what it was saved with.
+
+    Raises:
+        DistillError: the file is missing, damaged (its SHA-256 differs) or not a student, its weights don't fit the
+            student that it names, or that student needs timm, which isn't installed.
+        CheckpointError: a file in torch's format isn't mobile_sam's.
     """
     file = student_path(path)
     if _in_torch_format(file):
         teacher = load_teacher("mobile_sam", file, image_size=image_size or 1024, device=device)
         return teacher.image_encoder, {"student": "tiny_vit", "image_size": teacher.image_size}
-    try:
+    with _mend_added(file):
         header = check_tensors(file)
         info = _read_metadata(file, header.metadata)
-        wanted = _outline(file, info)
+    wanted = _outline(file, info)
+    with _mend_added(file):
         shapes = {key: tuple(value.shape) for key, value in wanted.items()} | _head_shapes(header)
         _check_names(file, info["student"], header, shapes)
         tensors = load_tensors(file)
-    except OSError as error:
-        raise DistillError(f"{file} can't be read: {error.strerror or error}") from error
-    except _NotBuilt:
-        raise
-    except DistillError as error:
-        raise DistillError(f"{error}; {MEND}") from error
     _check_values(file, info["student"], tensors, {key: value.dtype for key, value in wanted.items()})
     with torch.random.fork_rng(devices=[]):
         student = student_info(info["student"]).build(info["image_size"])
-    student.load_state_dict({key.removeprefix(KEY_PREFIX): tensors[key] for key in wanted})
+    student.load_state_dict({key.removeprefix(ENCODER_PREFIX): tensors[key] for key in wanted})
     return student.to(device).eval(), info
 
 
-class _NotBuilt(DistillError):
-    """This installation has no such student; another copy of the file wouldn't help."""
-
-
-def _outline(file: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights that the named student has, by their keys in a file, without their memory."""
-    try:
-        student = outline_student(student_info(info["student"]), info["image_size"])
-    except DistillError as error:
-        raise _NotBuilt(f"{file} can't be rebuilt: {error}") from error
-    return {KEY_PREFIX + key: value for key, value in student.state_dict().items()}
-
-
 def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
-    """The head that a student's file itself holds, keyed as in SAM's checkpoints, on the CPU; None without one.
+    """Return the head in a student's own file, keyed as in SAM's checkpoints, on the CPU; None if it holds none.
 
-    Give `path` to `load_student` first, which checks it. Raises CheckpointError as that does.
+    Call `load_student` with `path` first: it checks the file.
+
+    Raises:
+        CheckpointError: a file in torch's format isn't mobile_sam's.
     """
     file = student_path(path)
     if _in_torch_format(file):
@@ -122,12 +131,17 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
 
 
 def trained_head(path: Path | str) -> dict[str, Tensor] | None:
-    """The head that was trained with a student, from its own file, float32, keyed as in SAM's checkpoints; None where
-    it has the teacher's, or the file is no student's. Its bytes are `load_student`'s and `read_initial`'s to check.
+    """Return the head that was trained with a student, from its own file, float32, keyed as in SAM's checkpoints.
 
-    A file in mobile_sam.pt's format doesn't say whose head it holds: that one belongs to its encoder, be it trained.
+    A file in mobile_sam.pt's format doesn't tell whether its head was trained with its encoder: its head is returned.
+    The file's bytes are not checked here; `load_student` and `read_initial` do that.
 
-    Raises DistillError where the file is damaged, CheckpointError where one in torch's format is.
+    Returns:
+        The head; None if the student goes with the teacher's head, or the file is no student's.
+
+    Raises:
+        DistillError: the file is damaged.
+        CheckpointError: a file in torch's format is damaged.
     """
     file = student_path(path)
     if _in_torch_format(file):
@@ -143,7 +157,11 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
 
 
 def student_path(path: Path | str) -> Path:
-    """The student's file in a run's or an export's folder, or the file itself; DistillError when there is none."""
+    """Return the student's file in the folder of a run or an export, or the file itself.
+
+    Raises:
+        DistillError: there is none.
+    """
     path = Path(path)
     files = [path / name for name in (STUDENT_FILE, MODEL_FILE)] if path.is_dir() else [path]
     for file in files:
@@ -153,8 +171,88 @@ def student_path(path: Path | str) -> Path:
 
 
 def lacks_image_size(path: Path | str) -> bool:
-    """Whether a student's file is one in mobile_sam.pt's format; DistillError when there is none."""
+    """Return True if a student's file is in mobile_sam.pt's format, which doesn't tell the image size.
+
+    Raises:
+        DistillError: there is no such file, or it can't be read.
+    """
     return _in_torch_format(student_path(path))
+
+
+@dataclass(frozen=True)
+class Header:
+    """Header of a tensor file: metadata without its digest, and each tensor's shape."""
+
+    metadata: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors (contiguous, on the CPU) and metadata, with their SHA-256, atomically and durably."""
+    tensors, metadata = dict(tensors), dict(metadata)
+    data = save(tensors, metadata)
+    length = int.from_bytes(data[:8], "little")
+    digest = _digest(json.loads(data[8 : 8 + length]), [memoryview(data)[8 + length :]])
+    write_atomic(path, save(tensors, {**metadata, _DIGEST_KEY: digest}))
+
+
+def check_tensors(path: Path) -> Header:
+    """Check a file's SHA-256 over metadata, names, types, shapes and bytes, a megabyte at a time.
+
+    Raises:
+        DistillError: the file is damaged or carries no SHA-256; the message has no mend, which the caller adds.
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        header = _read_header(path, file)
+        try:
+            metadata = {str(name): str(value) for name, value in header["__metadata__"].items()}
+            shapes = {name: tuple(header[name]["shape"]) for name in header.keys() - {"__metadata__"}}
+            wanted = metadata.pop(_DIGEST_KEY)
+        except (KeyError, TypeError, AttributeError):
+            raise DistillError(
+                f"{path} carries no SHA-256 of its content: mobilesam didn't write it"
+            ) from None
+        header["__metadata__"] = metadata
+        if _digest(header, iter(lambda: file.read(_CHUNK), b"")) != wanted:
+            raise DistillError(f"{path} is damaged: its SHA-256 isn't the one it was written with")
+    return Header(metadata=metadata, shapes=shapes)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that `check_tensors` has checked, on the CPU.
+
+    Raises:
+        DistillError: its tensors can't be what its header says.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise DistillError(f"{path} is damaged ({str(error)[:100]})") from error
+
+
+@contextmanager
+def _mend_added(file: Path) -> Iterator[None]:
+    """Say in errors about the file's content what to do; turn an OSError into a DistillError."""
+    try:
+        yield
+    except OSError as error:
+        raise DistillError(f"{file} can't be read: {error.strerror or error}") from error
+    except DistillError as error:
+        raise DistillError(f"{error}; {MEND}") from error
+
+
+def _outline(file: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the named student's weights by their keys in a file, on the meta device.
+
+    The error that it can't be built here says nothing about another copy of the file, which wouldn't help.
+    """
+    try:
+        student = outline_student(student_info(info["student"]), info["image_size"])
+    except DistillError as error:
+        raise DistillError(f"{file} can't be rebuilt: {error}") from error
+    return {ENCODER_PREFIX + key: value for key, value in student.state_dict().items()}
 
 
 def _in_torch_format(file: Path) -> bool:
@@ -166,7 +264,7 @@ def _in_torch_format(file: Path) -> bool:
 
 
 def _head_shapes(header: Header) -> dict[str, tuple[int, ...]]:
-    """The head's part of a file: all of it or nothing."""
+    """Return the shapes of a whole head if the file has any part of one, else none."""
     if not any(key.startswith(HEAD_PREFIXES) for key in header.shapes):
         return {}
     return {key: tuple(shape) for key, shape in head_shapes().items()}
@@ -185,7 +283,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     except (KeyError, ValueError, RecursionError) as error:
         raise DistillError(f"{file} has damaged metadata ({str(error)[:100]})") from error
-    # The size decides how large an encoder is built, so a forged one must not get that far.
+    # The size decides how large an encoder is built: a forged one must not reach that.
     if not (16 <= image_size <= 16384) or image_size % 16 or not isinstance(info, dict):
         raise DistillError(f"{file} has damaged metadata (image size {image_size})")
     return {**info, "student": name, "image_size": image_size}
@@ -208,7 +306,7 @@ def _check_names(file: Path, name: str, header: Header, wanted: Mapping[str, tup
 def _check_values(
     file: Path, name: str, tensors: Mapping[str, Tensor], encoder: Mapping[str, torch.dtype]
 ) -> None:
-    """Types and values: load_state_dict would convert types in silence."""
+    """Refuse other types, which load_state_dict would convert silently, and values that aren't finite."""
     for key, got in tensors.items():
         wanted = encoder.get(key, torch.float32)
         if got.dtype != wanted:
@@ -217,62 +315,6 @@ def _check_values(
             )
         if got.is_floating_point() and not bool(torch.isfinite(got).all()):
             raise DistillError(f"{file} holds values that aren't finite, in {key}; {MEND}")
-
-
-# --- Safetensors files that carry a SHA-256 of everything in them.
-
-MAX_HEADER = 1 << 20
-"""Largest header that is read, in bytes: thirty times TinyViT's. The format itself allows 100 MB."""
-
-_DIGEST_KEY = "sha256"
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself: metadata without its digest, and each tensor's shape."""
-
-    metadata: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors (contiguous, on the CPU) and strings, with their SHA-256, atomically and durably."""
-    tensors, metadata = dict(tensors), dict(metadata)
-    data = save(tensors, metadata)
-    length = int.from_bytes(data[:8], "little")
-    digest = _digest(json.loads(data[8 : 8 + length]), [memoryview(data)[8 + length :]])
-    write_atomic(path, save(tensors, {**metadata, _DIGEST_KEY: digest}))
-
-
-def check_tensors(path: Path) -> Header:
-    """Verifies a file's SHA-256 over metadata, names, types, shapes and bytes, a megabyte at a time.
-
-    Raises DistillError, without a mend, when it is damaged or carries none. Raises OSError when it can't be read.
-    """
-    with open(path, "rb") as file:
-        header = _read_header(path, file)
-        try:
-            metadata = {str(name): str(value) for name, value in header["__metadata__"].items()}
-            shapes = {name: tuple(header[name]["shape"]) for name in header.keys() - {"__metadata__"}}
-            wanted = metadata.pop(_DIGEST_KEY)
-        except (KeyError, TypeError, AttributeError):
-            raise DistillError(
-                f"{path} carries no SHA-256 of its content: mobilesam didn't write it"
-            ) from None
-        header["__metadata__"] = metadata
-        if _digest(header, iter(lambda: file.read(_CHUNK), b"")) != wanted:
-            raise DistillError(f"{path} is damaged: its SHA-256 isn't the one it was written with")
-    return Header(metadata=metadata, shapes=shapes)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that was checked, on the CPU; DistillError when they can't be what the header says."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise DistillError(f"{path} is damaged ({str(error)[:100]})") from error
 
 
 def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -291,7 +333,7 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
 
 
 def _digest(header: Mapping[str, Any], data: Iterable[bytes | memoryview]) -> str:
-    """SHA-256 of the header, whatever the order of its keys, and all bytes after it."""
+    """Return the SHA-256 of the header, whatever the order of its keys, and of all bytes after it."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
     sha256 = hashlib.sha256(text.encode() + b"\n")
     for chunk in data:

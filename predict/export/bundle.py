@@ -12,8 +12,9 @@ from typing import Any
 from ...common.durable import explain_os_errors
 from ...common.errors import PredictError, shown
 from ...distill import DistillError, save_student
-from ...distill.students.student_file import KEY_PREFIX, MODEL_FILE
+from ...distill.students.student_file import MODEL_FILE
 from ...sam import preprocessing_recipe
+from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ..model import Model
 from ..outputs import Outputs, check_writable, is_partial
@@ -158,7 +159,7 @@ def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
             warnings.append(f"the run's metrics were left out: {error}")
     sizes: dict[str, int] = {"encoder": 0, "head": 0}
     for key, value in model.sam.named_parameters():
-        sizes["encoder" if key.startswith(KEY_PREFIX) else "head"] += value.numel()
+        sizes["encoder" if key.startswith(ENCODER_PREFIX) else "head"] += value.numel()
     teacher = info.get("teacher")
     known = {
         "student": model.student,

@@ -146,3 +146,27 @@ def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
     masks = MaskOptions(mask_loss=MaskLoss(), objects=8, mse_weight=0.0, region="all")
     asked = (student_info("tiny_vit"), 8, 1024, "float32", torch.device("cpu"))
     assert default_micro_batch(*asked, masks=masks) == expected
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (2, 2), (8, 2)])
+def test_on_a_cpu_two_images_are_computed_at_a_time(batch_size: int, expected: int) -> None:
+    found = default_micro_batch(STUDENTS["tiny_vit"], batch_size, 1024, "float32", torch.device("cpu"))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "image_size", "precision", "expected"),
+    [
+        (80, 1024, "bfloat16", 42),
+        (8, 1024, "bfloat16", 4),
+        (8, 1024, "float32", 2),
+        (1, 1024, "float32", 1),
+        (8, 256, "float32", 39),
+    ],
+)
+def test_on_a_gpu_as_many_as_its_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, free_gb: int, image_size: int, precision: str, expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
+    found = default_micro_batch(STUDENTS["tiny_vit"], 64, image_size, precision, torch.device("cuda"))
+    assert found == expected

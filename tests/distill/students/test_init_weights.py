@@ -16,7 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobilesam.distill import DistillConfig, DistillError, Run, build_student, distill, save_student
-from mobilesam.distill.students.init_weights import InitialWeights, grouped, read_initial, resized_table
+from mobilesam.distill.students.init_weights import (
+    InitialWeights,
+    count_by_prefix,
+    read_initial,
+    resize_table,
+)
 from mobilesam.sam import CheckpointError
 from mobilesam.sam.checkpoint import read_state
 
@@ -337,9 +342,9 @@ def test_objects_in_the_file_are_refused(tmp_path: Path) -> None:
 
 def test_a_forged_table_of_terabytes_is_not_resized() -> None:
     forged = torch.zeros(1).as_strided((1, 2**40, 192), (0, 0, 0))
-    assert resized_table("backbone.pos_embed", forged, (1, 16, 192)) is None
+    assert resize_table("backbone.pos_embed", forged, (1, 16, 192)) is None
     forged = torch.zeros(1).as_strided((4, 2**40), (0, 0))
-    assert resized_table("x.attention_biases", forged, (4, 49)) is None
+    assert resize_table("x.attention_biases", forged, (4, 49)) is None
 
 
 @pytest.mark.parametrize(
@@ -356,11 +361,11 @@ def test_a_forged_table_of_terabytes_is_not_resized() -> None:
 def test_what_is_no_table_of_another_size_is_left(
     key: str, shape: tuple[int, ...], wanted: tuple[int, ...]
 ) -> None:
-    assert resized_table(key, torch.zeros(shape), wanted) is None
+    assert resize_table(key, torch.zeros(shape), wanted) is None
 
 
 def test_keys_are_counted_by_their_first_part() -> None:
-    assert grouped(["head.weight", "head.bias", "norm", "a.b.c"]) == {"a": 1, "head": 2, "norm": 1}
+    assert count_by_prefix(["head.weight", "head.bias", "norm", "a.b.c"]) == {"a": 1, "head": 2, "norm": 1}
 
 
 # Runs
