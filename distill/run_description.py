@@ -1,4 +1,4 @@
-"""A run's config.json as typed objects: what was asked for, the data, and what was resolved on the machine."""
+"""Typed description of a run, stored as config.json: options, data, resolved settings, store, initial weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from .checksummed_json import digest
 
 FORMAT = 2
 """Version of config.json."""
+_MEND = "put back a whole copy, or start over with distill --restart"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataDescription:
-    """The rows of a store that a run learns from; a run resumes only on the same."""
+    """Rows of a store that a run learns from; a run resumes only on the same rows."""
 
     store_id: str
     rows: int
@@ -35,7 +36,7 @@ class DataDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings:
-    """Settings as the machine that began the run resolved them; a resumed run keeps precision and micro-batch."""
+    """Settings as resolved on the machine that began the run; a resumed run keeps precision and micro-batch."""
 
     device: str
     precision: str
@@ -48,7 +49,7 @@ class ResolvedSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreDescription:
-    """The store as of the last start of the run."""
+    """Store as of the last start of the run."""
 
     path: Path
     """Absolute path."""
@@ -57,7 +58,7 @@ class StoreDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """The content of config.json."""
+    """Content of config.json."""
 
     student: str
     """Name in the registry of students."""
@@ -102,13 +103,14 @@ class RunDescription:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunDescription:
-        """Return the inverse of `to_json`; keys that this version doesn't know are ignored.
+        """Return the description of a config.json; keys that this version doesn't know are ignored.
+
+        Args:
+            value: config.json's, of format FORMAT.
 
         Raises:
-            DistillError: the value has another format, or lacks a key.
+            DistillError: a key is missing, or the store's spec can't be used.
         """
-        if value.get("format") != FORMAT:
-            raise DistillError(f"it has format {value.get('format')}, this version reads {FORMAT}")
         try:
             store, root = value["store"], value["image_root"]
             known: dict[str, Any] = {
@@ -120,9 +122,11 @@ class RunDescription:
             }
             return cls(**_known(cls, known))
         except KeyError as error:
-            raise DistillError(f"it lacks {error}") from error
+            raise DistillError(f"config.json lacks {error}; {_MEND}") from error
         except StoreError as error:
-            raise DistillError(f"its store's spec can't be used: {error}") from error
+            raise DistillError(
+                f"config.json has a spec of a store that can't be used: {error}; {_MEND}"
+            ) from error
 
 
 def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:

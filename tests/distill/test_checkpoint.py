@@ -79,7 +79,7 @@ def check_flips(folder: Path, bits: Callable[[int], list[int]]) -> None:
         except DistillError as error:
             refused += str(path) in str(error)
             if other.bytes() != untouched:
-                pytest.fail(f"bit {bit}: half of it was taken over")
+                pytest.fail(f"bit {bit}: half of the file was loaded")
             continue
         assert other.bytes() == wanted
         assert bit in unused, f"bit {bit} was used and not checked"
@@ -94,7 +94,9 @@ def test_a_flipped_bit_in_a_checkpoint_is_an_error_or_in_bytes_that_nobody_reads
 
 
 @pytest.mark.long
-def test_so_is_one_in_each_byte_of_it(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_each_byte_of_a_checkpoint_is_an_error_or_in_bytes_that_nobody_reads(
+    tmp_path: Path,
+) -> None:
     rng = np.random.default_rng(1)
     check_flips(tmp_path, lambda count: [8 * i + int(rng.integers(8)) for i in range(count // 8)])
 
@@ -109,7 +111,9 @@ def test_torch_itself_reads_a_flipped_weight_without_an_error(tmp_path: Path) ->
     assert not torch.equal(torch.load(tmp_path / "last.pt", weights_only=True)["a"], weights)
 
 
-def test_the_one_before_is_kept_and_gone_on_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_resumed_from(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for steps in (1, 2):
         Scene(tmp_path, steps).save()
     (tmp_path / "last.pt").write_bytes(flipped((tmp_path / "last.pt").read_bytes(), 40_000))
@@ -127,7 +131,7 @@ def test_the_one_before_is_kept_and_gone_on_from(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("calls", [0, 1, 2])
-def test_a_save_that_ends_anywhere_leaves_something_to_go_on_from(
+def test_a_save_that_dies_at_any_rename_leaves_a_checkpoint_to_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """`calls` renames happen before the process dies."""
@@ -161,7 +165,7 @@ def test_the_new_checkpoint_is_durable_before_the_old_one_moves(
     assert did == ["fsync", "next.pt.partial", "fsync", "previous.pt", "last.pt", "fsync"]
 
 
-def test_both_damaged_are_one_error_with_the_mend_and_nothing_is_moved(tmp_path: Path) -> None:
+def test_two_damaged_checkpoints_are_one_error_with_the_mend_and_nothing_is_moved(tmp_path: Path) -> None:
     for steps in (1, 2):
         Scene(tmp_path, steps).save()
     for name in ("last.pt", "previous.pt"):

@@ -33,7 +33,7 @@ def test_a_value_outside_its_range_is_refused_by_name(option: str, value: object
         DistillConfig(**{option: value})
 
 
-def test_where_things_lie_does_not_change_what_is_learned() -> None:
+def test_paths_and_hardware_are_no_part_of_a_runs_identity() -> None:
     here = DistillConfig(
         store=Path("a"), images=Path("b"), init=Path("d"), out=Path("c"), device="cpu", workers=1
     )
@@ -41,6 +41,6 @@ def test_where_things_lie_does_not_change_what_is_learned() -> None:
 
 
 @pytest.mark.parametrize("change", [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}])
-def test_what_changes_the_learning_changes_the_digest(change: dict[str, object]) -> None:
+def test_options_that_change_the_learning_change_the_digest(change: dict[str, object]) -> None:
     changed = DistillConfig(**change)
     assert digest(changed.identity()) != digest(DistillConfig().identity())

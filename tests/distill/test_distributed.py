@@ -1,4 +1,4 @@
-"""Several processes under torchrun compute what one computes that accumulates the same micro-batches."""
+"""Several processes under torchrun compute what one process computes that accumulates the same micro-batches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mobilesam.distill import DistillConfig, DistillError, Metrics, Run, distill
+from mobilesam.distill import DistillConfig, DistillError, Run, distill
 from mobilesam.distill.distributed import ProcessGroup, join_process_group
-from mobilesam.distill.metrics.embedding import merge
 from mobilesam.distill.students.student_file import trained_head
 from mobilesam.sam.modeling.head import SamHead
 
@@ -150,7 +148,7 @@ def test_two_processes_train_student_and_head_by_masks_as_one_does(
 
 
 @pytest.mark.long
-def test_interrupted_processes_go_on_where_they_were(ten_rows: Path) -> None:
+def test_interrupted_processes_resume_where_they_were(ten_rows: Path) -> None:
     options = ("--student", "deit_tiny", "--epochs", "6")
     process = subprocess.Popen(
         command(ten_rows, "stopped", *options, processes=2),
@@ -172,11 +170,11 @@ def test_interrupted_processes_go_on_where_they_were(ten_rows: Path) -> None:
     trained(ten_rows, "one", *options)
     assert_same_training("one", "stopped")
     assert_same_weights("one", "stopped", buffers=True)
-    # Any number of processes goes on with any other's run, here with a finished one.
+    # Any number of processes resumes any other's run, here a finished one.
     assert trained(ten_rows, "stopped", *options)["steps"] == lines("one", "result")[0]["steps"]
 
 
-def test_what_stops_one_process_stops_all_and_is_told(ten_images: Path, make_store: MakeStore) -> None:
+def test_an_error_in_one_process_stops_all_and_is_reported(ten_images: Path, make_store: MakeStore) -> None:
     images = Path("copy")
     images.mkdir()
     for file in ten_images.iterdir():
@@ -211,7 +209,7 @@ def test_refusals_reach_every_process(ten_rows: Path) -> None:
     assert "was begun differently" in done.stderr
 
 
-def test_shares_are_a_partition() -> None:
+def test_shares_of_all_ranks_are_a_partition() -> None:
     items = list(range(7))
     shares: list[Sequence[int]] = [ProcessGroup(rank=rank, world_size=3).share_of(items) for rank in range(3)]
     assert sorted(item for share in shares for item in share) == items
@@ -228,32 +226,8 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyP
     assert ProcessGroup().local_device("auto") == "auto"
 
 
-def test_half_set_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_torchrun_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(DistillError, match=r"WORLD_SIZE is 2, but RANK.*torchrun"), join_process_group():
         pass
-
-
-def test_merged_metrics_are_those_of_all_images_at_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    mean, student, teacher = normal(8, 3, 3), normal(5, 8, 3, 3), 2 + normal(5, 8, 3, 3)
-    valid = torch.rand(5, 3, 3, generator=generator) < 0.6
-    valid[:, 0, 0] = True
-    whole = Metrics(mean)
-    whole.update(student, teacher, valid)
-    parts = []
-    for rows in (slice(0, 2), slice(2, 2), slice(2, 5)):
-        part = Metrics(mean)
-        part.update(student[rows], teacher[rows], valid[rows])
-        parts.append(part.on_cpu())
-    merged, expected = merge(parts).result(), whole.result()
-    assert merged["cosine"] == pytest.approx(expected["cosine"], rel=1e-14)
-    for name in ("mse", "relative_mse", "skill", "mse_valid", "relative_mse_valid", "skill_valid"):
-        assert merged[name] == pytest.approx(expected[name], rel=1e-12), name
-    assert len(merge(parts).per_image) == 5
-    assert merge([]).result()["mse"] is None

@@ -18,30 +18,12 @@ from mobilesam.distill import (
     StopFlag,
     build_student,
     distill,
-    embed,
 )
 from mobilesam.distill.data.sampler import split_batches
-from mobilesam.distill.optimizer import parameter_groups
-from mobilesam.distill.run import default_workers
-from mobilesam.distill.students.cost import default_micro_batch
-from mobilesam.distill.students.registry import STUDENTS
 from mobilesam.distill.trainer import Trainer, batch_norm_momentum
 from mobilesam.store import EmbeddingStore
 
 Options = Callable[..., DistillConfig]
-
-
-def test_norms_biases_and_attention_biases_do_not_decay_and_all_else_does() -> None:
-    student = build_student("tiny_vit", 64, seed=0)
-    names = {id(parameter): name for name, parameter in student.named_parameters()}
-    decayed, free = parameter_groups(student, 0.3)
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.3, 0.0)
-    ends = {names[id(p)].rsplit(".", 1)[-1] for p in decayed["params"]}
-    assert ends == {"weight"}
-    assert all(p.ndim >= 2 for p in decayed["params"])
-    free_ends = {names[id(p)].rsplit(".", 1)[-1] for p in free["params"]}
-    assert free_ends == {"weight", "bias", "attention_biases"}
-    assert sorted(map(id, decayed["params"] + free["params"])) == sorted(names)
 
 
 def test_early_batch_norm_statistics_are_plain_averages() -> None:
@@ -53,20 +35,6 @@ def test_early_batch_norm_statistics_are_plain_averages() -> None:
     torch.testing.assert_close(norm.running_mean, batches.mean(dim=(0, 1)))
     torch.testing.assert_close(norm.running_var, batches.var(dim=1).mean(dim=0))
     assert batch_norm_momentum(10) == batch_norm_momentum(10_000) == 0.1
-
-
-def test_an_int8_row_becomes_values_times_scales(images: Path, make_store: Callable[..., Path]) -> None:
-    with EmbeddingStore.open(make_store(images, dtype="int8")) as store:
-        loader = Loader(store, store.manifest.records(), images, workers=1)
-        batch = next(loader.batches([[2, 4]]))
-        loader.close()
-        _, teacher_BCHW = embed(
-            nn.Identity(),
-            batch,
-            ComputeSettings(device=torch.device("cpu"), precision="float32", batch_size=2),
-        )
-        wanted = torch.from_numpy(store.read([2, 4]).to_float32())
-    assert torch.equal(teacher_BCHW, wanted)
 
 
 def test_accumulating_a_batch_gives_the_gradient_of_the_whole_batch(
@@ -129,31 +97,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(store: Path, o
     if saved.exists():
         weights = torch.load(saved, weights_only=True)["student"]
         assert all(torch.isfinite(value).all() for value in weights.values())
-
-
-@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (2, 2), (8, 2)])
-def test_on_a_cpu_two_images_are_computed_at_a_time(batch_size: int, expected: int) -> None:
-    found = default_micro_batch(STUDENTS["tiny_vit"], batch_size, 1024, "float32", torch.device("cpu"))
-    assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("free_gb", "image_size", "precision", "expected"),
-    [
-        (80, 1024, "bfloat16", 42),
-        (8, 1024, "bfloat16", 4),
-        (8, 1024, "float32", 2),
-        (1, 1024, "float32", 1),
-        (8, 256, "float32", 39),
-    ],
-)
-def test_on_a_gpu_as_many_as_its_free_memory_holds(
-    monkeypatch: pytest.MonkeyPatch, free_gb: int, image_size: int, precision: str, expected: int
-) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
-    found = default_micro_batch(STUDENTS["tiny_vit"], 64, image_size, precision, torch.device("cuda"))
-    assert found == expected
-    assert default_workers(torch.device("cuda")) >= 1
 
 
 @pytest.mark.cuda

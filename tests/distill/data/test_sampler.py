@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.data.sampler import split_rows
+from mobilesam.distill.data.sampler import epoch_order, split_batches, split_rows
 
 
 def hashes(count: int) -> dict[int, str]:
@@ -47,3 +47,26 @@ def test_the_threshold_is_the_fraction_of_the_first_64_bits() -> None:
 def test_no_image_at_all_is_refused() -> None:
     with pytest.raises(DistillError, match="0 distinct"):
         split_rows({}, 0.05)
+
+
+@given(st.lists(st.integers(0, 10**6), unique=True, max_size=60), st.integers(0, 2**62), st.integers(0, 99))
+def test_an_epoch_sees_every_row_once(rows: list[int], seed: int, epoch: int) -> None:
+    assert sorted(epoch_order(rows, seed, epoch)) == sorted(rows)
+
+
+def test_the_order_differs_by_epoch_and_by_seed_and_repeats_itself() -> None:
+    rows = range(100)
+    first = epoch_order(rows, 0, 0)
+    assert first == epoch_order(rows, 0, 0)
+    assert len({tuple(epoch_order(rows, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_the_order_is_the_same_on_every_machine() -> None:
+    assert epoch_order(range(8), 7, 1) == [1, 3, 2, 7, 4, 5, 0, 6]
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_no_row_is_dropped_when_cutting_batches(count: int, size: int) -> None:
+    batches = split_batches(range(count), size)
+    assert [row for batch in batches for row in batch] == list(range(count))
+    assert all(len(batch) == size for batch in batches[:-1])

@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mobilesam.distill import Metrics
+from mobilesam.distill.metrics.embedding import merge
 
 
 def brute_force(
@@ -103,3 +105,27 @@ def test_skill_is_undefined_where_the_mean_is_exact() -> None:
     metrics = Metrics(teacher[0])
     metrics.update(teacher + 1, teacher, torch.ones(1, 2, 2, dtype=torch.bool))
     assert metrics.result()["skill"] is None
+
+
+def test_merged_metrics_are_those_of_all_images_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    mean, student, teacher = normal(8, 3, 3), normal(5, 8, 3, 3), 2 + normal(5, 8, 3, 3)
+    valid = torch.rand(5, 3, 3, generator=generator) < 0.6
+    valid[:, 0, 0] = True
+    whole = Metrics(mean)
+    whole.update(student, teacher, valid)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 2), slice(2, 5)):
+        part = Metrics(mean)
+        part.update(student[rows], teacher[rows], valid[rows])
+        parts.append(part.on_cpu())
+    merged, expected = merge(parts).result(), whole.result()
+    assert merged["cosine"] == pytest.approx(expected["cosine"], rel=1e-14)
+    for name in ("mse", "relative_mse", "skill", "mse_valid", "relative_mse_valid", "skill_valid"):
+        assert merged[name] == pytest.approx(expected[name], rel=1e-12), name
+    assert len(merge(parts).per_image) == 5
+    assert merge([]).result()["mse"] is None

@@ -1,4 +1,4 @@
-"""An interrupted run that goes on is the run that was never interrupted, bit for bit (CPU, float32)."""
+"""A resumed run equals the run that was never interrupted, bit for bit (CPU, float32)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mobilesam.sam import ImageError
 
 Options = Callable[..., DistillConfig]
 
-# What a line says about time is the only thing that may differ (and so the line's checksum).
+# Times alone may differ, and so the line's checksum.
 CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
 
 
@@ -91,7 +91,7 @@ def test_resumed_and_uninterrupted_runs_are_equal_to_the_bit(
     assert_same_run(Path("run"), whole)
 
 
-def test_so_it_is_with_tiny_vit_at_256_pixels_after_several_interruptions(
+def test_tiny_vit_at_256_pixels_resumes_to_the_bit_after_several_interruptions(
     save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options
 ) -> None:
     store = make_store(
@@ -139,7 +139,9 @@ def test_the_micro_batch_and_precision_once_resolved_are_kept(store: Path, small
     assert Run.open("run").description.resolved.precision == "bfloat16"
 
 
-def test_a_checkpoint_is_written_every_so_often(store: Path, small_options: Options) -> None:
+def test_a_checkpoint_is_written_when_checkpoint_seconds_have_passed(
+    store: Path, small_options: Options
+) -> None:
     seen = []
 
     def watch(progress: Progress) -> None:
@@ -166,7 +168,9 @@ def test_a_damaged_checkpoint_is_one_clear_error_and_runs_no_code(
         distill(small_options(store, out="run"))
 
 
-def test_a_signal_saves_and_names_itself(store: Path, small_options: Options) -> None:
+def test_a_signal_saves_a_checkpoint_and_the_error_has_its_number(
+    store: Path, small_options: Options
+) -> None:
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
 
     def watch(progress: Progress) -> None:

@@ -1,4 +1,7 @@
-"""Does it learn? The real teacher, real photos, the whole trainer; small enough for two cores."""
+"""Learning: the whole trainer with a real teacher and real photos, small enough for two cores.
+
+Shape suffixes: C channels, K channels of the map's input, h, w rows and columns of its kernel.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ PIECES = 4  # a photo is cut into as many rows and columns
 
 
 def embeddings_by(embed: Callable[[Tensor], Tensor], images: Path, image_size: int) -> np.ndarray:
-    """What `embed` makes of normalised pixels (1, 3, S, S), for each image of a folder in the order of names."""
+    """Embeddings of all images of a folder in the order of names; `embed` takes normalised pixels (1, 3, S, S)."""
     pixels = [
         image_pixels(load_image(file.read_bytes(), image_size), image_size)
         for file in sorted(images.iterdir())
@@ -30,8 +33,10 @@ def embeddings_by(embed: Callable[[Tensor], Tensor], images: Path, image_size: i
 
 
 def colours(pixels_1CHW: Tensor) -> Tensor:
-    """What a teacher would say who looks at colours alone: a fixed random map of those of each cell's quarters. It
-    takes two epochs to learn, where vit_nano's embeddings take dozens."""
+    """Embedding of a teacher that sees colours alone: a fixed random map of the colours of each cell's quarters.
+
+    A student learns it in two epochs; vit_nano's embeddings take dozens.
+    """
     map_CKhw = torch.randn(256, 3, 2, 2, generator=torch.Generator().manual_seed(3))
     return F.conv2d(F.avg_pool2d(pixels_1CHW, 8), map_CKhw, stride=2)
 
@@ -42,7 +47,7 @@ def train(store: Path, **options: object) -> Run:
 
 
 def overfitted(tmp_path: Path, make_store: Callable[..., Path], image_size: int, epochs: int) -> float:
-    """The skill on its twelve training photos of a student that saw them again and again."""
+    """Skill of a student on the twelve photos that it was trained on."""
     folder = tmp_path / "photos"
     folder.mkdir()
     photos = sorted(file for file in PHOTOS.iterdir() if file.suffix in (".jpg", ".png"))[:12]
@@ -61,12 +66,12 @@ def overfitted(tmp_path: Path, make_store: Callable[..., Path], image_size: int,
     return skill
 
 
-def test_it_learns_twelve_small_photos(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_student_learns_twelve_small_photos(tmp_path: Path, make_store: Callable[..., Path]) -> None:
     assert overfitted(tmp_path, make_store, image_size=64, epochs=8) >= 0.4
 
 
 @pytest.mark.long
-def test_it_overfits_twelve_photos(tmp_path: Path, make_store: Callable[..., Path]) -> None:
+def test_a_student_overfits_twelve_photos(tmp_path: Path, make_store: Callable[..., Path]) -> None:
     assert overfitted(tmp_path, make_store, image_size=256, epochs=40) >= 0.8
 
 
@@ -84,7 +89,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pairs_teach_what_holds_for_other_images_and_shuffled_pairs_do_not(
+def test_true_pairs_generalise_to_other_images_and_shuffled_pairs_do_not(
     pieces: Path, make_store: Callable[..., Path]
 ) -> None:
     embeddings = embeddings_by(colours, pieces, 128)

@@ -15,7 +15,7 @@ from mobilesam.distill import Run
 
 pytestmark = pytest.mark.long  # two processes a test, which import everything
 
-# The command with a student that trains in no time, which sends itself signals when it comes to a function.
+# The command with a small student; it sends itself signals at a chosen call of a function.
 PROGRAM = """
 import importlib, os, sys
 from torch import nn
@@ -96,7 +96,7 @@ FIRST = [
 
 @pytest.mark.parametrize(("module", "name", "call", "said"), FIRST)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_saves_and_the_exit_code_names_it(
+def test_the_first_signal_saves_and_the_exit_code_has_its_number(
     store: Path, wanted: list[object], module: str, name: str, call: int, said: str, signum: signal.Signals
 ) -> None:
     code, output = ran(store, module, name, call, signum, 1)
@@ -119,7 +119,7 @@ SECOND = [
 
 
 @pytest.mark.parametrize(("module", "name", "call"), SECOND)
-def test_the_second_ends_the_process_at_once_and_nothing_is_damaged(
+def test_the_second_signal_ends_the_process_at_once_and_nothing_is_damaged(
     store: Path, wanted: list[object], module: str, name: str, call: int
 ) -> None:
     code, _ = ran(store, module, name, call, signal.SIGINT, 2)

@@ -1,4 +1,4 @@
-"""A flipped bit in any file of a run is an error, is fallen back from, or changes nothing."""
+"""A flipped bit in any file of a run is an error, makes an older file take its place, or changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 
 def content(run: Path) -> tuple[list[dict], list[dict[str, bytes]]]:
-    """All that a run says and holds, apart from clocks."""
+    """Metrics and tensors of a run, without clocks."""
     lines = [{k: v for k, v in line.items() if k not in CLOCKS} for line in Run.open(run).history()]
     files = [load_tensors(run / name) for name in ("student.safetensors", "mean_embedding.safetensors")]
     return lines, [{key: value.numpy().tobytes() for key, value in tensors.items()} for tensors in files]
@@ -81,7 +81,7 @@ def flip_in(run: Path, name: str, share: float) -> None:
 
 
 def rerun(run: Path, config: DistillConfig, wanted: Path) -> str:
-    """Runs again and compares: "same", or the error. What verify reads is whole or an error, before and after."""
+    """Run distill again: "same" if the run then equals the wanted one, or the error."""
     shutil.rmtree("run", ignore_errors=True)
     run.rename("run")
     try:
@@ -100,7 +100,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_in_a_run_that_goes_on(
+def test_a_flipped_bit_in_a_resumed_run_is_an_error_or_changes_nothing(
     runs: dict[str, Path], tmp_path: Path, config: DistillConfig, name: str, share: float
 ) -> None:
     run = copied(runs["half"], tmp_path)
@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_a_run_that_goes_on(
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_in_a_finished_run(
+def test_a_flipped_bit_in_a_finished_run_is_an_error_or_changes_nothing(
     runs: dict[str, Path], tmp_path: Path, config: DistillConfig, name: str
 ) -> None:
     run = copied(runs["finished"], tmp_path)
@@ -142,7 +142,7 @@ def test_a_damaged_last_line_is_no_result_and_written_again(
 
 @pytest.mark.parametrize("how", ["deleted", "empty", "half", "zeros"])
 @pytest.mark.parametrize("both", [False, True])
-def test_lost_checkpoints(
+def test_a_lost_or_cut_checkpoint_falls_back_and_two_are_an_error(
     runs: dict[str, Path], tmp_path: Path, config: DistillConfig, how: str, both: bool
 ) -> None:
     run = copied(runs["half"], tmp_path)
