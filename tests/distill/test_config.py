@@ -44,3 +44,27 @@ def test_paths_and_hardware_are_no_part_of_a_runs_identity() -> None:
 def test_options_that_change_the_learning_change_the_digest(change: dict[str, object]) -> None:
     changed = DistillConfig(**change)
     assert digest(changed.identity()) != digest(DistillConfig().identity())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objects": 3}, "compares no masks"),
+        (
+            {"objective": "coupled", "focal_weight": 0.0, "dice_weight": 0.0},
+            "nothing trains the masks",
+        ),
+        ({"objective": "coupled", "boxes": 1.5}, "from 0 to 1"),
+        ({"objective": "coupled", "rounds": 0}, "at least 1"),
+        ({"objective": "masks"}, "objective must be decoupled"),
+        ({"objective": "decoder", "init": "x", "mse_weight": 1.0}, "trains no encoder"),
+    ],
+)
+def test_options_of_masks_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DistillError, match=message):
+        DistillConfig(**changes)
+
+
+def test_a_decoupled_runs_identity_says_nothing_about_masks() -> None:
+    assert not DistillConfig().identity().keys() & {"objective", "objects", "rounds", "labels"}
+    assert DistillConfig(objective="coupled").identity()["rounds"] == 2

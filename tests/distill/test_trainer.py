@@ -20,7 +20,7 @@ from mobilesam.distill import (
     distill,
 )
 from mobilesam.distill.data.sampler import split_batches
-from mobilesam.distill.trainer import Trainer, batch_norm_momentum
+from mobilesam.distill.trainer import Trainer, batch_norm_momentum, fill_gradients
 from mobilesam.store import EmbeddingStore
 
 Options = Callable[..., DistillConfig]
@@ -122,3 +122,13 @@ def test_a_step_on_a_gpu_never_waits_for_it(store: Path, images: Path, options: 
         trainer.meter.fetch()
     assert trainer.meter.last_loss is not None
     assert math.isfinite(trainer.meter.last_loss)
+
+
+def test_a_head_that_no_prompt_used_decays_as_with_several_processes() -> None:
+    used, unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    both = torch.nn.ModuleList([used, unused])
+    used(torch.ones(1, 2)).sum().backward()
+    fill_gradients(both)
+    assert unused.weight.grad is not None
+    assert not unused.weight.grad.any()
+    assert used.weight.grad.any()
