@@ -177,6 +177,9 @@ def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], lis
 def main() -> None:
     """Distil Segment Anything's image encoder into a small one.
 
+    Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 130 and 143
+    interrupted.
+
     \b
     mobilesam precompute --images DIR --out store.zarr    embed images with the teacher, into a Zarr store
     mobilesam distill --epochs 8                          train a student on the store
@@ -200,11 +203,11 @@ def main() -> None:
 @click.option("--dry-run", is_flag=True, help="Print the plan, its time and its disk space; change nothing.")
 @_common
 def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, as_json: bool) -> int:
-    """Embed images with the teacher and write the embeddings to a store.
+    """Embed images with the teacher, into a store.
 
-    A rerun of the same command computes only what is missing. A broken image is recorded as failed and does not
-    stop the job. Exit code 1 if the audit finds stored embeddings that are not the teacher's, 3 if no image could be
-    embedded.
+    Writes a Zarr store with one embedding per image and SAM's mask decoder. A rerun of the same command computes only
+    what is missing. A broken image is recorded as failed and does not stop the job. Exit code 1 if the audit finds
+    stored embeddings that are not the teacher's, 3 if no image could be embedded.
 
     \b
     Examples:
@@ -239,10 +242,11 @@ def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, 
 @config_options(DistillConfig)
 @_common
 def distill(config: DistillConfig, as_json: bool) -> int:
-    """Train a student on a store's embeddings, or on the masks that SAM's decoder makes of them.
+    """Train a student on a store.
 
-    Writes the run to runs/NAME and points runs/latest to it. A rerun of the same command resumes the run; a finished
-    one is only reported.
+    The student learns the teacher's embeddings, or the masks that SAM's decoder makes of them. Writes checkpoints,
+    metrics and student.safetensors to runs/NAME and points runs/latest to it. A rerun of the same command resumes the
+    run; a finished one is only reported. Exit code 130 or 143 if a signal stopped it, after its checkpoint was saved.
 
     \b
     Examples:
@@ -278,9 +282,10 @@ def distill(config: DistillConfig, as_json: bool) -> int:
 @config_options(VerifyConfig)
 @_common
 def verify(config: VerifyConfig, as_json: bool) -> int:
-    """Compare a student with its teacher: their embeddings, and the masks that SAM's decoder makes of them.
+    """Compare a student with its teacher.
 
-    Prints the metrics and writes only the report. Exit code 1 if a threshold is missed.
+    Prints metrics of the embeddings, and of the masks that SAM's decoder makes of them; writes only the --report.
+    Exit code 1 if a threshold is missed.
 
     \b
     Examples:
@@ -331,9 +336,10 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> int:
 @config_options(CostConfig)
 @_common
 def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
-    """List students and their cost: parameters, multiply-accumulates, and milliseconds per image on this machine.
+    """List students and their cost.
 
-    Without names, all students. Exit code 3 if none of them could be built.
+    Prints parameters, multiply-accumulates, and milliseconds per image on this machine, by default of all students.
+    Exit code 3 if none of them could be built.
 
     \b
     Examples:
@@ -409,10 +415,11 @@ def export(config: ExportConfig, as_json: bool) -> int:
 @config_options(EvaluateConfig)
 @_common
 def evaluate(config: EvaluateConfig, as_json: bool) -> int:
-    """Compare models by their masks, against the teacher's and against labels, and by their cost.
+    """Compare models by their masks and cost.
 
-    All models get the same prompts. A broken image or label fails that image alone. Exit code 3 if there was
-    nothing to compare.
+    The masks are compared with the teacher's and with labels; all models get the same prompts. Prints tables and
+    writes only the --report. A broken image or label fails that image alone. Exit code 3 if there was nothing to
+    compare.
 
     \b
     Examples:
@@ -439,9 +446,10 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
 @config_options(SweepConfig)
 @_common
 def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, ...]], as_json: bool) -> int:
-    """Train and verify a grid of students: every combination of the values given.
+    """Train and verify a grid of students.
 
-    An option with V,... takes several values with commas between; without it, all runs have distill's default.
+    An option with V,... takes several values with commas between; every combination is a run. Runs have distill's
+    defaults for options that aren't given.
     Options that an objective doesn't use are left out of its runs. Decoder runs finetune the students of the
     decoupled runs, or those that --init names.
 

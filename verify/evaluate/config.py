@@ -57,7 +57,7 @@ class EvaluateConfig:
         "through ultralytics, whose licence is AGPL-3.0; PREDICTOR:FILE is for packages with an entry point in "
         "mobilesam.predictors.",
     )
-    store: Path | None = option(None, help="Store whose images and teacher embeddings are compared with.")
+    store: Path | None = option(None, help="Store with the images and the teacher's embeddings.")
     images: Path | None = option(
         None,
         metavar="DIR|TAR",
@@ -83,7 +83,7 @@ class EvaluateConfig:
         help="Distances in pixels between a foreground and a background point; none skips pairs.",
     )
     max_objects: int = option(
-        64, metavar="N", help="Largest number of labelled objects per image; more are sampled at random."
+        64, metavar="N", help="Evaluate at most this many labelled objects per image, sampled at random."
     )
     split: str = option(
         "auto",
