@@ -114,8 +114,7 @@ class AnnotationFiles:
 
         Raises:
             AnnotationError: the file is unreadable, too large, not of SA-1B's layout, of an image of another size,
-            or
-                has a mask that doesn't decode to that size or a box outside it. One line names the image.
+                or has a mask that doesn't decode to that size or a box outside it. One line names the image.
         """
         try:
             data = self._data(key)

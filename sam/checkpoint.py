@@ -30,8 +30,7 @@ def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
     Args:
         path: of the file.
         wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that
-        the
-            file has is used. Without names only a flat state dict is read.
+            the file has is used. Without names only a flat state dict is read.
 
     Returns:
         Tensors by key, on the CPU, without PIXEL_STATISTICS.

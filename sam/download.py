@@ -85,8 +85,7 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or nothing
-        was
-            found with `download=False`.
+            was found with `download=False`.
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
@@ -153,8 +152,7 @@ def download_file(request: Request, progress: Progress | None = None) -> None:
 
     Raises:
         DownloadError: a one-line reason without a full stop. Received bytes stay for the next time, except those of
-        a
-            whole file whose SHA-256 was wrong.
+            a whole file whose SHA-256 was wrong.
     """
     try:
         request.target.parent.mkdir(parents=True, exist_ok=True)

@@ -53,9 +53,8 @@ def decode_image(data: bytes) -> np.ndarray:
     - Alpha (RGBA, LA, in a palette or as one transparent colour) is dropped and the colours stay as they are
       stored, as `Image.convert("RGB")` and OpenCV do.
     - Grey and 1-bit images are repeated over the three channels. 16-bit grey is scaled by its full range (65535
-    becomes
-      255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels define
-      no white level and are refused.
+      becomes 255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels
+      define no white level and are refused.
     - CMYK and YCCK, Adobe's inverted ones included, are converted by Pillow's plain formula.
     - ICC profiles and gamma are not applied, as in SAM's own loading.
     - The first frame or page is taken.

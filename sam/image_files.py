@@ -71,8 +71,7 @@ def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> 
     Args:
         paths: folders and .tar files.
         root: keys are relative to it; by default it is the one folder, the folder of the one tar, or the deepest
-        folder
-            that holds all of `paths`.
+            folder that holds all of `paths`.
 
     Raises:
         SamError: a path is absent, unreadable, of another kind or outside `root`, or no image is found.
@@ -192,8 +191,7 @@ class TarContents:
     """Members of one tar."""
 
     members: dict[str, TarMember]
-    """Regular files by name; a leading "./" is left out, all else is verbatim: "../x" and "/x" are ordinary
-    names."""
+    """Regular files by name, without a leading "./", otherwise verbatim: "../x" and "/x" are ordinary names."""
     unusable: tuple[str, ...]
     """Names of links and sparse files: their bytes don't lie in the tar in one piece."""
     problem: str | None

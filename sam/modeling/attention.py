@@ -1,10 +1,12 @@
 """Attention with decomposed relative positions, as SAM's ViT has it, through torch's fused kernels.
 
 A query at (y, x) adds q . Rh[y - y'] + q . Rw[x - x'] to its score for the key at (y', x'). Written out for a whole
-image that is a table as large as the scores, 0.8 GB for ViT-B; here it is never held whole.
+image that is a table as large as the scores, 0.8 GB for ViT-B; here it is never held whole. There are three ways:
+FlexAttention on CUDA, a bias made for a few heads at a time on a CPU in float32, and further channels elsewhere.
 
-Shape suffixes: B images or windows, K heads, N tokens (Y rows times X columns), D head width, L entries of a table
-of relative positions (2 Y - 1 or 2 X - 1), and G: Y + X.
+Shape suffixes: B images or windows of them, K attention heads, N tokens (Y rows times X columns), D channels of one
+head, Y and X rows and columns of the grid or window, L positions of a table of relative positions (2 Y - 1 or
+2 X - 1).
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from torch import Tensor
 BIAS_SCORES = 2**24
 """Entries of the table of positions that are held at a time, at least those of one head: 64 MiB in float32."""
 
+logger = logging.getLogger(__name__)
+
+_not_compilable: set[tuple[str, torch.dtype, int]] = set()
+"""Device type, dtype and channels of a head for which compiling FlexAttention failed in this process."""
+
 
 def attend(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, table_h_LD: Tensor, table_w_LD: Tensor, rows: int
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + relative positions) v.
+    """Compute softmax(q k^T / sqrt(D) + relative positions) v.
 
     Args:
         q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides; N tokens in `rows` rows.
-        table_h_LD, table_w_LD: relative positions: entry i is that of a query i - (rows - 1) rows, or
+        table_h_LD, table_w_LD: relative positions: entry i is for a query that lies i - (rows - 1) rows, or
             i - (columns - 1) columns, after its key.
-        rows: rows of the grid that the tokens are on.
+        rows: rows of the grid of tokens.
 
     Returns:
         (B, K, N, D) in the queries' dtype, of any strides. Softmax is computed in float32 at least.
@@ -40,7 +47,7 @@ def attend(
     """
     rel_h_BKNY, rel_w_BKNX = _relative_scores(q_BKND, table_h_LD, table_w_LD, rows)
     places = rel_h_BKNY.shape[-1] + rel_w_BKNX.shape[-1]
-    # Gradients would go through it, too, but to the tables by additions in no fixed order.
+    # FlexAttention has gradients, too, but sums those of the tables in no fixed order.
     if suits_flex(q_BKND.device.type, q_BKND.dtype, q_BKND.shape[-1], places) and not q_BKND.requires_grad:
         out_BKND = attend_compiled(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
         if out_BKND is not None:
@@ -50,31 +57,37 @@ def attend(
     return attend_with_channels(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
 
 
-def _relative_scores(
-    q_BKND: Tensor, table_h_LD: Tensor, table_w_LD: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    """What a query adds to its score for the keys of each row (B, K, N, Y), and of each column (B, K, N, X)."""
-    columns = q_BKND.shape[2] // rows
-    q_BKYXD = q_BKND.unflatten(2, (rows, columns))
-    table_YYD = _by_distance(table_h_LD, rows).to(q_BKND.dtype)
-    table_XXD = _by_distance(table_w_LD, columns).to(q_BKND.dtype)
-    rel_h = torch.einsum("bkyxd,yzd->bkyxz", q_BKYXD, table_YYD)
-    rel_w = torch.einsum("bkyxd,xzd->bkyxz", q_BKYXD, table_XXD)
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+def suits_flex(device_type: str, dtype: torch.dtype, width: int, places: int) -> bool:
+    """Return True if FlexAttention is the way to attend: on CUDA in bfloat16, for whole grids.
 
+    The other way on CUDA (`attend_with_channels`) adds one channel for each row and column to a head's width: for a
+    whole grid at 1024 pixels 128, to ViT-B's 64 and ViT-H's 80; for a window only 28, while its 196 tokens would
+    fill no more than 59% of four of FlexAttention's blocks of 128 x 128. float32 keeps the other way: precompute
+    audits in float32, and an audit must not use the kernels that it audits.
 
-def _by_distance(table_LD: Tensor, side: int) -> Tensor:
-    """(side, side, D): the table's entry for each query coordinate and each key coordinate."""
-    places = torch.arange(side, device=table_LD.device)
-    return table_LD[places[:, None] - places[None, :] + side - 1]
+    Args:
+        device_type: `cpu` or `cuda`.
+        dtype: of the queries.
+        width: channels of one head.
+        places: rows plus columns of the grid or window.
+    """
+    return device_type == "cuda" and dtype == torch.bfloat16 and places > width
 
 
 def attend_with_bias(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor:
-    """The positions as a table that is added to the scores, made for a few heads at a time.
+    """Attend with the positions as a bias that is added to the scores, made for a few heads at a time.
 
-    In float32 on a CPU the other way costs up to three times the multiplications, and those are what takes time.
+    In float32 on a CPU `attend_with_channels` needs up to three times the multiplications, which dominate the time.
+
+    Args:
+        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides.
+        rel_h_BKNY, rel_w_BKNX: terms added to a query's scores for the keys of each row, and of each column; N is Y
+            times X.
+
+    Returns:
+        (B, K, N, D) in the queries' dtype.
     """
     batch, heads, tokens, _ = q_BKND.shape
     at_a_time = max(1, BIAS_SCORES // (batch * tokens**2))
@@ -93,67 +106,37 @@ def attend_with_bias(
 def attend_with_channels(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor:
-    """The positions as further channels: a key's one-hot row and column pick the query's terms for them.
+    """Attend with the positions as further channels: a key's one-hot row and column select the query's terms.
 
-    Nothing as large as the scores is ever made, so that the fastest kernels (which take no bias, or a slow way with
+    Nothing as large as the scores is ever made, so that the fastest kernels (which take no bias, or are slow with
     one) can be used. In bfloat16 on a CPU with AMX this was faster than a bias for windows and whole grids alike.
+
+    Args and returns: as `attend_with_bias`.
     """
     width = q_BKND.shape[-1]
     rows, columns = rel_h_BKNY.shape[-1], rel_w_BKNX.shape[-1]
-    # The call multiplies everything by 1 / sqrt(D): that is taken out of the terms, not out of the queries, which
-    # would be rounded once more.
+    # The call multiplies all scores by 1 / sqrt(D). The terms are multiplied by sqrt(D) to undo that; scaling the
+    # queries instead would round them once more.
     root = width**0.5
     queries = torch.cat((q_BKND, rel_h_BKNY * root, rel_w_BKNX * root), dim=-1)
-    hot_NG = _one_hot_places(rows, columns, k_BKND)
-    keys = torch.cat((k_BKND, hot_NG.expand(*k_BKND.shape[:2], -1, -1)), dim=-1)
-    # The fused kernels want all three equally wide.
+    places = _one_hot_places(rows, columns, k_BKND)
+    keys = torch.cat((k_BKND, places.expand(*k_BKND.shape[:2], -1, -1)), dim=-1)
+    # The fused kernels require all three to have the same width.
     values = F.pad(v_BKND, (0, rows + columns))
     return F.scaled_dot_product_attention(queries, keys, values, scale=1 / root)[..., :width]
-
-
-def _one_hot_places(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(N, G): each token's row and column."""
-    row_NY = torch.eye(rows, dtype=like.dtype, device=like.device).repeat_interleave(columns, dim=0)
-    column_NX = torch.eye(columns, dtype=like.dtype, device=like.device).repeat(rows, 1)
-    return torch.cat((row_NY, column_NX), dim=1)
-
-
-# --- Attention with decomposed relative positions through torch's FlexAttention.
-#
-# The positions are terms that a compiled kernel looks up as it makes each score: neither they nor the scores are ever
-# held as a table, and queries and keys keep their own width. Letters of shapes as in `relative_attention`.
-#
-
-logger = logging.getLogger(__name__)
-
-_refused: set[tuple[str, torch.dtype, int]] = set()
-"""Device type, dtype and head width of what this process could not compile."""
-
-
-def suits_flex(device_type: str, dtype: torch.dtype, width: int, places: int) -> bool:
-    """Whether to attend by FlexAttention: `places` rows and columns of a grid or window, heads of `width` channels.
-
-    On CUDA in bfloat16, for whole grids. What the other way there (`attend_with_channels`) adds to a head's width is
-    one channel for each row and column: for a whole grid at 1024 pixels 128, to ViT-B's 64 and ViT-H's 80; for a
-    window only 28, while its 196 tokens would fill no more than 59% of four of FlexAttention's blocks of 128 x 128.
-    float32 stays with the other way: precompute audits in it, and not by the kernels that it audits.
-    """
-    return device_type == "cuda" and dtype == torch.bfloat16 and places > width
 
 
 def attend_with_flex(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + relative positions) v: (B, K, N, D) in the queries' dtype.
+    """Attend with the positions as terms that a kernel looks up as it computes each score, by torch's FlexAttention.
 
-    Args:
-        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides.
-        rel_h_BKNY, rel_w_BKNX: what a query adds to its score for the keys of each row, and of each column; N is
-            Y times X.
+    Once compiled, neither the positions nor the scores are ever held as a table, and queries and keys keep their own
+    width. Uncompiled it holds all scores, which is acceptable in tests only.
 
-    To be compiled: as it is, it holds all scores, which is good for tests alone.
+    Args and returns: as `attend_with_bias`.
     """
-    # Here, since torch takes a second to import it.
+    # Imported here, since that takes a second.
     from torch.nn.attention.flex_attention import flex_attention
 
     columns = rel_w_BKNX.shape[-1]
@@ -164,30 +147,36 @@ def attend_with_flex(
         return score + down + across
 
     out = flex_attention(q_BKND, k_BKND, v_BKND, score_mod=with_positions)
-    assert isinstance(out, Tensor)  # not one of a pair: no log-sum-exp was asked for
+    assert isinstance(out, Tensor)  # not a pair, since no log-sum-exp was requested
     return out
 
 
 def attend_compiled(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor | None:
-    """`attend_with_flex`, compiled at its first use; None where that fails, for good and with one warning: there may
-    be no C compiler or Triton, or a torch whose FlexAttention takes no heads of this width."""
+    """Attend by `attend_with_flex`, compiled at its first use.
+
+    Args: as `attend_with_bias`.
+
+    Returns:
+        (B, K, N, D) in the queries' dtype; None if compiling failed, now or before, which is logged once: there may
+        be no C compiler or Triton, or torch's FlexAttention may not support heads of this width.
+    """
     if torch.compiler.is_compiling():
-        # The whole encoder is being compiled, and this with it.
+        # The whole encoder is being compiled, including this call.
         return attend_with_flex(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
     kind = (q_BKND.device.type, q_BKND.dtype, q_BKND.shape[-1])
-    if kind in _refused:
+    if kind in _not_compilable:
         return None
     try:
         return _compiled()(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - compilers raise anything, and there is another way to attend
-        _refused.add(kind)
+    except Exception as error:  # noqa: BLE001 - compilers raise anything, and there are other ways to attend
+        _not_compilable.add(kind)
         fact = next(iter(str(error).strip().splitlines()), "")
         logger.warning(
-            "FlexAttention can't be compiled for %s heads of %d channels on %s (%s: %s); going on without it",
+            "FlexAttention can't be compiled for %s heads of %d channels on %s (%s: %s); continuing without it",
             str(q_BKND.dtype).removeprefix("torch."),
             q_BKND.shape[-1],
             q_BKND.device.type,
@@ -199,5 +188,31 @@ def attend_compiled(
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    # Whole or not at all: part of a graph, or one past torch's limit of variants, would run as it is.
+    # fullgraph: otherwise part of the graph, or a variant past torch's limit, would run uncompiled.
     return torch.compile(attend_with_flex, fullgraph=True, dynamic=False)
+
+
+def _relative_scores(
+    q_BKND: Tensor, table_h_LD: Tensor, table_w_LD: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """Return the terms added to a query's scores for the keys of each row (B, K, N, Y) and column (B, K, N, X)."""
+    columns = q_BKND.shape[2] // rows
+    q_BKYXD = q_BKND.unflatten(2, (rows, columns))
+    table_YYD = _by_distance(table_h_LD, rows).to(q_BKND.dtype)
+    table_XXD = _by_distance(table_w_LD, columns).to(q_BKND.dtype)
+    rel_h = torch.einsum("bkyxd,yzd->bkyxz", q_BKYXD, table_YYD)
+    rel_w = torch.einsum("bkyxd,xzd->bkyxz", q_BKYXD, table_XXD)
+    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+
+
+def _by_distance(table_LD: Tensor, side: int) -> Tensor:
+    """Return the table's entry for each query coordinate and each key coordinate: (side, side, D)."""
+    places = torch.arange(side, device=table_LD.device)
+    return table_LD[places[:, None] - places[None, :] + side - 1]
+
+
+def _one_hot_places(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return each token's row and column, one-hot: (N, Y + X)."""
+    row_NY = torch.eye(rows, dtype=like.dtype, device=like.device).repeat_interleave(columns, dim=0)
+    column_NX = torch.eye(columns, dtype=like.dtype, device=like.device).repeat(rows, 1)
+    return torch.cat((row_NY, column_NX), dim=1)

@@ -1,4 +1,4 @@
-"""Prompts of several images at once through SAM's head, with gradients; the mask decoder's own class takes one image.
+"""Prompts of several images at once through SAM's head, with gradients; the mask decoder's class takes one image.
 
 Shape suffixes: P prompts, N points of one prompt or tokens of a sequence, T mask tokens of a prompt (SAM's single
 mask, then its three), C channels, H and W rows and columns of the embedding, h and w those of low-resolution masks
@@ -78,8 +78,8 @@ def decode_prompts(head: SamHead, emb_PCHW: Tensor, prompts: Prompts) -> tuple[T
         prompts: in pixels of the encoder's square, on the same device.
 
     Returns:
-        logits_PThw: float32 (P, 4, 4g, 4g) over the encoder's square. Token 0 is SAM's single mask, tokens 1 to 3 are
-            those of `multimask_output`.
+        logits_PThw: float32 (P, 4, 4g, 4g) over the encoder's square. Token 0 is SAM's single mask, tokens 1 to 3
+            are those of `multimask_output`.
         iou_PT: float32 (P, 4), the predicted IoU of each mask.
 
     Source: segment_anything/modeling/mask_decoder.py (`predict_masks`), where one image's embedding is repeated.

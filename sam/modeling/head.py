@@ -1,4 +1,4 @@
-"""SAM's head: the prompt encoder and the mask decoder, the same in every SAM and in MobileSAM."""
+"""SAM's head, the prompt encoder and mask decoder, which is the same in every SAM and in MobileSAM."""
 
 from __future__ import annotations
 
@@ -11,37 +11,46 @@ from torch import Tensor, nn
 
 from ...common.errors import CheckpointError
 from ..preprocess import PIXEL_MEAN, PIXEL_STD
-from .head_shapes import WIDTH
+from .neck import EMBEDDING_CHANNELS
 
 
 class SamHead(nn.Module):
-    """``prompt_encoder`` and ``mask_decoder`` under the names that SAM's checkpoints give them."""
+    """Prompt encoder and mask decoder, under the names that SAM's checkpoints give them.
+
+    Args:
+        image_size: side in pixels of the encoder's square, which prompts' coordinates refer to; a multiple of 16.
+    """
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
         grid = image_size // 16
         self.image_size = image_size
         self.prompt_encoder = PromptEncoder(
-            embed_dim=WIDTH,
+            embed_dim=EMBEDDING_CHANNELS,
             image_embedding_size=(grid, grid),
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         )
         self.mask_decoder = MaskDecoder(
             num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=2048, num_heads=8),
-            transformer_dim=WIDTH,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=EMBEDDING_CHANNELS, mlp_dim=2048, num_heads=8
+            ),
+            transformer_dim=EMBEDDING_CHANNELS,
             iou_head_depth=3,
             iou_head_hidden_dim=256,
         )
 
 
 def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
-    """The head in evaluation mode, its parameters frozen, holding ``state``'s own tensors.
+    """Build a head that holds the tensors of a state, without a copy.
 
     Args:
-        state: ``prompt_encoder.*`` and ``mask_decoder.*``, as ``load_head`` and a store's head file have them.
-        image_size: the side in pixels of the padded square that prompts' coordinates refer to.
+        state: `prompt_encoder.*` and `mask_decoder.*`, as `load_head` and a store's head file have them.
+        image_size: side in pixels of the encoder's square, which prompts' coordinates refer to; a multiple of 16.
+
+    Returns:
+        The head in evaluation mode, its parameters frozen.
 
     Raises:
         CheckpointError: a key is missing, unknown, or of another shape.
@@ -56,21 +65,21 @@ def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
     return head.requires_grad_(False).eval()
 
 
-# --- SAM put together: an image encoder and the head behind it, as `segment_anything`'s own class.
-
-
 def assemble(image_encoder: nn.Module, head: SamHead) -> Sam:
-    """A `Sam` of these very modules, which `SamPredictor` and `SamAutomaticMaskGenerator` take as they take any.
+    """Combine an image encoder and a head into segment_anything's `Sam`, without copying them.
+
+    `SamPredictor` and `SamAutomaticMaskGenerator` take it like any other.
 
     Args:
-        image_encoder: normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16), S being `head.image_size`.
-            Its attribute `img_size`, which those classes ask for, is set.
-        head: SAM's prompt encoder and mask decoder, on the encoder's device or to be moved with the whole.
+        image_encoder: float32 normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16), S being
+            `head.image_size`. Its attribute `img_size`, which those classes read, is set.
+        head: on the encoder's device, unless the whole model is moved afterwards.
 
     Returns:
-        The model in evaluation mode; its parameters take no gradient.
+        The model in evaluation mode, its parameters frozen. It takes prompts in pixels of the encoder's square (x to
+        the right, y down) and returns logits of masks, as documented in segment_anything/modeling/sam.py.
     """
-    asked: Any = image_encoder
-    asked.img_size = head.image_size
+    encoder: Any = image_encoder
+    encoder.img_size = head.image_size
     sam = Sam(image_encoder, head.prompt_encoder, head.mask_decoder, list(PIXEL_MEAN), list(PIXEL_STD))
     return sam.requires_grad_(False).eval()

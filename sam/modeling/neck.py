@@ -1,4 +1,7 @@
-"""SAM's neck: what every encoder of its ends with, from its own channels to the embedding's 256."""
+"""SAM's neck, the last part of every SAM encoder: from the encoder's own channels to the embedding's 256.
+
+Shape suffixes: B images, C channels, H and W rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EMBEDDING_CHANNELS = 256
+"""Channels of SAM's embeddings, and width of its head."""
 
 
 class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of an NCHW map (epsilon 1e-6, as SAM's neck has it)."""
+    """Layer norm over the channels of a (B, C, H, W) map, with epsilon 1e-6, as SAM's neck has it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -18,21 +22,22 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalise: (B, C, H, W) to the same shape, with the strides of channels last."""
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         x_BHWC = F.layer_norm(x_BHWC, self.weight.shape, self.weight, self.bias, eps=1e-6)
         return x_BHWC.permute(0, 3, 1, 2)
 
 
 def neck_projection(width: int) -> nn.Conv2d:
-    """The first layer of the neck: `width` channels to the embedding's 256."""
+    """Build the first layer of the neck: `width` channels to the embedding's 256."""
     return nn.Conv2d(width, EMBEDDING_CHANNELS, 1, bias=False)
 
 
 def neck_convolution() -> nn.Conv2d:
-    """The layer between the neck's two norms."""
+    """Build the layer between the neck's two norms."""
     return nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS, 3, padding=1, bias=False)
 
 
 def neck_rest() -> list[nn.Module]:
-    """The layers of the neck after its projection."""
+    """Build the layers of the neck after its projection."""
     return [LayerNorm2d(EMBEDDING_CHANNELS), neck_convolution(), LayerNorm2d(EMBEDDING_CHANNELS)]

@@ -212,7 +212,8 @@ class Attention(nn.Module):
 
 
 def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Where whole windows begin, their size and how many there are; then the same of what is left, if anything is."""
+    """Where whole windows begin, their size and how many there are; then the same of what is left, if anything
+    is."""
     whole, rest = divmod(length, window)
     bands = [(0, window, whole)] if whole else []
     return [*bands, (whole * window, rest, 1)] if rest else bands

@@ -205,8 +205,8 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size, and
-    a residual."""
+    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size,
+    and a residual."""
 
     def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
         super().__init__()

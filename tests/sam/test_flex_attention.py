@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 @pytest.fixture(autouse=True)
 def _nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a process does."""
-    monkeypatch.setattr(flex_attention, "_refused", set())
+    monkeypatch.setattr(flex_attention, "_not_compilable", set())
     flex_attention._compiled.cache_clear()
     torch.compiler.reset()
 
@@ -155,7 +155,7 @@ def test_where_it_cant_be_compiled_attention_goes_another_way_with_one_warning(
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
     assert [record.getMessage() for record in caplog.records] == [
         "FlexAttention can't be compiled for float64 heads of 30 channels on cpu (RuntimeError: no C compiler); "
-        "going on without it"
+        "continuing without it"
     ]
 
 
@@ -191,7 +191,7 @@ def test_bfloat16_on_cuda_has_a_cosine_of_0_9999_to_upstreams_float32_on_photos(
         x = image_pixels(load_image((PHOTOS / name).read_bytes(), 1024), 1024, torch.device("cuda"))
         assert float(torch.cosine_similarity(ours(x), theirs(x), dim=1).mean()) >= 0.9999
     assert compiled or flex_attention._compiled.cache_info().currsize == 1
-    assert flex_attention._refused == set()
+    assert flex_attention._not_compilable == set()
 
 
 @pytest.mark.cuda

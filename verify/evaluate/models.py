@@ -18,7 +18,7 @@ from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
 from ...sam.checkpoint import identify_teacher, read_state
 from ...sam.download import Progress
-from ...sam.modeling.head_shapes import WIDTH
+from ...sam.modeling.neck import EMBEDDING_CHANNELS
 from ...sam.modeling.vit import ViTConfig
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
 from ...sam.torch_file import in_torch_format
@@ -195,7 +195,7 @@ def _upstream_vit(config: ViTConfig, image_size: int) -> ImageEncoderViT:
         embed_dim=config.width,
         depth=config.depth,
         num_heads=config.heads,
-        out_chans=WIDTH,
+        out_chans=EMBEDDING_CHANNELS,
         qkv_bias=True,
         use_rel_pos=True,
         window_size=14,
