@@ -30,3 +30,12 @@ def full_store(new_store: Callable[..., EmbeddingStore]) -> EmbeddingStore:
     store = new_store()
     compute(store, embeddings())
     return store
+
+
+@pytest.fixture
+def store(new_store: Callable[..., EmbeddingStore]) -> EmbeddingStore:
+    """An int8 store (two arrays), row 4 failed, closed."""
+    store = new_store(dtype="int8")
+    compute(store, embeddings(), failed=[4])
+    store.close()
+    return store

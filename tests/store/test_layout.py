@@ -1,13 +1,22 @@
+"""Arithmetic of shards, slots and bytes; places of stores."""
+
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mobilesam.store import array_layouts, rows_of, shard_count
+from mobilesam.store import (
+    EmbeddingStore,
+    StoreError,
+    array_layouts,
+    rows_of,
+    shard_count,
+)
 from mobilesam.store.layout import ALIGNMENT, EMPTY, crc32c, shard_of
 
 
@@ -68,3 +77,9 @@ def test_int8_has_scales_beside_it(dtype: str, names: list[str]) -> None:
     layouts = array_layouts(dtype, 1024, 64)
     assert [layout.name for layout in layouts] == names
     assert math.prod(layouts[-1].item_shape) in (256, 256 * 64 * 64)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/store.zarr", Path("gs://bucket/store.zarr")])
+def test_urls_are_refused_clearly(url: str | Path) -> None:
+    with pytest.raises(StoreError, match="not supported yet"):
+        EmbeddingStore.open(url)

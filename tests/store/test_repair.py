@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zarr
 from small_store import HEAD, compute, embeddings, images
+from store_damage import flip_byte, run_sql, shard_file
 
 from mobilesam.store import Audit, EmbeddingStore, Selection, StoreDamaged, StoreError, StoreLocked
 from mobilesam.store.inspection import inspect_store, inspection_lines
@@ -31,23 +32,6 @@ def store(new_store: NewStore) -> EmbeddingStore:
     return store
 
 
-def _file(store: EmbeddingStore, shard: int, array: int = 0) -> Path:
-    layout = store.spec.layouts[array]
-    return store.path / layout.name / layout.file_name(shard)
-
-
-def _flip(path: Path, byte: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1
-    path.write_bytes(data)
-
-
-def _sql(store: EmbeddingStore, statement: str) -> None:
-    with sqlite3.connect(store.path / MANIFEST) as connection:
-        connection.execute(statement)
-    connection.close()
-
-
 def _state(store: EmbeddingStore) -> dict[str, tuple[int, int, bytes]]:
     """Inode, time of the last change and bytes of every shard file."""
     return {
@@ -58,9 +42,9 @@ def _state(store: EmbeddingStore) -> dict[str, tuple[int, int, bytes]]:
 
 def _damage(store: EmbeddingStore) -> None:
     """Shard 1 flipped, the scales of shard 2 lost, the listing of shard 3 changed, and some leftovers."""
-    _flip(_file(store, 1), 5)
-    _file(store, 2, 1).unlink()
-    _sql(store, "UPDATE results SET width = 1 WHERE row = 10")
+    flip_byte(shard_file(store, 1), 5)
+    shard_file(store, 2, 1).unlink()
+    run_sql(store, "UPDATE results SET width = 1 WHERE row = 10")
     (store.path / "embeddings" / "c.4.0.0.0.dead.partial").write_bytes(b"x")
     (store.path / "embeddings" / "c.9.0.0.0").write_bytes(b"x")
 
@@ -217,7 +201,7 @@ def test_a_lost_arrays_folder_comes_back(store: EmbeddingStore) -> None:
 def test_the_manifests_own_copies_are_restored_from_the_documents(
     store: EmbeddingStore, statement: str
 ) -> None:
-    _sql(store, statement)
+    run_sql(store, statement)
     (problem,) = inspect_store(store.path)["problems"]
     assert (problem["kind"], problem["file"]) == ("metadata", str(store.path / MANIFEST))
     assert inspect_store(store.path, repair=True)["problems"] == []
@@ -265,7 +249,7 @@ def test_a_flipped_bit_in_a_documents_name_leaves_no_file_of_that_name(
 def test_documents_under_other_names_are_replaced_by_the_stores_own(
     store: EmbeddingStore, statement: str
 ) -> None:
-    _sql(store, statement)
+    run_sql(store, statement)
     (problem,) = inspect_store(store.path)["problems"]
     assert (problem["kind"], problem["file"]) == ("metadata", str(store.path / MANIFEST))
     assert inspect_store(store.path, repair=True)["problems"] == []
@@ -274,7 +258,7 @@ def test_documents_under_other_names_are_replaced_by_the_stores_own(
 
 
 def test_a_damaged_copy_of_a_document_is_never_written_over_a_whole_one(store: EmbeddingStore) -> None:
-    _sql(store, "UPDATE documents SET content = x'7b7d' WHERE name = 'embeddings/zarr.json'")
+    run_sql(store, "UPDATE documents SET content = x'7b7d' WHERE name = 'embeddings/zarr.json'")
     document = store.path / "embeddings" / "zarr.json"
     whole = document.read_bytes()
     with pytest.raises(StoreDamaged, match="--repair"):
@@ -283,7 +267,7 @@ def test_a_damaged_copy_of_a_document_is_never_written_over_a_whole_one(store: E
 
 
 def test_a_damaged_head_is_left_to_precompute_and_told(store: EmbeddingStore) -> None:
-    _flip(store.path / HEAD_FILE, 9)
+    flip_byte(store.path / HEAD_FILE, 9)
     result = inspect_store(store.path, repair=True)
     assert [problem["kind"] for problem in result["problems"]] == ["head"]
     assert result["command"].startswith("mobilesam precompute")
@@ -298,12 +282,12 @@ def test_an_audit_out_of_tolerance_stays_until_its_shard_is_withdrawn(store: Emb
     result = inspect_store(store.path, repair=True)
     assert [problem["kind"] for problem in result["problems"]] == ["audit"]
     assert result["repaired"]["withdrawn"] == []
-    _flip(_file(store, 1), 0)
+    flip_byte(shard_file(store, 1), 0)
     assert inspect_store(store.path, repair=True)["problems"] == []
 
 
 def test_results_without_a_shard_are_taken_out(store: EmbeddingStore) -> None:
-    _sql(store, "DELETE FROM shards WHERE shard = 2")
+    run_sql(store, "DELETE FROM shards WHERE shard = 2")
     assert {problem["shard"] for problem in inspect_store(store.path, check=True)["problems"]} == {2}
     result = inspect_store(store.path, repair=True)
     assert result["repaired"]["withdrawn"] == [2]
@@ -312,7 +296,7 @@ def test_results_without_a_shard_are_taken_out(store: EmbeddingStore) -> None:
 
 
 def test_a_listed_shard_that_no_row_belongs_to_is_taken_out(store: EmbeddingStore) -> None:
-    _sql(store, "UPDATE shards SET shard = 77 WHERE shard = 2")
+    run_sql(store, "UPDATE shards SET shard = 77 WHERE shard = 2")
     inspect_store(store.path, repair=True)
     with EmbeddingStore.open(store.path) as reader:
         assert list(reader.manifest.committed_shards()) == [0, 1, 3, 4]

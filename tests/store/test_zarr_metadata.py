@@ -1,19 +1,28 @@
-"""The same files, read by readers that we didn't write."""
+"""The zarr.json files: what they say, damage to them, and the same store read by readers that we did not write."""
 
 from __future__ import annotations
 
+import errno
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorstore
 import xarray
 import zarr
-from small_store import compute, embeddings
+from small_store import EVERYTHING, compute, embeddings, images
 
-from mobilesam.store import DTYPES, EmbeddingStore
+from mobilesam.store import (
+    DTYPES,
+    EmbeddingStore,
+    StoreDamaged,
+    StoreError,
+    StoreNotFound,
+    exists,
+)
 from mobilesam.store.layout import ALIGNMENT
 
 FAILED = 4
@@ -109,9 +118,73 @@ def test_the_documents_say_what_the_format_promises(store: EmbeddingStore) -> No
 def test_an_extended_store_shows_its_new_length_to_every_reader(
     new_store: Callable[..., EmbeddingStore],
 ) -> None:
-    from small_store import EVERYTHING, images
 
     store = new_store()
     store.extend(images(11)[8:], EVERYTHING)
     assert zarr.open_group(store.path, mode="r")["embeddings"].shape[0] == 11
     assert xarray.open_zarr(store.path).sizes["row"] == 11
+
+
+@pytest.mark.parametrize("make", ["nothing", "folder", "file"])
+def test_no_store_is_told_with_the_mend(tmp_path: Path, make: str) -> None:
+    place = tmp_path / "store.zarr"
+    if make == "folder":
+        place.mkdir()
+    if make == "file":
+        place.write_text("x")
+    assert not exists(place)
+    with pytest.raises(StoreNotFound, match="store"):
+        EmbeddingStore.open(place)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"attributes": {"mobilesam": 1}}'])
+def test_a_damaged_group_document_is_told(full_store: EmbeddingStore, content: bytes) -> None:
+    (full_store.path / "zarr.json").write_bytes(content)
+    with pytest.raises((StoreDamaged, StoreNotFound), match="zarr"):
+        EmbeddingStore.open(full_store.path)
+
+
+@pytest.mark.parametrize("content", [None, b"{}", b'{"attributes": {"other": 1}}'])
+def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
+    full_store: EmbeddingStore, content: bytes | None
+) -> None:
+    document = full_store.path / "zarr.json"
+    document.unlink() if content is None else document.write_bytes(content)
+    with pytest.raises(
+        StoreDamaged, match=r"with a manifest, .*: put it back with mobilesam inspect STORE --repair"
+    ):
+        EmbeddingStore.open(full_store.path)
+    with pytest.raises(StoreDamaged):
+        exists(full_store.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_root", "/other"),
+        ("precision", "bfloat16"),
+        ("teacher", "vit_h"),
+        ("shard_size", 4),
+        ("shard_size", "3"),
+    ],
+)
+def test_a_changed_attribute_is_told(full_store: EmbeddingStore, name: str, value: object) -> None:
+    path = full_store.path / "zarr.json"
+    document = json.loads(path.read_bytes())
+    assert document["attributes"]["mobilesam"][name] != value
+    document["attributes"]["mobilesam"][name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(StoreDamaged, match=r"attributes .*zarr\.json"):
+        EmbeddingStore.open(full_store.path)
+
+
+def test_a_document_that_cant_be_read_is_not_taken_for_absence(
+    full_store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(StoreError, match="Permission denied; check its permissions") as caught:
+        exists(full_store.path)
+    assert not isinstance(caught.value, StoreNotFound)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import zarr
 from small_store import compute, embeddings, images, picture
+from store_damage import found_problems
 
 from mobilesam.store import EmbeddingStore, Selection, StoreDamaged, StoreError, StoreMismatch
 from mobilesam.store.images import FOLDER
@@ -32,10 +33,6 @@ def store(new_store: NewStore) -> EmbeddingStore:
 
 def _tar(store: EmbeddingStore, shard: int) -> Path:
     return store.path / FOLDER / f"{shard}.tar"
-
-
-def _found(store: EmbeddingStore) -> list[tuple[str, int | None, int | None]]:
-    return [(p["kind"], p["shard"], p["row"]) for p in inspect_store(store.path, check=True)["problems"]]
 
 
 def test_every_image_comes_back_as_it_was_kept(store: EmbeddingStore) -> None:
@@ -89,7 +86,7 @@ def test_every_flipped_bit_is_found(store: EmbeddingStore, place: int, kind: str
     data[place] ^= 4
     path.write_bytes(data)
     store.close()
-    assert _found(store) == [(kind, 1, row)]
+    assert found_problems(store) == [(kind, 1, row)]
 
 
 def test_a_flipped_bit_of_an_image_is_never_read_as_data(store: EmbeddingStore) -> None:
@@ -108,13 +105,13 @@ def test_missing_cut_and_swapped_tars_are_found_and_mended(store: EmbeddingStore
     with pytest.raises(StoreError, match=r"0\.tar"):
         store.read_image(0)
     store.close()
-    assert _found(store) == [("missing", 0, None), ("short", 1, None)]
+    assert found_problems(store) == [("missing", 0, None), ("short", 1, None)]
     whole = _tar(store, 2)
     before = whole.stat().st_ino, whole.read_bytes()
     assert inspect_store(store.path, repair=True)["repaired"]["withdrawn"] == [0, 1]
     with EmbeddingStore.open(store.path, writable=True) as again:
         compute(again, embeddings(), failed=[FAILED])
-    assert _found(store) == []
+    assert found_problems(store) == []
     assert (whole.stat().st_ino, whole.read_bytes()) == before
 
 
@@ -126,7 +123,7 @@ def test_a_tar_shorter_than_its_end_is_told_though_its_listing_is_damaged_too(
     with closing(sqlite3.connect(store.path / MANIFEST)) as connection, connection:
         connection.execute("UPDATE results SET crc32c = coalesce(crc32c, 0) + 1 WHERE row < 3")
     os.truncate(_tar(store, 0), size)
-    found = _found(store)
+    found = found_problems(store)
     assert ("short", 0, None) in found
     assert {(kind, shard) for kind, shard, _ in found} == {("listing", 0), ("short", 0)}
 
@@ -154,7 +151,7 @@ def test_what_a_killed_attempt_left_is_removed(store: EmbeddingStore) -> None:
         path.write_bytes(b"x")
     store.close()
     assert not leftover.exists(), "the writer takes its own away when it closes"
-    assert _found(store) == [("orphan", 9, None)]
+    assert found_problems(store) == [("orphan", 9, None)]
     inspect_store(store.path, repair=True)
     assert (unlisted.exists(), other.exists()) == (False, True)
 

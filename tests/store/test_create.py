@@ -7,8 +7,17 @@ from pathlib import Path
 import pytest
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
-from mobilesam.store import EmbeddingStore, StoreError, refuse_taken
+from mobilesam.store import (
+    EmbeddingStore,
+    StoreError,
+    refuse_taken,
+)
 from mobilesam.store.create import draft_of
+from mobilesam.store.layout import PRIVATE
+
+
+def _create(path: Path) -> EmbeddingStore:
+    return EmbeddingStore.create(path, make_spec(), images(), EVERYTHING, HEAD)
 
 
 def _create(path: Path) -> EmbeddingStore:
@@ -73,3 +82,37 @@ def test_a_draft_killed_before_all_its_folders_were_made_is_removed(tmp_path: Pa
     (tmp_path / "store.zarr.deadbeef.partial" / made).mkdir(parents=True)
     _create(tmp_path / "store.zarr").close()
     assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+
+
+def test_an_abandoned_draft_is_removed_and_a_live_one_is_kept(tmp_path: Path) -> None:
+    abandoned = tmp_path / "store.zarr.deadbeef.partial"
+    (abandoned / PRIVATE).mkdir(parents=True)
+    live = _create(tmp_path / "store.zarr.00000000.partial")
+    with _create(tmp_path / "store.zarr"):
+        assert not abandoned.exists()
+        assert live.path.exists()
+    live.close()
+
+
+def test_create_leaves_no_draft_behind(tmp_path: Path) -> None:
+    _create(tmp_path / "store.zarr").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_in_the_way_is_neither_overwritten_nor_mixed_with(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "store.zarr"
+    if kind == "folder":
+        place.mkdir()
+        (place / "precious").write_text("data")
+    else:
+        place.write_text("data")
+    with pytest.raises(StoreError, match="exists and is no mobilesam store"):
+        _create(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+
+
+def test_an_empty_folder_becomes_the_store(tmp_path: Path) -> None:
+    (tmp_path / "store.zarr").mkdir()
+    with _create(tmp_path / "store.zarr") as store:
+        assert store.manifest.counts().pending == 8
