@@ -2,6 +2,8 @@
 
 Every process takes its share of a step's micro-batches and gradients are summed, so that N processes compute what one
 process computes that accumulates the same micro-batches. Rank 0 alone reads checkpoints, writes and reports.
+
+Shape suffixes: C channels, H, W rows and columns of the embedding (g each).
 """
 
 from __future__ import annotations

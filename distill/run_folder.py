@@ -1,4 +1,4 @@
-"""A run's folder: its files and how to read them, and how it is made, resumed, locked and pointed to by runs/latest.
+"""Folder of a run: its files and how to read them; how it is made, resumed, locked and pointed to by runs/latest.
 
 config.json (run_description.py), split.json, metrics.jsonl and TensorBoard's events (train_log.py), last.pt and
 previous.pt (checkpoint.py), student.safetensors, sam_head.safetensors, mean_embedding.safetensors, run.lock.
@@ -52,7 +52,7 @@ EVENTS = "events.out.tfevents.*"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run that `distill` has begun. Files that are written during training are read when they are asked for.
+    """Run that `distill` has begun. Files that are written during training are read when they are asked for.
 
     Everything that is read from the folder is checked against a checksum and against the run it belongs to.
     """
@@ -272,7 +272,7 @@ def open_or_create_run(
         description: content of config.json if the run is new; its `split_sha256` is that of `split`.
         split: rows for training and for validation.
         head: SAM's head as safetensors, None where the store has none.
-        restart: set the run that is there aside, under another name in the same folder, and begin a new one.
+        restart: rename the run that is there to NAME.old-N, beside the folder, and begin a new one.
 
     Raises:
         RunLocked: another process trains in the folder.
@@ -297,6 +297,7 @@ def open_or_create_run(
 
 
 def _refuse_other_content(folder: Path) -> None:
+    """Refuse a file, and a folder that holds something else than a run."""
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / CONFIG_FILE).exists():
@@ -308,6 +309,7 @@ def _refuse_other_content(folder: Path) -> None:
 
 
 def _set_aside(folder: Path) -> None:
+    """Rename the folder to the first free name NAME.old-N."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1

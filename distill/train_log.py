@@ -74,6 +74,7 @@ class Recorder:
         return os.fstat(self._file.fileno()).st_size
 
     def _points(self, prefix: str, values: dict[str, Any], step: int) -> None:
+        """Add the numbers of a tree of dictionaries to curves named by its keys."""
         for name, value in values.items():
             if isinstance(value, dict):
                 self._points(f"{prefix}/{name}", value, step)
