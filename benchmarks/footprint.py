@@ -1,9 +1,9 @@
-"""Does memory grow with the data set? The peaks of precompute and distill over many rows, against those over few.
+"""Peak memory of precompute and distill over many rows against few: it should not grow with the data set.
 
     python -m benchmarks.footprint
 
-runs each in processes of its own, over pictures of 64 pixels; of precompute, coordinator and worker count together.
-The shard, the batch and everything else are the same on both sides. (`benchmarks.scale` draws the curves between.)
+runs each in processes of its own, over pictures of 64 pixels; for precompute, coordinator and workers are added up.
+Shard, batch and everything else are the same on both sides. (`benchmarks.scale` measures the curves in between.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGET = 1.05
 
 
 class _Peaks(SilentObserver):
-    """Adds up the peaks of coordinator and workers whenever precompute tells how far it is."""
+    """Sum of the peaks of coordinator and workers, updated whenever precompute reports progress."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -47,7 +47,7 @@ class _Peaks(SilentObserver):
 
 
 def embed(folder: Path, rows: int) -> int:
-    """Precompute so many of the pictures; bytes at most."""
+    """Precompute the first `rows` pictures; return the peak in bytes."""
     peaks = _Peaks()
     config = PrecomputeConfig(
         images=(folder / "pictures",),
@@ -66,7 +66,7 @@ def embed(folder: Path, rows: int) -> int:
 
 
 def train(folder: Path, rows: int) -> int:
-    """Fit TinyViT to them for an epoch; bytes at most."""
+    """Train TinyViT on them for an epoch; return the peak in bytes."""
     distill(
         DistillConfig(
             store=_store(folder, rows),

@@ -1,11 +1,11 @@
-"""The loader alone: how many images a second it feeds a trainer with, by threads, and what that costs a core.
+"""Speed of distill's loader alone, in images a second by number of threads, and its cost on one core.
 
     python -m benchmarks.loader
 
-loads made photos of 1500 x 2250 pixels with made embeddings, at 1024 pixels, through distill's loader into nobody's
-hands; and, by turns with it, through a bare pool of as many threads that decodes and reads the same rows in the same
-order without assembling batches: what the loader adds to its parts shows in the ratio. All is in the system's cache,
-and memory that arrays leave is kept by the process, as distill does on a CPU.
+loads generated photos of 1500 x 2250 pixels with random embeddings, at 1024 pixels, through distill's loader, whose
+batches are dropped; and, in turn with it, through a bare pool of as many threads that decodes and reads the same rows
+in the same order without assembling batches. The ratio shows what the loader adds to its parts. All files are in the
+system's cache, and the process keeps freed memory, as distill does on a CPU.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from mobilesam.store import EmbeddingStore
 
 TARGET = 0.95
 STEP_RATES = (200, 850)
-"""Images a second of a student's step on an H100 that are plausible (computed, FACTS.md)."""
+"""Plausible images a second of a student's step on an H100 (computed, FACTS.md)."""
 
 STORES: Mapping[str, Mapping[str, Any]] = {
     "float16": {"dtype": "float16"},
     "int8": {"dtype": "int8"},
     "int8, kept images": {"dtype": "int8", "keep_images": True},
 }
-"""The stores that are measured, by name, and what `make_photo_store` is told to make them."""
+"""Name of each measured store -> arguments of `make_photo_store`."""
 
 
 class Side:
-    """One store and its rows, loaded by distill's loader or bare."""
+    """Store whose rows are loaded by distill's loader, or by a bare pool."""
 
     def __init__(self, store: EmbeddingStore, photos: Path, batch: int) -> None:
         self.store, self.batch = store, batch
@@ -57,12 +57,12 @@ class Side:
         self._own = local()
 
     def load(self, loader: Loader) -> None:
-        """All rows through the loader, whose batches nobody wants."""
+        """Load all rows by the loader, and drop its batches."""
         for _ in loader.batches(split_batches(self.rows, self.batch)):
             pass
 
     def load_bare(self, pool: ThreadPoolExecutor) -> None:
-        """All rows through a pool's threads, each of which keeps one place for an embedding."""
+        """Load all rows by a pool's threads, each with one buffer for an embedding."""
         list(pool.map(self._load_row, self.rows))
 
     def _load_row(self, row: int) -> None:
@@ -70,7 +70,7 @@ class Side:
         self.read(row)
 
     def decode(self, row: int) -> DecodedImage:
-        """The row's image from its file, or the one that the store keeps, decoded and resized."""
+        """Return the row's image, from its file or kept in the store, decoded and resized."""
         if self.photos is None:
             data = self.store.read_image(row)
         else:
@@ -78,21 +78,31 @@ class Side:
         return load_image(data, self.image_size)
 
     def read(self, row: int) -> None:
-        """The row's embedding from the store, verified, into the thread's own place."""
+        """Read the row's embedding from the store, verified, into the thread's buffer."""
         if not hasattr(self._own, "place"):
             self._own.place = self.store.reader.empty_batch(1)
         self.store.read([row], self._own.place)
 
 
 @click.command()
-@click.option("--photos", default=48, show_default=True, help="How many are made.")
-@click.option("--rounds", default=3, show_default=True, help="Passes, of which the median is taken.")
-@click.option("--batch", default=8, show_default=True, help="Images of a batch.")
+@click.option("--photos", default=48, show_default=True, help="Photos to generate.")
+@click.option("--rounds", default=3, show_default=True, help="Passes; the median counts.")
+@click.option("--batch", default=8, show_default=True, help="Images in a batch.")
 @click.option(
-    "--threads", multiple=True, type=int, help="May be repeated; else 1, 2, 4, ... up to all cores."
+    "--threads",
+    multiple=True,
+    type=int,
+    help="Threads; may be repeated  [default: 1, 2, 4, ... up to all cores]",
 )
-@click.option("--height", default=1500, show_default=True, help="Of the photos in pixels; three halves wide.")
-@click.option("--image-size", default=1024, show_default=True, help="That they are resized to.")
+@click.option(
+    "--height",
+    default=1500,
+    show_default=True,
+    help="Height of the photos in pixels; they are 1.5 times as wide.",
+)
+@click.option(
+    "--image-size", default=1024, show_default=True, help="Longer side in pixels that they are resized to."
+)
 @click.option("--json", "as_json", is_flag=True)
 def main(
     photos: int,
@@ -120,13 +130,13 @@ def main(
 
 
 def _thread_counts() -> list[int]:
-    """1, 2, 4, ... and all cores."""
+    """Return 1, 2, 4, ... and the number of cores."""
     cores = len(os.sched_getaffinity(0))
     return sorted({cores, *(2**power for power in range(cores.bit_length()) if 2**power <= cores)})
 
 
 def _overhead(name: str, side: Side, threads: int, rounds: int) -> Figure:
-    """The loader against the bare pool, with as many threads."""
+    """Compare the loader with a bare pool of as many threads."""
     with (
         Loader(side.store, side.records, side.photos, workers=threads) as loader,
         ThreadPoolExecutor(threads) as pool,
@@ -144,7 +154,7 @@ def _overhead(name: str, side: Side, threads: int, rounds: int) -> Figure:
 
 
 def _parts(name: str, side: Side, rounds: int) -> list[str]:
-    """What an image costs one core, by part, and the cores that an H100's step would need."""
+    """Measure an image's cost on one core, by part; compute the cores that an H100's step would need."""
     images = [side.decode(row) for row in range(len(side.records))]
     size = side.image_size
 

@@ -1,11 +1,11 @@
-"""Whole precompute runs against what their teacher and their decoding take by themselves.
+"""Speed of whole precompute runs against their teacher and their decoding alone.
 
     python -m benchmarks.pipeline
 
-embeds made photos of 1500 x 2250 pixels by SAM's ViT-B, from a random checkpoint in the official format, with
-`mobilesam precompute` as it is; before and after it measures the same teacher on the same photos alone, in a process
-like a worker's, and segment_anything's loop of `SamPredictor.set_image`. The figure is the images a second times the
-seconds that an image can't do without: 1 means that nothing is lost between them.
+embeds generated photos of 1500 x 2250 pixels with SAM's ViT-B, from a random checkpoint in the official format, by
+`mobilesam precompute`. Before and after, it measures the same teacher alone on the same photos, in a process like a
+worker's, and segment_anything's loop of `SamPredictor.set_image`. The figure is images a second times the seconds
+that an image needs at least: 1 means that nothing is lost between the parts.
 """
 
 from __future__ import annotations
@@ -34,18 +34,23 @@ SHARE_TARGET = 0.97
 LOOP_TARGET = 1.0
 PEER_IMAGE_SIZE = 1024
 COMPARED = 4
-"""Photos on which decoders are compared."""
+"""Photos that JPEG decoders are compared on."""
 
 
 @click.command()
-@click.option("--photos", default=24, show_default=True, help="How many are made and embedded.")
+@click.option("--photos", default=24, show_default=True, help="Photos to generate and embed.")
 @click.option("--teacher", type=click.Choice(["vit_h", "vit_l", "vit_b", "vit_nano"]), default="vit_b")
 @click.option(
-    "--rounds", default=6, show_default=True, help="Images for the teacher alone, before and after."
+    "--rounds", default=6, show_default=True, help="Photos for the teacher alone, before and after."
 )
-@click.option("--shard-size", type=int, help="Photos of a shard; else precompute chooses.")
-@click.option("--height", default=1500, show_default=True, help="Of the photos in pixels; three halves wide.")
-@click.option("--image-size", default=1024, show_default=True, help="That the teacher takes.")
+@click.option("--shard-size", type=int, help="Photos in a shard  [default: as precompute chooses]")
+@click.option(
+    "--height",
+    default=1500,
+    show_default=True,
+    help="Height of the photos in pixels; they are 1.5 times as wide.",
+)
+@click.option("--image-size", default=1024, show_default=True, help="Side of the teacher's square in pixels.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
     photos: int,
@@ -56,7 +61,7 @@ def main(
     image_size: int,
     as_json: bool,
 ) -> None:
-    """Print how near precompute comes to its teacher's own speed, and to segment_anything's loop."""
+    """Print the speed of precompute against its teacher alone, and against segment_anything's loop."""
     with tempfile.TemporaryDirectory(prefix="pipeline-") as temporary:
         folder = Path(temporary)
         root = make_large_photos(folder / "photos", photos, height, height * 3 // 2)
@@ -86,7 +91,7 @@ def main(
 
 
 def _by_themselves(config: PrecomputeConfig, files: Sequence[Path]) -> tuple[list[float], list[float]]:
-    """Seconds an image of the teacher alone, and of segment_anything's loop on half as many photos: it is slow."""
+    """Return seconds an image of the teacher alone, and of segment_anything's slow loop on half as many photos."""
     assert config.teacher is not None
     assert config.image_size is not None
     alone = in_a_new_process(embedding_seconds, config.teacher, config.checkpoint, config.image_size, files)
@@ -97,7 +102,7 @@ def _by_themselves(config: PrecomputeConfig, files: Sequence[Path]) -> tuple[lis
 
 
 def _share(result: dict[str, Any], encoder: float) -> Figure:
-    """`encoder` is seconds an image of all devices together."""
+    """Compare the run with `encoder`, the seconds an image of all devices together, and its decoding."""
     cores = len(os.sched_getaffinity(0))
     decoding = result["decode_seconds"] / result["done"]
     rate = result["images_per_second"]
@@ -129,7 +134,7 @@ def _pieces(result: dict[str, Any], alone: Sequence[float]) -> list[str]:
 
 
 def write_checkpoint(teacher: str, path: Path) -> Path:
-    """Random weights of segment_anything's own class, in the official format. Returns `path`."""
+    """Write random weights of segment_anything's own class in the official format; return `path`."""
     torch.manual_seed(0)
     torch.save(sam_model_registry[teacher]().state_dict(), path)
     return path

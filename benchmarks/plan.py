@@ -1,9 +1,9 @@
-"""The plan on paper for 1%, 10% and all of SA-1B: bytes, files, hours, bandwidth, cores, money. Arithmetic alone.
+"""Computed costs of 1%, 10% and all of SA-1B: bytes, files, hours, bandwidth, cores, money. Pure arithmetic.
 
     python -m benchmarks.plan --gpus 8
 
-prints the tables of docs/SCALE.md. What is computed there from what, and where the inputs come from, that page says;
-every input is an option.
+prints the tables of docs/SCALE.md. That page explains the formulas and gives the sources of the inputs; every input
+is an option.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 from mobilesam.store import array_layouts, shard_count
 
 SA_1B = 11_185_362
-"""Images in all of it (its own paper, arXiv 2304.02643)."""
+"""Images in all of SA-1B (arXiv 2304.02643)."""
 
 PARTS = {"1% (10 tars)": 111_854, "10%": 1_118_536, "all": SA_1B}
 LARGER_SHARDS = 256
@@ -73,17 +73,17 @@ class Size:
 
 
 def hours(images: int, rate: float, gpus: int) -> float:
-    """For `images` passes at `rate` a second on each of `gpus`."""
+    """Return the hours of `images` passes at `rate` a second on each of `gpus`."""
     return images / (rate * gpus) / 3600
 
 
 def cores(rate: float, milliseconds: float) -> float:
-    """That are busy all the time with `milliseconds` of work, `rate` times a second."""
+    """Return the cores kept busy by `milliseconds` of work `rate` times a second."""
     return rate * milliseconds / 1000
 
 
 def on_disk(costs: Costs) -> list[list[str]]:
-    """What lies on the disk, and what is in memory because of it."""
+    """Return the table of bytes and files on disk, and of the memory that goes with them."""
     rows = [
         ["", "float16", "int8", "kept images", "files of 64 rows", f"of {LARGER_SHARDS}", "manifest", "list"]
     ]
@@ -99,7 +99,7 @@ def on_disk(costs: Costs) -> list[list[str]]:
 
 
 def teaching(costs: Costs) -> list[list[str]]:
-    """The teacher's run on all GPUs."""
+    """Return the table of the teacher's run on all GPUs."""
     rows = [["", "1 GPU, hours", f"{costs.gpus} GPUs, hours", "GPU money", "disk money a month, float16"]]
     for name, images in PARTS.items():
         alone = hours(images, costs.teacher_rate, 1)
@@ -117,7 +117,7 @@ def teaching(costs: Costs) -> list[list[str]]:
 
 
 def learning(costs: Costs) -> list[list[str]]:
-    """The student's training on one GPU, at the slower and the faster step."""
+    """Return the table of the student's training on one GPU, at the slower and the faster step."""
     rows = [["", "hours", "GPU money"]]
     for name, images in PARTS.items():
         spent = [
@@ -131,7 +131,7 @@ def learning(costs: Costs) -> list[list[str]]:
 
 
 def feeding(costs: Costs) -> list[list[str]]:
-    """What one GPU wants of disks and cores while it teaches or learns."""
+    """Return the table of disk bandwidth and cores that one GPU needs while it embeds or trains."""
     size = Size(images=SA_1B, dtype="float16", shard_size=64).bytes_an_image
     small = Size(images=SA_1B, dtype="int8", shard_size=64).bytes_an_image
     rows = [["one GPU that", "images/s", "reads, MB/s", "writes, MB/s", "cores that decode"]]
@@ -157,7 +157,7 @@ def feeding(costs: Costs) -> list[list[str]]:
 
 
 def amount(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Return bytes in a suitable unit, as text."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
@@ -165,14 +165,14 @@ def amount(count: float) -> str:
 
 
 def markdown(rows: Iterable[list[str]]) -> str:
-    """A table; the first row is its head."""
+    """Return a Markdown table; the first row is its head."""
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def tables(costs: Costs) -> dict[str, str]:
-    """Every table by its title."""
+    """Return title -> Markdown table."""
     made = {
         "On disk": on_disk(costs),
         "The teacher": teaching(costs),
@@ -193,7 +193,7 @@ def _option(field: Any) -> Any:
 
 @click.command()
 def main(**given: Any) -> None:
-    """Print the plan."""
+    """Print the costs."""
     print(
         "\n\n".join(f"### {title}\n\n{table}" for title, table in tables(replace(Costs(), **given)).items())
     )

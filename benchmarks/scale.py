@@ -1,10 +1,11 @@
-"""What stays flat over many images, and what a store of all of SA-1B costs to open.
+"""Memory, descriptors and time over many images, and the cost of opening a store of all of SA-1B.
 
     python -m benchmarks.scale
 
-from the repository's root prints curves of long runs of precompute and distill (memory, descriptors, time), the time
-and memory of opening, inspecting and resuming a store of 11 million rows, and of starting on a million images. On two
-cores it takes about an hour, three quarters of it TinyViT's (--student light is quicker, and shows less).
+prints curves of long runs of precompute and distill (memory, descriptors, time), the time and memory of opening,
+inspecting and resuming a store of 11 million rows, and of starting on a million images. Start it from the
+repository's root. On two cores it takes about an hour, three quarters of it TinyViT's (--student light is quicker,
+and shows less).
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from benchmarks.support.pictures import make_pictures
 ROOT = Path(__file__).parents[1]
 SIDE = 64
 EMBEDDED = 3
-"""Pictures to embed for each to train on: SQLite's page cache takes the first 20,000 rows to fill its 2 MiB."""
+"""Pictures embedded per picture trained on: SQLite's page cache needs the first 20,000 rows to fill its 2 MiB."""
 
 VALIDATED = 1.05
-"""Pictures for each that is to be trained on: distill keeps some for validation."""
+"""Pictures in the store per picture trained on: distill keeps some for validation."""
 
 SECTIONS = ("precompute", "distill", "manifest", "start")
 
@@ -44,8 +45,12 @@ SECTIONS = ("precompute", "distill", "manifest", "start")
 @click.option("--manifest-rows", default=11_008_000, help="Rows of the large manifest.", show_default=True)
 @click.option("--start-rows", default=1_000_000, help="Images to start on.", show_default=True)
 @click.option("--student", type=click.Choice(["tiny_vit", "light"]), default="tiny_vit", show_default=True)
-@click.option("--only", type=click.Choice(SECTIONS), multiple=True, help="This alone; may be repeated.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to work in, kept; else a temporary one.")
+@click.option(
+    "--only", type=click.Choice(SECTIONS), multiple=True, help="Section to run alone; may be repeated."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to work in, kept  [default: a temporary one]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def main(
     rows: int,
@@ -56,7 +61,7 @@ def main(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Print how memory, descriptors and time hold up over many images, and what large manifests cost."""
+    """Print memory, descriptors and time over many images, and the cost of large manifests."""
     say = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     sections = only or SECTIONS
     result: dict[str, Any] = {"machine": machine()}

@@ -1,9 +1,11 @@
-"""Long runs of precompute and distill over small pictures, watched. Each is run in a process of its own:
+"""Memory, descriptors and time of long runs of precompute and distill over small pictures, as curves.
+
+`benchmarks.scale` starts each in a process of its own:
 
     python -m benchmarks.soak precompute FOLDER
     python -m benchmarks.soak distill FOLDER
 
-FOLDER holds `pictures/`; stores are made beside them. The last line printed is the curve as JSON.
+FOLDER holds `pictures/`; stores are written beside them. The last line printed is the curve as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ LIGHT_STUDENT = "light"
 
 
 class _Observer:
-    """Takes a sample whenever precompute tells how far it is."""
+    """Observer that takes a sample whenever precompute reports progress."""
 
     def __init__(self, every: int) -> None:
         self._every = every
@@ -57,18 +59,18 @@ class _Observer:
 
 
 def soak_precompute(folder: Path) -> tuple[dict[str, Any], list[Sample], int]:
-    """Embed every picture by vit_nano, with a worker process as by default; result, samples, images."""
+    """Embed every picture with vit_nano, in a worker process as by default; return result, samples, images."""
     pictures = sum(1 for _ in (folder / "pictures").rglob("*.jpg"))
     observer = _Observer(pictures // SAMPLES)
     result = precompute(_embedding(folder, "store.zarr", pictures), observer)
-    assert observer.watch is not None, "precompute told nothing"
+    assert observer.watch is not None, "precompute reported no progress"
     if (result["done"], result["done_before"], result["failed"]) != (pictures, 0, 0):
         raise SystemExit(f"{pictures} pictures, but precompute says {result}")
     return result, observer.watch.samples, pictures
 
 
 def _embedding(folder: Path, store: str, images: int) -> PrecomputeConfig:
-    """vit_nano over so many of the pictures, into a store of that name."""
+    """Return the configuration that embeds so many of the pictures with vit_nano, into a store of that name."""
     return PrecomputeConfig(
         images=(folder / "pictures",),
         out=folder / store,
@@ -82,7 +84,7 @@ def _embedding(folder: Path, store: str, images: int) -> PrecomputeConfig:
 
 
 def soak_distill(folder: Path, student: str, images: int) -> tuple[dict[str, Any], list[Sample], int]:
-    """Fit a student for one epoch to the embeddings of so many pictures; result, samples, images trained."""
+    """Train a student for one epoch on so many pictures; return result, samples, images trained."""
     config = _embedding(folder, "trained.zarr", images)
     precompute(config)
     watch = Watch({"trainer": psutil.Process()}, every=0)
@@ -109,8 +111,10 @@ def soak_distill(folder: Path, student: str, images: int) -> tuple[dict[str, Any
 
 
 class LightStudent(nn.Module):
-    """One layer. Where TinyViT takes too long, it still shows whether loader, trainer and recorder hold on to
-    anything; of TinyViT it shows nothing."""
+    """Student of one layer, for machines where TinyViT takes too long.
+
+    It shows leaks of loader, trainer and logs, but none of TinyViT.
+    """
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -118,7 +122,7 @@ class LightStudent(nn.Module):
         self.norm = nn.BatchNorm2d(256)
 
     def forward(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16)."""
+        """Embed pixels (B, 3, S, S) as (B, 256, S/16, S/16)."""
         return self.norm(self.patches(pixels_BCHW))
 
 
@@ -136,7 +140,7 @@ def _add_light_student() -> None:
 @click.argument("what", type=click.Choice(["precompute", "distill"]))
 @click.argument("folder", type=click.Path(path_type=Path, exists=True))
 @click.option("--student", default="tiny_vit")
-@click.option("--images", default=21_000, help="For distill.")
+@click.option("--images", default=21_000, help="Images to train on; for distill only.")
 def main(what: str, folder: Path, student: str, images: int) -> None:
     """Run one soak and print its curve."""
     if what == "precompute":

@@ -1,10 +1,10 @@
-"""Reading embeddings from our store against other ways of keeping them.
+"""Speed of reading embeddings from our store against other formats.
 
     python -m benchmarks.store
 
-writes the same random embeddings in every way, and reads all of them in random batches of 16: with the system's
-cache emptied of the files before each pass (cold), and with everything in it (warm, for the processor's time). Passes
-of the sides alternate; figures are medians. Ours verifies every row, the others verify nothing.
+writes the same random embeddings in every format, and reads all of them in random batches of 16: with the files
+dropped from the system's cache before each pass (cold), and with everything in it (warm, for the processor's time).
+Passes of the sides alternate; figures are medians. Our store verifies every row, the others verify nothing.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from statistics import median
 import click
 import numpy as np
 
-from benchmarks.support.baseline_formats import FlatRecord, Memmap, NpyPerImage, Peer, Preadv, Streaming
+from benchmarks.support.baseline_formats import FlatRecord, Format, Memmap, NpyPerImage, Preadv, Streaming
 from benchmarks.support.figures import Figure, report
 from benchmarks.support.large_store import make_large_store
-from benchmarks.support.synthetic_store import EVERYTHING, made_embedding, made_spec
+from benchmarks.support.synthetic_store import ALL_IMAGES, synthetic_embedding, synthetic_spec
 from mobilesam.store import EmbeddingStore, ImageRef, RowResult, ShardWriter
 
 BATCH = 16
@@ -35,12 +35,10 @@ LISTED_ROWS = 112_000
 
 
 @click.command()
-@click.option("--rows", default=256, show_default=True, help="Embeddings in each way of keeping them.")
+@click.option("--rows", default=256, show_default=True, help="Embeddings in each format.")
+@click.option("--rounds", default=5, show_default=True, help="Passes of each side; the median counts.")
 @click.option(
-    "--rounds", default=5, show_default=True, help="Passes of each side, of which the median is taken."
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder on the disk to be measured; else a temporary one."
+    "--out", type=click.Path(path_type=Path), help="Folder on the disk to measure  [default: a temporary one]"
 )
 @click.option("--json", "as_json", is_flag=True)
 def main(rows: int, rounds: int, out: Path | None, as_json: bool) -> None:
@@ -69,11 +67,11 @@ def main(rows: int, rounds: int, out: Path | None, as_json: bool) -> None:
 def _rows(count: int) -> Iterator[np.ndarray]:
     generator = np.random.default_rng(0)
     for _ in range(count):
-        yield made_embedding(generator)
+        yield synthetic_embedding(generator)
 
 
 class Ours:
-    """Our store, opened in one way, read into the same batch again and again, as the trainer does."""
+    """Our store, opened in one way, read into a reused batch as the trainer does."""
 
     def __init__(self, store: EmbeddingStore) -> None:
         self.store = store
@@ -83,8 +81,8 @@ class Ours:
         return self.store.read(rows, self._batch if len(rows) == BATCH else None).values
 
 
-def _sides(folder: Path, count: int, stack: ExitStack) -> dict[str, Peer]:
-    made: dict[str, Callable[[Path], Peer]] = {
+def _sides(folder: Path, count: int, stack: ExitStack) -> dict[str, Format]:
+    made: dict[str, Callable[[Path], Format]] = {
         ".npy float16": lambda place: NpyPerImage(place, _rows(count), "float16"),
         ".npy float32": lambda place: NpyPerImage(place, _rows(count), "float32"),
         "raw preadv float16": lambda place: Preadv(place, _rows(count), "float16"),
@@ -93,7 +91,7 @@ def _sides(folder: Path, count: int, stack: ExitStack) -> dict[str, Peer]:
     }
     if Streaming.installed():
         made["MosaicML Streaming float16"] = lambda place: Streaming(place, _rows(count), "float16")
-    sides: dict[str, Peer] = {}
+    sides: dict[str, Format] = {}
     for number, (name, make) in enumerate(made.items()):
         place = folder / f"peer{number}"
         place.mkdir()
@@ -107,10 +105,10 @@ def _sides(folder: Path, count: int, stack: ExitStack) -> dict[str, Peer]:
 
 
 def _make_store(path: Path, dtype: str, count: int) -> Path:
-    spec, head = made_spec(1024, Path("/none"), dtype)
+    spec, head = synthetic_spec(1024, Path("/none"), dtype)
     images = [ImageRef(key=f"{row:06d}.jpg", size=1) for row in range(count)]
     source = _rows(count)
-    with EmbeddingStore.create(path, spec, images, EVERYTHING, head) as store:
+    with EmbeddingStore.create(path, spec, images, ALL_IMAGES, head) as store:
         for shard in store.pending_shards():
             rows, attempt = store.shard_rows(shard), uuid.uuid4().hex[:12]
             with ShardWriter(path, spec.layouts, shard, attempt, len(rows)) as writer:
@@ -134,9 +132,9 @@ def _written(writer: ShardWriter, row: int, slot: int, emb_CHW: np.ndarray) -> R
 
 
 def _measure(
-    folder: Path, sides: dict[str, Peer], rows: int, rounds: int
+    folder: Path, sides: dict[str, Format], rows: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of a cold pass, and processor seconds of a warm one, by side."""
+    """Return the seconds of a cold pass, and the processor seconds of a warm one, by side."""
     generator = np.random.default_rng(1)
     cold: dict[str, list[float]] = {name: [] for name in sides}
     warm: dict[str, list[float]] = {name: [] for name in sides}
@@ -156,13 +154,13 @@ def _measure(
     return _medians(cold), _medians(warm)
 
 
-def _read_all(side: Peer, batches: Sequence[Sequence[int]]) -> None:
+def _read_all(side: Format, batches: Sequence[Sequence[int]]) -> None:
     for batch in batches:
         side.read(batch)
 
 
 def _forget(folder: Path) -> None:
-    """Empty the system's cache of all files in a folder."""
+    """Drop all files in a folder from the system's cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -218,7 +216,7 @@ def _processor(warm: dict[str, float], rows: int) -> list[Figure]:
     ]
 
 
-def _memory(sides: dict[str, Peer]) -> list[Figure]:
+def _memory(sides: dict[str, Format]) -> list[Figure]:
     found = []
     for name in ("ours float16 buffered", "ours float16 O_DIRECT", "ours int8 O_DIRECT"):
         ours = sides[name]
@@ -240,7 +238,7 @@ def _memory(sides: dict[str, Peer]) -> list[Figure]:
     return found
 
 
-def _disk(folder: Path, sides: dict[str, Peer], rows: int) -> list[Figure]:
+def _disk(folder: Path, sides: dict[str, Format], rows: int) -> list[Figure]:
     sizes = {dtype: _allocated(folder / f"{dtype}.zarr") for dtype in ("int8", "float16")}
     ours = sides["ours int8 buffered"]
     assert isinstance(ours, Ours)

@@ -1,16 +1,16 @@
-"""The trainer's step against training MobileSAM's own TinyViT, and how long a run waits for its data.
+"""Speed of the trainer's step against MobileSAM's own TinyViT, and a run's wait for data.
 
     python -m benchmarks.student
 
 prints training images a second of MobileSAM's TinyViT (package mobilesam-mirror; float32, plain MSE, torch's AdamW)
-and of our trainer's step, measured by turns on the same photos, and `data_wait_share` of a distill run on the example
-photos. Weights are random: the time doesn't depend on them. Each step is measured in a process of its own, since on a
-CPU distill has its process keep freed memory (sam/allocator.py), and MobileSAM's users don't; a note tells what that
-would give MobileSAM.
+and of our trainer's step, measured in turn on the same photos, and `data_wait_share` of a distill run on the example
+photos. Weights are random: the time doesn't depend on them. Each step is measured in a process of its own, because on
+a CPU distill keeps freed memory in its process (sam/allocator.py), and MobileSAM's users don't; a note gives
+MobileSAM's speed with it.
 
     python -m benchmarks.student --profile
 
-adds which operators the steps' time goes to.
+adds the shares of the steps' time by kind of operator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mobilesam.sam.device import accelerates_bfloat16, resolve_device
 PEER = "MobileSAM float32"
 PEER_KEPT = "MobileSAM float32, memory kept"
 BEST_TARGET = 2.6
-"""Of ours, in the precision that `--precision auto` takes."""
+"""Target for our step over MobileSAM's, in the precision that `--precision auto` takes."""
 
 OTHER_TARGET = 1.0
 WAIT_TARGET = 0.01
@@ -45,12 +45,17 @@ WAIT_TARGET = 0.01
 
 @click.command()
 @click.option("--micro-batch", default=2, show_default=True, help="Images of a step, in one forward pass.")
-@click.option("--rounds", default=3, show_default=True, help="Of which the median is taken.")
-@click.option("--epochs", default=2, show_default=True, help="Of the run that waits for data; 0: no run.")
-@click.option("--image-size", default=1024, show_default=True, help="In pixels.")
+@click.option("--rounds", default=3, show_default=True, help="Timed steps; the median counts.")
+@click.option(
+    "--epochs",
+    default=2,
+    show_default=True,
+    help="Epochs of the run whose wait for data is measured; 0: no run.",
+)
+@click.option("--image-size", default=1024, show_default=True, help="Side of the encoder's square in pixels.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--emulated", is_flag=True, help="Measure bfloat16 where the processor only emulates it, too.")
-@click.option("--profile", is_flag=True, help="Print the shares of operators, too.")
+@click.option("--emulated", is_flag=True, help="Measure bfloat16 also where the processor only emulates it.")
+@click.option("--profile", is_flag=True, help="Also print shares of the time by kind of operator.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
     micro_batch: int,
@@ -84,7 +89,7 @@ def main(
 
 
 def _sides(image_size: int, device: torch.device, *, bfloat16: bool) -> Sequence[Side]:
-    """Those that can be measured, MobileSAM's first."""
+    """Return the steps that can be measured, MobileSAM's first."""
     keeps = device.type == "cpu"
     sides = []
     if image_size == PEER_IMAGE_SIZE:
@@ -97,7 +102,7 @@ def _sides(image_size: int, device: torch.device, *, bfloat16: bool) -> Sequence
 
 
 def _speeds(rates: dict[str, float], accelerated: bool) -> list[Figure]:
-    """Ours over MobileSAM's, in both precisions; the target is for the one that `auto` takes."""
+    """Compare our step with MobileSAM's in both precisions; the main target is for the one that `auto` takes."""
     figures = []
     for precision, best in (("float32", not accelerated), ("bfloat16", accelerated)):
         what = f"training step: ours {precision}{' (auto here)' if best else ''} / {PEER}"
@@ -113,7 +118,7 @@ def _speeds(rates: dict[str, float], accelerated: bool) -> list[Figure]:
 
 
 def _wait(folder: Path, epochs: int, image_size: int, device: torch.device) -> Figure:
-    """What of a real run's training time passes in waiting for data."""
+    """Measure the share of a real run's training time that is a wait for data."""
     folder.mkdir()
     store, where = folder / "run.zarr", str(device)
     precompute(
@@ -132,7 +137,7 @@ def _wait(folder: Path, epochs: int, image_size: int, device: torch.device) -> F
 
 
 def _distill_in(folder: Path, config: DistillConfig) -> dict[str, Any]:
-    """distill as if started in a folder, where its `runs/latest` goes."""
+    """Run distill in a folder, which gets its `runs/latest`."""
     os.chdir(folder)
     return distill(config)
 

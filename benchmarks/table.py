@@ -1,9 +1,9 @@
-"""What the benchmarks have printed as JSON, as tables in a document.
+"""Tables of the benchmarks' figures in docs/PERFORMANCE.md, from the JSON that they printed.
 
     python -m benchmarks.table
 
-reads every .bench/*.json that `make bench` has written, and replaces what lies between the markers of
-docs/PERFORMANCE.md: a line a figure, and below it the benchmarks' notes. All else in the document is left alone.
+reads every .bench/*.json that `make bench` has written, and replaces the part between the document's markers: one
+line for each figure, and the benchmark's notes below. The rest of the document stays as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORDS = {True: "reached", False: "**missed**", None: "not measured"}
     "--document",
     type=click.Path(path_type=Path),
     default=ROOT / "docs" / "PERFORMANCE.md",
-    help="To be changed.",
+    help="Document to change.",
 )
 def main(results: Path, document: Path) -> None:
     """Write the figures of all benchmarks into a document."""
@@ -45,7 +45,7 @@ def main(results: Path, document: Path) -> None:
 
 
 def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results of benchmarks, by name, each as `report` prints it, as Markdown: in the order given."""
+    """Return Markdown of the benchmarks' results, name -> object printed by `report`, in the order given."""
     parts = []
     for machine, names in _by_machine(results).items():
         parts.append(machine)
@@ -54,7 +54,7 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def filled(text: str, figures: str) -> str:
-    """The text with `figures` between its markers. ValueError where it hasn't each of them once, in this order."""
+    """Return the text with `figures` between its markers; ValueError unless it has each once, in this order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the figures go between one line {BEGIN} and one {END} after it; put them in")
     before, _, rest = text.partition(BEGIN)
@@ -63,7 +63,7 @@ def filled(text: str, figures: str) -> str:
 
 
 def _by_machine(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Names of benchmarks by the line that tells what they ran on: one line, where all ran on the same."""
+    """Group the benchmarks' names by a line that describes their machine."""
     found: dict[str, list[str]] = {}
     for name, result in results.items():
         line = "; ".join(f"{what} {value}" for what, value in result["machine"].items()) + "."
@@ -86,7 +86,7 @@ def _row(figure: Mapping[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    """The text as it may stand in a table or a list: no bars, nothing that Markdown takes for markup."""
+    """Escape bars and Markdown's markup, for a table's cell or a list."""
     return "".join("\\" + letter if letter in "|*_<`[" else letter for letter in text)
 
 

@@ -1,11 +1,10 @@
-"""The teacher's encoder against segment_anything's, with the same weights, on the same photo.
+"""Speed of the teacher's encoder against segment_anything's, with the same weights, on the same photo.
 
     python -m benchmarks.teacher
 
-prints images a second of segment_anything's ViT in float32 and of ours in float32 and bfloat16, measured by turns in
-one process, and how near the embeddings are. Weights are random: the time doesn't depend on them. Memory that tensors
-leave is kept by the process for all sides, as precompute's workers do (sam/allocator.py); it helps segment_anything
-most.
+prints images a second of segment_anything's ViT in float32 and of ours in float32 and bfloat16, measured in turn in
+one process, and how close the embeddings are. Weights are random: the time doesn't depend on them. The process keeps
+freed memory for all sides, as precompute's workers do (sam/allocator.py), which helps segment_anything most.
 """
 
 from __future__ import annotations
@@ -35,9 +34,11 @@ EXACT_TARGET = 1.3
 @click.option(
     "--teacher", "teachers", type=click.Choice(list(LOW_TARGETS)), multiple=True, default=("vit_b", "vit_h")
 )
-@click.option("--rounds", default=3, show_default=True, help="Of which the median is taken.")
-@click.option("--emulated", is_flag=True, help="Measure bfloat16 where the processor only emulates it, too.")
-@click.option("--profile", is_flag=True, help="Print which operators the time goes to, and no speed.")
+@click.option("--rounds", default=3, show_default=True, help="Timed calls; the median counts.")
+@click.option("--emulated", is_flag=True, help="Measure bfloat16 also where the processor only emulates it.")
+@click.option(
+    "--profile", is_flag=True, help="Print shares of the time by kind of operator instead of speeds."
+)
 @click.option("--json", "as_json", is_flag=True)
 @torch.no_grad()
 def main(teachers: tuple[str, ...], rounds: int, emulated: bool, profile: bool, as_json: bool) -> None:
@@ -56,7 +57,7 @@ def main(teachers: tuple[str, ...], rounds: int, emulated: bool, profile: bool, 
 
 
 def encoders(teacher: str, *, bfloat16: bool) -> dict[str, Callable[[], Tensor]]:
-    """The encoders that are compared, each with the same weights and photo at 1024 pixels."""
+    """Return calls of the compared encoders, each with the same weights and photo at 1024 pixels."""
     pixels = photo_pixels("astronaut.jpg", 1024)
     theirs = spread(sam_model_registry[teacher]().image_encoder.eval())
     ours = TEACHERS[teacher].encoder.build(1024).eval()
@@ -70,7 +71,7 @@ def encoders(teacher: str, *, bfloat16: bool) -> dict[str, Callable[[], Tensor]]
 def measure(
     teacher: str, sides: dict[str, Callable[[], Tensor]], rounds: int
 ) -> tuple[list[Figure], list[str]]:
-    """Figures and remarks for one teacher."""
+    """Measure one teacher; return figures and notes."""
     seconds = by_turns(sides, rounds)
     base = seconds["segment_anything"]
 
@@ -91,7 +92,7 @@ def measure(
 
 
 def spread(encoder: nn.Module) -> nn.Module:
-    """Random positions instead of zeros, so that they are part of what is compared."""
+    """Fill position embeddings with random numbers instead of zeros, so that the comparison covers them."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in encoder.named_parameters():
         if "rel_pos" in name or name == "pos_embed":
@@ -100,7 +101,7 @@ def spread(encoder: nn.Module) -> nn.Module:
 
 
 def nearness(found: Tensor, expected: Tensor) -> str:
-    """How near an embedding is to another."""
+    """Return the cosine and the largest difference of two embeddings, as text."""
     cosine = torch.cosine_similarity(found, expected, dim=1).mean()
     largest = (found - expected).abs().max() / np.ptp(expected.numpy())
     return f"cosine {cosine:.6f}, largest difference {largest:.1e} of the range"

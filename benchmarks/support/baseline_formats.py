@@ -1,4 +1,4 @@
-"""Other ways to keep embeddings on disk, each as its users write and read it. None of them verifies what it reads."""
+"""Other formats for embeddings on disk, written and read as their users do. None of them verifies what it reads."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 Rows = Iterator[np.ndarray]
 
 
-class Peer(Protocol):
-    """Rows written to a folder once, then read by number, a batch at a time, into one array."""
+class Format(Protocol):
+    """Format that is written to a folder once, then read by row numbers, one batch at a time."""
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
-        """The rows in order, stacked."""
+        """Return the rows in the order given, stacked."""
 
 
 class NpyPerImage:
-    """One .npy an image, `np.save` and `np.load`: what most scripts do."""
+    """One .npy file an image, with `np.save` and `np.load`, as most scripts do."""
 
     def __init__(self, folder: Path, rows: Rows, dtype: str) -> None:
         self._folder = folder
@@ -36,7 +36,7 @@ class NpyPerImage:
 
 
 class _OneFile:
-    """Rows one after the other in one file, without anything else."""
+    """Rows one after the other in one file, without a header."""
 
     def __init__(self, folder: Path, rows: Rows, dtype: str) -> None:
         self._path, self._dtype = folder / "rows.bin", np.dtype(dtype)
@@ -48,7 +48,7 @@ class _OneFile:
 
 
 class Preadv(_OneFile):
-    """One positioned read a row, into a batch that is used again: nothing less can be done."""
+    """One positioned read a row into a reused batch: the lower bound of the work."""
 
     def __init__(self, folder: Path, rows: Rows, dtype: str) -> None:
         super().__init__(folder, rows, dtype)
@@ -65,15 +65,17 @@ class Preadv(_OneFile):
 
 
 class Memmap(_OneFile):
-    """`np.memmap`, indexed with a list. It is mapped for each batch: pages that are mapped can't be taken out of the
-    system's cache, and no pass would be a cold one."""
+    """`np.memmap`, indexed with a list.
+
+    Mapped again for each batch: mapped pages can't be dropped from the system's cache, so no pass would be cold.
+    """
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
         return np.memmap(self._path, self._dtype, "r").reshape(-1, *self._shape)[list(rows)]
 
 
 class FlatRecord(_OneFile):
-    """seek, read, frombuffer: a flat binary of records of one size, as EdgeSAM keeps its embeddings."""
+    """Flat binary file of records of one size, with seek, read and frombuffer, as EdgeSAM keeps its embeddings."""
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
         items = []
@@ -100,5 +102,5 @@ class Streaming:
 
     @staticmethod
     def installed() -> bool:
-        """Whether the extra [bench] is there."""
+        """Return True if the package of the extra [bench] is installed."""
         return find_spec("streaming") is not None

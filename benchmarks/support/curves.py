@@ -1,4 +1,4 @@
-"""A soak's curve as a table, judged."""
+"""Curve of a soak test: memory, descriptors and time as a table, with a verdict on each."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from benchmarks.support.flatness import Judgement, judge
 
 MEMORY_FLOOR = 0.02
 TIME_FLOOR = 0.05
-"""Shares of the beginning: less than this above it is flat, however little noise there is."""
+"""Rises up to this share of the first value count as flat, with however little noise."""
 
 DESCRIPTORS_FLOOR = 8
-"""Descriptors that may come to be open; a leak of one in a hundred images would open 200."""
+"""Rise of open descriptors that counts as flat; a leak of one in a hundred images would open 200."""
 
 STEEPEST = 100
 """Bytes an image by which memory may still grow in the second half: 1.1 GB over 11 million images."""
 
 WHOLE_SET = 11_000_000
-"""Images of SA-1B, about."""
+"""Images of SA-1B, rounded."""
 
 
 def judge_curve(points: Sequence[dict[str, Any]]) -> dict[str, Judgement]:
-    """Judgements by what was measured: memory and descriptors of each process, wall and processor time.
+    """Judge the memory and descriptors of each process, and the wall and processor time, by name.
 
-    What counts is the most that was resident: after a step the allocator keeps more or less of what was freed, in
-    plateaus that differ by 200 MiB from step to step, while what is allocated, and what a step needs, are level.
+    Memory is judged by its peaks: after a step the allocator keeps more or less of the freed memory, in plateaus that
+    differ by 200 MiB from step to step, while allocated memory and the peaks stay level.
     """
     images = [point["images"] for point in points]
     found = {}
@@ -41,13 +41,13 @@ def judge_curve(points: Sequence[dict[str, Any]]) -> dict[str, Judgement]:
         found["allocated memory, MiB"] = judge(images, allocated, floor, STEEPEST)
     for name in ("wall", "processor"):
         times = [point[name] for point in points]
-        # The first point has the start of everything in it.
+        # The first point includes all start-up time.
         found[f"{name} time, ms an image"] = judge(images[1:], times[1:], TIME_FLOOR * times[1])
     return found
 
 
 def table(points: Sequence[dict[str, Any]]) -> list[str]:
-    """One line a point."""
+    """Return the curve as text, one line for each point."""
     names = list(points[0]["resident"])
     heads = [f"{name} MiB / fds" for name in names]
     columns = [*(f"{head:>24}" for head in heads), "allocated MiB", "wall ms/image", "CPU ms/image"]
@@ -67,7 +67,7 @@ def _mib(size: float | None) -> str:
 
 
 def verdict(judgements: dict[str, Judgement]) -> list[str]:
-    """One line a judgement: medians of the first and the last fifth, what is allowed, and what still grows."""
+    """Return one line for each judgement: first and last fifth, the rise allowed, and the late growth of memory."""
     lines = []
     for name, found in judgements.items():
         unit = 2**-20 if "MiB" in name else 1e3 if "ms" in name else 1
@@ -86,5 +86,5 @@ def verdict(judgements: dict[str, Judgement]) -> list[str]:
 
 
 def judgements_json(judgements: dict[str, Judgement]) -> dict[str, Any]:
-    """The judgements as plain JSON values."""
+    """Return the judgements as JSON values."""
     return {name: asdict(found) for name, found in judgements.items()}

@@ -1,4 +1,4 @@
-"""Two sides of a ratio, measured by turns in one run, and what is printed of them."""
+"""Figures of a benchmark: timing of the compared sides in turn, targets, and the report."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ EMULATED = "this processor only emulates bfloat16: --emulated measures it all th
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One line of a benchmark: a measured `value` that should be at least, or at most, `target`.
-
-    `sides` tells what it was made from. `value` is None where it can't be measured here, and `sides` then tells why.
-    """
+    """One line of a benchmark: a measured value and its target."""
 
     what: str
+    """Name of the figure."""
     value: float | None
+    """None where it can't be measured on this machine."""
     target: float
     at_least: bool = True
+    """True if the value should be at least the target, False if at most."""
     sides: str
+    """Numbers that the value was computed from, or the reason why there is none."""
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is; None where nothing was measured."""
+        """True if the value meets its target; None where nothing was measured."""
         if self.value is None:
             return None
         return self.value >= self.target if self.at_least else self.value <= self.target
@@ -42,10 +43,13 @@ def by_turns(
     warm: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """The median seconds of each side over `rounds` rounds, in which each is called once, in turn.
+    """Call the sides in turn, and return the median seconds of each.
 
-    With `warm` each is called once more at first, which isn't counted: that call fills caches and allocators.
-    `clock` tells wall time; `time.process_time` tells the processor's.
+    Args:
+        sides: name -> call to be timed.
+        rounds: number of timed calls of each side.
+        warm: call each side once before, untimed, to fill caches and allocators.
+        clock: wall time; `time.process_time` is the processor's.
     """
     if warm:
         for call in sides.values():
@@ -76,7 +80,7 @@ def report(figures: Sequence[Figure], notes: Sequence[str], *, as_json: bool) ->
 
 
 def verdict(figure: Figure) -> str:
-    """The value beside its target, in words."""
+    """Return the value, the target, and whether it was reached, as text."""
     wanted = f"{'>=' if figure.at_least else '<='} {figure.target:g}"
     if figure.value is None:
         return f"not measured, target {wanted}"

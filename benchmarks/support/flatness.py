@@ -1,4 +1,4 @@
-"""Is a curve flat? Arithmetic alone: numbers in, a judgement out."""
+"""Flatness of a noisy curve: pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ FEWEST_POINTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """`first` and `last` are medians of the first and the last fifth of a curve's points; `late_slope`, per unit of
-    x, and its standard error are of the line of least squares through the second half. `allowed` is what `last`
-    may be above `first`, `noise` the standard deviation of one point."""
+    """Verdict on a curve, and the numbers behind it, in units of y."""
 
     first: float
+    """Median of the first fifth of the points."""
     last: float
+    """Median of the last fifth."""
     noise: float
+    """Standard deviation of one point."""
     allowed: float
+    """Largest rise from `first` to `last` that counts as flat."""
     late_slope: float
+    """Slope, per unit of x, of the least-squares line through the second half."""
     late_slope_error: float
+    """Standard error of that slope."""
     flat: bool
 
 
 def judge(x: Sequence[float], y: Sequence[float], floor: float, steepest: float = math.inf) -> Judgement:
-    """Whether `y` ends no higher than it began, and no longer rises.
+    """Judge if `y` ends no higher than it began, and no longer rises.
 
-    It may end above its beginning by four times the noise of a point, but no less than `floor`; and the slope of its
-    second half, less two standard errors, must not be above `steepest`. ValueError for too few points.
+    Args:
+        x: positions of the points.
+        y: values of the points.
+        floor: rise that is always allowed; four times the noise of a point is allowed, too.
+        steepest: largest slope allowed in the second half, after subtracting two standard errors.
+
+    Raises:
+        ValueError: fewer than FEWEST_POINTS points.
     """
     if len(x) < FEWEST_POINTS:
         raise ValueError(f"{len(x)} points make no curve: {FEWEST_POINTS} are needed")
@@ -51,15 +61,17 @@ def judge(x: Sequence[float], y: Sequence[float], floor: float, steepest: float 
 
 
 def neighbour_noise(y: Sequence[float]) -> float:
-    """Standard deviation of one point, from the median absolute deviation of the differences of neighbours: a slow
-    growth hardly touches it."""
+    """Return the standard deviation of one point, estimated from differences of neighbours.
+
+    It is computed from their median absolute deviation, which slow growth hardly changes.
+    """
     steps = np.diff(np.asarray(y, dtype=np.float64))
     deviation = float(np.median(np.abs(steps - np.median(steps))))
     return 1.4826 * deviation / math.sqrt(2)
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope of the line of least squares through three points or more, and the slope's standard error."""
+    """Return the slope of the least-squares line through three or more points, and the slope's standard error."""
     across = np.asarray(x, dtype=np.float64) - np.mean(x)
     up = np.asarray(y, dtype=np.float64) - np.mean(y)
     spread = float(across @ across)

@@ -1,4 +1,4 @@
-"""What a large manifest costs to open, inspect and resume, and a large data set to start on."""
+"""Time and memory of opening, inspecting and resuming a large store, and of starting on a large data set."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ MANIFEST_PROBES = {
 
 
 def manifest_costs(folder: Path, rows: int, say: Say) -> dict[str, Any]:
-    """Seconds and peak memory of each probe on a store of `rows` rows, made here unless it is there: read from the
-    disk, and once more from the system's cache; then of the command `mobilesam inspect`."""
+    """Measure the seconds and peak memory of each probe on a store of `rows` rows, written here unless it exists.
+
+    Each probe reads the manifest from the disk, then once more from the system's cache. The command
+    `mobilesam inspect` follows.
+    """
     store = folder / "large.zarr"
     shards = shard_count(rows, SHARD_SIZE)
     say(f"\nmanifest of {rows:,} rows, {shards - PENDING_SHARDS:,} of {shards:,} shards committed")
@@ -60,8 +63,10 @@ def manifest_costs(folder: Path, rows: int, say: Say) -> dict[str, Any]:
 
 
 def start_costs(folder: Path, rows: int, say: Say) -> dict[str, Any]:
-    """Seconds and bytes an image that precompute and distill take until they begin with the first, from the
-    difference between `rows` images and a tenth of them."""
+    """Measure the seconds and bytes an image that precompute and distill take before their first image.
+
+    Computed from the difference between `rows` images and a tenth of them.
+    """
     say(f"\nstart on {rows:,} images, and on a tenth")
     sizes = (rows // 10, rows)
     measured: dict[str, list[dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""A store with a manifest of any length, made quickly: every row in place, no embedding behind any."""
+"""Stores with a manifest of millions of rows, written quickly: all rows are listed, no embedding exists."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.synthetic_store import SHARD_SIZE, made_spec
+from benchmarks.support.synthetic_store import SHARD_SIZE, synthetic_spec
 from mobilesam.store import EmbeddingStore, ImageRef, Selection
 from mobilesam.store.database import row_digest, shard_digest
 from mobilesam.store.layout import MANIFEST
 
 FAILED_EVERY = 10_000
-"""One row in so many is failed."""
+"""Rows per failed row."""
 
 
 class _Images(Sequence[ImageRef]):
-    """The images of the rows, made one at a time: a list of millions would be most of this process's memory."""
+    """Images of the rows, created one at a time: a list of millions would be most of this process's memory."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -37,7 +37,7 @@ class _Images(Sequence[ImageRef]):
 
 
 def _key(row: int) -> str:
-    """Named and grouped as in SA-1B."""
+    """Return the row's key, named and grouped as in SA-1B."""
     return f"sa_{row // 11_186:06d}/sa_{row:08d}.jpg"
 
 
@@ -48,12 +48,19 @@ def _size(row: int) -> int:
 def make_large_store(
     path: Path, rows: int, *, pending_shards: int, image_size: int, image_root: Path, shard_files: bool
 ) -> None:
-    """Make a store of `rows` rows in shards of 64, all committed but the last `pending_shards`.
+    """Write a store of `rows` rows in shards of 64, all committed but the last `pending_shards`.
 
-    Every checksum in the manifest is right but those of the embeddings: with `shard_files` the shards' files have
-    their full length and no content (sparse), else they are not there.
+    Every checksum in the manifest is right, except those of the embeddings.
+
+    Args:
+        path: of the store.
+        rows: number of rows.
+        pending_shards: shards left uncommitted at the end.
+        image_size: side of the encoder's square in pixels.
+        image_root: recorded in the spec; may be missing.
+        shard_files: make the shards' files, sparse, of full length and without content; else there are none.
     """
-    spec, head = made_spec(image_size, image_root)
+    spec, head = synthetic_spec(image_size, image_root)
     everything = Selection(fraction=1.0, seed=0, limit=None, sources=(str(image_root),))
     with EmbeddingStore.create(path, spec, _Images(rows), everything, head) as store:
         shards = store.pending_shards()
@@ -63,7 +70,7 @@ def make_large_store(
 
 
 def _commit(path: Path, rows: int, shards: Sequence[int]) -> None:
-    """List shards as `ManifestWriter.commit_shard` does, but all in one transaction that can't be rolled back."""
+    """Commit shards as `ManifestWriter.commit_shard` does, but all in one transaction without a rollback journal."""
     committed = min(rows, len(shards) * SHARD_SIZE)
     digests = array("I")
     with closing(sqlite3.connect(path / MANIFEST)) as connection:
@@ -76,14 +83,14 @@ def _commit(path: Path, rows: int, shards: Sequence[int]) -> None:
             (_shard(shard, digests[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]) for shard in shards),
         )
         connection.commit()
-    # To be read from the disk later, it has to be there.
+    # On the disk, so that a later benchmark can read it from there.
     descriptor = os.open(path / MANIFEST, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def _results(rows: int, digests: array[int]) -> Iterator[tuple]:
-    """The table `results`; each row's digest is appended to `digests`, too."""
+    """Yield the rows of the table `results`, and append each row's digest to `digests`."""
     for row in range(rows):
         size, reason, sha256, sizes, crc = _size(row), None, None, (1500, 2250, 683, 1024), None
         if row % FAILED_EVERY == FAILED_EVERY - 1:

@@ -1,4 +1,4 @@
-"""What a figure was measured with."""
+"""Machine and library versions that a benchmark ran with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARIES = ("mobilesam", "torch", "numpy", "zarr", "dask", "distributed", "pill
 
 
 def machine() -> dict[str, str]:
-    """Processor, system, and versions of what does the work."""
+    """Return the processor, memory, system, and library versions, by name."""
     return {
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} of its logical cores",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",

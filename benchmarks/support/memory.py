@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def peak_resident(pid: int | str = "self") -> int:
-    """The most bytes that were resident since the process began, or since `forget_peak`.
+    """Return the peak resident bytes of a process since it began, or since `forget_peak`.
 
-    (getrusage would count what the parent had, too.)
+    getrusage would include the memory of the parent before the fork.
     """
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def forget_peak(pid: int | str = "self") -> None:
-    """Let `peak_resident` begin anew, from what is resident now. Source: proc_pid_clear_refs(5)."""
+    """Reset the peak to what is resident now. Source: proc_pid_clear_refs(5)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
@@ -28,9 +28,9 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def allocated() -> int | None:
-    """Bytes that this process has asked malloc for and not freed yet; None without glibc 2.33 or newer.
+    """Return the bytes that this process holds from malloc; None without glibc 2.33 or newer.
 
-    What is resident beyond them is free memory that the allocator keeps, and files. Source: mallinfo(3).
+    Resident memory beyond them is free memory kept by the allocator, and mapped files. Source: mallinfo(3).
     """
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:

@@ -1,4 +1,7 @@
-"""Pictures that benchmarks make: all different, since copies would stay on one side of distill's split."""
+"""Images of benchmarks: the example photos, and generated pictures.
+
+Generated pictures all differ, because copies would stay on one side of distill's split.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,17 @@ PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 PER_FOLDER = 1000
 SA1B_HEIGHT, SA1B_WIDTH = 1500, 2250
-"""Pixels of a usual photo of SA-1B."""
+"""Pixels of a typical photo of SA-1B."""
 
 GRAIN = 4.0
-"""Standard deviation of the noise on large photos, in grey levels: enlarging leaves nothing fine, a camera does."""
+"""Standard deviation of the noise on large photos, in grey levels: enlarged photos lack a camera's fine structure."""
 
 
 def make_pictures(root: Path, count: int, side: int) -> Path:
-    """`count` JPEGs of smooth noise in folders of a thousand below `root`, `side` pixels wide, from half to all of it
-    high. Returns `root`."""
+    """Write `count` JPEGs of smooth noise in folders of a thousand below `root`; return `root`.
+
+    They are `side` pixels wide, and from half of that to all of it high.
+    """
     rng = np.random.default_rng(0)
     for number in range(count):
         folder = root / f"{number // PER_FOLDER:04d}"
@@ -36,8 +41,10 @@ def make_pictures(root: Path, count: int, side: int) -> Path:
 
 
 def make_large_photos(root: Path, count: int, height: int = SA1B_HEIGHT, width: int = SA1B_WIDTH) -> Path:
-    """`count` JPEGs of quality 90, `height` x `width`: the example photos by turns, enlarged and cropped, with grain.
-    Returns `root`."""
+    """Write `count` JPEGs of quality 90 and of `height` x `width` pixels into `root`; return `root`.
+
+    They are the example photos in turn, enlarged and cropped, with grain.
+    """
     root.mkdir(parents=True)
     generator = np.random.default_rng(0)
     examples = sorted(path for path in PHOTOS.iterdir() if path.suffix in (".jpg", ".png"))
@@ -51,5 +58,5 @@ def make_large_photos(root: Path, count: int, height: int = SA1B_HEIGHT, width: 
 
 
 def photo_pixels(name: str, image_size: int) -> Tensor:
-    """A photo, preprocessed: float32 (1, 3, image_size, image_size)."""
+    """Return an example photo, preprocessed: float32 (1, 3, image_size, image_size)."""
     return image_pixels(load_image((PHOTOS / name).read_bytes(), image_size), image_size)

@@ -1,9 +1,9 @@
-"""One thing done to a large store or folder, in a process of its own: its time and peak memory are that thing's.
+"""Time and peak memory of one operation on a large store or folder, in a process of its own.
 
     python -m benchmarks.support.probe NAME ARGUMENT...
 
-Prints one JSON object: `seconds`, and of these `processor_seconds`, without Python's start and imports; `peak_bytes`,
-resident, with them; and `found`.
+Prints one JSON object: `seconds` and `processor_seconds`, without Python's start and imports; `peak_bytes`, resident,
+with them; and `found`, the operation's result.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from mobilesam.store.inspection import inspect_store
 
 
 def count(store: str) -> dict[str, Any]:
-    """Open to read, and count by status."""
+    """Open a store for reading, and count its rows by status."""
     with EmbeddingStore.open(store) as opened:
         counts = opened.manifest.counts()
     return {"done": counts.done, "failed": counts.failed, "pending": counts.pending}
 
 
 def inspect(store: str) -> dict[str, Any]:
-    """What `mobilesam inspect STORE` asks for."""
+    """Inspect a store as `mobilesam inspect STORE` does."""
     result = inspect_store(store)
     return {"rows": result["rows"], "problems": len(result["problems"])}
 
 
 def resume(store: str) -> dict[str, Any]:
-    """What a rerun asks of the store before its first task: open as the writer, list what is pending, read the first
-    pending shard's records."""
+    """Do what a rerun does with the store before its first task.
+
+    It opens the store as its writer, lists the pending shards, and reads the records of the first of them.
+    """
     with EmbeddingStore.open(store, writable=True) as opened:
         pending = opened.pending_shards()
         records = opened.manifest.records(None, opened.shard_rows(pending[0]))
@@ -43,11 +45,11 @@ def resume(store: str) -> dict[str, Any]:
 
 
 class _Begun(Exception):
-    """The first task is with a worker: what was to be measured is over."""
+    """The first task is with a worker, which ends the measurement."""
 
 
 def start_precompute(images: str, store: str) -> dict[str, Any]:
-    """`precompute` until its first task is on its way."""
+    """Run `precompute` until its first task is with a worker."""
     from mobilesam.precompute import PrecomputeConfig, precompute
     from mobilesam.precompute.progress import SilentObserver, Snapshot
 
@@ -73,11 +75,11 @@ def start_precompute(images: str, store: str) -> dict[str, Any]:
         precompute(config, Observer())
     except _Begun:
         return found
-    raise SystemExit("precompute came to its end without a task")
+    raise SystemExit("precompute ended without a task")
 
 
 def start_distill(store: str, run: str) -> dict[str, Any]:
-    """`distill` until it asks for its first image, which is not there."""
+    """Run `distill` until it asks for its first image, which is missing."""
     from mobilesam.distill import DistillConfig, distill
     from mobilesam.sam import ImageError
 
@@ -94,7 +96,7 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Do the one thing that is asked for."""
+    """Run the operation that is named first on the command line."""
     name, *arguments = sys.argv[1:]
     began, busy = time.perf_counter(), time.process_time()
     found = PROBES[name](*arguments)

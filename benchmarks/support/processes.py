@@ -1,4 +1,4 @@
-"""Calls in processes of their own: each starts without what others left in memory, or set."""
+"""Calls in fresh processes, which start without the memory and settings that other calls left behind."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ Found = TypeVar("Found")
 
 
 def in_a_new_process(call: Callable[P, Found], *args: P.args, **kwargs: P.kwargs) -> Found:
-    """The call's result, from a process that ends with it and gives its memory back."""
+    """Return the result of a call made in a spawned process, which ends with the call."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(call, *args, **kwargs).result()

@@ -1,4 +1,4 @@
-"""Which operators a call's time goes to."""
+"""Shares of a call's time by kind of operator, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ GROUPS = (
     ("copies", ("copy_", "clone", "contiguous", "pad", "cat", "to_copy", "index", "fill_", "zero_")),
     ("sums and products", ("aten::add", "aten::mul", "aten::sub", "aten::div", "aten::sum", "aten::pow")),
 )
-"""Groups in the order in which an operator's name is looked for in them."""
+"""Group -> parts of operators' names; the first group that matches counts."""
 
 
 def shares(name: str, call: Callable[[], object], warm_calls: int = 1) -> list[str]:
-    """One line for each group of operators that took part of a call's time: its share of the time in operators, which
-    on a GPU is the GPU's. The first `warm_calls`, which fill caches and allocators, aren't looked at."""
+    """Return one line for each group of operators: its share of the time in operators; on a GPU, of the GPU's time.
+
+    Args:
+        name: of the call, for the first line.
+        call: what is profiled, once.
+        warm_calls: unprofiled calls before, which fill caches and allocators.
+    """
     for _ in range(warm_calls):
         call()
     activities = [ProfilerActivity.CPU]
@@ -44,6 +49,6 @@ def shares(name: str, call: Callable[[], object], warm_calls: int = 1) -> list[s
 
 
 def group_of(operator: str) -> str:
-    """The group that an operator belongs to by its name."""
+    """Return the group that an operator belongs to, by its name."""
     lower = operator.lower()
     return next((group for group, parts in GROUPS if any(part in lower for part in parts)), OTHER)

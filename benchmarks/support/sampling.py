@@ -1,4 +1,4 @@
-"""Watching processes while they work: memory, open descriptors, time."""
+"""Samples of running processes: memory, open descriptors, time; and their curve over many images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from benchmarks.support.memory import allocated, forget_peak, peak_resident
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """After `images` images: wall time, and processor time of all the processes, in seconds since some moment;
-    of each process, by its name, the most bytes that were resident since the sample before, and its open descriptors;
-    `allocated` bytes of the process that watches, None where the C library doesn't tell."""
+    """State of the processes after `images` images."""
 
     images: int
     wall: float
+    """Seconds of wall time since a fixed moment."""
     processor: float
+    """Seconds of processor time of all processes together."""
     resident: Mapping[str, int]
+    """Process -> peak resident bytes since the sample before."""
     descriptors: Mapping[str, int]
+    """Process -> open descriptors."""
     allocated: int | None
+    """Bytes that the sampling process holds from malloc; None where the C library doesn't report them."""
 
 
 class Watch:
-    """Takes samples of processes, at least `every` images apart; `samples` are in order.
+    """Sampler of processes, which keeps samples at least `every` images apart in `samples`.
 
-    A sample of each batch, kept, would be the very growth that is looked for.
+    Keeping a sample of every batch would itself be a growth of memory.
     """
 
     def __init__(self, processes: Mapping[str, psutil.Process], every: int) -> None:
@@ -38,7 +41,7 @@ class Watch:
         self._processes = processes
 
     def look(self, images: int) -> None:
-        """Take a sample, if it is time for one."""
+        """Take a sample, unless the last one is less than `every` images back."""
         if self.samples and images < self.samples[-1].images + self._every:
             return
         resident, descriptors, processor = {}, {}, 0.0
@@ -54,8 +57,8 @@ class Watch:
 
 
 def worker_processes() -> dict[str, psutil.Process]:
-    """dask's worker processes that this process has started, by name."""
-    # Beside them there is multiprocessing's resource tracker, which has no part in the work.
+    """Return dask's worker processes that this process has started, by name."""
+    # multiprocessing's resource tracker is a child, too, and does none of the work.
     children = psutil.Process().children(recursive=True)
     workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
     return {f"worker {number}": worker for number, worker in enumerate(workers)}
@@ -63,21 +66,27 @@ def worker_processes() -> dict[str, psutil.Process]:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What was seen over a stretch of images, `images` when it ended: by process the median of its samples'
-    resident bytes and the most descriptors; the median of the allocated bytes; per image wall and processor time in
-    seconds."""
+    """Summary of the samples over a stretch of images."""
 
     images: int
+    """Images done at its end."""
     resident: Mapping[str, float]
+    """Process -> median of the samples' peak resident bytes."""
     allocated: float | None
+    """Median of the allocated bytes."""
     descriptors: Mapping[str, int]
+    """Process -> most open descriptors."""
     wall: float
+    """Seconds of wall time an image."""
     processor: float
+    """Seconds of processor time an image."""
 
 
 def curve(samples: Sequence[Sample], rows: int, points: int) -> list[Point]:
-    """The samples over `rows` images as so many points, each of equally many images. A stretch in which no sample was
-    taken has no point."""
+    """Summarise the samples over `rows` images in `points` stretches of equally many images.
+
+    A stretch without a sample has no point.
+    """
     stretches: list[list[Sample]] = [[] for _ in range(points)]
     for sample in samples:
         if sample.images:

@@ -1,4 +1,4 @@
-"""Stores that benchmarks make without a teacher."""
+"""Stores with random embeddings, written without a teacher."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mobilesam.store import (
 )
 
 SHARD_SIZE = 64
-EVERYTHING = Selection(fraction=1.0, seed=0, limit=None)
-ROUGHLY_A_SAM_EMBEDDING = 0.1
-"""Standard deviation of made values."""
+ALL_IMAGES = Selection(fraction=1.0, seed=0, limit=None)
+EMBEDDING_STD = 0.1
+"""Standard deviation of random embeddings' values, about that of SAM's embeddings."""
 
 
-def made_spec(image_size: int, image_root: Path, dtype: str = "float16") -> tuple[StoreSpec, bytes]:
-    """The spec of a store in shards of 64, and the head that belongs to it."""
+def synthetic_spec(image_size: int, image_root: Path, dtype: str = "float16") -> tuple[StoreSpec, bytes]:
+    """Return the spec of a store with shards of 64 rows, and the head that belongs to it."""
     head, head_sha256 = encode_head({"mask_decoder.w": np.zeros(3, np.float32)})
     spec = StoreSpec(
         store_id=uuid.uuid4().hex,
@@ -48,22 +48,29 @@ def made_spec(image_size: int, image_root: Path, dtype: str = "float16") -> tupl
     return spec, head
 
 
-def made_embedding(generator: np.random.Generator, image_size: int = 1024) -> np.ndarray:
-    """Normally distributed values as large as a SAM embedding's, float32 (256, g, g) with g = image_size / 16."""
+def synthetic_embedding(generator: np.random.Generator, image_size: int = 1024) -> np.ndarray:
+    """Return normally distributed float32 (256, g, g), g = image_size / 16, with the scale of a SAM embedding."""
     shape = (256, image_size // 16, image_size // 16)
-    return generator.standard_normal(shape, np.float32) * np.float32(ROUGHLY_A_SAM_EMBEDDING)
+    return generator.standard_normal(shape, np.float32) * np.float32(EMBEDDING_STD)
 
 
 def make_photo_store(
     path: Path, photos: Path, image_size: int, *, dtype: str = "float16", keep_images: bool = False
 ) -> Path:
-    """A store of the images in a folder, every one committed with a made embedding, and kept where that is wanted.
-    Returns `path`."""
-    spec, head = made_spec(image_size, photos.absolute(), dtype)
+    """Write a store of the images in a folder, each committed with a random embedding; return `path`.
+
+    Args:
+        path: of the store.
+        photos: folder of images.
+        image_size: side of the encoder's square in pixels.
+        dtype: of the embeddings.
+        keep_images: keep the resized images in the store, as `precompute --keep-images` does.
+    """
+    spec, head = synthetic_spec(image_size, photos.absolute(), dtype)
     spec = replace(spec, kept_images=KEPT_KIND if keep_images else None)
     images = [ImageRef(key=file.key, size=file.size) for file in list_images([photos]).files]
     generator = np.random.default_rng(0)
-    with EmbeddingStore.create(path, spec, images, EVERYTHING, head) as store:
+    with EmbeddingStore.create(path, spec, images, ALL_IMAGES, head) as store:
         for shard in store.pending_shards():
             rows, attempt = store.shard_rows(shard), uuid.uuid4().hex[:12]
             with ShardWriter(path, spec.layouts, shard, attempt, len(rows), spec.kept_images) as writer:
@@ -82,7 +89,7 @@ def _written(
     data = photo.read_bytes()
     image = load_image(data, spec.image_size)
     kept = None if spec.kept_images is None else encode_kept(image.pixels_HWC)
-    stored = writer.add(slot, made_embedding(generator, spec.image_size), kept)
+    stored = writer.add(slot, synthetic_embedding(generator, spec.image_size), kept)
     return RowResult(
         row=row,
         sha256=hashlib.sha256(data).hexdigest(),

@@ -1,4 +1,7 @@
-"""A teacher by itself, without precompute around it. Each function is for a process of its own."""
+"""Seconds an image of a teacher alone, ours and segment_anything's, without precompute around it.
+
+Each function is called in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,11 @@ from mobilesam.sam.teacher import load_teacher
 def embedding_seconds(
     teacher: str, checkpoint: Path | None, image_size: int, photos: Sequence[Path]
 ) -> list[float]:
-    """Seconds of `Teacher.embed` for each of the photos, under a worker's conditions: device, precision, threads,
-    allocator and batch are those of precompute's defaults. A batch repeats its photo, and its time is divided."""
+    """Return the seconds of `Teacher.embed` for each photo, under the conditions of precompute's workers.
+
+    Device, precision, threads, allocator and batch size are precompute's defaults. A batch repeats one photo, and its
+    time is divided by the batch size.
+    """
     _like_a_worker()
     loaded = load_teacher(teacher, checkpoint, image_size=image_size, device="auto", precision="auto")
     batch = BATCH_ON_CPU if loaded.device.type == "cpu" else BATCH_ON_CUDA
@@ -31,14 +37,16 @@ def embedding_seconds(
         pixels = pixels.repeat(batch, 1, 1, 1)
         began = time.perf_counter()
         loaded.embed(pixels).cpu()
-        if number:  # the first one's weights weren't in memory
+        if number:  # the first call also loads the weights into memory
             seconds.append((time.perf_counter() - began) / batch)
     return seconds
 
 
 def loop_seconds(teacher: str, checkpoint: Path, photos: Sequence[Path]) -> list[float]:
-    """Seconds of segment_anything's way for each of the photos: open, decode, `SamPredictor.set_image`, one by one,
-    in float32. The allocator is a worker's, too, which helps it."""
+    """Return the seconds of segment_anything's loop for each photo: open, decode, `SamPredictor.set_image`, float32.
+
+    The allocator is that of precompute's workers here, too, which makes the loop faster.
+    """
     from segment_anything import SamPredictor, sam_model_registry
 
     _like_a_worker()

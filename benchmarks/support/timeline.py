@@ -1,4 +1,4 @@
-"""When the teacher of a precompute run was busy, and when it waited."""
+"""Timeline of a precompute run: when its teacher was busy, and when it waited."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mobilesam.precompute.scheduler import RunTotals
 
 @dataclass
 class Spans:
-    """Phases of all committed shards, by shard, and the time of each commit (seconds since the epoch)."""
+    """Phases of all committed shards, and the time of each commit in seconds since the epoch."""
 
     by_shard: dict[int, tuple[Span, ...]] = field(default_factory=dict)
     commits: list[float] = field(default_factory=list)
 
     def add(self, result: ShardResult) -> None:
-        """Take over a committed shard's."""
+        """Add the phases of a committed shard."""
         self.by_shard[result.shard] = result.spans
         self.commits.append(time.time())
 
     def lines(self) -> list[str]:
-        """Where the time from the first batch's begin to the last commit went, as lines; for a run of one worker."""
+        """Return, as text, how a run with one worker spent the time from its first batch to its last commit."""
         teacher = sorted(self._of("teacher"), key=lambda found: found[1].start)
         first, last = teacher[0][1].start, teacher[-1][1].stop
         busy = [span.stop - span.start for _, span in teacher]
@@ -51,7 +51,7 @@ class Spans:
 
 @contextmanager
 def watched_spans() -> Iterator[Spans]:
-    """The spans of what precompute commits in the context, which its own result only sums up."""
+    """Record the phases of every shard that precompute commits in the context; its own result has only their sums."""
     spans, add = Spans(), RunTotals.add
 
     def watched(totals: RunTotals, result: ShardResult) -> None:

@@ -1,4 +1,7 @@
-"""One training step, ours or MobileSAM's, each in a process of its own."""
+"""Seconds and operators of one training step, ours or MobileSAM's, each measured in a process of its own.
+
+Shape suffixes: B images of a batch, C channels, H, W rows and columns of an image or map, 2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -24,30 +27,31 @@ from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.store import EmbeddingStore
 
 PEER_IMAGE_SIZE = 1024
-"""The only one that MobileSAM's code takes."""
+"""Pixels; the only size that MobileSAM's code takes."""
 
 WARM_STEPS = 2
-"""Until caches are filled, and an allocator that keeps memory has what it needs."""
+"""Untimed steps, which fill caches and the memory that an allocator keeps."""
 
 ENDLESS = 10**6
-"""Epochs, so that no step is the last."""
+"""Epochs of the configuration, so that no step is the last."""
 
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Whose step is measured, in which precision, and whether the process keeps freed memory, as distill's does on a
-    CPU. On a CPU its threads are torch's default: all cores."""
+    """Training step to be measured. On a CPU its threads are torch's default: all cores."""
 
     name: str
     ours: bool
+    """True for distill's trainer, False for MobileSAM's TinyViT."""
     precision: str
     keeps_memory: bool
+    """Keep freed memory in the process, as distill does on a CPU."""
 
 
 def step_seconds(side: Side, store: Path, images: int, device: torch.device) -> float:
-    """Seconds of one step on the first images of a store."""
+    """Return the seconds of one step on the first images of a store."""
     with _step(side, store, images, device) as step:
         for _ in range(WARM_STEPS):
             step()
@@ -57,7 +61,7 @@ def step_seconds(side: Side, store: Path, images: int, device: torch.device) -> 
 
 
 def step_shares(side: Side, store: Path, images: int, device: torch.device) -> list[str]:
-    """Which operators a step's time goes to, as lines."""
+    """Return the shares of a step's time by kind of operator, as text."""
     with _step(side, store, images, device) as step:
         return shares(side.name, step, WARM_STEPS)
 
@@ -81,7 +85,7 @@ def _step(side: Side, path: Path, images: int, device: torch.device) -> Iterator
 
 
 def _waited_for(step: Step, device: torch.device) -> Step:
-    """The step, and what it has set going on a GPU."""
+    """Return the step, followed by a wait for its work on a GPU."""
     if device.type != "cuda":
         return step
 
@@ -95,7 +99,7 @@ def _waited_for(step: Step, device: torch.device) -> Step:
 def _our_step(
     precision: str, loader: Loader, batch: Batch, store: EmbeddingStore, device: torch.device
 ) -> Step:
-    """The step of distill's trainer as it begins its first epoch, from the loader's batch on."""
+    """Return the step of distill's trainer at the start of its first epoch, from the loader's batch on."""
     rows, image_size = batch.rows, store.spec.image_size
     config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows), micro_batch=len(rows))
     split = Split(train=tuple(rows), val=())
@@ -112,8 +116,10 @@ def _our_step(
 
 
 def _peer_step(batch: Batch, device: torch.device) -> Step:
-    """A step of MobileSAM's TinyViT in float32: MSE and AdamW. Its pixels are normalised, and its targets float32,
-    before the step."""
+    """Return a step of MobileSAM's TinyViT in float32: MSE and AdamW.
+
+    Pixels are normalised, and targets converted to float32, before the step.
+    """
     pixels_BCHW = normalize_and_pad(batch.canvas_BHWC.to(device), batch.sizes_B2)
     teacher_BCHW = batch.values_BCHW.to(device).float()
     model = _mobile_sam_tiny_vit().to(device).train()
@@ -129,7 +135,7 @@ def _peer_step(batch: Batch, device: torch.device) -> Step:
 
 
 def _mobile_sam_tiny_vit() -> nn.Module:
-    """MobileSAM's image encoder, with the arguments that its build_sam.py gives for `vit_t`."""
+    """Build MobileSAM's image encoder, with the arguments of `vit_t` in its build_sam.py."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it registers its names over timm's, and says so
         from mobile_sam.modeling import TinyViT
