@@ -29,8 +29,8 @@ class StopFlag:
 
     Args:
         second_kills: leave the second signal to the kernel, which ends the process in the middle of a long step or
-            write: Python would hear it only afterwards. Otherwise the second signal unwinds the stack, so that worker
-            processes and temporary files are cleaned up, and later ones are ignored.
+            write: Python would handle it only afterwards. Otherwise the second signal unwinds the stack, so that
+            worker processes and temporary files are cleaned up, and later ones are ignored.
     """
 
     def __init__(self, *, second_kills: bool = True) -> None:
@@ -88,11 +88,11 @@ def stopped_by_signals(flag: StopFlag, interrupted: type[Interrupted], message: 
 
 @contextmanager
 def starting_processes() -> Iterator[None]:
-    """Start worker processes that don't hear Ctrl-C, which reaches the whole process group: the coordinator alone
-    decides what it means.
+    """Block SIGINT for worker processes started in the context: Ctrl-C reaches the whole process group, but the
+    coordinator alone decides what it means.
 
     What is started in the context, now or later by threads that began in it, inherits SIGINT blocked. A SIGINT that
-    comes meanwhile is delivered when the context is left.
+    comes during the context is delivered at its end.
     """
     came: list[int] = []
     in_main_thread = threading.current_thread() is threading.main_thread()

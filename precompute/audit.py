@@ -3,7 +3,7 @@
 The worker's side takes its own path from the image file to the embedding, with a teacher loaded for it alone, so that
 whatever went wrong in a shard's batches, on the way to the disk or on it shows in the numbers.
 
-Shape suffixes: C channels, H, W rows and columns of the embedding grid, N cells of the grid, 1 one.
+Shape suffixes: C channels, H, W rows and columns of the embedding grid, L cells of the flattened grid, 1 one.
 """
 
 from __future__ import annotations
@@ -213,13 +213,13 @@ def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
         with t_c the fresh embedding's mean per channel. Where one is undefined, -1 and the largest float: neither
         JSON nor SQLite has a NaN.
     """
-    stored_CN = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
-    fresh_CN = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)
+    stored_CL = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
+    fresh_CL = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)
     with np.errstate(all="ignore"):
-        norms_N = np.linalg.norm(stored_CN, axis=0) * np.linalg.norm(fresh_CN, axis=0)
-        cosine = float(((stored_CN * fresh_CN).sum(axis=0) / np.maximum(norms_N, _TINY)).mean())
-        spread = float(np.square(fresh_CN - fresh_CN.mean(axis=1, keepdims=True)).sum())
-        relative_mse = float(np.square(stored_CN - fresh_CN).sum() / spread)
+        norms_L = np.linalg.norm(stored_CL, axis=0) * np.linalg.norm(fresh_CL, axis=0)
+        cosine = float(((stored_CL * fresh_CL).sum(axis=0) / np.maximum(norms_L, _TINY)).mean())
+        spread = float(np.square(fresh_CL - fresh_CL.mean(axis=1, keepdims=True)).sum())
+        relative_mse = float(np.square(stored_CL - fresh_CL).sum() / spread)
     if not np.isfinite([cosine, relative_mse]).all():
         cosine, relative_mse = -1.0, sys.float_info.max
     return Audit(row=row, cosine=cosine, relative_mse=relative_mse)

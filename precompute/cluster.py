@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connected cluster."""
+    """Connected dask cluster."""
 
     client: Client
     address: str
@@ -116,7 +116,7 @@ class Cluster:
             yield
         finally:
             if not self.local and self.client.status == "running":
-                # Workers of somebody else's cluster must not keep our teacher in memory.
+                # A cluster that outlives this run must not keep its teacher in memory.
                 self._take_back(plugin)
 
     def _take_back(self, plugin: TeacherPlugin) -> None:

@@ -3,7 +3,7 @@
 A dask task begins in one of three functions, with one of the tasks of this module:
 
 - `shard.compute_shard(ShardTask)`: compute one shard; `scheduler.py` submits it and commits the `ShardResult`.
-- `shard.probe(ShardTask)`: do these images kill the worker? `supervision.py` submits it.
+- `shard.probe(ShardTask)`: find out whether images kill the worker; `supervision.py` submits it.
 - `audit.audit_rows(AuditTask)`: embed stored rows again; `audit.run_audit` submits it.
 
 An image is an `ImageRef` in the listing and the manifest, a `TaskImage` on its way to the worker, a
@@ -92,7 +92,7 @@ class Span:
 
 
 class Stopwatch:
-    """Start of a span. The length comes from the monotonic clock, since the system clock may be set meanwhile."""
+    """Start of a span. Its length comes from the monotonic clock, since the system clock may be set during it."""
 
     def __init__(self) -> None:
         self._start, self._began = time.time(), time.perf_counter()

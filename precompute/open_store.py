@@ -37,7 +37,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
 
     Args:
         plan: of the run.
-        observer: told of the download's progress.
+        observer: receives the download's progress.
         download: if False, an absent checkpoint is an error.
 
     Raises:

@@ -102,7 +102,7 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
     Args:
         config: options of the run.
         stack: keeps the cluster at `--scheduler` connected, if one is given.
-        observer: told of files that can't be listed.
+        observer: receives a message for each file that can't be listed.
 
     Returns:
         The plan; the connected cluster at `--scheduler`, None without one.

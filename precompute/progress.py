@@ -1,4 +1,4 @@
-"""Progress of a precompute run, counted in images, and the observers that are told."""
+"""Progress of a precompute run, counted in images, and the observers that receive it."""
 
 from __future__ import annotations
 

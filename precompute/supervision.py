@@ -1,4 +1,4 @@
-"""Supervision of the workers while the coordinator waits: is the cluster alive, and which image kills workers?"""
+"""Supervision of the workers: a monitor of the cluster, and the search for an image that kills workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KILLED_REASON = "a worker process died each time it processed this image"
 
 
 class StopRequested(Exception):
-    """A signal came during a wait."""
+    """Raised when a signal comes during a wait."""
 
 
 class ClusterMonitor:

@@ -155,8 +155,8 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
 
 
 def compile_teacher(teacher: Teacher, batch_size: int) -> None:
-    """Compile the teacher for batches of `batch_size` images, by an empty batch: so no image waits for it, and no
-    image's time limit runs meanwhile. The weights keep their names.
+    """Compile the teacher for batches of `batch_size` images, by an empty batch, so that no image waits
+    for it while its time limit runs. The weights keep their names.
 
     Raises:
         PrecomputeError: torch.compile does not work here.

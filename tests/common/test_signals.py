@@ -19,7 +19,7 @@ from mobilesam.common.signals import StopFlag, starting_processes, stopped_by_si
 
 @contextmanager
 def stop_request() -> Iterator[StopFlag]:
-    """A flag whose second signal unwinds the stack, as precompute has it."""
+    """Yield a flag whose second signal unwinds the stack, as in precompute."""
     stop = StopFlag(second_kills=False)
     with stopped_by_signals(stop, PrecomputeInterrupted, "run the same command to go on"):
         yield stop
@@ -29,7 +29,7 @@ def _press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_first_signal_is_noted_while_graceful_and_the_second_stops_at_once() -> None:
+def test_while_graceful_the_first_signal_sets_the_flag_and_the_second_unwinds_the_stack() -> None:
     reached: list[object] = []
 
     def press_twice() -> None:
@@ -46,7 +46,7 @@ def test_the_first_signal_is_noted_while_graceful_and_the_second_stops_at_once()
     assert caught.value.signum == signal.SIGINT
 
 
-def test_signals_after_the_one_that_stops_leave_the_cleaning_up_alone() -> None:
+def test_signals_after_the_one_that_stops_are_ignored_during_clean_up() -> None:
     cleaned = []
 
     def stop_and_clean_up() -> None:
@@ -62,7 +62,7 @@ def test_signals_after_the_one_that_stops_leave_the_cleaning_up_alone() -> None:
     assert cleaned == [True]
 
 
-def test_a_signal_is_not_taken_for_what_is_being_done_going_wrong() -> None:
+def test_a_signal_is_not_caught_as_an_error_of_the_interrupted_code() -> None:
     def read() -> NoReturn:
         try:
             _press()
@@ -74,7 +74,7 @@ def test_a_signal_is_not_taken_for_what_is_being_done_going_wrong() -> None:
         read()
 
 
-def test_handlers_are_put_back() -> None:
+def test_signal_handlers_are_restored_after_the_context() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_request():
         assert signal.getsignal(signal.SIGINT) != before[0]
@@ -101,14 +101,14 @@ def ran(first: str, then: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_the_first_signal_asks_and_the_second_ends_the_process_at_once(name: str) -> None:
+def test_the_first_signal_sets_the_flag_and_the_second_kills_the_process(name: str) -> None:
     done = ran(name, f"os.kill(os.getpid(), signal.{name})")
     assert done.stdout.split("\n")[0] == f"asked {int(getattr(signal, name))}"
     assert "went on" not in done.stdout
     assert done.returncode == -getattr(signal, name)
 
 
-def test_one_signal_alone_lets_the_program_go_on() -> None:
+def test_one_signal_alone_does_not_end_the_program() -> None:
     done = ran("SIGINT", "pass")
     assert "went on" in done.stdout
     assert done.returncode == 0

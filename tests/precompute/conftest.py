@@ -17,21 +17,21 @@ PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
-    """The address of a cluster whose one worker lives in this process: no start-up to wait for."""
+    """Address of a cluster whose one worker lives in this process, so that there is no start-up to wait for."""
     with one_process_cluster() as cluster:
         yield cluster.scheduler_address
 
 
 @pytest.fixture
 def own_cluster() -> Iterator[LocalCluster]:
-    """A cluster that the test may take down."""
+    """Cluster that the test may take down."""
     with one_process_cluster() as cluster:
         yield cluster
 
 
 @pytest.fixture
 def listener() -> Listener:
-    """An observer for one run, or several."""
+    """Observer of one run, or several."""
     return Listener()
 
 
@@ -53,13 +53,13 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pictures, for tests that leave them alone."""
+    """Same pictures, for tests that don't change them."""
     return cut_photos(tmp_path_factory.mktemp("shared") / "photos")
 
 
 @pytest.fixture(scope="session")
 def undisturbed(shared_photos: Path) -> dict[str, bytes]:
-    """The shard files of a run of one local worker over the shared photos, a shard for each picture."""
+    """Shard files of an undisturbed run of one local worker over the shared photos, in shards of one picture."""
     out = shared_photos.with_name("undisturbed.zarr")
     result = run_command(shared_photos, out, "--shard-size", "1")
     assert (result["images"], result["done"], result["done_before"]) == (7, 7, 0)
@@ -71,7 +71,7 @@ def undisturbed(shared_photos: Path) -> dict[str, bytes]:
 def run(
     scheduler: str, tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> Iterator[Callable[..., dict[str, Any]]]:
-    """run(name, ...options) precomputes the photos at 64 pixels into a store of that name under tmp_path."""
+    """Function run(name, **options) that precomputes the photos at 64 pixels into a store under tmp_path."""
 
     def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
         given = {"images": (photos,), "out": tmp_path / name, "scheduler": scheduler}

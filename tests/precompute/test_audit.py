@@ -28,7 +28,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
-def test_random_rows_of_a_run_are_embedded_again_and_found_to_be_the_teachers(
+def test_random_rows_of_a_run_are_embedded_again_and_match_the_teacher(
     run: Run, tmp_path: Path, dtype: str, listener: Listener
 ) -> None:
     result = run(audit=3, dtype=dtype, precision="float32", observer=listener)
@@ -101,7 +101,7 @@ def _noise_of_one_percent(teacher: Teacher, batch: Batch) -> np.ndarray:
         _noise_of_one_percent,
     ],
 )
-def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
+def test_embeddings_that_differ_from_the_teachers_are_out_of_tolerance(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     wrong: Callable[[Teacher, Batch], np.ndarray],
@@ -121,7 +121,7 @@ def test_embeddings_that_are_not_the_teachers_are_out_of_tolerance(
     assert run(limit=6)["out_of_tolerance"] is True, "it stays so"
 
 
-def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
+def test_a_photo_that_changed_during_the_run_is_reported_and_not_counted(
     run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch, listener: Listener
 ) -> None:
     load = audit.decoded_batches
@@ -135,14 +135,14 @@ def test_a_photo_that_changed_during_the_run_is_told_and_not_counted(
     monkeypatch.setattr(audit, "decoded_batches", changing)
     result = run(audit=7, observer=listener)
     assert result["audit"]["rows"] == 5
-    told = sorted(message for message in listener.messages if message.startswith("not audited"))
-    assert told == [
+    reported = sorted(message for message in listener.messages if message.startswith("not audited"))
+    assert reported == [
         "not audited: 0-admiral.png changed during the run",
         "not audited: 1-astronaut.png: the file is missing",
     ]
 
 
-def test_an_audit_that_fails_says_so_and_what_is_committed_stays(
+def test_a_failed_audit_is_an_error_and_what_is_committed_stays(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def starved(*_: object) -> None:
@@ -155,7 +155,7 @@ def test_an_audit_that_fails_says_so_and_what_is_committed_stays(
 
 
 class InterruptingAtMessage(Listener):
-    """Presses Ctrl-C at a message."""
+    """Observer that presses Ctrl-C at a message."""
 
     def __init__(self, start: str) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class InterruptingAtMessage(Listener):
 
 
 class InterruptingWhenCommitted(Listener):
-    """Presses Ctrl-C once every row is committed: a snapshot counts rows as soon as they are computed."""
+    """Observer that presses Ctrl-C once every row is committed; a snapshot already counts computed rows."""
 
     def __init__(self, store: Path) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_a_run_that_is_interrupted_is_not_audited(run: Run, tmp_path: Path) -> N
     assert not any(message.startswith("audit") for message in listener.messages)
 
 
-def test_a_signal_ends_an_audit_that_lasts(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_a_long_audit(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     embed = audit._embed
 
@@ -221,7 +221,7 @@ def test_every_done_row_has_the_same_chance_to_be_audited() -> None:
     assert all(640 < count < 960 for count in drawn), "six standard deviations around 800"
 
 
-def test_the_numbers_of_an_audit_are_those_of_their_definitions() -> None:
+def test_cosine_and_relative_mse_of_an_audit_follow_their_definitions() -> None:
     rng = np.random.default_rng(1)
     fresh = rng.normal(2, 1, (256, 4, 4)).astype(np.float32)
     stored = (fresh + rng.normal(0, 0.1, fresh.shape)).astype(np.float16)
@@ -240,7 +240,7 @@ def test_the_numbers_of_an_audit_are_those_of_their_definitions() -> None:
 
 
 @pytest.mark.parametrize("fresh", [np.full((256, 4, 4), np.nan), np.ones((256, 4, 4))])
-def test_a_fresh_embedding_that_nothing_can_be_compared_with_is_as_far_as_can_be(fresh: np.ndarray) -> None:
+def test_a_comparison_that_is_undefined_is_out_of_every_tolerance(fresh: np.ndarray) -> None:
     audit = compare(0, np.zeros((256, 4, 4), np.float16), fresh)
     assert audit.cosine <= 0
     assert math.isfinite(audit.relative_mse)

@@ -47,7 +47,7 @@ def test_shard_and_batch_size_are_chosen_by_the_clusters_workers(
 
 
 class _Closing(SilentObserver):
-    """Closes a cluster as soon as something is committed."""
+    """Observer that closes a cluster as soon as something is committed."""
 
     def __init__(self, cluster: LocalCluster, store: Path) -> None:
         self._cluster, self._store = cluster, store

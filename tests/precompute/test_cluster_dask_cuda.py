@@ -1,4 +1,4 @@
-"""Local workers on several GPUs, with dask-cuda and without; its cluster is a stand-in that records its settings."""
+"""Local workers on several GPUs, with and without dask-cuda; its cluster is a stand-in that records its settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ precision.resolve_device = lambda device: {"cuda:0": torch.device("cpu"), "cpu":
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What dask_cuda's LocalCUDACluster is made with, as long as it is installed."""
+    """Settings that the stand-in for dask_cuda's LocalCUDACluster was made with."""
     calls: list[dict[str, Any]] = []
 
     class LocalCUDACluster(LocalCluster):

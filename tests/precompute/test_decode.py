@@ -22,7 +22,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Decoding of what ends in HANG lasts until this is set."""
+    """Event until which decoding of a file that ends in HANG lasts."""
     event = threading.Event()
 
     def hanging(data: bytes, image_size: int) -> DecodedImage:

@@ -1,4 +1,4 @@
-"""Whole runs on a cluster in this process: what is committed, refused, failed and gone on with."""
+"""Whole runs on a cluster in this process: commits, refusals, failures, resumed and extended stores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 def _embeddings(path: Path) -> dict[str, bytes]:
-    """The payload of every done image, by key."""
+    """Payload of every done image, by key."""
     with EmbeddingStore.open(path) as store:
         return {
             record.key: store.read([record.row]).values.tobytes() for record in store.manifest.records("done")
@@ -45,7 +45,7 @@ def test_every_image_is_embedded_once(run: Run, tmp_path: Path, listener: Listen
     assert not list((tmp_path / "store.zarr").rglob("*.partial"))
 
 
-def test_the_store_says_how_it_was_made(run: Run, tmp_path: Path, photos: Path) -> None:
+def test_the_store_records_how_it_was_made(run: Run, tmp_path: Path, photos: Path) -> None:
     run(dtype="float32", fraction=0.9, seed=5)
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
         spec = store.spec
@@ -68,7 +68,7 @@ def test_batches_and_shards_do_not_change_an_embedding(run: Run, tmp_path: Path,
     assert _embeddings(tmp_path / "a.zarr") == _embeddings(tmp_path / "b.zarr")
 
 
-def test_a_broken_image_fails_alone_and_leaves_the_others_as_they_are(
+def test_a_broken_image_fails_alone_and_changes_no_other_embedding(
     run: Run, tmp_path: Path, photos: Path, listener: Listener
 ) -> None:
     run("whole.zarr", batch_size=3)
@@ -150,7 +150,7 @@ def test_another_precision_is_refused_and_auto_means_the_stores(run: Run, tmp_pa
     assert run(limit=4, extend=True, precision="auto")["done"] == 4
 
 
-def test_what_is_not_given_is_taken_from_the_store(run: Run) -> None:
+def test_settings_that_are_not_given_are_taken_from_the_store(run: Run) -> None:
     run(limit=3, dtype="int8")
     result = run(extend=True, teacher=None, image_size=None, shard_size=None)
     assert (result["done"], result["failed"]) == (7, 0)
@@ -180,7 +180,9 @@ def test_a_second_run_on_the_same_store_is_refused(run: Run, tmp_path: Path) -> 
         run(limit=3)
 
 
-def test_a_moved_folder_of_the_same_images_is_gone_on_with(run: Run, tmp_path: Path, photos: Path) -> None:
+def test_a_store_is_extended_from_a_moved_folder_of_the_same_images(
+    run: Run, tmp_path: Path, photos: Path
+) -> None:
     run(limit=4)
     moved = tmp_path / "elsewhere"
     photos.rename(moved)
@@ -201,7 +203,7 @@ def test_images_in_a_tar_give_the_same_embeddings(run: Run, tmp_path: Path, phot
     assert from_tar == _embeddings(tmp_path / "folder.zarr")
 
 
-def test_a_tar_written_anew_before_the_rest_is_computed_is_read_where_it_lies_now(
+def test_pending_images_of_a_rewritten_tar_are_read_at_their_new_offsets(
     run: Run, tmp_path: Path, photos: Path
 ) -> None:
     import tarfile
@@ -253,7 +255,7 @@ def test_a_setting_out_of_range_is_refused_with_its_value(
         run(**options)
 
 
-def test_what_is_in_the_way_is_told_before_any_work(run: Run, tmp_path: Path, photos: Path) -> None:
+def test_a_path_that_is_taken_is_refused_before_any_work(run: Run, tmp_path: Path, photos: Path) -> None:
     (tmp_path / "store.zarr").mkdir()
     (tmp_path / "store.zarr" / "precious").write_text("data")
     with pytest.raises(StoreError, match="exists and is no mobilesam store"):
@@ -261,7 +263,7 @@ def test_what_is_in_the_way_is_told_before_any_work(run: Run, tmp_path: Path, ph
         run(images=(tmp_path / "nowhere",))
 
 
-def test_an_extension_by_somebody_else_between_plan_and_lock_is_told(
+def test_an_extension_by_another_process_between_plan_and_lock_is_refused(
     run: Run, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mobilesam.precompute.run as module
@@ -280,7 +282,7 @@ def test_an_extension_by_somebody_else_between_plan_and_lock_is_told(
     assert run(extend=True)["done"] == 7
 
 
-def test_a_store_of_another_checkpoint_than_the_official_asks_for_its_name(
+def test_a_store_of_an_unofficial_checkpoint_asks_for_its_file(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mobilesam.precompute.open_store as module
@@ -303,12 +305,10 @@ def test_a_file_too_large_to_be_an_image_fails_alone(run: Run, photos: Path, lis
     assert any("7-huge.jpg: too large: 4,398,046,511,104 bytes" in message for message in listener.messages)
 
 
-def test_when_every_image_fails_the_run_still_ends_and_says_so(
-    run: Run, photos: Path, listener: Listener
-) -> None:
+def test_a_run_whose_images_all_fail_ends_with_a_warning(run: Run, photos: Path, listener: Listener) -> None:
     for file in photos.iterdir():
         file.write_bytes(b"")
-    # One shard: of several, which one is heard of first is chance.
+    # One shard: of several, any may be committed first.
     result = run(audit=2, shard_size=7, observer=listener)
     assert (result["images"], result["done"], result["failed"]) == (7, 0, 7)
     assert (result["audit"], result["out_of_tolerance"]) == (None, False)
@@ -328,12 +328,12 @@ def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
         run(batch_size=2)
 
 
-def test_one_path_in_place_of_several_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_a_single_path_instead_of_a_tuple_is_refused(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="images is a tuple of paths"):
         PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")
 
 
-def test_a_performance_report_that_cannot_be_written_is_told_before_the_work(
+def test_a_performance_report_that_cannot_be_written_is_refused_before_the_work(
     run: Run, tmp_path: Path
 ) -> None:
     for place in (tmp_path, tmp_path / "missing" / "dask.html"):

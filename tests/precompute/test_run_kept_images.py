@@ -1,4 +1,4 @@
-"""Runs that keep the resized images: what is kept is what the teacher saw."""
+"""Runs that keep the resized images, with the pixels that the teacher saw."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_keeping_images_changes_no_embedding(run: Run, tmp_path: Path) -> None:
     assert contents(tmp_path / "with.zarr") == contents(tmp_path / "without.zarr")
 
 
-def test_a_store_goes_on_as_it_was_made(run: Run, tmp_path: Path, photos: Path) -> None:
+def test_an_extended_store_keeps_images_as_it_did_when_it_was_made(
+    run: Run, tmp_path: Path, photos: Path
+) -> None:
     run(keep_images=True, limit=4)
     assert run(extend=True)["done"] == 7
     with EmbeddingStore.open(tmp_path / "store.zarr") as store:
@@ -48,14 +50,14 @@ def test_a_store_goes_on_as_it_was_made(run: Run, tmp_path: Path, photos: Path) 
         run("without.zarr", keep_images=True)
 
 
-def test_a_dry_run_counts_what_would_be_kept(tmp_path: Path, photos: Path) -> None:
+def test_a_dry_run_counts_the_bytes_of_kept_images(tmp_path: Path, photos: Path) -> None:
     config = {"images": (photos,), "out": tmp_path / "s.zarr", "teacher": "vit_nano", "image_size": 64}
     needed = [dry_run(PrecomputeConfig(**config, keep_images=keep))["bytes_needed"] for keep in (False, True)]
     first = load_image(sorted(photos.iterdir())[0].read_bytes(), 64)
     assert needed[1] - needed[0] == 7 * len(encode_kept(first.pixels_HWC))
 
 
-def test_where_images_cant_be_kept_nothing_is_begun(
+def test_a_run_that_cannot_keep_images_makes_no_store(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SamError, match="16400 pixels can't be kept"):

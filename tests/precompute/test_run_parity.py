@@ -47,7 +47,7 @@ def _assert_near(stored: np.ndarray, predicted: np.ndarray, precision: str, tole
 
 
 def _nano(image_size: int) -> Sam:
-    """segment_anything's own Sam around its own encoder class, with vit_nano's weights."""
+    """Sam of segment_anything around its own encoder class, with vit_nano's weights."""
     encoder = upstream_vit("vit_nano", image_size)
     encoder.load_state_dict(load_teacher("vit_nano", None, image_size=image_size).image_encoder.state_dict())
     head = SamHead(image_size)
@@ -58,7 +58,7 @@ CASES = [("float32", "float32", 1e-4), ("float16", "float32", 5e-4), ("float32",
 
 
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), CASES)
-def test_a_stored_embedding_is_the_predictors(
+def test_a_stored_embedding_matches_the_predictors(
     run: Run, tmp_path: Path, dtype: str, precision: str, tolerance: float
 ) -> None:
     run(images=(PHOTOS,), limit=6, image_size=256, dtype=dtype, precision=precision)
@@ -70,7 +70,7 @@ def test_a_stored_embedding_is_the_predictors(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("dtype", "precision", "tolerance"), CASES)
-def test_a_stored_vit_b_embedding_is_the_predictors_at_1024(
+def test_a_stored_vit_b_embedding_matches_the_predictors_at_1024(
     run: Run, tmp_path: Path, dtype: str, precision: str, tolerance: float
 ) -> None:
     if precision == "bfloat16" and not cpu_accelerates_bfloat16():
@@ -87,7 +87,7 @@ def test_a_stored_vit_b_embedding_is_the_predictors_at_1024(
 
 
 @pytest.mark.long
-def test_a_stored_vit_h_embedding_is_the_predictors_at_1024(run: Run, tmp_path: Path) -> None:
+def test_a_stored_vit_h_embedding_matches_the_predictors_at_1024(run: Run, tmp_path: Path) -> None:
     state = write_checkpoint("vit_h", tmp_path / "vit_h.pth")
     result = run(
         images=(PHOTOS,), limit=1, image_size=1024, teacher="vit_h", checkpoint=tmp_path / "vit_h.pth",

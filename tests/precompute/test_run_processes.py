@@ -56,7 +56,7 @@ def test_an_interrupted_run_resumes_where_it_was(
     while committed(out) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    # As a terminal does it: the whole process group is told, workers included.
+    # As a terminal does: the signal goes to the whole process group, workers included.
     os.killpg(process.pid, signum)
     gate.touch()
     output, errors = process.communicate()
@@ -111,7 +111,7 @@ def test_a_run_works_on_dasks_own_scheduler_and_worker_commands(
 
 @contextmanager
 def _dask(*arguments: str) -> Iterator[Iterator[str]]:
-    """One of dask's commands while the context lasts; its lines of output."""
+    """Run one of dask's commands in the context; yield its lines of output."""
     process = subprocess.Popen([str(DASK), *arguments], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -47,8 +47,8 @@ def test_a_damaged_or_missing_head_is_rewritten_from_the_teachers_file(
     result = run(limit=2, observer=listener)
     assert (result["done"], result["done_before"]) == (2, 2)
     assert head.read_bytes() == whole
-    (told,) = [message for message in listener.messages if "from the teacher's file" in message]
-    assert str(head) in told
+    (message,) = [message for message in listener.messages if "from the teacher's file" in message]
+    assert str(head) in message
     run(limit=2, observer=listener)
     assert len([message for message in listener.messages if "from the teacher's file" in message]) == 1
 

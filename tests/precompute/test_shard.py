@@ -1,4 +1,4 @@
-"""While the teacher computes one shard, others are decoded and written."""
+"""Shards on a worker: while the teacher computes one, others are decoded and written."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _teacher(device: str) -> Teacher:
     return load_teacher("vit_nano", None, image_size=SIDE, device=device)
 
 
-def test_embeddings_are_the_teachers() -> None:
+def test_a_batchs_embeddings_are_the_teachers() -> None:
     teacher, batch = _teacher("cpu"), _batch(0)
     assert np.array_equal(embed(teacher, batch).numpy(), _expected(teacher, batch))
 
@@ -39,7 +39,7 @@ def test_on_a_cpu_nothing_is_copied() -> None:
 
 
 @pytest.mark.cuda
-def test_on_a_gpu_batches_come_back_in_pinned_memory_each_as_its_own() -> None:
+def test_on_a_gpu_each_batch_comes_back_in_its_own_pinned_memory() -> None:
     teacher = _teacher("cuda")
     batches = [_batch(seed) for seed in range(8)]
     expected = [_expected(teacher, batch) for batch in batches]

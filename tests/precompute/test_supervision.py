@@ -80,7 +80,7 @@ def test_a_local_cluster_whose_workers_are_not_replaced_ends_the_run() -> None:
 
 
 class Leaving(Listener):
-    """Stops a cluster's workers once something is computed, and starts one when their absence is reported."""
+    """Observer that stops a cluster's workers once something is computed, and starts one when absence is reported."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         super().__init__()

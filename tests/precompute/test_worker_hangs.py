@@ -45,7 +45,7 @@ def _processes(marker: str) -> list[int]:
 
 
 def _others_are_whole(out: Path, undisturbed: dict[str, bytes], failed: str, reason: str) -> None:
-    """Every image but one is stored as in the undisturbed run, in shards of one image."""
+    """Assert that every image but one is stored as in the undisturbed run, in shards of one image."""
     with EmbeddingStore.open(out) as store:
         (record,) = store.manifest.records("failed")
         assert (record.key, record.reason) == (failed, reason)
@@ -133,7 +133,7 @@ def test_an_image_that_hangs_in_the_teacher_is_found_and_the_job_goes_on(
 
 
 def _started(photos: Path, out: Path, folder: Path, how: str) -> subprocess.Popen[bytes]:
-    """A run, in a shard an image, at the moment at which a worker is at an image that hangs."""
+    """Start a run in shards of one image, and return it once a worker is at an image that hangs."""
     _hang(photos / "2-coffee.png")
     mark, temporary = folder / "hanging", folder / "tmp"
     temporary.mkdir()
@@ -161,7 +161,7 @@ HOLDING = pytest.param("ctypes.PyDLL(None).pause()", marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("how", ["time.sleep(3600)", HOLDING])
-def test_workers_end_with_a_coordinator_that_is_killed_and_its_scratch_goes_with_the_next(
+def test_workers_end_with_a_killed_coordinator_and_the_next_run_removes_its_scratch_folder(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, how: str
 ) -> None:
     out, temporary = tmp_path / "store.zarr", tmp_path / "tmp"
@@ -180,7 +180,7 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_its_scratch_goes_with
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", ["time.sleep(3600)", HOLDING])
-def test_a_signal_is_heard_while_a_worker_hangs(photos: Path, tmp_path: Path, how: str) -> None:
+def test_a_signal_ends_the_run_while_a_worker_hangs(photos: Path, tmp_path: Path, how: str) -> None:
     process = _started(photos, tmp_path / "store.zarr", tmp_path, how)
     process.terminate()
     assert process.wait() == 143
