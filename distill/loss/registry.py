@@ -28,7 +28,12 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
 
 
 def build_objective(config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Objective:
-    """Return the objective that `config` names, its heads on `device`.
+    """Return the objective that `config` names.
+
+    Args:
+        config: options of the run.
+        store: holds SAM's head, which the objectives that compare masks need.
+        device: of the heads.
 
     Raises:
         DistillError: it needs the store's head, and there is none or it isn't a SAM head.

@@ -199,6 +199,7 @@ class _Region:
         self.cells += cells
 
     def result(self, with_skill: bool) -> dict[str, Any]:
+        """Return the four numbers of these cells; None where they aren't defined."""
         cosine: dict[str, float | None] = {"mean": None, "p5": None, "min": None}
         if self.cosines:
             values = np.asarray(self.cosines, dtype=np.float64)

@@ -1,4 +1,8 @@
-"""A student judged on rows of a store."""
+"""Evaluation of a student on rows of a store: by itself, and as the validation of a training run.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the image's canvas or of the embedding's grid,
+2 (height, width).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from .embedding import ImageMetrics, Metrics, merge
 from .masks import POINTS_PER_SIDE, MaskComparison
 
 OnEmbeddings = Callable[[Sequence[int], Tensor, Tensor], None]
-"""Is called with a batch's rows, the student's embeddings and the teacher's, float32 (B, 256, g, g)."""
+"""Callback for a batch: its rows, the student's embeddings and the teacher's, float32 (B, 256, g, g)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +159,19 @@ def evaluate(
     return metrics.result(), metrics.per_image
 
 
-# --- What a student is worth while it is trained: its metrics over the validation rows, by all processes together.
-
-
 class Validation:
-    """Measures embeddings, and for an objective that looks at masks these, too, as `verify` does.
+    """Validation of a student in training, by all processes together.
 
-    With `processes`, each process has its own and measures its share; all of them are asked together.
+    It measures embeddings and, for an objective that compares masks, masks as well, as `verify` does. Each process
+    has its own instance and measures its share of the batches; `measure` is called in all of them.
+
+    Args:
+        student: an encoder on the device of `compute`.
+        loader: of the validation rows at least.
+        run: holds the mean embedding that skill is measured against.
+        objective: decides whether masks are compared, through its heads.
+        compute: device, precision, batch size and memory format.
+        processes: that share the work.
     """
 
     def __init__(
@@ -178,10 +188,16 @@ class Validation:
         self.compute, self.processes = compute, processes
 
     def measure(self, rows: Iterable[int], before_batch: Callable[[], None]) -> dict[str, Any]:
-        """The metrics over `rows`, the same in every process; `miou` and what belongs to it where masks are compared.
+        """Measure the student over `rows`.
 
-        `before_batch` is called in every process before each of its batches, as often in one as in the others: it may
-        exchange something with them. What it raises ends the measurement.
+        Args:
+            rows: of all processes together.
+            before_batch: called before each batch, equally often in every process, so it may exchange something with
+                the others. An exception of it ends the measurement.
+
+        Returns:
+            The metrics over all rows, the same in every process; with `miou`, `miou_min`, `prompts` and
+            `empty_masks` if the objective compares masks.
         """
         self.processes.broadcast_buffers(self.student)
         batches = split_batches(list(rows), self.compute.batch_size)
@@ -202,7 +218,10 @@ class Validation:
         return self.processes.broadcast(numbers if self.processes.is_main else None)
 
     def score(self, metrics: dict[str, Any]) -> float:
-        """How far the student is from its goal: less is better. An undefined mIoU is the worst."""
+        """Return the distance of the student from its goal; less is better.
+
+        It is 1 - mIoU for an objective that compares masks (1 where mIoU is undefined), else `mse_valid`.
+        """
         if isinstance(self.objective, MaskObjective):
             return 1.0 if metrics["miou"] is None else 1 - float(metrics["miou"])
         return float(metrics["mse_valid"])
@@ -210,17 +229,19 @@ class Validation:
     def _comparison(self) -> MaskComparison | None:
         if not isinstance(self.objective, MaskObjective):
             return None
-        return MaskComparison(self.objective.teacher_head, self.loader.records, POINTS_PER_SIDE, self.objective.head)
+        return MaskComparison(
+            self.objective.teacher_head, self.loader.records, POINTS_PER_SIDE, self.objective.head
+        )
 
     def _merged(self, masks: MaskComparison) -> dict[str, Any]:
-        """What all processes found, in the first one."""
+        """Return the comparison of all processes in the first one, nothing in the others."""
         for ious, empty in self.processes.gather((masks.ious, masks.empty))[1:]:
             masks.merge(ious, empty)
         return masks.result() if self.processes.is_main else {}
 
 
 def _in_rounds(batches: Iterator[Batch], rounds: int, before_batch: Callable[[], None]) -> Generator[Batch]:
-    """The batches, each after a call; as many calls where there are fewer of them."""
+    """Yield the batches, each after a call of `before_batch`, which is called `rounds` times even if they are fewer."""
     for _ in range(rounds):
         before_batch()
         yield from islice(batches, 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...common.errors import DistillError
+from ...common.table import Table
 from ...sam.device import resolve_device, resolve_precision
 from ...sam.modeling.head import SamHead
 from ...sam.modeling.neck import EMBEDDING_CHANNELS
@@ -70,16 +71,24 @@ def students_table(
 
 def students_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Format the rows of `students_table` for the terminal."""
-    rows = list(rows)
-    width = max((len(row["name"]) for row in rows), default=4)
-    lines = [f"{'name':{width}}  {'parameters':>11}  {'MACs':>8}  {'ms/image':>9}"]
-    for row in rows:
-        if row["error"] is not None:
-            lines.append(f"{row['name']:{width}}  {row['error']}")
-            continue
-        numbers = f"{row['parameters']:>11,}  {_giga(row['macs']):>8}  {row['milliseconds']:>9,.1f}"
-        lines.append(f"{row['name']:{width}}  {numbers}  {row['summary']}")
-    return lines
+    table = Table(
+        title="",
+        columns=("name", "parameters", "MACs", "ms/image", ""),
+        numeric=(False, True, True, True, False),
+        rows=[[row["name"], *_cells(row)] for row in rows],
+    )
+    return table.lines()
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if row["error"] is not None:
+        return ["", "", "", row["error"]]
+    return [
+        f"{row['parameters']:,}",
+        f"{row['macs'] / 1e9:.3g} G",
+        f"{row['milliseconds']:,.1f}",
+        row["summary"],
+    ]
 
 
 def count_macs(student: nn.Module, image_size: int) -> int:
@@ -212,10 +221,6 @@ def _seconds(student: nn.Module, image_size: int, device: torch.device, precisio
     pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return median_seconds(lambda: student(pixels_BCHW), device)
-
-
-def _giga(macs: int) -> str:
-    return f"{macs / 1e9:.3g} G"
 
 
 def _saved_bytes(

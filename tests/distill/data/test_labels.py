@@ -33,7 +33,7 @@ def write(folder: Path, row: int, masks: list[np.ndarray]) -> None:
     (folder / f"{row}.json").write_text(json.dumps({"image": about, "annotations": objects}))
 
 
-def test_a_mask_is_set_where_at_least_half_of_a_pixel_is():
+def test_a_pixel_of_a_square_mask_is_set_where_at_least_half_of_it_is_covered():
     rng = np.random.default_rng(0)
     mask = rng.random((60, 90)) < 0.5
     found = to_square_mask(mask, 30)  # 3 x 3 pixels of the image make one
@@ -43,7 +43,7 @@ def test_a_mask_is_set_where_at_least_half_of_a_pixel_is():
             assert found[y, x] == (share > 0.5), (y, x)
 
 
-def test_the_square_is_the_encoders_image_at_the_top_left():
+def test_a_mask_lies_in_the_top_left_corner_of_the_square_as_its_image_does():
     mask = np.zeros((100, 200), bool)
     mask[:, 100:] = True
     found = to_square_mask(mask, 32)
@@ -52,7 +52,7 @@ def test_the_square_is_the_encoders_image_at_the_top_left():
     assert not found[16:].any()
 
 
-def test_objects_are_drawn_without_repetition_others_in_every_epoch_the_same_by_seed(tmp_path: Path):
+def test_objects_are_drawn_without_repetition_differently_by_epoch_and_reproducibly_by_seed(tmp_path: Path):
     masks = [np.zeros((64, 64), bool) for _ in range(6)]
     for i, mask in enumerate(masks):
         mask[8 * i : 8 * i + 8] = True
@@ -66,7 +66,7 @@ def test_objects_are_drawn_without_repetition_others_in_every_epoch_the_same_by_
     assert np.array_equal(epochs[2], again)
 
 
-def test_fewer_objects_are_all_there_and_those_too_small_to_be_seen_are_not(tmp_path: Path):
+def test_an_image_with_few_objects_gives_all_but_those_smaller_than_a_pixel(tmp_path: Path):
     speck, large = np.zeros((2, 640, 640), bool)
     speck[5, 5] = True
     large[100:500, 100:500] = True
@@ -77,7 +77,7 @@ def test_fewer_objects_are_all_there_and_those_too_small_to_be_seen_are_not(tmp_
     assert drawn.sum() == 20 * 20
 
 
-def test_no_file_means_no_annotations_and_a_broken_one_no_objects_named_once(
+def test_a_missing_file_means_no_annotations_and_a_broken_one_no_objects_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     labels = Labels(tmp_path, 64, objects=8, seed=0)
@@ -94,7 +94,7 @@ def test_no_file_means_no_annotations_and_a_broken_one_no_objects_named_once(
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 300), (300, 1), (37, 211), (211, 37), (64, 65), (31, 2000), (500, 333)]
 )
-def test_only_the_images_part_of_the_square_is_made_and_it_is_the_same(size: tuple[int, int]):
+def test_resizing_only_the_images_part_gives_the_same_as_resizing_the_square(size: tuple[int, int]):
     mask = np.random.default_rng(0).random(size) < 0.5
     longest = max(size)
     square = np.zeros((longest, longest), np.uint8)
@@ -103,7 +103,7 @@ def test_only_the_images_part_of_the_square_is_made_and_it_is_the_same(size: tup
     assert np.array_equal(to_square_mask(mask, 32), wanted)
 
 
-def test_a_panoramas_mask_takes_no_square_of_its_length():
+def test_a_panoramas_mask_is_resized_without_a_square_of_its_length():
     mask = np.ones((4, 300_000), bool)  # the square would be 90 GB
     assert to_square_mask(mask, 32).shape == (32, 32)
 
@@ -136,7 +136,7 @@ def test_annotations_beside_images_are_counted_without_being_read(tmp_path: Path
     assert count_annotated(tmp_path, records) == 2
 
 
-def test_annotations_without_an_object_are_noted(tmp_path: Path):
+def test_annotations_without_an_object_are_listed_as_empty(tmp_path: Path):
     about = {"image_id": 0, "width": 64, "height": 64, "file_name": "0.png"}
     (tmp_path / "0.json").write_text(json.dumps({"image": about, "annotations": []}))
     labels = Labels(tmp_path, 64, objects=8, seed=0)

@@ -86,7 +86,7 @@ def test_valid_cells_are_known_before_anything_is_decoded(
     assert loader.valid([3]).sum() == 1 * 4 + 0  # 20 of 64 pixels high: one row of cells, four wide
 
 
-def test_it_reads_ahead_but_not_without_bound(
+def test_the_loader_reads_ahead_but_not_without_bound(
     opened: Callable[..., tuple[EmbeddingStore, Loader]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, loader = opened(workers=1)
@@ -128,7 +128,7 @@ def test_no_thread_is_idle_while_another_fills_the_last_place_of_a_batch(
         assert [batch.rows for batch in batches] == [[0, 1, 2, 3], [4]]
 
 
-def test_an_image_that_changed_stops_by_name_even_at_the_same_length(
+def test_a_changed_image_stops_the_loader_by_name_even_at_the_same_length(
     images: Path, opened: Callable[..., tuple[EmbeddingStore, Loader]]
 ) -> None:
     _, loader = opened()
@@ -140,7 +140,7 @@ def test_an_image_that_changed_stops_by_name_even_at_the_same_length(
         list(loader.batches([[0, 1], [2, 3]]))
 
 
-def test_a_missing_image_stops_by_name_and_the_loader_goes_on_after(
+def test_a_missing_image_stops_its_batches_by_name_and_the_loader_still_works(
     images: Path, opened: Callable[..., tuple[EmbeddingStore, Loader]]
 ) -> None:
     _, loader = opened()
@@ -150,7 +150,7 @@ def test_a_missing_image_stops_by_name_and_the_loader_goes_on_after(
     assert [batch.rows for batch in loader.batches([[2], [3]])] == [[2], [3]]
 
 
-def test_the_hash_is_checked_on_first_use_and_the_length_always(
+def test_an_images_hash_is_checked_on_first_use_and_its_length_always(
     images: Path, opened: Callable[..., tuple[EmbeddingStore, Loader]]
 ) -> None:
     _, loader = opened()
@@ -161,7 +161,7 @@ def test_the_hash_is_checked_on_first_use_and_the_length_always(
         list(loader.batches([[0]]))
 
 
-def test_a_flipped_bit_in_an_embedding_stops(
+def test_a_flipped_bit_in_an_embedding_stops_the_loader(
     images: Path, opened: Callable[..., tuple[EmbeddingStore, Loader]]
 ) -> None:
     store, loader = opened()

@@ -69,7 +69,7 @@ def test_training_and_verifying_read_no_photo(
     assert distill(options(alone))["val"] == result["val"], "the finished run is found again"
 
 
-def test_kept_images_and_photos_teach_the_same_to_the_bit(
+def test_training_from_kept_images_and_from_photos_is_the_same_to_the_bit(
     kept: Path, images: Path, options: Options, tmp_path: Path
 ) -> None:
     losses = []
@@ -94,7 +94,7 @@ def test_a_damaged_kept_image_stops_training_by_name(alone: Path, options: Optio
         distill(options(alone))
 
 
-def test_a_store_that_keeps_none_still_wants_its_photos(
+def test_a_store_without_kept_images_needs_its_photos(
     images: Path, make_store: Callable[..., Path], options: Options, tmp_path: Path
 ) -> None:
     store = make_store(images)

@@ -15,7 +15,9 @@ def hashes(count: int) -> dict[int, str]:
 
 
 @given(st.lists(st.binary(max_size=2), min_size=1, max_size=40), st.floats(0.01, 0.99))
-def test_both_sides_have_an_image_and_copies_stay_together(contents: list[bytes], fraction: float) -> None:
+def test_both_sides_of_a_split_have_an_image_and_copies_stay_together(
+    contents: list[bytes], fraction: float
+) -> None:
     by_row = {row: hashlib.sha256(content).hexdigest() for row, content in enumerate(contents)}
     if len(set(contents)) < 2:
         with pytest.raises(DistillError, match="1 distinct"):
@@ -28,7 +30,7 @@ def test_both_sides_have_an_image_and_copies_stay_together(contents: list[bytes]
     assert not {by_row[row] for row in split.train} & {by_row[row] for row in split.val}
 
 
-def test_about_the_asked_share_of_many_images_is_held_out() -> None:
+def test_the_validation_share_of_many_images_is_about_the_fraction_asked_for() -> None:
     split = split_rows(hashes(20_000), 0.05)
     # Five standard deviations of a binomial count.
     assert abs(len(split.val) - 1000) < 5 * (20_000 * 0.05 * 0.95) ** 0.5
@@ -39,12 +41,12 @@ def test_an_image_keeps_its_side_when_others_are_added() -> None:
     assert set(few.val) == {row for row in many.val if row < 500}
 
 
-def test_the_threshold_is_the_fraction_of_the_first_64_bits() -> None:
+def test_the_split_compares_the_first_64_bits_of_the_hash_with_the_fraction() -> None:
     by_row = {0: "4" + "0" * 63, 1: "3" + "f" * 63, 2: "c" + "0" * 63}
     assert split_rows(by_row, 0.25).val == (1,)
 
 
-def test_no_image_at_all_is_refused() -> None:
+def test_a_split_of_no_images_is_refused() -> None:
     with pytest.raises(DistillError, match="0 distinct"):
         split_rows({}, 0.05)
 
@@ -54,14 +56,14 @@ def test_an_epoch_sees_every_row_once(rows: list[int], seed: int, epoch: int) ->
     assert sorted(epoch_order(rows, seed, epoch)) == sorted(rows)
 
 
-def test_the_order_differs_by_epoch_and_by_seed_and_repeats_itself() -> None:
+def test_the_order_of_rows_differs_by_epoch_and_seed_and_is_reproducible() -> None:
     rows = range(100)
     first = epoch_order(rows, 0, 0)
     assert first == epoch_order(rows, 0, 0)
     assert len({tuple(epoch_order(rows, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-def test_the_order_is_the_same_on_every_machine() -> None:
+def test_the_order_of_rows_is_the_same_on_every_machine() -> None:
     assert epoch_order(range(8), 7, 1) == [1, 3, 2, 7, 4, 5, 0, 6]
 
 

@@ -5,7 +5,7 @@ import torch
 from mobilesam.distill.loss.base import micro_batch_generator
 
 
-def test_prompts_are_the_same_whoever_computes_a_micro_batch():
+def test_a_micro_batchs_random_numbers_depend_on_seed_epoch_and_row_alone():
     drawn = [torch.rand(4, generator=micro_batch_generator(0, 1, 7)) for _ in range(2)]
     assert torch.equal(*drawn)
     others = [(1, 1, 7), (0, 2, 7), (0, 1, 8)]

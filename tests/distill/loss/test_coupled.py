@@ -47,7 +47,7 @@ def test_the_teachers_masks_are_those_of_upstreams_decoder():
         assert torch.equal(found[p], (large[0, iou[0].argmax()] > 0) & inside[p])
 
 
-def test_an_image_lies_in_its_part_of_the_square():
+def test_valid_pixels_are_the_images_part_of_the_square():
     inside = valid_pixels(torch.tensor([[64, 32], [1, 64]]), 64, 32)
     assert inside[0].sum() == 32 * 16
     assert bool(inside[0, :, :16].all())
@@ -55,7 +55,7 @@ def test_an_image_lies_in_its_part_of_the_square():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (1, 64), (64, 7), (8, 9), (40, 63)])
-def test_at_the_grids_own_side_that_part_is_the_cells_that_count_as_image(size: tuple[int, int]):
+def test_valid_pixels_at_the_grids_side_are_the_valid_cells(size: tuple[int, int]):
     assert np.array_equal(valid_pixels(torch.tensor([size]), 64, 4)[0].numpy(), valid_cells(size, 64))
 
 
@@ -81,7 +81,7 @@ def test_an_images_loss_is_the_mean_over_the_objects_that_it_has(
     assert batch_objects(head, micro_batch, 2).weight_P.tolist() == [1, 0, 0.5, 0.5]
 
 
-def test_objects_outside_the_image_are_none(random_micro_batch: MakeMicroBatch, head: SamHead):
+def test_an_object_outside_the_image_does_not_count(random_micro_batch: MakeMicroBatch, head: SamHead):
     micro_batch = dataclasses.replace(random_micro_batch([True]), sizes_B2=torch.tensor([[16, 64]]))
     micro_batch.objects.masks_BQMM[0, 0] = False
     micro_batch.objects.masks_BQMM[0, 0, 20:] = True  # below the 8 rows that are image

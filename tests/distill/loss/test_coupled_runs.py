@@ -119,7 +119,7 @@ def test_decoder_wants_a_finished_student(masked_store: Path, options: Options, 
 
 
 @pytest.mark.parametrize("objective", ["semi_coupled", "coupled"])
-def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
+def test_a_resumed_run_with_masks_ends_with_the_same_weights(
     masked_store: Path, options: Options, objective: str
 ):
     asked = {"objective": objective, "objects": 2, "rounds": 1, "epochs": 1}
@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     )
 
 
-def test_broken_annotations_fail_their_image_by_name_and_the_run_goes_on(
+def test_broken_annotations_are_reported_by_image_and_the_run_goes_on(
     labelled_store: Path, options: Options, caplog: pytest.LogCaptureFixture
 ):
     root = labelled_root(labelled_store)
@@ -158,12 +158,12 @@ def test_broken_annotations_fail_their_image_by_name_and_the_run_goes_on(
     assert any(f"annotations beside {count} of {count + 1} images" in line for line in summary_lines(result))
 
 
-def test_annotations_that_are_nowhere_are_refused(masked_store: Path, options: Options):
+def test_labels_by_annotations_need_an_annotated_image(masked_store: Path, options: Options):
     with pytest.raises(DistillError, match=r"none of the \d+ images in .* has annotations beside it"):
         distill(options(masked_store, objective="coupled", labels="annotations"))
 
 
-def test_annotations_that_came_later_are_not_passed_over(labelled_store: Path, options: Options):
+def test_a_run_is_not_resumed_with_annotations_that_were_added_later(labelled_store: Path, options: Options):
     root = labelled_root(labelled_store)
     first, *_ = sorted(root.glob("*.json"))
     kept = first.read_bytes()
@@ -175,7 +175,9 @@ def test_annotations_that_came_later_are_not_passed_over(labelled_store: Path, o
         distill(dataclasses.replace(asked, out=Path("one")))
 
 
-def test_the_rate_of_what_is_trained_is_logged(masked_store: Path, options: Options, tmp_path: Path):
+def test_the_learning_rate_of_each_trained_part_is_logged(
+    masked_store: Path, options: Options, tmp_path: Path
+):
     finished = run_of(distill(options(masked_store, epochs=1, out="start")))
     asked = {"objects": 1, "rounds": 1, "epochs": 1, "warmup": 0.0}
     coupled = Run.open(run_of(distill(options(masked_store, objective="coupled", out="c", **asked))))
@@ -189,7 +191,7 @@ def test_the_rate_of_what_is_trained_is_logged(masked_store: Path, options: Opti
     assert line["lr_head"] == pytest.approx(1e-4)
 
 
-def test_the_head_in_a_file_of_mobile_sams_format_is_its_encoders(
+def test_a_head_in_mobile_sams_format_counts_as_trained_with_its_encoder(
     labelled_store: Path, options: Options, tmp_path: Path
 ):
     result = distill(options(labelled_store, objective="coupled", labels="annotations", objects=1, epochs=1))
@@ -201,6 +203,6 @@ def test_the_head_in_a_file_of_mobile_sams_format_is_its_encoders(
     assert all(torch.equal(found[key], own[key]) for key in own)
 
 
-def test_masks_need_a_store_with_a_head(store: Path, options: Options):
+def test_objectives_with_masks_need_a_store_with_a_sam_head(store: Path, options: Options):
     with pytest.raises(DistillError, match="is not a SAM head"):
         distill(options(store, objective="semi_coupled"))

@@ -17,13 +17,15 @@ def embeddings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return student, teacher, valid
 
 
-def test_over_all_cells_it_is_torchs_own_mse(embeddings: tuple[torch.Tensor, ...]) -> None:
+def test_the_loss_over_all_cells_is_torchs_mse(embeddings: tuple[torch.Tensor, ...]) -> None:
     student, teacher, valid = embeddings
     loss = decoupled_loss(student, teacher, valid, loss_elements(valid, 8, "all"), "all")
     torch.testing.assert_close(loss, torch.nn.functional.mse_loss(student, teacher))
 
 
-def test_over_valid_cells_padding_does_not_count(embeddings: tuple[torch.Tensor, ...]) -> None:
+def test_the_loss_over_valid_cells_is_torchs_mse_without_padding(
+    embeddings: tuple[torch.Tensor, ...],
+) -> None:
     student, teacher, valid = embeddings
     loss = decoupled_loss(student, teacher, valid, loss_elements(valid, 8, "valid"), "valid")
     chosen = valid[:, None].expand_as(student)
@@ -32,7 +34,7 @@ def test_over_valid_cells_padding_does_not_count(embeddings: tuple[torch.Tensor,
 
 @pytest.mark.parametrize("region", ["all", "valid"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 5])
-def test_micro_batches_add_up_to_the_batch_short_last_one_included(
+def test_losses_of_micro_batches_add_up_to_the_batchs_with_a_short_last_one(
     embeddings: tuple[torch.Tensor, ...], region: str, micro_batch: int
 ) -> None:
     student, teacher, valid = embeddings
@@ -49,7 +51,7 @@ def test_micro_batches_add_up_to_the_batch_short_last_one_included(
     torch.testing.assert_close(parts_input.grad, whole_input.grad)
 
 
-def test_what_stands_in_padding_can_not_reach_the_valid_loss_nor_its_gradient(
+def test_values_in_padding_reach_neither_the_valid_loss_nor_its_gradient(
     embeddings: tuple[torch.Tensor, ...],
 ) -> None:
     student, teacher, valid = embeddings

@@ -63,12 +63,12 @@ def test_dice_and_iou_are_what_counting_pixel_by_pixel_gives(sample):
             assert float(iou[p, t]) == pytest.approx(both / either)
 
 
-def test_two_empty_masks_agree():
+def test_two_empty_masks_have_an_iou_of_1():
     logits, masks, valid = -torch.ones(1, 1, 4, 4), torch.zeros(1, 4, 4).bool(), torch.ones(1, 4, 4).bool()
     assert mask_iou(logits, masks, valid).tolist() == [[1.0]]
 
 
-def test_of_several_candidates_the_best_one_alone_is_taught(sample):
+def test_only_the_best_of_several_candidate_masks_is_trained(sample):
     logits, masks, valid = sample
     logits = logits.requires_grad_()
     predicted = torch.zeros(3, 2, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_of_several_candidates_the_best_one_alone_is_taught(sample):
     assert taught.tolist() == [[bool(row.argmin() == t) for t in range(2)] for row in each]
 
 
-def test_every_candidates_predicted_iou_is_taught_its_true_one(sample):
+def test_every_candidates_predicted_iou_is_trained_towards_its_true_one(sample):
     logits, masks, valid = sample
     predicted = torch.full((3, 2), 0.3, dtype=torch.float64, requires_grad=True)
     loss, true = prompt_losses(logits, predicted, masks, valid, MaskLossWeights(focal=0.0, dice=1e-9))
@@ -89,7 +89,7 @@ def test_every_candidates_predicted_iou_is_taught_its_true_one(sample):
     torch.testing.assert_close(predicted.grad, predicted.detach() - true)
 
 
-def test_padding_reaches_neither_losses_nor_gradients(sample):
+def test_padding_reaches_neither_mask_losses_nor_their_gradients(sample):
     logits, masks, valid = sample
     spoiled = torch.where(valid[:, None], logits, 50.0).requires_grad_()
     for loss in (focal_loss, dice_loss):
@@ -112,7 +112,7 @@ def test_a_place_without_an_object_has_neither_loss_nor_gradient(head: SamHead):
     assert not emb_BCHW.grad.any()
 
 
-def test_a_later_round_corrects_what_the_one_before_got_wrong(
+def test_a_later_round_prompts_where_the_round_before_was_wrong(
     random_micro_batch: MakeMicroBatch, head: SamHead, monkeypatch: pytest.MonkeyPatch
 ):
     """Seen from outside: the prompts that reach the decoder."""
@@ -145,7 +145,7 @@ def test_a_later_round_corrects_what_the_one_before_got_wrong(
         assert bool(seen[1].labels_PN[p, 1]) == bool(masks[p, y, x])
 
 
-def test_the_loss_teaches_an_embedding_and_its_head_which_object_is_meant():
+def test_training_by_the_mask_loss_makes_a_head_segment_the_prompted_object():
     """Without an encoder: the embedding itself is trained, on two objects side by side."""
     torch.manual_seed(0)
     head, emb_1CHW = SamHead(64), torch.nn.Parameter(torch.randn(1, 256, 4, 4))

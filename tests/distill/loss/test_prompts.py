@@ -41,7 +41,7 @@ def test_a_pixel_lies_in_its_own_region(seed: int, height: int, width: int):
         assert bool(region[y, x]) or not bool(region.any())
 
 
-def test_a_correction_lies_where_the_answer_is_wrong_and_says_on_which_side():
+def test_a_correction_lies_where_the_answer_is_wrong_with_the_label_of_that_pixel():
     masks = torch.zeros(3, 4, 4, dtype=torch.bool)
     masks[:, 1, 1:3] = True
     answers = masks.clone()
@@ -67,7 +67,7 @@ def test_a_box_without_noise_is_the_masks_own():
     assert noisy_box(masks, generator(), 0.0).tolist() == [[3, 2, 9, 5], [0, 7, 1, 8]]
 
 
-def test_a_boxs_sides_move_by_a_tenth_of_its_own_length_at_most_the_limit_and_stay_in_the_square():
+def test_a_boxs_sides_move_by_a_tenth_of_its_length_within_the_limit_and_the_square():
     masks = torch.zeros(4000, 40, 40, dtype=torch.bool)
     masks[:, 10:30, 15:25] = True
     boxes = noisy_box(masks, generator(), 100.0)
@@ -81,7 +81,7 @@ def test_a_boxs_sides_move_by_a_tenth_of_its_own_length_at_most_the_limit_and_st
     assert whole.max() <= 40
 
 
-def test_a_seed_gives_the_same_prompts():
+def test_a_seed_draws_the_same_pixels():
     regions = torch.rand(50, 9, 9) < 0.5
     assert torch.equal(uniform_pixel(regions, generator(3)), uniform_pixel(regions, generator(3)))
     assert not torch.equal(uniform_pixel(regions, generator(3)), uniform_pixel(regions, generator(4)))

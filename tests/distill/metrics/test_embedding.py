@@ -88,7 +88,7 @@ def test_the_teacher_itself_is_perfect_and_the_mean_has_no_skill(arrays: dict[st
     assert constant.result()["skill_valid"] == 0
 
 
-def test_without_a_mean_there_is_no_skill_and_without_images_there_is_nothing() -> None:
+def test_metrics_are_undefined_without_images_and_skill_without_a_mean() -> None:
     metrics = Metrics(None)
     assert metrics.result()["mse"] is None
     assert metrics.result()["cosine"] == {"mean": None, "p5": None, "min": None}

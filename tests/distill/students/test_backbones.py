@@ -77,7 +77,7 @@ def test_every_parameter_learns_and_nothing_is_dropped_at_random(
     assert not unreached
 
 
-def test_a_recipes_stochastic_depth_is_switched_off() -> None:
+def test_a_recipes_stochastic_depth_is_disabled() -> None:
     dropping = [m for m in timm.models.tiny_vit_21m_224().modules() if getattr(m, "drop_prob", 0)]
     assert dropping
     student = build_student("timm:tiny_vit_21m_224", 64, seed=0)
@@ -94,7 +94,7 @@ def test_the_seed_alone_decides_the_weights(name: str, built: Callable[[str], nn
     assert any(not torch.equal(other[key], value) for key, value in first.items())
 
 
-def test_the_maps_of_both_strides_are_projected_brought_to_one_grid_and_summed(
+def test_the_maps_of_both_strides_are_projected_resized_to_one_grid_and_summed(
     built: Callable[[str], nn.Module],
 ) -> None:
     student = built("timm:resnet18").eval()
@@ -110,7 +110,7 @@ def test_the_maps_of_both_strides_are_projected_brought_to_one_grid_and_summed(
         torch.testing.assert_close(student(pixels), student.neck(joined), rtol=1e-4, atol=1e-5)
 
 
-def test_a_map_that_is_channels_last_in_timm_is_turned(built: Callable[[str], nn.Module]) -> None:
+def test_a_channels_last_map_of_timm_is_permuted(built: Callable[[str], nn.Module]) -> None:
     student = built("timm:swin_tiny_patch4_window7_224")
     assert isinstance(student, TimmStudent)
     assert student.channels_last
@@ -154,7 +154,7 @@ def test_an_image_size_that_is_no_multiple_of_16_is_refused(name: str, image_siz
         ("tiny_vitt", "did you mean tiny_vit"),
     ],
 )
-def test_what_cannot_be_a_student_is_refused_without_a_connection(
+def test_networks_unfit_as_students_are_refused_without_a_connection(
     name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def connect(*_: Any) -> None:

@@ -69,7 +69,7 @@ def test_all_fixed_students_are_listed_where_none_is_named() -> None:
     assert [row["name"] for row in students_table(image_size=64)] == list(STUDENTS)
 
 
-def test_what_cannot_be_built_has_an_error_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_that_cannot_be_built_has_an_error_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     rows = students_table(["tiny_vit", "deit_tiny", "nobody"], 64)
     assert rows[0]["error"] is None
@@ -106,12 +106,12 @@ def test_measured_memory_is_that_counted_by_hand_for_one_convolution() -> None:
     assert measure_training_bytes(info, 1024, "float32") == 4 * 1024 * 1024 * (3 + 8)
 
 
-def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_no_memory_is_measured_for_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", None)
     assert default_micro_batch(student_info("deit_tiny"), 8, 64, "float32", torch.device("cpu")) == 2
 
 
-def test_on_a_gpu_the_measure_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_measured_memory_decides_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", lambda *_: 1_000_000_000)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10_000_000_000, 0))
     info = student_info("tiny_vit_11m")
@@ -149,7 +149,7 @@ def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (2, 2), (8, 2)])
-def test_on_a_cpu_two_images_are_computed_at_a_time(batch_size: int, expected: int) -> None:
+def test_a_cpus_micro_batch_is_two_images(batch_size: int, expected: int) -> None:
     found = default_micro_batch(STUDENTS["tiny_vit"], batch_size, 1024, "float32", torch.device("cpu"))
     assert found == expected
 
@@ -164,7 +164,7 @@ def test_on_a_cpu_two_images_are_computed_at_a_time(batch_size: int, expected: i
         (8, 256, "float32", 39),
     ],
 )
-def test_on_a_gpu_as_many_as_its_free_memory_holds(
+def test_a_gpus_micro_batch_is_what_its_free_memory_holds(
     monkeypatch: pytest.MonkeyPatch, free_gb: int, image_size: int, precision: str, expected: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))

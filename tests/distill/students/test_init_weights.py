@@ -297,7 +297,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
 
 
 @pytest.mark.parametrize("data", [b"", b"short", b"a page of text, no weights" * 100, bytes(100)])
-def test_what_is_no_file_of_weights_is_one_clear_error(tmp_path: Path, data: bytes) -> None:
+def test_a_file_without_weights_is_one_clear_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(DistillError, match="safetensors"):
         read_initial(tmp_path / "file", "tiny_vit", 64)
@@ -358,7 +358,7 @@ def test_a_forged_table_of_terabytes_is_not_resized() -> None:
         ("weight", (1, 197, 192), (1, 16, 192)),
     ],
 )
-def test_what_is_no_table_of_another_size_is_left(
+def test_tensors_that_are_no_resizable_table_are_left(
     key: str, shape: tuple[int, ...], wanted: tuple[int, ...]
 ) -> None:
     assert resize_table(key, torch.zeros(shape), wanted) is None
@@ -411,7 +411,7 @@ def test_another_file_is_another_run_and_the_same_content_elsewhere_is_not(
         run(out=first)
 
 
-def test_going_on_does_not_start_from_the_file_again(
+def test_a_resumed_run_does_not_start_from_the_file_again(
     store: Path, options: Options, tmp_path: Path, small: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mobilesam.distill import DistillInterrupted, Progress, StopFlag

@@ -67,22 +67,22 @@ def test_without_timm_another_copy_of_the_file_is_not_asked_for(
         load_student(file)
 
 
-def test_it_is_found_in_a_runs_folder(student_file: Path) -> None:
+def test_a_student_is_found_in_a_runs_folder(student_file: Path) -> None:
     assert load_student(student_file.parent)[1]["teacher"] == "vit_nano"
 
 
-def test_keys_are_those_of_mobile_sam_pt(student_file: Path) -> None:
+def test_a_student_files_keys_are_those_of_mobile_sam_pt(student_file: Path) -> None:
     keys = set(load_file(student_file))
     assert keys == {f"image_encoder.{key}" for key in TinyViT(64).state_dict()}
 
 
-def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_student_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DistillError, match="run distill first"):
         load_student(tmp_path)
 
 
 @pytest.mark.parametrize("length", [0, 5, 1000, -1])
-def test_a_truncated_file_is_one_clear_error(student_file: Path, length: int) -> None:
+def test_a_truncated_student_file_is_one_clear_error(student_file: Path, length: int) -> None:
     data = student_file.read_bytes()
     student_file.write_bytes(data[:length])
     with pytest.raises(DistillError, match="damaged"):
@@ -128,7 +128,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(student_file: Path, how: st
         load_student(student_file)
 
 
-def test_what_it_was_saved_with_is_plain_json(student_file: Path) -> None:
+def test_a_students_description_is_plain_json(student_file: Path) -> None:
     assert json.loads(json.dumps(load_student(student_file)[1])) == load_student(student_file)[1]
 
 
