@@ -16,7 +16,7 @@ from mobilesam.store import StoreError
     ("number", "mend"),
     [(errno.EIO, "the disk fails: check it"), (errno.ENOSPC, "free some room"), (errno.EMFILE, "ulimit -n")],
 )
-def test_what_the_system_refuses_is_told_with_its_mend(tmp_path: Path, number: int, mend: str) -> None:
+def test_an_error_of_the_operating_system_names_its_mend(tmp_path: Path, number: int, mend: str) -> None:
     with pytest.raises(StoreError, match=mend) as caught, explain_os_errors(tmp_path):
         raise OSError(number, os.strerror(number))
     assert str(tmp_path) in str(caught.value)

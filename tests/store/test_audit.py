@@ -18,7 +18,7 @@ def _audit(row: int, cosine: float = 1.0, relative_mse: float = 0.0) -> Audit:
     return Audit(row=row, cosine=cosine, relative_mse=relative_mse)
 
 
-def test_audits_out_of_tolerance_are_told(full_store: EmbeddingStore) -> None:
+def test_audits_out_of_tolerance_are_listed(full_store: EmbeddingStore) -> None:
     limits = tolerance("float16", "float32")
     full_store.record_audits(
         [

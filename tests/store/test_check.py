@@ -57,7 +57,7 @@ def test_a_shard_of_another_store_is_foreign(new_store: NewStore) -> None:
         "UPDATE extensions SET sources = '[\"/other\"]'",
     ],
 )
-def test_a_changed_key_or_selection_is_past_mending(store: EmbeddingStore, statement: str) -> None:
+def test_a_changed_key_or_selection_cannot_be_repaired(store: EmbeddingStore, statement: str) -> None:
     run_sql(store, statement)
     for repair in (False, True):
         (problem,) = inspect_store(store.path, check=True, repair=repair)["problems"]
@@ -83,7 +83,7 @@ def test_a_row_number_far_out_does_not_make_work_for_ever(store: EmbeddingStore)
         reader.pending_shards()
 
 
-def test_what_a_killed_writer_left_is_told_by_name(store: EmbeddingStore) -> None:
+def test_what_a_killed_writer_left_is_reported_by_name(store: EmbeddingStore) -> None:
     left = ["embeddings/c.1.0.0.0.dead.partial", "scales/c.7.0", "zarr.json.00c0ffee.partial"]
     for name in left:
         (store.path / name).write_bytes(b"x")
@@ -92,7 +92,7 @@ def test_what_a_killed_writer_left_is_told_by_name(store: EmbeddingStore) -> Non
     assert sorted(p["file"] for p in problems) == sorted(str(store.path / name) for name in left)
 
 
-def test_files_of_other_people_are_nobodys_problem(store: EmbeddingStore) -> None:
+def test_files_of_other_people_are_no_problem(store: EmbeddingStore) -> None:
     for name in ["notes.txt", "embeddings/c.1.0.0.0.txt", "embeddings/c.01.0.0.0", "embeddings/c.9.0"]:
         (store.path / name).write_bytes(b"x")
     assert found_problems(store) == []
@@ -110,7 +110,7 @@ def test_a_live_writer_is_named_and_its_attempts_are_no_orphans(new_store: NewSt
 
 @pytest.mark.parametrize("name", ["zarr.json", "embeddings/zarr.json", "scales/zarr.json"])
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"attributes": {"mobilesam": {"format": 9}}}'])
-def test_a_changed_document_is_told_even_without_a_check(
+def test_a_changed_document_is_reported_even_without_a_check(
     store: EmbeddingStore, name: str, content: bytes | None
 ) -> None:
     (store.path / name).unlink() if content is None else (store.path / name).write_bytes(content)
@@ -118,7 +118,7 @@ def test_a_changed_document_is_told_even_without_a_check(
     assert (problem["kind"], problem["file"]) == ("metadata", str(store.path / name))
 
 
-def test_a_changed_head_is_told_even_without_a_check(store: EmbeddingStore) -> None:
+def test_a_changed_head_is_reported_even_without_a_check(store: EmbeddingStore) -> None:
     flip_byte(store.path / HEAD_FILE, 20)
     result = inspect_store(store.path)
     assert [p["kind"] for p in result["problems"]] == ["head"]
@@ -146,7 +146,7 @@ def test_audits_are_summed_up_and_those_out_of_tolerance_are_problems(full_store
     json.dumps(result, allow_nan=False)
 
 
-def test_a_commit_that_comes_between_is_not_taken_for_damage(
+def test_a_commit_during_the_check_is_not_taken_for_damage(
     full_store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mobilesam.store import check
@@ -154,7 +154,7 @@ def test_a_commit_that_comes_between_is_not_taken_for_damage(
     real = check.shard_listing
     commits = []
 
-    def then_committed_anew(manifest: Any, shard: int, size: int) -> Any:
+    def then_committed_again(manifest: Any, shard: int, size: int) -> Any:
         listing = real(manifest, shard, size)
         if shard == 1 and not commits:
             commits.append(shard)
@@ -162,7 +162,7 @@ def test_a_commit_that_comes_between_is_not_taken_for_damage(
             compute(full_store, embeddings(seed=9))
         return listing
 
-    monkeypatch.setattr(check, "shard_listing", then_committed_anew)
+    monkeypatch.setattr(check, "shard_listing", then_committed_again)
     assert found_problems(full_store) == []
     assert commits == [1]
 

@@ -68,13 +68,13 @@ def test_a_file_of_another_length_is_short(store: EmbeddingStore, size: int, arr
     assert found_problems(store) == [("short", 2, None)]
 
 
-def test_a_file_of_zero_bytes_is_told_as_such(store: EmbeddingStore) -> None:
+def test_a_file_of_zero_bytes_is_reported_as_such(store: EmbeddingStore) -> None:
     path = shard_file(store, 0, 1)
     path.write_bytes(bytes(path.stat().st_size))
     assert found_problems(store) == [("zeros", 0, None)]
 
 
-def test_zero_bytes_in_a_rows_place_are_told_as_such(store: EmbeddingStore) -> None:
+def test_zero_bytes_in_a_rows_place_are_reported_as_such(store: EmbeddingStore) -> None:
     path, layout = shard_file(store, 1), store.spec.layouts[0]
     data = bytearray(path.read_bytes())
     data[2 * layout.stride : 3 * layout.stride] = bytes(layout.stride)
@@ -97,7 +97,7 @@ def test_a_flipped_bit_names_the_row_and_its_image(store: EmbeddingStore, array:
     assert (problem["kind"], problem["row"], problem["key"]) == ("checksum", 7, "photo0007.jpg")
 
 
-def test_a_flipped_bit_in_the_checksum_behind_a_row_or_in_the_index_is_told(store: EmbeddingStore) -> None:
+def test_a_flipped_bit_in_the_checksum_behind_a_row_or_in_the_index_is_found(store: EmbeddingStore) -> None:
     layout = store.spec.layouts[0]
     flip_byte(shard_file(store, 0), layout.payload_bytes)
     flip_byte(shard_file(store, 2), -1)
@@ -120,7 +120,7 @@ def test_a_stale_file_in_which_other_images_failed_contradicts_the_listing(new_s
     assert found_problems(store) == [("listing", 1, 3), ("listing", 1, 4)]
 
 
-def test_nan_and_infinity_are_told_though_every_checksum_is_right(new_store: NewStore) -> None:
+def test_nan_and_infinity_are_found_though_every_checksum_is_right(new_store: NewStore) -> None:
     for number, (dtype, bad) in enumerate(
         [("float16", np.nan), ("float16", -np.inf), ("float32", np.inf), ("int8", np.nan)]
     ):
@@ -158,7 +158,7 @@ def test_a_changed_field_of_a_listed_row_names_the_row(store: EmbeddingStore, st
         "UPDATE shards SET rows = 'many' WHERE shard = 1",
     ],
 )
-def test_a_listing_that_contradicts_itself_is_told(store: EmbeddingStore, statement: str) -> None:
+def test_a_listing_that_contradicts_itself_is_found(store: EmbeddingStore, statement: str) -> None:
     run_sql(store, statement)
     assert ("listing", 1, None) in found_problems(store)
     assert {shard for _, shard, _ in found_problems(store)} == {1}

@@ -68,7 +68,7 @@ def test_a_link_that_leads_nowhere_is_named_with_its_goal(tmp_path: Path) -> Non
         _create(tmp_path / "store.zarr")
 
 
-def test_of_two_that_make_the_same_store_the_later_is_told_that_it_is_there(tmp_path: Path) -> None:
+def test_the_later_of_two_processes_that_make_the_same_store_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "store.zarr"
     with pytest.raises(StoreError, match="holds a store already"), draft_of(place):
         _create(place).close()

@@ -23,7 +23,7 @@ from mobilesam.store.layout import MANIFEST
 NewStore = Callable[..., EmbeddingStore]
 
 
-def test_a_full_disk_under_the_manifest_is_told_as_such_and_changes_nothing(new_store: NewStore) -> None:
+def test_a_full_disk_under_the_manifest_is_reported_as_such_and_changes_nothing(new_store: NewStore) -> None:
     store = new_store()
     connection = store.manifest._connection
     pages = connection.execute("PRAGMA page_count").fetchone()[0]
@@ -68,14 +68,14 @@ def test_a_writer_removes_the_journal_of_a_transaction_that_was_killed_before_it
 
 
 @pytest.mark.parametrize("content", [b"", b"not a database, but long enough to be one" * 99])
-def test_a_damaged_manifest_is_told(full_store: EmbeddingStore, content: bytes) -> None:
+def test_a_damaged_manifest_is_an_error(full_store: EmbeddingStore, content: bytes) -> None:
     full_store.close()
     (full_store.path / MANIFEST).write_bytes(content)
     with pytest.raises(StoreDamaged, match=r"manifest\.sqlite"):
         EmbeddingStore.open(full_store.path)
 
 
-def test_a_missing_manifest_is_told(full_store: EmbeddingStore) -> None:
+def test_a_missing_manifest_is_an_error(full_store: EmbeddingStore) -> None:
     full_store.close()
     (full_store.path / MANIFEST).unlink()
     with pytest.raises(StoreDamaged, match="manifest"):

@@ -1,4 +1,4 @@
-"""Images kept in a store: written with their embeddings, read back, and every damage to them told."""
+"""Images kept in a store: written with their embeddings, read back, and every damage to them found."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_missing_cut_and_swapped_tars_are_found_and_mended(store: EmbeddingStore
 
 
 @pytest.mark.parametrize("size", [0, 1, 1023])
-def test_a_tar_shorter_than_its_end_is_told_though_its_listing_is_damaged_too(
+def test_a_tar_shorter_than_its_end_is_found_though_its_listing_is_damaged_too(
     store: EmbeddingStore, size: int
 ) -> None:
     store.close()
@@ -128,7 +128,7 @@ def test_a_tar_shorter_than_its_end_is_told_though_its_listing_is_damaged_too(
     assert {(kind, shard) for kind, shard, _ in found} == {("listing", 0), ("short", 0)}
 
 
-def test_a_tar_of_another_shard_is_told(store: EmbeddingStore) -> None:
+def test_a_tar_of_another_shard_is_damage(store: EmbeddingStore) -> None:
     first, second = _tar(store, 0).read_bytes(), _tar(store, 2).read_bytes()
     _tar(store, 0).write_bytes(second)
     with pytest.raises(StoreDamaged, match="row 1"):

@@ -35,12 +35,12 @@ def test_a_second_writer_is_refused_and_the_first_is_named(full_store: Embedding
         EmbeddingStore.open(full_store.path, writable=True)
 
 
-def test_readers_are_welcome_while_somebody_writes(full_store: EmbeddingStore) -> None:
+def test_readers_open_a_store_while_a_writer_holds_the_lock(full_store: EmbeddingStore) -> None:
     with EmbeddingStore.open(full_store.path) as reader:
         assert reader.manifest.counts().done == 8
 
 
-def test_a_killed_writers_lock_falls_away(full_store: EmbeddingStore) -> None:
+def test_a_killed_writers_lock_is_released(full_store: EmbeddingStore) -> None:
     full_store.close()
     writer = subprocess.Popen(
         [sys.executable, "-c", HOLD_LOCK, str(full_store.path)], stdout=subprocess.PIPE, text=True

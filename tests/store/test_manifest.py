@@ -60,7 +60,7 @@ def test_a_row_that_is_not_done_cant_have_been_audited(new_store: NewStore, row:
     assert store.manifest.audits() == []
 
 
-def test_records_tell_what_the_worker_learned(full_store: EmbeddingStore) -> None:
+def test_records_hold_what_the_worker_found_out(full_store: EmbeddingStore) -> None:
     record = full_store.manifest.records()[5]
     assert (record.row, record.key, record.status) == (5, "photo0005.jpg", "done")
     assert (record.bytes, record.original_size, record.resized_size) == (105, (30, 40), (48, 64))

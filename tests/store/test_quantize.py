@@ -1,3 +1,8 @@
+"""int8 quantisation: error bounds, scales, zeros.
+
+Shape suffixes: B images, C channels, H and W rows and columns of an embedding, 1 one.
+"""
+
 from __future__ import annotations
 
 import numpy as np

@@ -25,7 +25,7 @@ def _shard(store: EmbeddingStore, number: int, array: str = "embeddings") -> Pat
     return store.path / array / store.spec.layouts[0 if array == "embeddings" else 1].file_name(number)
 
 
-def _read_anew(path: Path, rows: list[int]) -> np.ndarray:
+def _read_rows(path: Path, rows: list[int]) -> np.ndarray:
     with EmbeddingStore.open(path) as store:
         return store.read(rows).values
 
@@ -103,17 +103,17 @@ def test_a_flipped_bit_is_an_error_or_lies_in_padding(
     try:
         if in_padding:
             np.testing.assert_array_equal(
-                _read_anew(full_store.path, [0, 1, 2]), embeddings()[:3].astype(np.float16)
+                _read_rows(full_store.path, [0, 1, 2]), embeddings()[:3].astype(np.float16)
             )
         else:
             with pytest.raises(StoreDamaged):
-                _read_anew(full_store.path, [0, 1, 2])
+                _read_rows(full_store.path, [0, 1, 2])
     finally:
         file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("array", ["embeddings", "scales"])
-def test_two_swapped_shards_are_told_by_the_manifest(new_store: NewStore, array: str) -> None:
+def test_two_swapped_shards_are_detected_by_the_manifest(new_store: NewStore, array: str) -> None:
     store = new_store(dtype="int8")
     compute(store, embeddings())
     first, second = _shard(store, 0, array), _shard(store, 1, array)
@@ -122,25 +122,25 @@ def test_two_swapped_shards_are_told_by_the_manifest(new_store: NewStore, array:
     shutil.move(second, first)
     shutil.move(aside, second)
     with pytest.raises(StoreDamaged, match=r"row 1 \('photo0001.jpg'\).*not those that were committed"):
-        _read_anew(store.path, [1])
+        _read_rows(store.path, [1])
 
 
-def test_a_shard_of_another_store_is_told_by_the_manifest(new_store: NewStore) -> None:
+def test_a_shard_of_another_store_is_detected_by_the_manifest(new_store: NewStore) -> None:
     store, other = new_store("a.zarr"), new_store("b.zarr")
     compute(store, embeddings(seed=0))
     compute(other, embeddings(seed=1))
     shutil.copy(_shard(other, 2), _shard(store, 2))
     with pytest.raises(StoreDamaged, match="row 6"):
-        _read_anew(store.path, [6])
+        _read_rows(store.path, [6])
 
 
-def test_a_stale_copy_of_the_same_shard_is_told_by_the_manifest(full_store: EmbeddingStore) -> None:
+def test_a_stale_copy_of_the_same_shard_is_detected_by_the_manifest(full_store: EmbeddingStore) -> None:
     stale = _shard(full_store, 0).read_bytes()
     full_store.withdraw([0])
     compute(full_store, embeddings(seed=5))
     _shard(full_store, 0).write_bytes(stale)
     with pytest.raises(StoreDamaged, match="not those that were committed"):
-        _read_anew(full_store.path, [0])
+        _read_rows(full_store.path, [0])
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5000, -1])
@@ -148,11 +148,11 @@ def test_a_cut_shard_is_damage(full_store: EmbeddingStore, keep: int) -> None:
     file = _shard(full_store, 1)
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(StoreDamaged, match=r"c\.1\.0\.0\.0"):
-        _read_anew(full_store.path, [3])
+        _read_rows(full_store.path, [3])
 
 
 def test_a_missing_shard_is_damage_and_the_others_are_read(full_store: EmbeddingStore) -> None:
     _shard(full_store, 1).unlink()
     with pytest.raises(StoreDamaged, match="is missing, though the manifest lists it"):
-        _read_anew(full_store.path, [3])
-    assert _read_anew(full_store.path, [0, 7]).shape[0] == 2
+        _read_rows(full_store.path, [3])
+    assert _read_rows(full_store.path, [0, 7]).shape[0] == 2

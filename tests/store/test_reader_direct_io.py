@@ -88,7 +88,7 @@ def test_rows_that_are_not_whole_pages_go_through_the_cache(
     assert [call[0] for call in preadv] == [False, False]
 
 
-def test_a_file_system_that_goes_back_on_its_word_is_read_through_the_cache(
+def test_a_file_system_that_refuses_the_first_direct_read_is_read_through_the_cache(
     new_store: NewStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, expected = full(new_store, tmp_path)

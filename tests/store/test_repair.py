@@ -1,4 +1,4 @@
-"""Repair takes out what is damaged, and nothing else; computing anew then gives the store that it was."""
+"""Repair withdraws what is damaged, and nothing else; recomputing it gives the store as it was."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_a_damaged_copy_of_a_document_is_never_written_over_a_whole_one(store: E
     assert document.read_bytes() == whole
 
 
-def test_a_damaged_head_is_left_to_precompute_and_told(store: EmbeddingStore) -> None:
+def test_a_damaged_head_is_reported_and_left_to_precompute(store: EmbeddingStore) -> None:
     flip_byte(store.path / HEAD_FILE, 9)
     result = inspect_store(store.path, repair=True)
     assert [problem["kind"] for problem in result["problems"]] == ["head"]
@@ -303,7 +303,7 @@ def test_a_listed_shard_that_no_row_belongs_to_is_taken_out(store: EmbeddingStor
     assert inspect_store(store.path, check=True)["problems"] == []
 
 
-def test_damaged_indexes_of_the_manifest_are_built_anew(store: EmbeddingStore) -> None:
+def test_damaged_indexes_of_the_manifest_are_rebuilt(store: EmbeddingStore) -> None:
     manifest = store.path / MANIFEST
     data = manifest.read_bytes()
     key = b"photo0003.jpg"
@@ -323,7 +323,7 @@ def test_damaged_indexes_of_the_manifest_are_built_anew(store: EmbeddingStore) -
     assert sorted(mended) == [False, True]
 
 
-def test_damaged_pages_of_the_manifest_are_told_and_nothing_is_written(store: EmbeddingStore) -> None:
+def test_damaged_pages_of_the_manifest_are_reported_and_nothing_is_written(store: EmbeddingStore) -> None:
     manifest = store.path / MANIFEST
     data = bytearray(manifest.read_bytes())
     with sqlite3.connect(manifest) as connection:

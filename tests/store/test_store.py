@@ -35,7 +35,7 @@ def _files(store: EmbeddingStore) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_ino, path.read_bytes()) for path in sorted(folder.glob("c.*"))}
 
 
-def test_a_lost_head_is_written_anew_and_another_one_is_refused(full_store: EmbeddingStore) -> None:
+def test_a_lost_head_is_restored_and_another_one_is_refused(full_store: EmbeddingStore) -> None:
     full_store.head_path.unlink()
     with pytest.raises(StoreMismatch, match=r"is not the one that .* was made with"):
         full_store.restore_head(HEAD + b" ")
@@ -155,7 +155,7 @@ def test_a_reader_needs_no_write_access(full_store: EmbeddingStore) -> None:
     assert float(done.stdout) == embeddings()[7].astype(np.float16).astype(np.float64).sum()
 
 
-def test_a_changed_head_is_told(full_store: EmbeddingStore) -> None:
+def test_a_changed_head_is_damage(full_store: EmbeddingStore) -> None:
     assert full_store.read_head() == (full_store.path / HEAD_FILE).read_bytes()
     (full_store.path / HEAD_FILE).write_bytes(b"other")
     with pytest.raises(StoreDamaged, match="sam_head"):

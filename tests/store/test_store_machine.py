@@ -147,8 +147,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.resume()
 
     def _compute(self, store: EmbeddingStore, shards: list[int]) -> None:
-        emb_NCHW = np.stack([_embedding(row) for row in self.content])
-        compute(store, emb_NCHW, failed=FAILING, shards=shards)
+        emb_BCHW = np.stack([_embedding(row) for row in self.content])
+        compute(store, emb_BCHW, failed=FAILING, shards=shards)
 
     @precondition(lambda self: self._pending())
     @rule(which=numbers)

@@ -40,9 +40,9 @@ def _warnings_are_errors() -> Iterator[None]:
 def store(request: pytest.FixtureRequest, new_store: Callable[..., EmbeddingStore]) -> EmbeddingStore:
     """Row 4 failed, row 5 is zeros throughout."""
     store = new_store(dtype=request.param)
-    emb_NCHW = embeddings()
-    emb_NCHW[5] = 0
-    compute(store, emb_NCHW, failed=[FAILED])
+    emb_BCHW = embeddings()
+    emb_BCHW[5] = 0
+    compute(store, emb_BCHW, failed=[FAILED])
     return store
 
 
@@ -126,7 +126,7 @@ def test_an_extended_store_shows_its_new_length_to_every_reader(
 
 
 @pytest.mark.parametrize("make", ["nothing", "folder", "file"])
-def test_no_store_is_told_with_the_mend(tmp_path: Path, make: str) -> None:
+def test_a_place_without_a_store_is_not_found(tmp_path: Path, make: str) -> None:
     place = tmp_path / "store.zarr"
     if make == "folder":
         place.mkdir()
@@ -138,7 +138,7 @@ def test_no_store_is_told_with_the_mend(tmp_path: Path, make: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'{"attributes": {"mobilesam": 1}}'])
-def test_a_damaged_group_document_is_told(full_store: EmbeddingStore, content: bytes) -> None:
+def test_a_damaged_group_document_is_an_error(full_store: EmbeddingStore, content: bytes) -> None:
     (full_store.path / "zarr.json").write_bytes(content)
     with pytest.raises((StoreDamaged, StoreNotFound), match="zarr"):
         EmbeddingStore.open(full_store.path)
@@ -168,7 +168,7 @@ def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
         ("shard_size", "3"),
     ],
 )
-def test_a_changed_attribute_is_told(full_store: EmbeddingStore, name: str, value: object) -> None:
+def test_a_changed_attribute_is_damage(full_store: EmbeddingStore, name: str, value: object) -> None:
     path = full_store.path / "zarr.json"
     document = json.loads(path.read_bytes())
     assert document["attributes"]["mobilesam"][name] != value
