@@ -177,9 +177,6 @@ def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], lis
 def main() -> None:
     """Distil Segment Anything's image encoder into a small one.
 
-    Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 130 and 143
-    interrupted.
-
     \b
     mobilesam precompute --images DIR --out store.zarr    embed images with the teacher, into a Zarr store
     mobilesam distill --epochs 8                          train a student on the store
@@ -190,6 +187,9 @@ def main() -> None:
     mobilesam export --out exported                       write files for MobileSAM's code and for onnxruntime
     mobilesam students                                    list the students and their cost
     mobilesam sweep --epochs 2,4,8 --seed 0,1,2           train and compare a grid of students
+
+    Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 130 and 143
+    interrupted.
     """
     # Only this package's logger: a handler at the root would print the messages of dask and matplotlib.
     logger = logging.getLogger(__package__)

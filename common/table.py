@@ -51,5 +51,6 @@ class Table:
         """Return the table for a Markdown document."""
         rule = ["---:" if number else "---" for number in self.numeric]
         rows = [[cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows)]
-        lines = [f"**{self.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
-        return [*lines, "", self.note] if self.note else lines
+        title, note = [f"**{self.title}**", ""], ["", self.note]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return [*(title if self.title else []), *lines, *(note if self.note else [])]
