@@ -196,7 +196,7 @@ def _length(group: Group) -> str:
 
 
 def _miou(group: Group) -> Spread:
-    miou = group.judged("miou")
+    miou = group.verified("miou")
     if miou is None:
         raise ValueError(
             f"no run of {dict(group.options)} has masks to compare: its embeddings aren't finite"

@@ -1,4 +1,4 @@
-"""Runs that differ by their seed alone, and how far apart they came out."""
+"""Groups of runs that differ by their seed alone, and the spread of their results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ SEED = "seed"
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Of one number over the seeds: `deviation` is the sample's, n - 1 in its denominator; None for a single seed."""
+    """Spread of one number over seeds."""
 
     mean: float
     deviation: float | None
+    """Sample standard deviation (n - 1 in the denominator); None for a single seed."""
     lowest: float
     highest: float
     count: int
+    """Number of seeds for which the number is defined."""
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Of the values that are defined; None where none is."""
+        """Compute the spread of the values that are neither None nor NaN nor infinite; None without any."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
@@ -39,34 +41,38 @@ class Spread:
         )
 
     def text(self, digits: str) -> str:
-        """The mean, and ± the deviation where there is one."""
+        """Return the mean in the format `digits`, with ± the deviation where there is one."""
         mean = format(self.mean, digits)
         return mean if self.deviation is None else f"{mean} ± {format(self.deviation, digits)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The finished runs that differ by their seed alone. `options` are those that they share."""
+    """Finished runs that differ by their seed alone."""
 
     options: Mapping[str, Any]
+    """Options that they share."""
     outcomes: Sequence[Mapping[str, Any]]
+    """As `run_trial` returns them."""
 
     def spread(self, *path: str) -> Spread | None:
-        """Of the number to which the path leads in each outcome."""
-        return Spread.of(_followed(outcome, path) for outcome in self.outcomes)
+        """Return the spread of the number to which these keys lead in each outcome."""
+        return Spread.of(_lookup(outcome, path) for outcome in self.outcomes)
 
-    def judged(self, *path: str) -> Spread | None:
-        """Of one of verify's numbers: on the test store where there is one, else on the held-out rows."""
-        return self.spread(judged_by(self.outcomes), *path)
+    def verified(self, *path: str) -> Spread | None:
+        """Return the spread of one of verify's numbers: on the test store where there is one, else on held-out
+        rows."""
+        return self.spread(verified_split(self.outcomes), *path)
 
 
-def judged_by(outcomes: Iterable[Mapping[str, Any]]) -> str:
-    """Whose numbers count: "test" where all outcomes have a test store's, else "val"."""
+def verified_split(outcomes: Iterable[Mapping[str, Any]]) -> str:
+    """Return the key of verify's results to report: "test" where all outcomes have a test store's, else "val"."""
     return "test" if all("test" in outcome for outcome in outcomes) else "val"
 
 
 def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """The groups in the order of their first outcome; outcomes that aren't done are left out."""
+    """Group outcomes by their options but the seed, in the order of the first; those that aren't done are left
+    out."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         if outcome["status"] == DONE:
@@ -82,7 +88,7 @@ def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
-    """The options in which the groups differ, among those for which they mean something."""
+    """Return the options in which groups differ; a group to which an option doesn't apply lacks it."""
     values: dict[str, set[str]] = {}
     for group in groups:
         for name, value in group.options.items():
@@ -90,7 +96,7 @@ def varying(groups: Sequence[Group]) -> list[str]:
     return [name for name, different in values.items() if len(different) > 1]
 
 
-def _followed(value: Any, path: Sequence[str]) -> float | None:
+def _lookup(value: Any, path: Sequence[str]) -> float | None:
     for part in path:
         value = None if value is None else value.get(part)
     return value

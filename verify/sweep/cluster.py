@@ -1,4 +1,4 @@
-"""The runs of a sweep on a dask cluster that exists: at most one at a time on each worker."""
+"""Trials of a sweep on a dask cluster that exists: at most one at a time on each worker."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from ...common.dask_client import DASK_CLIENT_LOG, connected
 from ...common.errors import VerifyError
 from ...distill import DistillInterrupted, Progress, StopFlag
 from .grid import Trial
-from .trial import INTERRUPTED, Judging, Outcome, failed, run_trial, without_start
+from .trial import INTERRUPTED, Outcome, VerifySettings, blocked_outcome, failed, run_trial
 
-LOOK_SECONDS = 1.0
-"""Between two looks at who is there and whether to stop."""
-LOCKED_SECONDS = 120.0
-"""How long a run is waited for whose worker went away and is still saving it."""
+POLL_SECONDS = 1.0
+"""Time between two looks at the workers and at the flag to stop."""
+
+LOCK_WAIT_SECONDS = 120.0
+"""Longest wait for a run's lock, while a worker that left the cluster still saves the run."""
+
 DEATHS_ALLOWED = 2
-"""Deaths of a worker under one run that are taken for bad luck."""
+"""Workers that may leave the cluster while they have one trial, before the trial is held responsible."""
+
+WORKING = (Status.running, Status.paused)
+"""States of a worker that isn't about to close."""
 
 
 @contextmanager
@@ -33,130 +38,133 @@ def connected_workers(address: str) -> Iterator[Client]:
     """Connect to the cluster at an address whose workers can run this version's sweep.
 
     Raises:
-        VerifyError: when there is no scheduler or worker, or the workers have another version of this package.
+        VerifyError: there is no scheduler or worker, or the workers have another version of this package.
     """
     with connected(address, VerifyError) as client:
-        _check_versions(client)
+        try:
+            versions = set(client.run(worker_version).values())
+        except ModuleNotFoundError as error:
+            raise VerifyError(f"the cluster's workers lack {error.name}: install mobilesam there") from error
+        if versions != {__version__}:
+            raise VerifyError(
+                f"the cluster's workers have mobilesam {', '.join(sorted(versions))}, this is {__version__}: install "
+                "the same everywhere"
+            )
         yield client
 
 
-def _check_versions(client: Client) -> None:
-    try:
-        versions = set(client.run(worker_version).values())
-    except ModuleNotFoundError as error:
-        raise VerifyError(f"the cluster's workers lack {error.name}: install mobilesam there") from error
-    if versions != {__version__}:
-        raise VerifyError(
-            f"the cluster's workers have mobilesam {', '.join(sorted(versions))}, this is {__version__}: install "
-            "the same everywhere"
-        )
+def worker_version() -> str:
+    """Return the version of this package, on a worker."""
+    return __version__
 
 
-class ClusterRuns:
-    """Places trials on workers as these are free, and collects the outcomes.
+class ClusterRunner:
+    """Places trials on free workers and collects their outcomes.
 
-    Which worker takes what is decided here: dask would put as many runs on a worker as it has threads. A worker
-    that goes away is no failure of its run, which goes on elsewhere from its checkpoint, unless it happens again and
-    again.
+    The choice of workers is made here: dask would put as many trials on a worker as it has threads. A worker that
+    leaves the cluster doesn't fail its trial, which resumes elsewhere from its checkpoint, unless that happens
+    again and again.
+
+    Args:
+        client: connected to the cluster.
+        trials: one that starts from another's student after that one.
+        settings: for the verification.
+        known: earlier outcomes by name.
+        message: called with a line for each trial that begins or moves.
     """
 
     def __init__(
         self,
         client: Client,
         trials: Sequence[Trial],
-        judging: Judging,
+        settings: VerifySettings,
         known: Mapping[str, Outcome],
         message: Callable[[str], None],
     ) -> None:
-        self.client, self.judging, self.known, self.message = client, judging, known, message
+        self.client, self.settings, self.known, self.message = client, settings, known, message
         self.sweep = uuid.uuid4().hex
         self.trials = {trial.name: trial for trial in trials}
         self.waiting = list(trials)
         self.running: dict[Future, tuple[Trial, str]] = {}
+        """Task -> trial and worker's address."""
         self.deaths: dict[str, int] = {}
+        """Trial -> number of workers that left the cluster with it."""
         self.locked: dict[str, float] = {}
-        """When a run was first found in the hands of the worker that went away, by time.monotonic()."""
+        """Trial -> time.monotonic() when its run was first found locked by a worker that left."""
         self.stopping = False
         self.outcomes: dict[str, Outcome] = {}
 
-    def outcomes_as_they_come(self, stop: StopFlag) -> Iterator[Outcome]:
-        """Every trial's outcome. When `stop` is set, those that run save first; then DistillInterrupted."""
+    def run(self, stop: StopFlag) -> Iterator[Outcome]:
+        """Run all trials, and yield their outcomes as they end.
+
+        Args:
+            stop: when set, running trials save and stop.
+
+        Raises:
+            DistillInterrupted: after a stop.
+            VerifyError: the connection to the scheduler was lost.
+        """
         stop.graceful = True
         while self.waiting or self.running:
             if self.client.status != "running":
-                DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
+                DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it logs the same with a traceback
                 raise VerifyError(
-                    "the connection to the dask scheduler was lost; runs that were saved go on from there with the "
-                    "same command"
+                    "the connection to the dask scheduler was lost; the same command resumes the runs that were saved"
                 )
-            self._take_back_lost()
+            self._requeue_lost()
             self.stopping = stop.signum is not None
             if stop.signum is not None:
-                # Every time: a worker may only now have begun what it was given before.
+                # At each look: a worker may only now have begun what it was given before.
                 self.waiting = []
                 self.client.run(stop_tasks, self.sweep, stop.signum, on_error="ignore")
-            self._place()
-            yield from self._take(self._finished() + self._hopeless())
+            self._submit()
+            yield from self._record(self._finished() + self._abandoned())
         if stop.signum is not None:
             raise DistillInterrupted(
-                "stopped, with what was trained saved; run the same command again to go on", stop.signum
+                "stopped, and what was trained is saved; run the same command again to resume", stop.signum
             )
 
     def _workers(self, *, working: bool = False) -> set[str]:
-        """Addresses; with `working` of those alone that aren't about to close."""
+        """Return the addresses of all workers, or of those that aren't about to close."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         return {name for name, info in workers.items() if not working or Status[info["status"]] in WORKING}
 
-    def _place(self) -> None:
-        """Gives each free worker the first trial that can begin."""
+    def _requeue_lost(self) -> None:
+        """Put trials back in the queue whose worker left the cluster."""
+        present = self._workers()
+        for future, (trial, worker) in list(self.running.items()):
+            if worker not in present and not future.done():
+                del self.running[future]
+                future.cancel()
+                self.deaths[trial.name] = self.deaths.get(trial.name, 0) + 1
+                self.message(f"{worker} is gone: {trial.name} resumes elsewhere")
+                self.waiting.insert(0, trial)
+
+    def _submit(self) -> None:
+        """Give each free worker the first trial that can begin."""
         free = self._workers(working=True) - {worker for _, worker in self.running.values()}
         for worker in sorted(free):
             able = (trial for trial in self.waiting if trial.after is None or trial.after in self.outcomes)
-            trial = next((trial for trial in able if without_start(trial, self.outcomes) is None), None)
+            trial = next((trial for trial in able if blocked_outcome(trial, self.outcomes) is None), None)
             if trial is None:
                 return
             self.waiting.remove(trial)
             known = self.known.get(trial.name)
             future = self.client.submit(
-                trial_task, self.sweep, trial, self.judging, known, workers=[worker], pure=False, retries=0
+                trial_task, self.sweep, trial, self.settings, known, workers=[worker], pure=False, retries=0
             )
             self.running[future] = trial, worker
             begun = len(self.outcomes) + len(self.running)
             self.message(f"run {begun} of {len(self.trials)}: {trial.name} on {worker}")
 
-    def _take_back_lost(self) -> None:
-        """Those whose worker is gone wait again."""
-        there = self._workers()
-        for future, (trial, worker) in list(self.running.items()):
-            if worker not in there and not future.done():
-                del self.running[future]
-                future.cancel()
-                self.deaths[trial.name] = self.deaths.get(trial.name, 0) + 1
-                self.message(f"{worker} is gone: {trial.name} goes on elsewhere")
-                self.waiting.insert(0, trial)
-
-    def _hopeless(self) -> list[Outcome]:
-        """Outcomes of those waiting that can't begin, or that worker after worker died of."""
-        given_up: list[Outcome] = []
-        for trial in list(self.waiting):
-            outcome = None
-            if trial.after in self.outcomes:
-                outcome = without_start(trial, self.outcomes)
-            if self.deaths.get(trial.name, 0) > DEATHS_ALLOWED:
-                deaths = self.deaths[trial.name]
-                outcome = failed(trial, f"{deaths} workers went away under it: is their memory enough?")
-            if outcome is not None:
-                self.waiting.remove(trial)
-                given_up.append(outcome)
-        return given_up
-
     def _finished(self) -> list[Outcome]:
+        """Wait for POLL_SECONDS at most, and return the outcomes of the tasks that ended."""
         if not self.running:
-            time.sleep(0 if self._workers() else LOOK_SECONDS)
+            time.sleep(0 if self._workers() else POLL_SECONDS)
             return []
         try:
             with self.client.as_current():
-                wait(list(self.running), timeout=LOOK_SECONDS, return_when="FIRST_COMPLETED")
+                wait(list(self.running), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
         except TimeoutError:
             return []
         outcomes: list[Outcome] = []
@@ -168,46 +176,67 @@ class ClusterRuns:
             elif future.status == "finished":
                 outcomes.append(future.result())
             else:
-                outcomes.append(failed(trial, f"its task was {future.status} by somebody else"))
+                outcomes.append(failed(trial, f"its task was {future.status} by another client"))
             future.release()
         return outcomes
 
-    def _take(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
+    def _abandoned(self) -> list[Outcome]:
+        """Return outcomes of the waiting trials that can't begin, or that too many workers died with."""
+        abandoned: list[Outcome] = []
+        for trial in list(self.waiting):
+            outcome = None
+            if trial.after in self.outcomes:
+                outcome = blocked_outcome(trial, self.outcomes)
+            if self.deaths.get(trial.name, 0) > DEATHS_ALLOWED:
+                deaths = self.deaths[trial.name]
+                outcome = failed(
+                    trial, f"{deaths} workers went away while they ran it: is their memory enough?"
+                )
+            if outcome is not None:
+                self.waiting.remove(trial)
+                abandoned.append(outcome)
+        return abandoned
+
+    def _record(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
+        """Record and yield outcomes; trials that a closing worker saved, or still saves, wait again."""
         for outcome in outcomes:
             name = outcome["name"]
-            if outcome["status"] == INTERRUPTED or self._still_held(outcome):
-                # Saved by a worker that closes, or about to be.
+            if outcome["status"] == INTERRUPTED or self._still_locked(outcome):
                 self.waiting += [] if self.stopping else [self.trials[name]]
             else:
                 self.outcomes[name] = outcome
                 yield outcome
 
-    def _still_held(self, outcome: Outcome) -> bool:
-        """Whether the worker that went away under a run still has it, and hasn't had it for too long."""
+    def _still_locked(self, outcome: Outcome) -> bool:
+        """Return True if a worker that left the cluster holds the run's lock, for LOCK_WAIT_SECONDS at most."""
         name = outcome["name"]
         if not outcome.get("locked") or name not in self.deaths:
             return False
         since = self.locked.setdefault(name, time.monotonic())
-        if time.monotonic() - since > LOCKED_SECONDS:
+        if time.monotonic() - since > LOCK_WAIT_SECONDS:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         return True
 
 
-# --- A run of a sweep as a task of dask: what a worker does, and how it is told to stop.
-
-WORKING = (Status.running, Status.paused)
-"""Of a worker that isn't about to close."""
-
 _running: dict[str, StopFlag] = {}
+"""On a worker: sweep and trial -> flag that stops it."""
 _lock = threading.Lock()
 
 
-def trial_task(sweep: str, trial: Trial, judging: Judging, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """As `run_trial`; the outcome of one that was told to stop has the status "interrupted".
+def trial_task(
+    sweep: str, trial: Trial, settings: VerifySettings, known: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Run a trial as a task on a worker; the outcome of one that was stopped has the status "interrupted".
 
-    A sweep that has gone away, as one that was killed, lets go of its tasks: the run then saves and stops too, so
-    that nobody is in the way of the next sweep. The same when the worker is told to close: the run goes on elsewhere.
+    The trial also saves and stops when its task is released, so that a sweep that was killed doesn't block the next
+    one, and when its worker is closing, so that it can resume elsewhere.
+
+    Args:
+        sweep: id of this call of `sweep`.
+        trial: as for `run_trial`.
+        settings: as for `run_trial`.
+        known: as for `run_trial`.
     """
     worker = get_worker()
     key, stop = worker.get_current_task(), StopFlag()
@@ -220,7 +249,7 @@ def trial_task(sweep: str, trial: Trial, judging: Judging, known: Mapping[str, A
     with _lock:
         _running[f"{sweep} {trial.name}"] = stop
     try:
-        return run_trial(trial, judging, known, stop=stop, progress=watch)
+        return run_trial(trial, settings, known, stop=stop, progress=watch)
     except DistillInterrupted as error:
         return {"name": trial.name, "status": INTERRUPTED, "error": str(error)}
     finally:
@@ -229,14 +258,9 @@ def trial_task(sweep: str, trial: Trial, judging: Judging, known: Mapping[str, A
 
 
 def stop_tasks(sweep: str, signum: int) -> int:
-    """Asks this process's runs of the sweep to save and stop; how many there are."""
+    """Ask this worker's trials of a sweep to save and stop; return their number."""
     with _lock:
         flags = [flag for name, flag in _running.items() if name.startswith(f"{sweep} ")]
     for flag in flags:
         flag.set(signum)
     return len(flags)
-
-
-def worker_version() -> str:
-    """The version of this package that a worker has."""
-    return __version__

@@ -1,4 +1,4 @@
-"""The runs of a sweep: every combination of its axes, made to fit its objective."""
+"""Trials of a sweep: every combination of the axes' values, fitted to its objective."""
 
 from __future__ import annotations
 
@@ -11,31 +11,43 @@ from typing import Any
 
 from ...common.errors import VerifyError
 from ...distill.checksummed_json import digest
-from ...distill.config import OF_MASKS, DistillConfig
+from ...distill.config import MASK_FIELDS, DistillConfig
 from .config import AXES, SweepConfig
 
 RUNS = "runs"
+"""Folder of the runs in a sweep's folder."""
+
 DECOUPLED, DECODER = "decoupled", "decoder"
+"""Objectives; a decoder run finetunes the student of a decoupled run."""
+
 MOST_TRIALS = 10_000
-"""More are a mistake."""
+"""Largest sweep; more trials are a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One run of a sweep. `options` are the values of the AXES that mean something for it, as JSON has them; `after`
-    names the trial with whose student this one begins."""
+    """One run of a sweep."""
 
     name: str
     config: DistillConfig
     options: Mapping[str, Any]
+    """Values of those AXES that apply to its objective, as JSON values."""
     after: str | None = None
+    """Name of the trial whose student it starts from."""
 
 
 def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
-    """All distinct runs, one that begins with another's student after that one.
+    """Return all distinct trials; one that starts from another's student comes after that one.
 
-    An option that an objective doesn't take is left out of its runs. `training_rows` translates iterations to epochs.
-    Raises VerifyError when decoder runs lack what they would finetune, DistillError for a value that distill refuses.
+    An option that an objective doesn't take is left out of its trials.
+
+    Args:
+        config: of the sweep.
+        training_rows: number of rows to train on, which translates iterations to epochs.
+
+    Raises:
+        VerifyError: there are more than MOST_TRIALS, or decoder runs without a student to finetune.
+        DistillError: distill refuses a value.
     """
     lengths: Mapping[str, tuple[Any, ...]] = {"iterations": config.iterations} if config.iterations else {}
     axes = {**config.axes, **lengths}
@@ -64,26 +76,27 @@ def _objective(config: SweepConfig, options: Mapping[str, Any]) -> str:
 
 def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:
     if _objective(config, options) == DECOUPLED:
-        options = {name: value for name, value in options.items() if name not in OF_MASKS}
+        options = {name: value for name, value in options.items() if name not in MASK_FIELDS}
     unnamed = dataclasses.replace(config.base, **options)
-    told = unnamed.to_json()
-    meaningless = set(OF_MASKS) if unnamed.objective == DECOUPLED else set()
+    values = unnamed.to_json()
+    inapplicable = set(MASK_FIELDS) if unnamed.objective == DECOUPLED else set()
     if after is not None:
-        meaningless.add("init")
-    # Of what is asked for alone, not of the axes, so that a grid can be widened.
+        inapplicable.add("init")
+    # The name depends on the trial's own options, not on the axes, so that a grid can be widened.
     label = f"{unnamed.student.replace(':', '-')}-{unnamed.objective}"
     length = f"b{unnamed.batch_size}-e{unnamed.epochs}-s{unnamed.seed}"
-    name = "-".join([label, length, digest(unnamed.identity(), after or told["init"])])
+    name = "-".join([label, length, digest(unnamed.identity(), after or values["init"])])
     return Trial(
         name=name,
         config=dataclasses.replace(unnamed, out=config.out / RUNS / name),
-        options={axis: told[axis] for axis in AXES if axis not in meaningless},
+        options={axis: values[axis] for axis in AXES if axis not in inapplicable},
         after=after,
     )
 
 
 def _decoder_trial(config: SweepConfig, options: Mapping[str, Any], trials: Mapping[str, Trial]) -> Trial:
-    """Finetuning is of the file that `init` names, or else of the student that the same options gave decoupled."""
+    """Return a trial that finetunes the file that `init` names, else the student of the same options' decoupled
+    trial."""
     options = {name: value for name, value in options.items() if name != "mse_weight"}
     if options.get("init", config.base.init) is not None:
         return _trial(config, options)

@@ -1,4 +1,4 @@
-"""The page of a sweep: one HTML file that needs nothing but itself."""
+"""Report of a sweep: one self-contained HTML file with tables, each run's result, and the curves of training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,35 @@ from ..report import page_environment
 from .aggregate import Group, grouped
 from .config import SweepConfig
 from .grid import DECODER
-from .tables import judged_on, others, sweep_tables, told_apart, value_text
+from .tables import caption, distinct_value, other_options, sweep_tables, value_text
+
+_SERIES = [name for name in COLOURS if name.startswith("series-")]
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_ROW = 0.27
+"""Height in inches of a group in the chart of outcomes."""
+
+Lines = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
+"""Label -> x and y values of each seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
-    """A chart of the page: `svg` over `caption`, under `title`; `told` says it in words to those who can't see it."""
+class CurveChart:
+    """Curves of training as a chart."""
 
     title: str
     svg: str
-    told: str
-    caption: str = ""
+    """SVG element as text."""
+    description: str
+    """Text for readers who can't see the chart."""
 
 
-def page(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """The page as text."""
+def render_sweep(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the page as text.
+
+    Args:
+        config: of the sweep.
+        outcomes: as `run_trial` returns them.
+    """
     groups = grouped(outcomes)
     done = sum(len(group.outcomes) for group in groups)
     return (
@@ -41,9 +55,9 @@ def page(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             done=done,
             failures=[outcome for outcome in outcomes if "error" in outcome],
-            judged_on=judged_on(outcomes),
+            caption=caption(outcomes),
             tables=sweep_tables(outcomes),
-            outcome=_outcome_chart(groups),
+            outcome_chart=_outcome_chart(groups),
             curves=_curves(groups),
             runs=[outcome for group in groups for outcome in group.outcomes],
             options=["objective", "student", "batch_size", "epochs", "lr", "seed"],
@@ -54,22 +68,21 @@ def page(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _outcome_chart(groups: Sequence[Group]) -> str | None:
-
     labelled = {_label(groups, group): group for group in groups}
-    if not any(group.judged("miou") for group in groups):
+    if not any(group.verified("miou") for group in groups):
         return None
-    return outcome_chart("outcomes", labelled, xlabel="mIoU of a run", path=["miou"])
+    return draw_outcomes("outcomes", labelled, xlabel="mIoU of a run", path=["miou"])
 
 
-def _curves(groups: Sequence[Group]) -> list[Curve]:
-    """Validation error, and masks where the trainer looked at them: a chart of each for runs alike but for length."""
-
+def _curves(groups: Sequence[Group]) -> list[CurveChart]:
+    """Draw validation error, and mIoU where the trainer measured it: one chart each for runs that differ in
+    length."""
     facets: dict[str, list[Group]] = {}
     for group in groups:
         facets.setdefault(_facet(groups, group), []).append(group)
-    charts: list[Curve] = []
+    charts: list[CurveChart] = []
     for title, members in facets.items():
-        for column, named in (("mse_valid", "mean squared error"), ("miou", "mIoU")):
+        for column, name in (("mse_valid", "mean squared error"), ("miou", "mIoU")):
             # The embeddings of a student whose decoder alone is trained stay as they are.
             drawn = [each for each in members if column == "miou" or each.options["objective"] != DECODER]
             lines = {_length(group): _columns(group, column) for group in drawn}
@@ -77,16 +90,17 @@ def _curves(groups: Sequence[Group]) -> list[Curve]:
             if not lines:
                 continue
             charts.append(
-                Curve(
-                    title=f"{title}: {named}",
-                    svg=curve_chart(f"curve-{len(charts)}", lines, xlabel="step"),
-                    told=f"{named} of the validation images after each epoch, {len(members)} settings",
+                CurveChart(
+                    title=f"{title}: {name}",
+                    svg=draw_curves(f"curve-{len(charts)}", lines, xlabel="step"),
+                    description=f"{name} of the validation images after each epoch, {len(members)} settings",
                 )
             )
     return charts
 
 
 def _columns(group: Group, column: str) -> list[tuple[list[float], list[float]]]:
+    """Return the steps and values of a column of each run's validation lines; a run without values is left out."""
     runs = []
     for outcome in group.outcomes:
         points = [(line["step"], line[column]) for line in outcome["curve"] if line.get(column) is not None]
@@ -100,38 +114,36 @@ def _length(group: Group) -> str:
 
 
 def _facet(groups: Sequence[Group], group: Group) -> str:
-    """What tells the group from others besides its length."""
+    """Return the options, besides length, that tell the group from others."""
     parts = [group.options["objective"].replace("_", "-")]
-    for name in others(groups):
+    for name in other_options(groups):
         if name in group.options:
-            value = told_apart(groups, group, name)
+            value = distinct_value(groups, group, name)
             parts.append(value if name == "student" else f"{name.replace('_', ' ')} {value}")
     return shown(", ".join(parts))
 
 
 def _label(groups: Sequence[Group], group: Group) -> str:
-    facet = _facet(groups, group)
-    return f"{facet}, {_length(group)}"
+    return f"{_facet(groups, group)}, {_length(group)}"
 
 
-# --- The charts of a sweep: where each run came out, and how each got there.
+def draw_outcomes(name: str, groups: Mapping[str, Group], *, xlabel: str, path: Sequence[str]) -> str:
+    """Draw a row of dots for each group, one a seed, and a tick at their mean.
 
-_SERIES = [name for name in COLOURS if name.startswith("series-")]
-_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-_ROW = 0.27
-"""Inches that a group takes in the chart of outcomes."""
+    Args:
+        name: prefix of the SVG's ids, unique on the page.
+        groups: label -> group.
+        xlabel: label of the x axis.
+        path: keys that lead to the number in verify's result.
 
-Lines = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
-"""Label -> for each seed its x and y values."""
-
-
-def outcome_chart(name: str, groups: Mapping[str, Group], *, xlabel: str, path: Sequence[str]) -> str:
-    """A line of dots for each labelled group, one a seed, and a tick at their mean, as SVG text."""
-    spreads = {label: group.judged(*path) for label, group in groups.items()}
+    Returns:
+        an SVG element as text.
+    """
+    spreads = {label: group.verified(*path) for label, group in groups.items()}
     height = 0.55 + _ROW * len(groups)
     with chart_axes(name, (2 * SIZE[0], height)) as (figure, axes):
         for place, (label, group) in enumerate(groups.items()):
-            each = [Group(options={}, outcomes=[outcome]).judged(*path) for outcome in group.outcomes]
+            each = [Group(options={}, outcomes=[outcome]).verified(*path) for outcome in group.outcomes]
             values = [one.mean for one in each if one is not None]
             axes.plot(values, [place] * len(values), "o", color=COLOURS["series-1"], markersize=5, alpha=0.6)
             spread = spreads[label]
@@ -147,8 +159,17 @@ def outcome_chart(name: str, groups: Mapping[str, Group], *, xlabel: str, path: 
         return chart_svg(figure, name)
 
 
-def curve_chart(name: str, lines: Lines, *, xlabel: str) -> str:
-    """A line for each run over a common x axis, the seeds of a label in one colour, as SVG text."""
+def draw_curves(name: str, lines: Lines, *, xlabel: str) -> str:
+    """Draw a line for each run over a common x axis, the seeds of a label in one colour.
+
+    Args:
+        name: prefix of the SVG's ids, unique on the page.
+        lines: label -> x and y values of each seed.
+        xlabel: label of the x axis.
+
+    Returns:
+        an SVG element as text.
+    """
     from matplotlib.ticker import MaxNLocator
 
     with chart_axes(name) as (figure, axes):

@@ -1,4 +1,4 @@
-"""What the runs of a sweep have come to, on disk: results.json, written anew whenever a run ends."""
+"""Results of a sweep on disk: results.json, rewritten whenever a run ends."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ FORMAT = 1
 
 
 class Results:
-    """Outcomes by the trials' names, as `run_trial` returns them.
+    """Outcomes by the names of their trials, as `run_trial` returns them.
 
-    The runs' own folders are the truth: what is lost here is found or measured again.
+    The runs' own folders are the truth: outcomes lost here are found or measured again.
+
+    Args:
+        folder: of the sweep.
+        known: outcomes so far, by name.
     """
 
     def __init__(self, folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
@@ -32,7 +36,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """The results in a sweep's folder; none where there are none, or where they are damaged."""
+        """Read the results in a sweep's folder; there are none where the file is missing or damaged."""
         path = folder / RESULTS_FILE
         try:
             value = json.loads(path.read_bytes())
@@ -42,14 +46,14 @@ class Results:
         except FileNotFoundError:
             return cls(folder, {})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            logger.warning("%s is damaged (%s): made anew from the runs", path, error)
+            logger.warning("%s is damaged (%s): rebuilt from the runs", path, error)
             return cls(folder, {})
 
     def add(self, outcome: Mapping[str, Any]) -> None:
-        """Takes up an outcome, in the place of an earlier one, and writes all.
+        """Put an outcome in the place of the trial's earlier one, and write the file.
 
-        What a run has come to once isn't lost when it fails later, since its photos are away for instance: the
-        earlier outcome stays, with what went wrong as `error`.
+        The numbers of a run aren't lost when it fails later, for instance because its photos are away: the earlier
+        outcome stays, with the failure as `error`.
         """
         name, earlier = outcome["name"], self.outcomes.get(outcome["name"])
         if outcome["status"] == FAILED and earlier is not None and earlier["status"] == DONE:
@@ -58,7 +62,7 @@ class Results:
         self._write()
 
     def of(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
-        """The outcomes that there are of these trials, in this order."""
+        """Return the outcomes of these trials, in this order; a trial without one is left out."""
         return [self.outcomes[name] for name in names if name in self.outcomes]
 
     def _write(self) -> None:
@@ -67,7 +71,7 @@ class Results:
 
 
 def check_folder(folder: Path) -> None:
-    """VerifyError when a sweep can't be written into `folder`: it holds something else."""
+    """Refuse a folder that holds something other than a sweep. Raises VerifyError."""
     if folder.exists() and not folder.is_dir():
         raise VerifyError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / RESULTS_FILE).exists():

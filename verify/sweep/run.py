@@ -1,7 +1,6 @@
-"""A sweep: a grid of runs, each trained and verified, and what they came to, side by side.
+"""A sweep: a grid of runs, each trained and verified, and their results side by side.
 
-It lives here and not among the trainers because what it makes is a comparison: each run is judged by what `verify`
-says of it, and that room is above theirs.
+Sweeps are part of verify and not of distill because their product is a comparison by verify's numbers.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from ..report import check_report
 from ..thresholds import audit_faults
 from .config import SweepConfig
 from .grid import Trial, plan_trials
-from .report import page
+from .report import render_sweep
 from .results import MARKDOWN_FILE, PAGE_FILE, Results, check_folder
-from .tables import failure_lines, judged_on, sweep_tables
-from .trial import Judging, Outcome, one_after_another
+from .tables import caption, failure_lines, sweep_tables
+from .trial import Outcome, VerifySettings, run_locally
 
 WRITE_SECONDS = 10.0
-"""Between two writings of tables and page while runs end."""
+"""Shortest time between two updates of the tables and the page."""
 
 
 def sweep(
@@ -43,20 +42,28 @@ def sweep(
     message: Callable[[str], None] = lambda _: None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains and verifies what is still to do of the grid, and returns what `--json` prints.
+    """Train and verify all runs of a grid that aren't done yet.
 
-    The keys: `out`, `runs` (the outcomes, as `run_trial` tells them, in the order of the grid), `failed` (how many of
-    them; one that had come to something before keeps that, and has `error`), `seconds` (of this call), `files` (of
-    the tables and the page). Left in `out`, written anew as runs end: results.json, tables.md, report.html; and
-    runs/NAME of each. `message` gets a line for each run that begins or fails, `progress` the trainer's, where runs
-    are trained here.
+    A run that fails doesn't stop the others. The folder `config.out` gets runs/NAME of each run, and results.json,
+    tables.md and report.html, which are rewritten as runs end.
 
-    A run that fails doesn't stop the others. Raises DistillInterrupted when a signal came, after saving; VerifyError,
-    DistillError, StoreError when nothing can be begun.
+    Args:
+        config: see `SweepConfig`.
+        message: called with a line for each run that begins or fails.
+        progress: called with the trainer's progress, where runs are trained in this process.
+
+    Returns:
+        The JSON object that `--json` prints: `out`; `runs`: the outcomes (see `run_trial`) in the order of the grid;
+        `failed`: the number of those with an `error`, be it that they keep the numbers of an earlier sweep; `seconds`
+        of this call; `files`: paths of `tables` and `page`.
+
+    Raises:
+        DistillInterrupted: a signal came; what was trained is saved.
+        VerifyError, DistillError, StoreError: no run can begin.
     """
     begun, stop = time.monotonic(), StopFlag()
     with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
-        rows, test_data = _checked_stores(config)
+        rows, test_data = _check_stores(config)
         trials = plan_trials(config, rows)
         check_folder(config.out)
         stack.enter_context(explain_os_errors(config.out))
@@ -64,8 +71,8 @@ def sweep(
         check_report(config.out / PAGE_FILE)
         results = Results.open(config.out)
         names = [trial.name for trial in trials]
-        judging, written = Judging.of(config, test_data), time.monotonic()
-        for outcome in _outcomes(config, trials, judging, results, stop, message, progress):
+        settings, written = VerifySettings.of(config, test_data), time.monotonic()
+        for outcome in _outcomes(config, trials, settings, results, stop, message, progress):
             results.add(outcome)
             for line in failure_lines(results.of([outcome["name"]])):
                 message(line)
@@ -84,20 +91,30 @@ def sweep(
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:
-    """What `mobilesam sweep` prints: the tables, what they are of, and what failed."""
+    """Return the lines that `mobilesam sweep` prints: the tables, their caption, the failures, a summary.
+
+    Args:
+        result: as `sweep` returns it.
+    """
     outcomes = result["runs"]
     lines: list[str] = []
     for table in sweep_tables(outcomes):
         lines += [*table.lines(), ""]
-    lines.append(judged_on(outcomes))
+    lines.append(caption(outcomes))
     lines += failure_lines(outcomes)
     counts = f"{len(outcomes)} runs, {result['failed']} failed, {result['seconds']:.0f} s"
     return [*lines, f"{counts}; {result['files']['page']}"]
 
 
-def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
-    """The number of rows to train on, and a digest of the test store's; VerifyError for stores that can't be used,
-    before anything is trained."""
+def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
+    """Check both stores before anything is trained.
+
+    Returns:
+        The number of rows to train on, and a digest of the test store's content, None without one.
+
+    Raises:
+        VerifyError: a store can't be used.
+    """
     with EmbeddingStore.open(config.base.store) as store:
         spec, records = store.spec, _usable_records(store)
     split = split_rows({record.row: str(record.sha256) for record in records}, config.base.val_fraction)
@@ -112,7 +129,7 @@ def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
         ):
             if ours != theirs:
                 raise VerifyError(
-                    f"{config.test_store} can't judge students of {config.base.store}: its {name} is {theirs}, "
+                    f"{config.test_store} can't test students of {config.base.store}: its {name} is {theirs}, "
                     f"theirs {ours}; give a test store of the same teacher and image size"
                 )
         check_preprocessing(test, refusal=VerifyError)
@@ -123,7 +140,7 @@ def _checked_stores(config: SweepConfig) -> tuple[int, str | None]:
 
 
 def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
-    """The committed rows; VerifyError without any, or where the audit says that they are not the teacher's."""
+    """Return the committed rows. Raises VerifyError without any, or if they are not the teacher's by the audit."""
     records = store.manifest.records("done")
     if not records:
         raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
@@ -136,7 +153,7 @@ def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
 def _outcomes(
     config: SweepConfig,
     trials: Sequence[Trial],
-    judging: Judging,
+    settings: VerifySettings,
     results: Results,
     stop: StopFlag,
     message: Callable[[str], None],
@@ -144,22 +161,21 @@ def _outcomes(
 ) -> Iterator[Outcome]:
     known = dict(results.outcomes)
     if config.scheduler is None:
-        yield from one_after_another(trials, judging, known, message=message, progress=progress)
+        yield from run_locally(trials, settings, known, message=message, progress=progress)
         return
-    from .cluster import ClusterRuns, connected_workers
+    from .cluster import ClusterRunner, connected_workers
 
     with connected_workers(config.scheduler) as client:
-        runs = ClusterRuns(client, trials, judging, known, message)
-        yield from runs.outcomes_as_they_come(stop)
+        yield from ClusterRunner(client, trials, settings, known, message).run(stop)
 
 
 def _write(config: SweepConfig, outcomes: Sequence[Outcome]) -> dict[str, str]:
-    """Tables and page; their paths."""
+    """Write the tables and the page, and return their paths."""
     lines: list[str] = []
     for table in sweep_tables(outcomes):
         lines += [*table.markdown(), ""]
-    lines += [judged_on(outcomes), ""]
+    lines += [caption(outcomes), ""]
     lines += [f"- {line}" for line in failure_lines(outcomes)]
     write_atomic(config.out / MARKDOWN_FILE, ("\n".join(lines).rstrip() + "\n").encode())
-    write_atomic(config.out / PAGE_FILE, page(config, outcomes).encode())
+    write_atomic(config.out / PAGE_FILE, render_sweep(config, outcomes).encode())
     return {"tables": str(config.out / MARKDOWN_FILE), "page": str(config.out / PAGE_FILE)}

@@ -1,5 +1,5 @@
-"""The tables of a sweep, in the shape of the paper's (arXiv 2306.14289): batch and epochs (its Table 4), and ways to
-distil (its Table 2)."""
+"""Tables of a sweep, in the form of the paper's (arXiv 2306.14289): batch and epochs (Table 4), ways to distil
+(Table 2)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 
 from ...common.errors import shown
 from ...common.table import Table
-from .aggregate import Group, Spread, grouped, judged_by, varying
+from .aggregate import Group, Spread, grouped, varying, verified_split
 from .trial import FAILED
 
 _LENGTH = ("batch_size", "epochs")
-_NOT_TOLD = "-"
+_ABSENT = "-"
 
 
 def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Batch and epochs always, ways to distil where there are several. None where nothing is done."""
+    """Return the table of batch and epochs, and that of ways to distil where there are several; no table without a
+    run.
+
+    Args:
+        outcomes: as `run_trial` returns them.
+    """
     groups = grouped(outcomes)
     if not groups:
         return []
@@ -27,12 +32,12 @@ def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
     return tables
 
 
-def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """What the numbers are of, in words."""
+def caption(outcomes: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the measurement that the numbers come from: masks, points, images."""
     done = [outcome for outcome in outcomes if "val" in outcome]
     if not done:
         return "nothing was measured"
-    split = judged_by(done)
+    split = verified_split(done)
     numbers = done[0][split]
     image = "image" if numbers["images"] == 1 else "images"
     where = (
@@ -44,7 +49,7 @@ def judged_on(outcomes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each run that failed, be it after it had come to something."""
+    """Return a line for each run that failed, including those that keep the numbers of an earlier sweep."""
     return [
         shown(f"FAILED  {outcome['name']}: {' '.join(str(outcome['error']).split())}{_earlier(outcome)}")
         for outcome in outcomes
@@ -56,8 +61,8 @@ def _earlier(outcome: Mapping[str, Any]) -> str:
     return "" if outcome["status"] == FAILED else "; its earlier numbers are kept"
 
 
-def others(groups: Sequence[Group]) -> list[str]:
-    """Options in which the groups differ besides batch, epochs and objective."""
+def other_options(groups: Sequence[Group]) -> list[str]:
+    """Return the options in which the groups differ besides batch, epochs and objective."""
     return [name for name in varying(groups) if name not in (*_LENGTH, "objective")]
 
 
@@ -82,28 +87,28 @@ def _length_table(groups: Sequence[Group]) -> Table:
 
 
 def _length_cells(group: Group) -> list[str]:
-    miou = group.judged("miou")
+    miou = group.verified("miou")
     return [
         *(str(value) for value in _length(group)),
         _text(group.spread("steps"), ",.0f"),
         _seeds(group),
         _text(miou, ".4f"),
-        _NOT_TOLD if miou is None else f"{miou.lowest:.4f}",
-        _NOT_TOLD if miou is None else f"{miou.highest:.4f}",
-        _text(group.judged("skill_valid"), ".4f"),
-        _text(group.judged("cosine_valid", "mean"), ".4f"),
+        _ABSENT if miou is None else f"{miou.lowest:.4f}",
+        _ABSENT if miou is None else f"{miou.highest:.4f}",
+        _text(group.verified("skill_valid"), ".4f"),
+        _text(group.verified("cosine_valid", "mean"), ".4f"),
     ]
 
 
 def _objective_table(groups: Sequence[Group]) -> Table:
-    named = ["objective", *others(groups)]
+    named = ["objective", *other_options(groups)]
     ordered = sorted(groups, key=lambda group: (_length(group), _placed(groups, group, named)))
     columns = [*named, "mIoU", "batch", "iterations", "images", "epochs", "seeds", "seconds"]
     rows = []
     for group in ordered:
         batch, epochs = _length(group)
         cells = [
-            _text(group.judged("miou"), ".4f"),
+            _text(group.verified("miou"), ".4f"),
             str(batch),
             _text(group.spread("steps"), ",.0f"),
             _text(group.spread("images", "train"), ",.0f"),
@@ -121,14 +126,15 @@ def _length(group: Group) -> tuple[int, int]:
 
 
 def _seeds(group: Group) -> str:
-    """How many runs there are, and how many of them the mIoU is of where it is undefined for some."""
-    miou, runs = group.judged("miou"), len(group.outcomes)
+    """Return the number of runs, and the number of those whose mIoU is undefined."""
+    miou, runs = group.verified("miou"), len(group.outcomes)
     defined = 0 if miou is None else miou.count
     return str(runs) if defined == runs else f"{runs}, {runs - defined} undefined"
 
 
 def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
-    """Where a group's values come among the values, each in the order in which they were asked for."""
+    """Return for each option the place of the group's value among all values, in the order in which they were
+    given."""
     return [
         list(dict.fromkeys(repr(each.options.get(name)) for each in groups)).index(
             repr(group.options.get(name))
@@ -138,16 +144,20 @@ def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list
 
 
 def _values(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[str]:
-    return [shown(told_apart(groups, group, name)) if name in group.options else _NOT_TOLD for name in named]
+    return [
+        shown(distinct_value(groups, group, name)) if name in group.options else _ABSENT for name in named
+    ]
 
 
-def told_apart(groups: Sequence[Group], group: Group, name: str) -> str:
-    """A group's value of an option, as `value_text`: a file by as much of its path as tells it from the others'."""
+def distinct_value(groups: Sequence[Group], group: Group, name: str) -> str:
+    """Return a group's value of an option as `value_text` does, with as much of a path as tells it from the
+    others'."""
     return value_text(group.options[name], [each.options.get(name) for each in groups])
 
 
 def value_text(value: Any, values: Sequence[Any] = ()) -> str:
-    """An option's value for people: a file by its name, and by more of its path where `values` have that name too."""
+    """Return an option's value for display: a file by its name, and more of its path where `values` share the
+    name."""
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or "/" not in str(value):
@@ -164,7 +174,7 @@ def _headings(columns: Sequence[str]) -> list[str]:
 
 
 def _text(spread: Spread | None, digits: str) -> str:
-    """Means alone where all seeds agree: iterations are the same, seconds are not."""
+    """Return a spread as text: the mean alone where all seeds agree, as on iterations."""
     if spread is None:
-        return _NOT_TOLD
+        return _ABSENT
     return format(spread.mean, digits) if spread.lowest == spread.highest else spread.text(digits)

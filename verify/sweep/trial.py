@@ -1,4 +1,4 @@
-"""One run of a sweep: trained, then verified."""
+"""One trial of a sweep: trained, then verified; all trials one after another in this process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from .config import SweepConfig
 from .grid import Trial
 
 DONE, FAILED, INTERRUPTED = "done", "failed", "interrupted"
-_TOLD = (DistillError, StoreError, SamError, VerifyError)
-"""Their messages are for the user as they are."""
+"""Values of an outcome's `status`."""
+
+Outcome = Mapping[str, Any]
+"""Result of a trial as JSON values; see `run_trial`."""
+
+_EXPECTED_ERRORS = (DistillError, StoreError, SamError, VerifyError)
+"""Errors whose messages are ready for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judging:
-    """How the students of a sweep are verified: see SweepConfig."""
+class VerifySettings:
+    """Settings for the verification of a sweep's students; `SweepConfig` documents them."""
 
     images: Path | None
     test_store: Path | None
@@ -33,11 +38,11 @@ class Judging:
     points: int
     device: str
     test_data: str | None = None
-    """Digest of what the test store holds."""
+    """Digest of the test store's content."""
 
     @classmethod
-    def of(cls, config: SweepConfig, test_data: str | None = None) -> Judging:
-        """What a sweep says of it."""
+    def of(cls, config: SweepConfig, test_data: str | None = None) -> VerifySettings:
+        """Take the settings from a sweep's config."""
         return cls(
             images=config.base.images,
             test_store=config.test_store,
@@ -48,7 +53,7 @@ class Judging:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What the numbers depend on."""
+        """Return the settings that the numbers depend on."""
         return {
             "points": self.points,
             "test_store": None if self.test_store is None else str(self.test_store),
@@ -56,53 +61,101 @@ class Judging:
         }
 
 
+def run_locally(
+    trials: Sequence[Trial],
+    settings: VerifySettings,
+    known: Mapping[str, Outcome],
+    *,
+    message: Callable[[str], None],
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[Outcome]:
+    """Run trials one after another in this process, and yield their outcomes.
+
+    Args:
+        trials: one that starts from another's student after that one.
+        settings: for the verification.
+        known: earlier outcomes by name.
+        message: called with a line for each trial that begins.
+        progress: called with the trainer's progress.
+
+    Raises:
+        DistillInterrupted: as `run_trial`.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for number, trial in enumerate(trials, 1):
+        message(f"run {number} of {len(trials)}: {trial.name}")
+        outcome = blocked_outcome(trial, outcomes)
+        if outcome is None:
+            outcome = run_trial(trial, settings, known.get(trial.name), progress=progress)
+        outcomes[trial.name] = outcome
+        yield outcome
+
+
+def blocked_outcome(trial: Trial, outcomes: Mapping[str, Outcome]) -> Outcome | None:
+    """Return the outcome of a trial that can't begin because the one it starts from failed; None for any other."""
+    if trial.after is None or outcomes[trial.after]["status"] == DONE:
+        return None
+    return failed(trial, f"{trial.after}, whose student it starts from, failed")
+
+
 def run_trial(
     trial: Trial,
-    judging: Judging,
-    known: Mapping[str, Any] | None = None,
+    settings: VerifySettings,
+    known: Outcome | None = None,
     *,
     stop: StopFlag | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains and verifies, or finds that done, and tells the outcome as JSON values.
+    """Train and verify, unless that is done, and return the outcome.
 
-    The keys: `name`, `run` (its folder), `options`, `status`; of one that is done also `steps`, `epochs`, `images`
-    {train, val}, `seconds` (of training), `images_per_second`, `val` and, with a test store, `test` (what verify
-    says, without its subject), `judged` (what these are of), `curve` (what the trainer measured after each epoch).
-    One that failed has `error`, and raises nothing: the others of the sweep go on; `locked` where another process is
-    training it. `known` is an earlier outcome, whose numbers are taken over if they are of the same student.
+    Args:
+        trial: to run.
+        settings: for the verification.
+        known: an earlier outcome, whose numbers are kept if they are of the same student.
+        stop: asks for a checkpoint and a stop.
+        progress: called with the trainer's progress.
 
-    Raises DistillInterrupted once the training is saved, when it was asked to stop.
+    Returns:
+        JSON values. `name`, `run` (its folder), `options`, `status`.
+
+        - If it is done: `steps`, `epochs`, `images` {train, val}, `seconds` (of training), `images_per_second`; `val`
+          and, with a test store, `test`: verify's results without their subject; `judged`: the settings and the
+          student that these depend on, and `judged_seconds`; `curve`: the trainer's validation after each epoch.
+        - If it failed: `error`, and nothing is raised, so that the other trials continue; `locked` where another
+          process is training it.
+
+    Raises:
+        DistillInterrupted: it was asked to stop, and the training is saved.
     """
-    outcome = {**_named(trial), "status": DONE}
+    outcome = {**_identity(trial), "status": DONE}
     try:
         result = distill(trial.config, stop=stop, progress=progress, latest=False)
         run = Run.open(trial.config.out)
-        return {**outcome, **_training(run, result), **_judgement(run, judging, known or {})}
+        return {**outcome, **_training(run, result), **_verification(run, settings, known or {})}
     except DistillInterrupted:
         raise
     except RunLocked as error:
         return failed(trial, str(error)) | {"locked": True}
-    except _TOLD as error:
-        # A sweep has no --restart of its own: what the message of a single run asks for is done to its folder.
+    except _EXPECTED_ERRORS as error:
+        # A sweep has no --restart: the user has to do to the run's folder what a single run's message asks for.
         mend = f"; in a sweep: move {trial.config.out} away and run the same command again"
         return failed(trial, f"{error}{mend if '--restart' in str(error) else ''}")
-    except Exception as error:  # noqa: BLE001 - memory, a disk, a bug: the outcome says it, the other runs go on
+    except Exception as error:  # noqa: BLE001 - memory, a disk, a bug: reported in the outcome, the other trials continue
         return failed(trial, f"{type(error).__name__}: {error}")
 
 
 def failed(trial: Trial, error: str) -> dict[str, Any]:
-    """The outcome of a trial that came to nothing."""
-    return {**_named(trial), "status": FAILED, "error": error}
+    """Return the outcome of a trial without results."""
+    return {**_identity(trial), "status": FAILED, "error": error}
 
 
-def _named(trial: Trial) -> dict[str, Any]:
+def _identity(trial: Trial) -> dict[str, Any]:
     return {"name": trial.name, "run": str(trial.config.out), "options": dict(trial.options)}
 
 
 def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("steps", "epochs", "seconds", "images_per_second")
-    # The masks' IoU is there where the trainer looks at masks.
+    # miou is there where the trainer measures masks.
     columns = ("epoch", "step", "mse_valid", "skill_valid", "miou")
     lines = [line for line in run.history() if line["kind"] == "val"]
     curve = [{name: line[name] for name in columns if name in line} for line in lines]
@@ -113,52 +166,20 @@ def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _judgement(run: Run, judging: Judging, known: Mapping[str, Any]) -> dict[str, Any]:
+def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[str, Any]:
     with run.student_path.open("rb") as file:
         student = hashlib.file_digest(file, "sha256").hexdigest()
-    judged = {"student_sha256": student, **judging.to_json()}
+    judged = {"student_sha256": student, **settings.to_json()}
     if known.get("judged") == judged:
         return {name: known[name] for name in ("val", "test", "judged", "judged_seconds") if name in known}
     begun = time.monotonic()
-    common: dict[str, Any] = {"student": run.path, "device": judging.device, "points": judging.points}
-    numbers = {"val": _numbers(VerifyConfig(**common, images=judging.images))}
-    if judging.test_store is not None:
-        tested = VerifyConfig(**common, store=judging.test_store, images=judging.test_images, split="all")
-        numbers["test"] = _numbers(tested)
+    common: dict[str, Any] = {"student": run.path, "device": settings.device, "points": settings.points}
+    numbers = {"val": _verify(VerifyConfig(**common, images=settings.images))}
+    if settings.test_store is not None:
+        on_test = VerifyConfig(**common, store=settings.test_store, images=settings.test_images, split="all")
+        numbers["test"] = _verify(on_test)
     return {**numbers, "judged": judged, "judged_seconds": time.monotonic() - begun}
 
 
-def _numbers(config: VerifyConfig) -> dict[str, Any]:
-    result = verify(config)
-    return {name: value for name, value in result.items() if name != "subject"}
-
-
-# --- The runs of a sweep, one after another in this process.
-
-Outcome = Mapping[str, Any]
-
-
-def one_after_another(
-    trials: Sequence[Trial],
-    judging: Judging,
-    known: Mapping[str, Outcome],
-    *,
-    message: Callable[[str], None],
-    progress: Callable[[Progress], None] | None,
-) -> Iterator[Outcome]:
-    """Each trial's outcome, in order. Raises DistillInterrupted as `run_trial`."""
-    outcomes: dict[str, Outcome] = {}
-    for number, trial in enumerate(trials, 1):
-        message(f"run {number} of {len(trials)}: {trial.name}")
-        outcome = without_start(trial, outcomes)
-        if outcome is None:
-            outcome = run_trial(trial, judging, known.get(trial.name), progress=progress)
-        outcomes[trial.name] = outcome
-        yield outcome
-
-
-def without_start(trial: Trial, outcomes: Mapping[str, Outcome]) -> Outcome | None:
-    """The outcome of a trial that can't begin, since the one whose student it begins with has failed; else None."""
-    if trial.after is None or outcomes[trial.after]["status"] == DONE:
-        return None
-    return failed(trial, f"{trial.after}, whose student it begins with, failed")
+def _verify(config: VerifyConfig) -> dict[str, Any]:
+    return {name: value for name, value in verify(config).items() if name != "subject"}

@@ -270,6 +270,5 @@ def test_the_help_names_fastsams_licence() -> None:
 
     page = " ".join(CliRunner().invoke(main, ["evaluate", "--help"]).output.split())
     assert (
-        "fastsam:FILE (or the name fastsam) is FastSAM, through ultralytics, whose licence is AGPL-3.0"
-        in page
+        "fastsam:FILE (or the name fastsam) is FastSAM through ultralytics, whose licence is AGPL-3.0" in page
     )

@@ -93,7 +93,7 @@ def test_a_value_that_distill_refuses_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"axes": {"device": ("cpu",)}}, "axes must be some of seed, student"),
         ({"axes": {"lr": ()}}, "lr must be at least one value"),
@@ -103,8 +103,8 @@ def test_a_value_that_distill_refuses_is_refused() -> None:
         ({"test_images": Path("a")}, "belong to a test store"),
     ],
 )
-def test_a_sweep_out_of_range_is_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(VerifyError, match=told):
+def test_a_sweep_out_of_range_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(VerifyError, match=message):
         SweepConfig(out=Path("a"), **changes)
 
 

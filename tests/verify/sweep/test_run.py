@@ -30,12 +30,12 @@ def config(store: Path, out: Path, **axes: tuple[Any, ...]) -> SweepConfig:
 
 @pytest.fixture(scope="module")
 def finished(finished_world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Decoupled and its decoder finetuned, one step each; whatever was told."""
+    """Decoupled and its decoder finetuned, one step each; whatever was messages."""
     out = tmp_path_factory.mktemp("sweeps") / "a"
-    told: list[str] = []
+    messages: list[str] = []
     asked = config(finished_world / "store.zarr", out, objective=("decoupled", "decoder"))
-    result = sweep(asked, message=told.append)
-    return {"config": asked, "result": result, "told": told, "out": out}
+    result = sweep(asked, message=messages.append)
+    return {"config": asked, "result": result, "messages": messages, "out": out}
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_rerun_trains_nothing_and_a_wider_grid_only_what_is_new(
     assert _trained(wider).items() >= {next(iter(_trained(wider))): before[wider["runs"][0]["name"]]}.items()
 
 
-def test_results_that_are_damaged_are_made_anew(finished: dict[str, Any], again: Path) -> None:
+def test_results_that_are_damaged_are_rebuilt(finished: dict[str, Any], again: Path) -> None:
     (again / "results.json").write_text('{"format": 1, "runs": [')
     result = sweep(config(_store(finished), again))
     assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
@@ -120,19 +120,19 @@ def test_a_run_that_fails_is_named_and_takes_along_only_what_begins_with_it(
 ) -> None:
     decoupled = Path(finished["result"]["runs"][0]["run"]).name
     (again / "runs" / decoupled / "config.json").write_text("{}")
-    told: list[str] = []
+    messages: list[str] = []
     asked = config(_store(finished), again, objective=("decoupled", "decoder", "semi_coupled"), objects=(2,))
-    result = sweep(asked, message=told.append)
+    result = sweep(asked, message=messages.append)
     assert ["error" in run for run in result["runs"]] == [True, False, True]
     assert result["failed"] == 2
     # What one had come to before stays; the decoder is of other objects than before.
     assert [run["status"] for run in result["runs"]] == ["done", "done", "failed"]
     assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
-    assert any(line.endswith("its earlier numbers are kept") for line in told)
+    assert any(line.endswith("its earlier numbers are kept") for line in messages)
     assert [run["options"]["objective"] for run in result["runs"]] == ["decoupled", "semi_coupled", "decoder"]
     assert "config.json is damaged" in result["runs"][0]["error"]
-    assert f"{decoupled}, whose student it begins with, failed" in result["runs"][2]["error"]
-    assert any(line.startswith(f"FAILED  {decoupled}") for line in told)
+    assert f"{decoupled}, whose student it starts from, failed" in result["runs"][2]["error"]
+    assert any(line.startswith(f"FAILED  {decoupled}") for line in messages)
     assert "2 runs failed" in (again / "report.html").read_text()
 
 
@@ -168,7 +168,7 @@ def test_a_test_store_judges_too(finished: dict[str, Any], again: Path) -> None:
     assert f"{outcome['test']['miou']:.4f}" in (again / "tables.md").read_text()
 
 
-def test_a_test_store_that_holds_something_else_judges_anew(
+def test_a_test_store_that_holds_something_else_is_measured_again(
     finished: dict[str, Any], again: Path, plain_store: Callable[..., Path], tmp_path: Path
 ) -> None:
     first = plain_store(tmp_path / "first", seed=3)
@@ -184,7 +184,7 @@ def test_a_test_store_that_holds_something_else_judges_anew(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"checkpoint_sha256": "1" * 64}, "its checkpoint is 1111"),
         ({"teacher": "vit_b"}, "its teacher is vit_b, theirs"),
@@ -197,11 +197,11 @@ def test_a_test_store_that_cannot_judge_is_refused_before_anything_is_trained(
     plain_store: Callable[..., Path],
     tmp_path: Path,
     changes: dict[str, Any],
-    told: str,
+    message: str,
 ) -> None:
     other = plain_store(tmp_path / "other", seed=3, **changes)
     asked = dataclasses.replace(config(_store(finished), tmp_path / "b"), test_store=other)
-    with pytest.raises((VerifyError, StoreError), match=told):
+    with pytest.raises((VerifyError, StoreError), match=message):
         sweep(asked)
     assert not (tmp_path / "b").exists()
 
@@ -274,7 +274,7 @@ def test_the_command_exits_1_when_a_run_failed(again: Path, command: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "told"),
+    ("more", "code", "message"),
     [
         (["--batch-size", "4,x"], 2, "batch size must be int values"),
         (["--objective", "decoder"], 2, "add decoupled to the objectives"),
@@ -285,11 +285,11 @@ def test_the_command_exits_1_when_a_run_failed(again: Path, command: Callable[..
         (["--scheduler", "bogus"], 3, "no dask scheduler at bogus"),
     ],
 )
-def test_wrong_use_and_input_are_told(
-    command: Callable[..., Any], more: list[str], code: int, told: str, tmp_path: Path
+def test_wrong_use_and_input_are_reported(
+    command: Callable[..., Any], more: list[str], code: int, message: str, tmp_path: Path
 ) -> None:
     result = command(*more)
     assert result.exit_code == code, result.output
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""

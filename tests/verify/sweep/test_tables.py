@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mobilesam.verify.sweep.aggregate import Spread, grouped, varying
-from mobilesam.verify.sweep.tables import failure_lines, judged_on, sweep_tables
+from mobilesam.verify.sweep.tables import caption, failure_lines, sweep_tables
 
 
 def outcome(miou: float | None, seed: int = 0, test: float | None = None, **options: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_the_table_of_objectives_is_there_when_there_are_several() -> None:
 def test_the_test_stores_numbers_count_where_there_are_any() -> None:
     runs = [outcome(0.7, test=0.4), outcome(0.8, 1, test=0.5)]
     assert sweep_tables(runs)[0].rows[0][4].startswith("0.4500")
-    assert judged_on(runs) == "mIoU with the teacher's masks, 16 points an image, 30 images of held-out.zarr"
+    assert caption(runs) == "mIoU with the teacher's masks, 16 points an image, 30 images of held-out.zarr"
 
 
 def test_an_undefined_number_is_a_dash() -> None:
@@ -99,15 +99,15 @@ def test_nothing_done_has_no_table_and_failures_are_one_line_each() -> None:
     broken = {"name": "a", "status": "failed", "error": "no\nroom"}
     assert sweep_tables([broken]) == []
     assert failure_lines([broken]) == ["FAILED  a: no room"]
-    assert judged_on([broken]) == "nothing was measured"
+    assert caption([broken]) == "nothing was measured"
 
 
-def test_seeds_whose_number_is_undefined_are_told() -> None:
+def test_seeds_whose_number_is_undefined_are_counted() -> None:
     (table,) = sweep_tables([outcome(0.3, 0), outcome(None, 1)])
     assert table.rows[0][3:5] == ["2, 1 undefined", "0.3000"]
 
 
-def test_files_of_one_name_are_told_apart_by_more_of_their_paths() -> None:
+def test_files_of_one_name_are_counted_apart_by_more_of_their_paths() -> None:
     paths = ["/runs/a/student.safetensors", "/runs/b/student.safetensors", "/x.pt", None]
     (table,) = sweep_tables([outcome(0.3, init=path) for path in paths])
     assert [row[0] for row in table.rows] == [
