@@ -102,7 +102,7 @@ class MaskLoss:
         *,
         by_box: bool,
     ) -> tuple[Tensor, Tensor]:
-        """As `__call__`, for objects that are all prompted by a box first, or all by a point."""
+        """Compute what `__call__` does, for objects that are all prompted by a box first, or all by a point."""
         emb_PCHW = _select_images(emb_BCHW, objects.image_P)
         masks_PMM, valid_PMM = objects.masks_PMM, objects.valid_BMM[objects.image_P]
         first_prompts = box_prompts if by_box else point_prompts

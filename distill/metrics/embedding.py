@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class ImageMetrics:
-    """Numbers of one image."""
+    """Metrics of one image, over all cells and over the valid ones."""
 
     mse: float
     mse_valid: float

@@ -241,7 +241,7 @@ class Validation:
 
 
 def _in_rounds(batches: Iterator[Batch], rounds: int, before_batch: Callable[[], None]) -> Generator[Batch]:
-    """Yield the batches, each after a call of `before_batch`, which is called `rounds` times even if they are fewer."""
+    """Call `before_batch` `rounds` times, each time followed by the next batch as long as there is one."""
     for _ in range(rounds):
         before_batch()
         yield from islice(batches, 1)

@@ -19,7 +19,7 @@ SIZES = [(40, 60), (64, 64), (60, 30), (20, 64), (64, 50)]
 
 @pytest.fixture
 def images(save_images: Callable[..., Path]) -> Path:
-    """Files of this test's own."""
+    """Image files that a test may change."""
     return save_images(SIZES)
 
 
@@ -42,7 +42,7 @@ def opened(
 
 
 def reference(images: Path, row: int) -> np.ndarray:
-    """The image with its longest side resized to 64, by Pillow alone."""
+    """Return the image with its longest side resized to 64, by Pillow alone."""
     image = Image.open(sorted(images.iterdir())[row])
     scale = 64 / max(image.size)
     return np.asarray(

@@ -1,4 +1,4 @@
-"""Learning from the images that a store keeps, without the photos that it was made of."""
+"""Training from the images that a store keeps, without the photos that it was made of."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Options = Callable[..., DistillConfig]
 
 @pytest.fixture
 def options(options: Options, small: str) -> Options:
-    """Of the smallest student: where its images come from is the same for all."""
+    """Options with the smallest student: where images come from doesn't depend on the student."""
     return partial(options, student=small)
 
 
@@ -37,7 +37,7 @@ def kept(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def alone(kept: Path, tmp_path: Path) -> Path:
-    """The store on another machine: moved, and without the photos."""
+    """Return the store as on another machine: moved, and without the photos."""
     moved = tmp_path / "elsewhere.zarr"
     shutil.copytree(kept, moved)
     for file in moved.rglob("zarr.json"):

@@ -30,7 +30,7 @@ def head(head_tensors: dict[str, Tensor]) -> SamHead:
 
 @pytest.fixture(scope="module")
 def masked_store(images: Path, make_store: Callable[..., Path], head_tensors: dict[str, Tensor]) -> Path:
-    """The six pictures with random embeddings, and a head that works."""
+    """Store of the six pictures with random embeddings, and with a head that works."""
     return make_store(images, head={key: value.numpy() for key, value in head_tensors.items()})
 
 
@@ -38,7 +38,7 @@ def masked_store(images: Path, make_store: Callable[..., Path], head_tensors: di
 def labelled_store(
     images: Path, tmp_path: Path, make_store: Callable[..., Path], head_tensors: dict[str, Tensor]
 ) -> Path:
-    """The same with two objects in the annotations of each picture."""
+    """Store as `masked_store`, with two objects in the annotations beside each picture."""
     folder = tmp_path / "labelled"
     shutil.copytree(images, folder)
     store = make_store(folder, head={key: value.numpy() for key, value in head_tensors.items()})

@@ -115,7 +115,7 @@ def test_a_place_without_an_object_has_neither_loss_nor_gradient(head: SamHead):
 def test_a_later_round_prompts_where_the_round_before_was_wrong(
     random_micro_batch: MakeMicroBatch, head: SamHead, monkeypatch: pytest.MonkeyPatch
 ):
-    """Seen from outside: the prompts that reach the decoder."""
+    """Watch the prompts that reach the decoder."""
     import mobilesam.distill.loss.masks as module
 
     seen = []
@@ -146,7 +146,7 @@ def test_a_later_round_prompts_where_the_round_before_was_wrong(
 
 
 def test_training_by_the_mask_loss_makes_a_head_segment_the_prompted_object():
-    """Without an encoder: the embedding itself is trained, on two objects side by side."""
+    """Train the embedding itself, without an encoder, on two objects side by side."""
     torch.manual_seed(0)
     head, emb_1CHW = SamHead(64), torch.nn.Parameter(torch.randn(1, 256, 4, 4))
     masks = torch.zeros(2, 32, 32, dtype=torch.bool)

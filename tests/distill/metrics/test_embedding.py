@@ -14,7 +14,7 @@ from mobilesam.distill.metrics.embedding import merge
 def brute_force(
     student: np.ndarray, teacher: np.ndarray, mean: np.ndarray, valid: np.ndarray
 ) -> dict[str, Any]:
-    """Every definition written out over all images at once, on the cells that `valid` (B, H, W) chooses."""
+    """Compute every definition over all images at once, on the cells that `valid` (B, H, W) chooses."""
     s = np.moveaxis(student.astype(np.float64), 1, -1)
     t = np.moveaxis(teacher.astype(np.float64), 1, -1)
     m = np.broadcast_to(np.moveaxis(mean.astype(np.float64), 0, -1), t.shape)

@@ -1,4 +1,4 @@
-"""What students cost, against counts by hand."""
+"""Cost of students against counts by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting from a file of weights: what is taken, what isn't, and what is refused."""
+"""Initial weights from files: taken, left and refused ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Options = Callable[..., DistillConfig]
 
 
 def lively(network: nn.Module, seed: int = 3) -> dict[str, Tensor]:
-    """A state of small numbers, none of them an initial value."""
+    """Return a state of small numbers, none of them an initial value."""
     generator = torch.Generator().manual_seed(seed)
     return {
         key: torch.rand(value.shape, generator=generator) * 0.1 + 0.05

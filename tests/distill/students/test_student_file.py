@@ -162,8 +162,8 @@ def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> 
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-def sealed(header: dict[str, object], data: bytes = b"") -> bytes:
-    """A forged file that carries the right SHA-256 of itself."""
+def with_sha256(header: dict[str, object], data: bytes = b"") -> bytes:
+    """Return a forged file that carries the right SHA-256 of itself."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     digest = hashlib.sha256(text + b"\n" + data).hexdigest()
     metadata = {**header["__metadata__"], "sha256": digest}
@@ -184,11 +184,11 @@ def all_tensors(shapes: dict[str, list[int]], offsets: Callable[[int], list[int]
 
 
 def all_claimed(student: str) -> bytes:
-    """A file with every name and shape of a student, and no weights."""
+    """Return a file with every name and shape of a student, and no weights."""
     outline = outline_student(student_info(student), 64).state_dict()
     shapes = {f"image_encoder.{key}": list(value.shape) for key, value in outline.items()}
     header = all_tensors(shapes, lambda index: [0, 0])
-    return sealed({**header, "__metadata__": metadata(student=student)})
+    return with_sha256({**header, "__metadata__": metadata(student=student)})
 
 
 def test_forged_headers_are_errors_in_bounded_memory(tmp_path: Path) -> None:
@@ -205,27 +205,29 @@ def test_forged_headers_are_errors_in_bounded_memory(tmp_path: Path) -> None:
         "NaN": safetensors(b'{"__metadata__": NaN}'),
         "metadata of NaN": safetensors(b'{"__metadata__": {"sha256": NaN}}'),
         "a name twice": safetensors(b'{"a":{},"a":{},"__metadata__":{"sha256":"0"}}'),
-        "a giant shape": sealed(one_tensor([2**40, 2**40], [0, 4]), bytes(4)),
-        "numbers without end": sealed(one_tensor([10**1000], [0, 4]), bytes(4)),
-        "offsets beyond the file": sealed(all_tensors(shapes, lambda index: [0, 2**60])),
-        "overlapping": sealed(all_tensors(shapes, lambda index: [0, 4]), bytes(4)),
-        "negative offsets": sealed(all_tensors(shapes, lambda index: [-4, 4]), bytes(4)),
-        "no numbers": sealed(one_tensor(["a"], ["b"]), bytes(4)),
-        "a long name": sealed({"__metadata__": metadata(), "x" * 500_000: {"shape": [], "dtype": "F32"}}),
-        "a giant image size": sealed({"__metadata__": metadata(image_size="9" * 4000)}),
-        "a giant student": sealed({"__metadata__": metadata(student="9" * 400_000)}),
-        "a giant of timm's": sealed({"__metadata__": metadata(student="timm:eva_giant_patch14_560")}),
-        "a giant ViT of timm's": sealed(
+        "a giant shape": with_sha256(one_tensor([2**40, 2**40], [0, 4]), bytes(4)),
+        "numbers without end": with_sha256(one_tensor([10**1000], [0, 4]), bytes(4)),
+        "offsets beyond the file": with_sha256(all_tensors(shapes, lambda index: [0, 2**60])),
+        "overlapping": with_sha256(all_tensors(shapes, lambda index: [0, 4]), bytes(4)),
+        "negative offsets": with_sha256(all_tensors(shapes, lambda index: [-4, 4]), bytes(4)),
+        "no numbers": with_sha256(one_tensor(["a"], ["b"]), bytes(4)),
+        "a long name": with_sha256(
+            {"__metadata__": metadata(), "x" * 500_000: {"shape": [], "dtype": "F32"}}
+        ),
+        "a giant image size": with_sha256({"__metadata__": metadata(image_size="9" * 4000)}),
+        "a giant student": with_sha256({"__metadata__": metadata(student="9" * 400_000)}),
+        "a giant of timm's": with_sha256({"__metadata__": metadata(student="timm:eva_giant_patch14_560")}),
+        "a giant ViT of timm's": with_sha256(
             {"__metadata__": metadata(student="timm:vit_huge_patch16_gap_448", image_size="16384")}
         ),
-        "masks of gigabytes": sealed(
+        "masks of gigabytes": with_sha256(
             {"__metadata__": metadata(student="timm:swin_tiny_patch4_window7_224", image_size="16384")}
         ),
-        "a download": sealed({"__metadata__": metadata(student="timm:hf-hub:timm/resnet18")}),
-        "a folder": sealed({"__metadata__": metadata(student="timm:local-dir:/tmp")}),
-        "a long name of timm's": sealed({"__metadata__": metadata(student="timm:" + "r" * 400_000)}),
+        "a download": with_sha256({"__metadata__": metadata(student="timm:hf-hub:timm/resnet18")}),
+        "a folder": with_sha256({"__metadata__": metadata(student="timm:local-dir:/tmp")}),
+        "a long name of timm's": with_sha256({"__metadata__": metadata(student="timm:" + "r" * 400_000)}),
         "weights that aren't there": all_claimed("timm:vit_huge_patch16_gap_448"),
-        "a deep description": sealed({"__metadata__": metadata(info="[" * 100_000)}),
+        "a deep description": with_sha256({"__metadata__": metadata(info="[" * 100_000)}),
         "empty": b"",
     }
     files = [tmp_path / f"{index}.safetensors" for index in range(len(forged))]
