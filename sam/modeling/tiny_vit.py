@@ -1,12 +1,13 @@
-"""TinyViT as MobileSAM uses it: the student, and the encoder of the teacher ``mobile_sam``.
+"""TinyViT as MobileSAM uses it: the student, and the encoder of the teacher `mobile_sam`.
 
-Written from the published architecture (TinyViT, arXiv 2207.10666; MobileSAM, arXiv 2306.14289). Module
-names follow the released weights, so that ``mobile_sam.pt``'s ``image_encoder.*`` loads as it is once the
-unused classifier (``head.*``, ``norm_head.*``) is left out. Two stride-2 convolutions, one stage of
-inverted bottlenecks, three stages of windowed attention, and SAM's neck. The last of the three downsamplings
-keeps its stride at 1, so the grid is image_size / 16.
+Written from the published architecture (TinyViT, arXiv 2207.10666; MobileSAM, arXiv 2306.14289). Module names follow
+the released weights, so that `image_encoder.*` of `mobile_sam.pt` loads unchanged once the unused classifier
+(`head.*`, `norm_head.*`) is left out. Two stride-2 convolutions, one stage of inverted bottlenecks, three stages of
+windowed attention, and SAM's neck. The last of the three downsamplings keeps its stride at 1, so the grid is
+image_size / 16.
 
-Shape suffixes: B images, C channels, H and W rows and columns, N tokens of a window, K heads, D head width.
+Shape suffixes: B images, C channels, H and W rows and columns, J windows, N tokens of a window, K heads, D channels
+of one head, L keys of a window (its tokens, and in border windows one more for all their filling).
 """
 
 from __future__ import annotations
@@ -23,10 +24,17 @@ from ..preprocess import PATCH
 from .neck import neck_projection, neck_rest
 
 MLP_RATIO = 4
+"""Width of the MLPs' hidden layer, in widths of a stage."""
+
 EXPANSION = 4
+"""Width inside an inverted bottleneck, in widths of the first stage."""
+
 MOST_FILLED = 1.25
-"""Times a grid's cells up to which windows are filled up: fewer, larger products take no longer then."""
+"""Ratio of the windows' cells to the grid's up to which border windows are filled with zeros: below it, fewer and
+larger products take no longer."""
+
 CLASSIFIER_PREFIXES = ("head.", "norm_head.")
+"""Prefixes of the classifier's keys, which `mobile_sam.pt` holds and SAM does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +42,12 @@ class TinyViTConfig:
     """Sizes of one TinyViT: four entries each, one per stage; the first stage has no attention."""
 
     widths: tuple[int, int, int, int]
+    """Channels."""
     heads: tuple[int, int, int, int]
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
+    """Blocks."""
     windows: tuple[int, int, int, int] = (7, 7, 14, 7)
+    """Sides of the windows, in cells."""
 
     def __post_init__(self) -> None:
         for width, heads in zip(self.widths, self.heads, strict=True):
@@ -79,7 +90,7 @@ class TinyViTVariant:
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias (``c``) and its batch norm (``bn``)."""
+    """Convolution without bias (`c`) and its batch norm (`bn`)."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 1, *, stride: int = 1, groups: int = 1
@@ -113,7 +124,7 @@ class MBConv(nn.Module):
         self.conv1 = ConvNorm(width, hidden)
         self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
         self.conv3 = ConvNorm(hidden, width)
-        # Zero: the block starts as the identity, so depth does not disturb the first steps.
+        # Zero: the block starts as the identity, so that depth does not disturb the first training steps.
         nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -123,7 +134,7 @@ class MBConv(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Between two stages: change the width and, with stride 2, halve the resolution."""
+    """Transition between two stages: change the width and, with stride 2, halve the resolution."""
 
     def __init__(self, width: int, next_width: int, stride: int) -> None:
         super().__init__()
@@ -140,11 +151,11 @@ class PatchMerging(nn.Module):
 class Attention(nn.Module):
     """Attention inside windows, with one learned bias per head and distance (|dy|, |dx|).
 
-    Windows at the right and lower border are filled up with zeros, which take part as keys: the released weights
-    learned so. Where these are many, they are not made: their keys are all the same, what `norm` and `qkv` make of
-    zeros, and so are their values. One key does for all of them, its bias the logarithm of the sum of the
-    exponentials of theirs. The function is the same, for a third of the work where a grid is little larger than a
-    window.
+    Windows at the right and lower border are filled with zeros, which take part as keys: the released weights were
+    trained so. If the zeros are many, they are not made: their keys are all the same, the result of `norm` and `qkv`
+    for zeros, and so are their values. One key stands for all of them, with the logarithm of the sum of the
+    exponentials of their biases as its bias. The function is the same, for a third of the work where a grid is little
+    larger than a window.
     """
 
     attention_bias_idxs: Tensor
@@ -177,29 +188,30 @@ class Attention(nn.Module):
         return self.proj(attended_BHWC)[:, :height, :width]
 
     def _attend(self, qkv_BHWC: Tensor, h: int, w: int, filling_1C: Tensor | None) -> Tensor:
-        """Windows of which h x w cells are image, side by side."""
+        """Attend within adjacent windows of which h x w cells are image."""
         batch, height, width, channels = qkv_BHWC.shape
         down, along = height // h, width // w
-        # The heads are the outer division of qkv's output: head k owns its q, k and v side by side.
+        # The heads are the outer division of qkv's output: each head's q, k and v are adjacent.
         split = (batch, down, h, along, w, self.heads, 3, channels // 3 // self.heads)
         parts = qkv_BHWC.reshape(split).permute(6, 0, 1, 3, 5, 2, 4, 7)
-        q_WKND, k_WKND, v_WKND = parts.reshape(3, batch * down * along, self.heads, h * w, -1).unbind(0)
-        bias_KNM = self._bias(h, w).to(q_WKND.dtype)
+        q_JKND, k_JKND, v_JKND = parts.reshape(3, batch * down * along, self.heads, h * w, -1).unbind(0)
+        bias_KNL = self._bias(h, w).to(q_JKND.dtype)
         if h * w < self.window**2:
-            assert filling_1C is not None, "a window lacks cells only where the grid isn't whole windows"
+            assert filling_1C is not None, "a window lacks cells only if the grid isn't made of whole windows"
             filling = filling_1C.view(self.heads, 3, 1, -1).unbind(1)
-            k_WKND, v_WKND = (
+            k_JKND, v_JKND = (
                 torch.cat((own, extra.expand(own.shape[0], -1, -1, -1)), dim=2)
-                for own, extra in ((k_WKND, filling[1]), (v_WKND, filling[2]))
+                for own, extra in ((k_JKND, filling[1]), (v_JKND, filling[2]))
             )
-        out_WKND = F.scaled_dot_product_attention(q_WKND, k_WKND, v_WKND, attn_mask=bias_KNM[None])
-        windows = out_WKND.view(batch, down, along, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        out_JKND = F.scaled_dot_product_attention(q_JKND, k_JKND, v_JKND, attn_mask=bias_KNL[None])
+        windows = out_JKND.view(batch, down, along, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
         return windows.reshape(batch, height, width, channels // 3)
 
     def _bias(self, h: int, w: int) -> Tensor:
-        """(K, h w, M): of each cell to each, and in border windows to all those together that are none."""
+        """Return the biases (K, N, L) of a window of h x w cells: for each of its cells and, in border windows, one
+        for all cells of the filling together."""
         side, heads, cells = self.window, self.heads, h * w
-        # Gathered at every forward: a gathered copy kept aside would go stale when weights are loaded.
+        # Gathered at every forward: a stored copy would be out of date once weights are loaded.
         places = self.attention_bias_idxs.view(side, side, side, side)[:h, :w]
         own_KNN = self.attention_biases[:, places[:, :, :h, :w].reshape(cells, cells)]
         if cells == side * side:
@@ -212,15 +224,14 @@ class Attention(nn.Module):
 
 
 def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Where whole windows begin, their size and how many there are; then the same of what is left, if anything
-    is."""
+    """Return start, size and number of the whole windows along an axis, then the same of the cut one, if any."""
     whole, rest = divmod(length, window)
     bands = [(0, window, whole)] if whole else []
     return [*bands, (whole * window, rest, 1)] if rest else bands
 
 
 def bias_indices(window: int) -> Tensor:
-    """(N, N) int64 for the N = window^2 tokens of a window: |dy| * window + |dx| of each pair."""
+    """Return the index of each pair's bias: int64 (N, N), |dy| * window + |dx|, for the N = window^2 tokens."""
     cells = torch.arange(window * window, device="cpu")
     rows, columns = cells // window, cells % window
     dy = (rows[:, None] - rows[None, :]).abs()
@@ -229,6 +240,8 @@ def bias_indices(window: int) -> Tensor:
 
 
 class Mlp(nn.Module):
+    """Layer norm, then two linear layers with a GELU between them."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -240,7 +253,7 @@ class Mlp(nn.Module):
 
 
 class TinyViTBlock(nn.Module):
-    """Windowed attention, depthwise 3 x 3 convolution, MLP; the convolution alone has no residual."""
+    """Windowed attention, depthwise 3 x 3 convolution, MLP; all but the convolution have a residual."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -275,7 +288,7 @@ class TinyViT(nn.Module):
 
     Args:
         image_size: S in pixels, a multiple of 16. No weight depends on it.
-        variant: ``5m`` (MobileSAM's; 5,743,892 parameters), ``11m`` or ``21m``.
+        variant: `5m` (MobileSAM's; 5,743,892 parameters), `11m` or `21m`.
 
     Raises:
         ValueError: an unknown variant, an image_size that is no multiple of 16, or pixels of another size.

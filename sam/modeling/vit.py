@@ -1,4 +1,14 @@
-"""Which ViT image encoders SAM has, and their positions at any image size."""
+"""SAM's ViT image encoder: the function that segment_anything defines, computed for speed, at any image size.
+
+Module names follow the released checkpoints, so that their `image_encoder.*` loads unchanged. The computation differs
+from segment_anything/modeling/image_encoder.py, the result does not: tokens stay in one layout (B, Y, X, C) from the
+patches to the neck, only cells of the grid go through the linear layers (not the padding of border windows), and
+attention is one call that never holds its table of positions (`attention.attend`).
+
+Shape suffixes: B images, J windows, Y and X rows and columns of the grid or of a window, N tokens, C channels, K
+heads, D channels of one head, H and W rows and columns of an image or table, L positions of a table; g is the side
+of the embedding's grid.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +25,15 @@ from ..preprocess import PATCH
 from .attention import attend
 from .fused_linear import linear, linear_gelu, linear_plus
 from .neck import EMBEDDING_CHANNELS, neck_convolution, neck_projection
+
+WINDOW = 14
+"""Side of a window in cells of the grid."""
+
+MLP_RATIO = 4
+"""Width of the MLPs' hidden layer, in widths of a token."""
+
+EPSILON = 1e-6
+"""Of the layer norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,66 +72,12 @@ class ViTConfig:
         return (patches.shape[0], len(blocks)) == (self.width, self.depth)
 
 
-def fit_positions(
-    state: dict[str, Tensor], config: ViTConfig, image_size: int
-) -> tuple[dict[str, Tensor], bool]:
-    """An encoder's state with its positions resampled to the grid of ``image_size``.
-
-    The absolute table (1, g, g, width) is resampled bicubically; the relative tables of the global blocks,
-    (2g - 1, head width), linearly, as segment_anything does by itself at run time. Windowed blocks keep
-    theirs: a window is 14 cells at any size.
-
-    Returns:
-        The state, and whether anything was resampled (nothing is when the grid is the trained one).
-    """
-    grid = image_size // PATCH
-    fitted = dict(state)
-    if state["pos_embed"].shape[1:3] != (grid, grid):
-        fitted["pos_embed"] = _resample_table(state["pos_embed"], grid)
-    length = 2 * grid - 1
-    for block in config.global_blocks:
-        for axis in ("h", "w"):
-            key = f"blocks.{block}.attn.rel_pos_{axis}"
-            if state[key].shape[0] != length:
-                fitted[key] = _resample_relative(state[key], length)
-    return fitted, any(fitted[key] is not state[key] for key in state)
-
-
-def _resample_table(table_1HWC: Tensor, grid: int) -> Tensor:
-    table_1CHW = table_1HWC.float().permute(0, 3, 1, 2)
-    resampled = F.interpolate(table_1CHW, size=(grid, grid), mode="bicubic", antialias=True)
-    return resampled.permute(0, 2, 3, 1).contiguous()
-
-
-def _resample_relative(table_LD: Tensor, length: int) -> Tensor:
-    table_1DL = table_LD.float().T[None]
-    return F.interpolate(table_1DL, size=length, mode="linear")[0].T.contiguous()
-
-
-# --- SAM's ViT image encoder: the function that ``segment_anything`` defines, computed for speed.
-#
-# Module names follow the released checkpoints, so that their ``image_encoder.*`` loads as it is. What differs from
-# ``segment_anything/modeling/image_encoder.py`` is the way, not the result: tokens lie in one layout (B, Y, X, C)
-# from
-# the patches to the neck, only cells of the grid go through the linear layers (not the padding of border windows),
-# and attention is one call that never holds its table of positions (`relative_attention`).
-#
-# Shape suffixes: B images, W windows, Y and X rows and columns of the grid, N tokens, C channels, K heads, D head
-# width.
-#
-
-WINDOW = 14
-MLP_RATIO = 4
-EPSILON = 1e-6
-
-
 class ViTEncoder(nn.Module):
-    """(B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding in the pixels' dtype.
+    """Image encoder: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding in the pixels' dtype.
 
     Args:
         image_size: S in pixels, a multiple of 16.
-        width, depth, heads: of the transformer.
-        global_blocks: the blocks that attend over the whole grid; the others do so in windows of 14 x 14 cells.
+        width, depth, heads, global_blocks: as in `ViTConfig`.
     """
 
     def __init__(
@@ -132,6 +97,7 @@ class ViTEncoder(nn.Module):
         self.neck = Neck(width)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Compute the embeddings of normalised pixels."""
         x_BYXC = self.patch_embed(pixels_BCHW)
         x_BYXC += self.pos_embed.to(x_BYXC.dtype)
         for block in self.blocks:
@@ -139,10 +105,9 @@ class ViTEncoder(nn.Module):
         return self.neck(x_BYXC).to(pixels_BCHW.dtype)
 
     def hold_in_bfloat16(self) -> ViTEncoder:
-        """Convert the weights of all products to bfloat16, once and for good; norms and positions stay float32.
+        """Convert the weights of all products to bfloat16 in place; norms and positions stay float32.
 
-        What the weights of products are in, everything between them is computed and kept in, norms and softmax
-        excepted.
+        All values between the products are then computed and kept in bfloat16, too, except in norms and softmax.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -150,8 +115,39 @@ class ViTEncoder(nn.Module):
         return self
 
 
+def fit_positions(
+    state: dict[str, Tensor], config: ViTConfig, image_size: int
+) -> tuple[dict[str, Tensor], bool]:
+    """Resample an encoder's positions to the grid of an image size.
+
+    The absolute table (1, g, g, width) is resampled bicubically, the relative tables of the global blocks
+    (2g - 1, channels of a head) linearly, as segment_anything itself does at run time. Windowed blocks keep theirs: a
+    window is 14 cells at any size.
+
+    Args:
+        state: a checkpoint's `image_encoder.*` with the prefix removed.
+        config: sizes of the encoder.
+        image_size: S in pixels, a multiple of 16.
+
+    Returns:
+        The state, and True if anything was resampled (nothing is if the grid is the trained one).
+    """
+    grid = image_size // PATCH
+    fitted = dict(state)
+    if state["pos_embed"].shape[1:3] != (grid, grid):
+        fitted["pos_embed"] = _resample_table(state["pos_embed"], grid)
+    length = 2 * grid - 1
+    for block in config.global_blocks:
+        for axis in ("h", "w"):
+            key = f"blocks.{block}.attn.rel_pos_{axis}"
+            if state[key].shape[0] != length:
+                fitted[key] = _resample_relative(state[key], length)
+    return fitted, any(fitted[key] is not state[key] for key in state)
+
+
 class PatchEmbed(nn.Module):
-    """Squares of 16 x 16 pixels, each one token: a convolution whose stride is its kernel, as one matrix product."""
+    """Patches of 16 x 16 pixels to one token each: a convolution whose stride is its kernel, as one matrix
+    product."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -165,20 +161,20 @@ class PatchEmbed(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """Layer norm over the last axis with its weights, sums and roots in float32, and the input's dtype."""
+    """Layer norm over the last axis: weights, sums and roots in float32, result in the input's dtype."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype or x.device.type == "cpu":
-            # The CPU's kernel takes the two dtypes together.
+            # The CPU's kernel accepts mixed dtypes.
             return super().forward(x)
         return super().forward(x.float()).to(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind its norm and beside its residual."""
+    """Transformer block: attention and MLP, each after a norm and with a residual."""
 
     def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
         super().__init__()
@@ -205,8 +201,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with relative positions, over windows of `side` x `side` cells or a grid of that size,
-    and a residual."""
+    """Multi-head attention with relative positions and a residual, over windows or grids of `side` x `side` cells."""
 
     def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
         super().__init__()
@@ -222,10 +217,10 @@ class Attention(nn.Module):
         qkv_BYXC = linear(x_BYXC, self.qkv)
         if not self.windowed:
             return linear_plus(self._attend(qkv_BYXC), self.proj, residual_BYXC)
-        # A border window's cells beyond the grid are zeros to the linear layer (which makes them its bias) and take
-        # part in the attention, as keys.
-        windows_WYXC = into_windows(qkv_BYXC, self.side, self.qkv.bias)
-        attended_BYXC = out_of_windows(self._attend(windows_WYXC), x_BYXC.shape[:3])
+        # Cells of border windows beyond the grid are zeros before the linear layer, so its bias after it, and take
+        # part in the attention as keys.
+        windows_JYXC = into_windows(qkv_BYXC, self.side, self.qkv.bias)
+        attended_BYXC = out_of_windows(self._attend(windows_JYXC), x_BYXC.shape[:3])
         return linear_plus(attended_BYXC, self.proj, residual_BYXC)
 
     def _attend(self, qkv_BYXC: Tensor) -> Tensor:
@@ -238,8 +233,16 @@ class Attention(nn.Module):
 
 
 def into_windows(x_BYXC: Tensor, side: int, beyond_C: Tensor) -> Tensor:
-    """Cut a grid into windows of `side` x `side` cells, row by row: (B * windows, side, side, C). Cells beyond the
-    grid are `beyond_C`."""
+    """Cut a grid into windows, row by row.
+
+    Args:
+        x_BYXC: the grid.
+        side: of a window, in cells.
+        beyond_C: value of cells beyond the grid.
+
+    Returns:
+        (J, side, side, C), J being the number of all images' windows.
+    """
     batch, rows, columns, channels = x_BYXC.shape
     down, right = -(-rows // side), -(-columns // side)
     shape = (batch, down, right, side, side, channels)
@@ -250,20 +253,20 @@ def into_windows(x_BYXC: Tensor, side: int, beyond_C: Tensor) -> Tensor:
     return windows.flatten(0, 2)
 
 
-def out_of_windows(windows_WYXC: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `into_windows`: (B, Y, X, C) for `shape` (B, Y, X), what lies beyond the grid left out."""
+def out_of_windows(windows_JYXC: Tensor, shape: torch.Size) -> Tensor:
+    """Put windows together to a grid of `shape` (B, Y, X), without the cells beyond it: `into_windows` inverted."""
     batch, rows, columns = shape
-    side, channels = windows_WYXC.shape[1], windows_WYXC.shape[3]
-    x_BYXC = windows_WYXC.new_empty(batch, rows, columns, channels)
-    windows = windows_WYXC.view(batch, -(-rows // side), -(-columns // side), side, side, channels)
+    side, channels = windows_JYXC.shape[1], windows_JYXC.shape[3]
+    x_BYXC = windows_JYXC.new_empty(batch, rows, columns, channels)
+    windows = windows_JYXC.view(batch, -(-rows // side), -(-columns // side), side, side, channels)
     for grid_part, window_part in _regions(x_BYXC, windows):
         grid_part.copy_(window_part)
     return x_BYXC
 
 
 def _regions(x_BYXC: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of the same cells in a grid and in its windows (B, down, right, side, side, C): whole windows, and those
-    cut off at the right, at the bottom, and at both."""
+    """Yield views of the same cells in a grid and in its windows (B, down, right, side, side, C): of whole windows,
+    and of those cut off at the right, at the bottom, and at both."""
     side = windows.shape[3]
     for (ys, height), (xs, width) in product(*(_spans(length, side) for length in x_BYXC.shape[1:3])):
         rows, columns = (
@@ -275,14 +278,14 @@ def _regions(x_BYXC: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _spans(length: int, side: int) -> list[tuple[slice, int]]:
-    """Along one axis: the whole windows, and the one that is cut off, each with its number of cells."""
+    """Return the whole windows along one axis, and the one that is cut off, each with its number of cells."""
     whole, rest = divmod(length, side)
     spans = [(slice(0, whole), side)] if whole else []
     return [*spans, (slice(whole, whole + 1), rest)] if rest else spans
 
 
 class Neck(nn.Sequential):
-    """SAM's neck: tokens to 256 channels, a 3 x 3 convolution, a norm after each; (B, Y, X, C) to (B, 256, Y, X)."""
+    """SAM's neck: tokens to 256 channels, 3 x 3 convolution, a norm after each; (B, Y, X, C) to (B, 256, Y, X)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -297,3 +300,14 @@ class Neck(nn.Sequential):
         x_BYXC = norm(F.linear(x_BYXC, self.get_parameter("0.weight").flatten(1)))
         x_BCYX = convolution(x_BYXC.permute(0, 3, 1, 2))  # channels last, without a copy
         return last_norm(x_BCYX.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _resample_table(table_1HWC: Tensor, grid: int) -> Tensor:
+    table_1CHW = table_1HWC.float().permute(0, 3, 1, 2)
+    resampled = F.interpolate(table_1CHW, size=(grid, grid), mode="bicubic", antialias=True)
+    return resampled.permute(0, 2, 3, 1).contiguous()
+
+
+def _resample_relative(table_LD: Tensor, length: int) -> Tensor:
+    table_1DL = table_LD.float().T[None]
+    return F.interpolate(table_1DL, size=length, mode="linear")[0].T.contiguous()
