@@ -248,6 +248,9 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
     for first, rows, *chosen, digest in manifest.query(
         'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
     ):
+        if not isinstance(first, int) or not isinstance(rows, int):
+            yield _manifest_problem(manifest, f"a set of images has no rows: {REPLACE_MANIFEST}")
+            continue
         keys = KeysDigest((first, *chosen))
         count = 0
         for start in range(first, first + rows, PAGE_KEYS):

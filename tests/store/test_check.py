@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from mobilesam.store import (
 )
 from mobilesam.store.inspection import inspect_store, inspection_lines
 from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.layout import MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]
 
@@ -69,6 +72,28 @@ def test_sources_that_are_no_json_are_damage(store: EmbeddingStore) -> None:
     run_sql(store, "UPDATE extensions SET sources = '[]x'")
     with pytest.raises(StoreDamaged, match=r"manifest\.sqlite is damaged"):
         inspect_store(store.path)
+
+
+@pytest.mark.parametrize("bit", [7, 8], ids=["129 rows or so", "257 rows or so"])
+@pytest.mark.parametrize(
+    "table", ["meta", "documents", "extensions", "images", "shards", "results", "failed_results", "audits"]
+)
+def test_rows_that_a_flipped_bit_makes_up_in_the_manifest_are_damage(
+    store: EmbeddingStore, table: str, bit: int
+) -> None:
+    # A page's number of rows stands in bytes 3 and 4; those that aren't there read as NULL in every column.
+    manifest = store.path / MANIFEST
+    with closing(sqlite3.connect(manifest)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
+    data = bytearray(manifest.read_bytes())
+    data[(page - 1) * 4096 + 4 - bit // 8] ^= 1 << bit % 8
+    manifest.write_bytes(data)
+    for repair in (False, True):
+        try:
+            problems = inspect_store(store.path, check=True, repair=repair)["problems"]
+        except StoreDamaged:
+            continue
+        assert "listing" in {problem["kind"] for problem in problems}
 
 
 def test_a_row_that_vanished_is_damage_at_once(store: EmbeddingStore) -> None:
