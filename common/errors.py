@@ -87,7 +87,7 @@ class DownloadError(SamError):
 
 
 class PrecomputeError(MobileSamError):
-    """A precompute job can't start or can't go on."""
+    """A precompute job can't start or can't continue."""
 
 
 class PrecomputeInterrupted(Interrupted, PrecomputeError):
@@ -95,7 +95,7 @@ class PrecomputeInterrupted(Interrupted, PrecomputeError):
 
 
 class DistillError(MobileSamError):
-    """A distillation can't start or can't go on."""
+    """A distillation can't start or can't continue."""
 
 
 class DistillInterrupted(Interrupted, DistillError):

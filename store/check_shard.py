@@ -41,10 +41,11 @@ class ShardListing:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A problem, and where a row holds whole bytes that aren't its own, these bytes' array and checksum."""
+    """Problem found by the check of a shard."""
 
     problem: Problem
     foreign: tuple[str, int] | None = None
+    """Array and checksum of the bytes, where a row holds whole bytes that aren't its own."""
 
 
 def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListing | None:

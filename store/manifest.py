@@ -38,7 +38,7 @@ PAGE_KEYS = 10_000
 
 
 class Manifest:
-    """A manifest open for reading. Safe to use from several threads; one statement or transaction at a time.
+    """Manifest open for reading. Safe to use from several threads; one statement or transaction at a time.
 
     Raises:
         StoreDamaged: the file is missing, or is not a manifest.
@@ -258,7 +258,7 @@ class Manifest:
 
 
 class ManifestWriter(Manifest):
-    """A manifest open for writing, by the holder of the store's lock alone. Every change is one transaction."""
+    """Manifest open for writing, by the holder of the store's lock alone. Every change is one transaction."""
 
     _WRITABLE = True
 

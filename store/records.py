@@ -82,7 +82,7 @@ class ImageRecord:
 
     @property
     def ref(self) -> ImageRef:
-        """The image as it was listed."""
+        """Reference to the image as it was listed."""
         return ImageRef(key=self.key, size=self.size, offset=self.offset)
 
 
