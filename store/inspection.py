@@ -23,8 +23,7 @@ from .layout import MANIFEST, PRIVATE, local_path, shard_count
 from .lock import WriterLock
 from .manifest import Manifest, ManifestWriter
 from .records import Problem, Selection
-from .repair import Repair
-from .repair import repair as mend
+from .repair import Repair, repair_store
 from .spec import StoreSpec
 from .zarr_metadata import read_spec
 
@@ -60,7 +59,7 @@ def inspect_store(
     with _opened(path, writable=repair) as store:
         done = None
         if repair:
-            done = mend(store, progress)
+            done = repair_store(store, progress)
             problems = list(done.left)
         else:
             problems = full_problems(store, progress) if check else quick_problems(store)

@@ -151,6 +151,10 @@ class DirectReader:
                 return self._shards[shard]
             rows = rows_of(shard, self._spec.shard_size, (shard + 1) * self._spec.shard_size)
             listed = self._manifest.checksums(rows)
+            if not listed:
+                raise StoreError(
+                    f"shard {shard} of {self._path} has no committed rows: run precompute, or read committed rows"
+                )
             opened = tuple(
                 ShardFile(
                     self._path / layout.name / layout.file_name(shard),
@@ -159,12 +163,7 @@ class DirectReader:
                     direct=self._reads_past_cache(),
                 )
                 for place, layout in enumerate(self._layouts)
-                if listed
             )
-            if not listed:
-                raise StoreError(
-                    f"shard {shard} of {self._path} has no committed rows: run precompute, or read committed rows"
-                )
             self._shards[shard] = opened
             while len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)

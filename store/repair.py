@@ -39,7 +39,7 @@ class Repair:
     """Problems that were not."""
 
 
-def repair(store: InspectedStore, progress: ProgressCallback | None) -> Repair:
+def repair_store(store: InspectedStore, progress: ProgressCallback | None) -> Repair:
     """Check everything and mend what is damaged; what is whole is never touched. The caller holds the writer's lock.
 
     A repair may be interrupted anywhere and run again: shards are withdrawn before their files are removed, so that

@@ -1,4 +1,7 @@
-"""Damage to one shard, found and named."""
+"""Damage to one shard, found and named.
+
+Shape suffixes: C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A row that is read is what the dictionary says, or an error; a check finds the damage that there is and no other;
 after a repair and a resume everything is as if nothing had happened.
+
+Shape suffixes: B rows of a store, C channels, H and W rows and columns of an embedding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Shard files being written, and what interrupted writing leaves."""
+"""Shard files being written, and what interrupted writing leaves.
+
+Shape suffixes: C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 

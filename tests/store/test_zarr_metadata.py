@@ -1,4 +1,7 @@
-"""The zarr.json files: what they say, damage to them, and the same store read by readers that we did not write."""
+"""The zarr.json files: what they say, damage to them, and the same store read by readers that we did not write.
+
+Shape suffixes: B rows of a store, C channels, H and W rows and columns of an embedding.
+"""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def picture(row: int) -> bytes:
 
 def compute(
     store: EmbeddingStore,
-    emb_NCHW: np.ndarray,
+    emb_BCHW: np.ndarray,
     failed: Sequence[int] = (),
     shards: Sequence[int] | None = None,
 ) -> None:
@@ -73,7 +73,7 @@ def compute(
                 if row in failed:
                     results.append(RowResult(row=row, reason="truncated"))
                     continue
-                stored = writer.add(row - rows.start, emb_NCHW[row], picture(row) if kept else None)
+                stored = writer.add(row - rows.start, emb_BCHW[row], picture(row) if kept else None)
                 results.append(
                     RowResult(
                         row=row,
