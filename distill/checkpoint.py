@@ -13,7 +13,8 @@ import errno
 import io
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,9 @@ _MEND = "put a whole copy back, or give --restart to start over, which keeps the
 
 
 @dataclass(kw_only=True)
-class TrainState:
-    """Progress of a run: counters, totals over all sessions of the run, and sums that are not yet written."""
+class Throughput:
+    """Images and times of all sessions of a run."""
 
-    epoch: int = 0
-    """Epochs that are complete and validated."""
-    batch: int = 0
-    """Batches of the next epoch that are done."""
-    step: int = 0
-    """Optimizer steps."""
-    micro_steps: int = 0
-    """Forward passes in training, of this process."""
     images: int = 0
     """Images trained on; one counts once an epoch."""
     seconds: float = 0.0
@@ -55,18 +48,86 @@ class TrainState:
     """Part of `seconds` that was spent waiting for data."""
     elapsed: float = 0.0
     """Time in all, in seconds, with validation and saving."""
-    metrics_bytes: int = 0
-    """Length of metrics.jsonl at this point."""
-    best_epoch: int = 0
-    """Number from 1 of the epoch with the lowest `best_score`."""
-    best_score: float = float("inf")
+
+
+@dataclass(kw_only=True)
+class BestEpoch:
+    """Epoch with the best validation so far."""
+
+    epoch: int = 0
+    """Number of the epoch, from 1; 0 before the first."""
+    score: float = float("inf")
     """Score of `Validation.score`; less is better."""
-    mean_sum_CHW: Tensor
-    """float64 (256, g, g), sum of the teacher's embeddings seen in the first epoch."""
-    mean_rows: int = 0
-    """Number of embeddings in `mean_sum_CHW`."""
+
+
+@dataclass(kw_only=True)
+class EmbeddingSum:
+    """Sum of the teacher's embeddings seen in the first epoch, for their mean."""
+
+    sum_CHW: Tensor
+    """float64 (256, g, g)."""
+    rows: int = 0
+    """Number of embeddings in the sum."""
+
+
+@dataclass(kw_only=True)
+class LogState:
+    """Position in the log of metrics."""
+
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl."""
     window: list[tuple[float, float]] = field(default_factory=list)
     """Loss and gradient norm of each step since the last logged line."""
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Progress of a run: everything but weights, moments and random numbers."""
+
+    epoch: int = 0
+    """Epochs that are complete and validated."""
+    batch: int = 0
+    """Batches of the next epoch that are done."""
+    step: int = 0
+    """Optimizer steps of all sessions."""
+    micro_steps: int = 0
+    """Forward passes in training of all sessions, in one process."""
+    throughput: Throughput = field(default_factory=Throughput)
+    best: BestEpoch = field(default_factory=BestEpoch)
+    embeddings: EmbeddingSum
+    log: LogState = field(default_factory=LogState)
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return the values by their names in a checkpoint; the tensor and the list are not copied."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "micro_steps": self.micro_steps,
+            "images": self.throughput.images,
+            "seconds": self.throughput.seconds,
+            "waited": self.throughput.waited,
+            "elapsed": self.throughput.elapsed,
+            "metrics_bytes": self.log.metrics_bytes,
+            "best_epoch": self.best.epoch,
+            "best_score": self.best.score,
+            "mean_sum_CHW": self.embeddings.sum_CHW,
+            "mean_rows": self.embeddings.rows,
+            "window": self.log.window,
+        }
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, Any]) -> TrainState:
+        """Return the state of `to_saved`'s values."""
+        return cls(
+            **{name: values[name] for name in ("epoch", "batch", "step", "micro_steps")},
+            throughput=Throughput(
+                **{name: values[name] for name in ("images", "seconds", "waited", "elapsed")}
+            ),
+            best=BestEpoch(epoch=values["best_epoch"], score=values["best_score"]),
+            embeddings=EmbeddingSum(sum_CHW=values["mean_sum_CHW"], rows=values["mean_rows"]),
+            log=LogState(metrics_bytes=values["metrics_bytes"], window=values["window"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +167,7 @@ class Checkpoints:
                 "student": student.state_dict(),
                 # Without its groups: they follow from the configuration, and the learning rate from the step.
                 "moments": optimizer.state_dict()["state"],
-                # Not asdict(): it would copy the tensor.
-                "state": {one.name: getattr(state, one.name) for one in fields(state)},
+                "state": state.to_saved(),
                 "rng": rng,
             },
             buffer,
@@ -158,7 +218,7 @@ class Checkpoints:
         if device.type == "cuda" and "cuda" in saved["rng"]:
             torch.cuda.set_rng_state(saved["rng"]["cuda"].clone(), device)
         loaded: TrainState = saved["state"]
-        loaded.mean_sum_CHW = loaded.mean_sum_CHW.clone().to(device)
+        loaded.embeddings.sum_CHW = loaded.embeddings.sum_CHW.clone().to(device)
         return loaded
 
     def drop_previous(self) -> None:
@@ -190,7 +250,7 @@ class Checkpoints:
             _check(saved, student, optimizer, state)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
             raise _Unusable("is no checkpoint of this run") from None
-        return {**saved, "state": TrainState(**saved["state"])}
+        return {**saved, "state": TrainState.from_saved(saved["state"])}
 
 
 class _Unusable(Exception):
@@ -206,12 +266,12 @@ def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, sta
     for index, moments in saved["moments"].items():
         like = parameters[index]
         _check_same(moments, {"step": torch.empty(()), "exp_avg": like, "exp_avg_sq": like})
-    values = saved["state"]
-    if values.keys() != {one.name for one in fields(TrainState)}:
+    values, fresh = saved["state"], state.to_saved()
+    if values.keys() != fresh.keys():
         raise ValueError("another state")
-    _check_same({"": values["mean_sum_CHW"]}, {"": state.mean_sum_CHW})
+    _check_same({"": values["mean_sum_CHW"]}, {"": fresh["mean_sum_CHW"]})
     for name, value in values.items():
-        wanted = type(getattr(state, name))
+        wanted = type(fresh[name])
         if wanted in (int, float) and (type(value) is not wanted or not value >= 0):
             raise ValueError(f"{name} isn't a number")
     if any([type(number) for number in pair] != [float, float] for pair in values["window"]):

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..common.errors import DistillError
-from .checkpoint import TrainState
+from .checkpoint import EmbeddingSum, TrainState
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -136,7 +136,7 @@ class ProcessGroup:
         mine = None
         if self.is_main:
             moments = _on_cpu(optimizer.state_dict()["state"])
-            without_sum = replace(state, mean_sum_CHW=torch.empty(0), mean_rows=0)
+            without_sum = replace(state, embeddings=EmbeddingSum(sum_CHW=torch.empty(0)))
             mine = _on_cpu(module.state_dict()), moments, torch.get_rng_state(), without_sum
         weights, moments, rng, main_state = self.broadcast(mine)
         if self.is_main:
@@ -144,7 +144,7 @@ class ProcessGroup:
         module.load_state_dict(weights)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         torch.set_rng_state(rng)
-        return replace(main_state, mean_sum_CHW=state.mean_sum_CHW)
+        return replace(main_state, embeddings=EmbeddingSum(sum_CHW=state.embeddings.sum_CHW))
 
     def barrier(self) -> None:
         """Wait until every process has come here."""

@@ -86,7 +86,7 @@ class Meter:
     """Meter of losses and times that doesn't make a GPU wait: losses stay on the device until they are asked for.
 
     Args:
-        state: gets losses (`window`) and times (`seconds`, `waited`, `elapsed`).
+        state: gets losses (in `log.window`) and times (in `throughput`).
         loader: says how long it was waited for.
 
     Attributes:
@@ -119,8 +119,8 @@ class Meter:
         values = torch.stack(self._unfetched).tolist()
         self._unfetched.clear()
         now, waited = time.perf_counter(), self._loader.waited
-        self.state.seconds += now - self._clock
-        self.state.waited += waited - self._waited
+        self.state.throughput.seconds += now - self._clock
+        self.state.throughput.waited += waited - self._waited
         self._clock, self._waited = now, waited
         for loss, norm in values:
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -128,30 +128,31 @@ class Meter:
                     f"the loss is {loss} and the gradient's norm {norm} by step {self.state.step}: start over with "
                     "a lower --lr"
                 )
-            self.state.window.append((loss, norm))
+            self.state.log.window.append((loss, norm))
         self.last_loss = values[-1][0]
 
     def take_window(self) -> dict[str, float]:
         """Return the means of loss and gradient norm since the last call, and the run's rates so far."""
         self.fetch()
-        losses, norms = zip(*self.state.window, strict=True)
-        self.state.window.clear()
+        losses, norms = zip(*self.state.log.window, strict=True)
+        self.state.log.window.clear()
         return {
             "loss": math.fsum(losses) / len(losses),
             "grad_norm": math.fsum(norms) / len(norms),
             "images_per_second": self.images_per_second(),
-            "data_wait_share": self.state.waited / self.state.seconds,
+            "data_wait_share": self.state.throughput.waited / self.state.throughput.seconds,
         }
 
     def images_per_second(self) -> float:
         """Return images per second in the training loop, over all sessions; steps not yet fetched count as done."""
         unfetched = time.perf_counter() - self._clock if self._unfetched else 0.0
-        return self.state.images / (self.state.seconds + unfetched) if self.state.images else 0.0
+        done = self.state.throughput
+        return done.images / (done.seconds + unfetched) if done.images else 0.0
 
     def count_elapsed(self) -> None:
         """Add the time since the last call, validation included, to the state."""
         now = time.perf_counter()
-        self.state.elapsed += now - self._elapsed_at
+        self.state.throughput.elapsed += now - self._elapsed_at
         self._elapsed_at = now
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..common.errors import DistillError, DistillInterrupted
 from ..common.signals import StopFlag
 from ..sam.modeling.neck import EMBEDDING_CHANNELS
-from .checkpoint import CHECKPOINT_FILE, TrainState
+from .checkpoint import CHECKPOINT_FILE, BestEpoch, EmbeddingSum, TrainState
 from .config import DistillConfig
 from .data.loader import Batch, Loader
 from .data.sampler import epoch_order, split_batches
@@ -98,7 +98,8 @@ class Trainer:
         self.log_every = max(1, self.steps_per_epoch // LINES_PER_EPOCH)
         grid = run.description.image_size // 16
         shape = (EMBEDDING_CHANNELS, grid, grid)
-        self.state = TrainState(mean_sum_CHW=torch.zeros(shape, dtype=torch.float64, device=compute.device))
+        sum_CHW = torch.zeros(shape, dtype=torch.float64, device=compute.device)
+        self.state = TrainState(embeddings=EmbeddingSum(sum_CHW=sum_CHW))
         self.meter = Meter(self.state, loader)
         self.recorder: Recorder | None = None
 
@@ -123,7 +124,7 @@ class Trainer:
         with ExitStack() as stack:
             if self.processes.is_main:
                 self.recorder = stack.enter_context(
-                    Recorder(self.run.path, keep_bytes=state.metrics_bytes, next_step=state.step + 1)
+                    Recorder(self.run.path, keep_bytes=state.log.metrics_bytes, next_step=state.step + 1)
                 )
             self.stop.graceful = True
             while state.epoch < self.config.epochs:
@@ -175,15 +176,16 @@ class Trainer:
             loss.backward()
             batch_loss += loss.detach()
             if state.epoch == 0:
-                state.mean_sum_CHW += micro_batch.teacher_BCHW.double().sum(dim=0)
-                state.mean_rows += len(batch.rows)
+                state.embeddings.sum_CHW += micro_batch.teacher_BCHW.double().sum(dim=0)
+                state.embeddings.rows += len(batch.rows)
         fill_gradients(self.trained)
         self.processes.all_reduce_gradients(self.trained, batch_loss)
         norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(batch_loss, norm)
-        state.step, state.batch, state.images = state.step + 1, state.batch + 1, state.images + len(rows)
+        state.step, state.batch = state.step + 1, state.batch + 1
+        state.throughput.images += len(rows)
 
     def forward(self, batch: Batch) -> MicroBatch:
         """Return a micro-batch on the device, with the student's embeddings of it."""
@@ -218,8 +220,8 @@ class Trainer:
         epoch = self.state.epoch + 1
         self.log("val", {"epoch": epoch, "step": self.state.step, "rows": len(self.run.split.val), **metrics})
         score = self.validation.score(metrics)
-        if score < self.state.best_score:
-            self.state.best_epoch, self.state.best_score = epoch, score
+        if score < self.state.best.score:
+            self.state.best = BestEpoch(epoch=epoch, score=score)
 
     def evaluate(self, rows: Iterable[int], phase: str) -> dict[str, Any]:
         """Return the metrics of the student as it is; save and stop when asked to.
@@ -248,16 +250,16 @@ class Trainer:
         assert self.recorder is not None
         val = self.run.last("val")
         assert val is not None, "every epoch validates"
-        if state.best_epoch != state.epoch:
-            logger.info("epoch %d was better on the validation rows than the last one", state.best_epoch)
+        if state.best.epoch != state.epoch:
+            logger.info("epoch %d was better on the validation rows than the last one", state.best.epoch)
         self.meter.count_elapsed()
         result = {
             "run": str(self.run.path),
             "epochs": state.epoch,
             "steps": state.step,
-            "seconds": state.elapsed,
-            "images_per_second": state.images / state.seconds,
-            "data_wait_share": state.waited / state.seconds,
+            "seconds": state.throughput.elapsed,
+            "images_per_second": state.throughput.images / state.throughput.seconds,
+            "data_wait_share": state.throughput.waited / state.throughput.seconds,
             "val": {
                 name: value for name, value in val.items() if name not in ("kind", "epoch", "step", "rows")
             },
@@ -323,7 +325,7 @@ class Trainer:
         self.meter.count_elapsed()
         self.reduce_mean()
         if self.recorder is not None:
-            self.state.metrics_bytes = self.recorder.sync()
+            self.state.log.metrics_bytes = self.recorder.sync()
             self.run.checkpoints.save(self.trained, self.optimizer, self.state, self.compute.device)
         self.saved_at = time.monotonic()
 
@@ -357,11 +359,13 @@ class Trainer:
         """Move the sum of the embeddings that the processes have seen in the first epoch to rank 0."""
         state = self.state
         if state.epoch == 0:
-            state.mean_rows = self.processes.reduce_sum(state.mean_sum_CHW, state.mean_rows)
+            state.embeddings.rows = self.processes.reduce_sum(state.embeddings.sum_CHW, state.embeddings.rows)
 
     def write_mean(self) -> None:
         """Write the mean from rank 0's sum."""
-        self.run.save_mean_embedding((self.state.mean_sum_CHW / self.state.mean_rows).float().cpu())
+        self.run.save_mean_embedding(
+            (self.state.embeddings.sum_CHW / self.state.embeddings.rows).float().cpu()
+        )
 
     def gather_label_faults(self) -> None:
         """Move the images whose annotations were broken or empty to rank 0, which reports them."""
@@ -383,7 +387,7 @@ class Trainer:
         if self.progress is None:
             return
         state, rate = self.state, self.meter.images_per_second()
-        left = self.config.epochs * len(self.run.split.train) - state.images
+        left = self.config.epochs * len(self.run.split.train) - state.throughput.images
         self.progress(
             Progress(
                 phase=phase,

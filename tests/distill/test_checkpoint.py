@@ -16,7 +16,7 @@ from flips import flipped
 from torch import nn
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.checkpoint import Checkpoints, TrainState
+from mobilesam.distill.checkpoint import Checkpoints, EmbeddingSum, LogState, TrainState
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,11 @@ class Scene:
         for _ in range(steps):
             self.student(torch.randn(4, 2)).square().sum().backward()
             self.optimizer.step()
-        self.state = TrainState(mean_sum_CHW=torch.ones(2, 1, 1).double(), step=steps, window=[(0.5, 1.5)])
+        self.state = TrainState(
+            embeddings=EmbeddingSum(sum_CHW=torch.ones(2, 1, 1).double()),
+            step=steps,
+            log=LogState(window=[(0.5, 1.5)]),
+        )
         self.checkpoints = Checkpoints(folder=folder, run_id="mine")
 
     def save(self) -> None:
@@ -43,9 +47,9 @@ class Scene:
 
     def bytes(self) -> list[bytes]:
         moments = self.optimizer.state_dict()["state"]
-        tensors = [*self.student.state_dict().values(), self.state.mean_sum_CHW, torch.get_rng_state()]
+        tensors = [*self.student.state_dict().values(), self.state.embeddings.sum_CHW, torch.get_rng_state()]
         tensors += [moments[i][name] for i in sorted(moments) for name in sorted(moments[i])]
-        numbers = {**vars(self.state), "mean_sum_CHW": None}
+        numbers = {**self.state.to_saved(), "mean_sum_CHW": None}
         return [repr(numbers).encode(), *(tensor.numpy().tobytes() for tensor in tensors)]
 
 

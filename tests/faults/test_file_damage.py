@@ -27,7 +27,7 @@ from mobilesam.distill import (
     StopFlag,
     distill,
 )
-from mobilesam.distill.checkpoint import Checkpoints, TrainState
+from mobilesam.distill.checkpoint import Checkpoints, EmbeddingSum, TrainState
 from mobilesam.distill.optimizer import parameter_groups
 from mobilesam.distill.students.registry import build_student
 from mobilesam.precompute import PrecomputeConfig, precompute
@@ -232,7 +232,7 @@ class Reader:
 
     def read(self, folder: Path) -> bytes | None:
         """Everything in the newest whole checkpoint; None when there is none."""
-        fresh = TrainState(mean_sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64))
+        fresh = TrainState(embeddings=EmbeddingSum(sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64)))
         try:
             state = Checkpoints(folder=folder, run_id=self._run_id).load(
                 self._student, self._optimizer, fresh, torch.device("cpu")
@@ -243,7 +243,7 @@ class Reader:
         moments = self._optimizer.state_dict()["state"]
         return b"".join(
             as_bytes(part)
-            for part in (self._student.state_dict(), moments, vars(state), torch.get_rng_state())
+            for part in (self._student.state_dict(), moments, state.to_saved(), torch.get_rng_state())
         )
 
 

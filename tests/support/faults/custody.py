@@ -15,7 +15,7 @@ import torch
 
 from mobilesam.common.errors import DistillError, SamError
 from mobilesam.distill import build_student, load_student
-from mobilesam.distill.checkpoint import Checkpoints, TrainState
+from mobilesam.distill.checkpoint import Checkpoints, EmbeddingSum, TrainState
 from mobilesam.distill.optimizer import parameter_groups
 from mobilesam.sam.teacher import load_head, load_teacher
 
@@ -109,7 +109,7 @@ def _checkpoint(path: Path) -> None:
     os.link(path, path.parent / "last.pt")
     student = build_student("tiny_vit", 64, 0)
     optimizer = torch.optim.AdamW(parameter_groups(student, 0.1))
-    state = TrainState(mean_sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64))
+    state = TrainState(embeddings=EmbeddingSum(sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64)))
     Checkpoints(folder=path.parent, run_id="mine").load(student, optimizer, state, torch.device("cpu"))
 
 
