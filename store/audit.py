@@ -13,11 +13,12 @@ from .records import Audit
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """Limits for one row: `cosine` at least (over the 256 channels of a cell, mean over cells), `relative_mse` at
-    most (against the fresh embedding's own mean per channel)."""
+    """Limits of the audit of one row."""
 
     cosine: float
+    """Least cosine, over the 256 channels of a cell, mean over cells."""
     relative_mse: float
+    """Largest relative MSE, against the fresh embedding's own mean per channel."""
 
     def missed_by(self, audit: Audit) -> bool:
         """Return True if the audit lies outside the limits; NaN does."""
@@ -36,9 +37,9 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
 )
 """Limits by (dtype stored, precision of the arithmetic).
 
-Largest values measured with vit_nano on a CPU, batches of 3 in two
-threads against single images in one: 9 example photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain
-white image, the worst case of relative_mse, since its embedding varies little from cell to cell:
+Largest values measured with vit_nano on a CPU, batches of 3 in two threads against single images in one: 9 example
+photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain white image, the worst case of relative_mse, since
+its embedding varies little from cell to cell:
 
 | stored, computed in | 1 - cosine | relative_mse | of the white image |
 |---|---|---|---|
@@ -48,11 +49,11 @@ white image, the worst case of relative_mse, since its embedding varies little f
 | float16, bfloat16 | 2.5e-5 | 2.9e-4 | 2.3e-3 |
 | int8, bfloat16 | 3.4e-5 | 3.9e-4 | 2.8e-3 |
 
-The limits leave about ten times the worst: for deeper teachers (ViT-B in bfloat16: 1 - cosine 6e-5), other
-processors, other orders of addition. What they find, by the same measurements (cosine of the photo that it
-shows least in): another photo (0.29), red for blue (0.987), a mean off by 0.1 in the normalisation (0.997), two
-channels of 256 exchanged (0.9992) everywhere; weights off by 2% (0.9998) and noise of 1% (0.99995) in float32
-and float16 from float32.
+The limits are about ten times the worst value, to leave room for deeper teachers (ViT-B in bfloat16: 1 - cosine
+6e-5), other processors, other orders of addition. Errors that they detect, by the same measurements (in brackets the
+cosine of the photo in which the error shows least): in every store another photo (0.29), red for blue (0.987), a mean
+off by 0.1 in the normalisation (0.997), two channels of 256 exchanged (0.9992); in float32 and float16 from float32
+also weights off by 2% (0.9998) and noise of 1% (0.99995).
 """
 
 

@@ -30,8 +30,11 @@ MANIFEST = PRIVATE / "manifest.sqlite"
 HEAD = PRIVATE / "sam_head.safetensors"
 
 CHECKSUM_BYTES = 4
+"""Bytes of the crc32c behind a row and behind an index."""
 CHANNELS = 256
+"""Channels of SAM's image embeddings."""
 EMPTY = np.uint64(2**64 - 1)
+"""Offset, and length, in the index of a slot without a row."""
 PIXELS_PER_CELL = 16
 """Side of the square of input pixels that one cell of the embedding's grid stands for."""
 

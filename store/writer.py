@@ -24,6 +24,7 @@ _DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
 _TAR = re.compile(r"(0|[1-9]\d*)\.tar")
 _PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
 _PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
+"""Names of the files that a writer makes, which no other file of a store may be taken for."""
 
 
 @dataclass(frozen=True, kw_only=True)
