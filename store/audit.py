@@ -38,8 +38,8 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
 """Limits by (dtype stored, precision of the arithmetic).
 
 Largest values measured with vit_nano on a CPU, batches of 3 in two threads against single images in one: 9 example
-photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain white image, the worst case of relative_mse, since
-its embedding varies little from cell to cell:
+photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain white image, the worst case of relative_mse,
+since its embedding varies little from cell to cell:
 
 | stored, computed in | 1 - cosine | relative_mse | of the white image |
 |---|---|---|---|
