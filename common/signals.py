@@ -37,6 +37,7 @@ class StopFlag:
         self.signum: int | None = None
         self.graceful = False
         self._second_kills = second_kills
+        self._signalled = False
         self._stopping = False
 
     def set(self, signum: int = signal.SIGINT) -> None:
@@ -47,7 +48,8 @@ class StopFlag:
         """Handle a signal."""
         if self._stopping:
             return
-        first = self.signum is None
+        # A stop that the program asked for is no signal: the first one after it still lets the work be saved.
+        first, self._signalled = not self._signalled, True
         self.set(signum)
         if self._second_kills:
             for each in _SIGNALS:

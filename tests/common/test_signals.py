@@ -46,6 +46,14 @@ def test_while_graceful_the_first_signal_sets_the_flag_and_the_second_unwinds_th
     assert caught.value.signum == signal.SIGINT
 
 
+def test_the_first_signal_after_a_stop_asked_for_by_the_program_is_still_graceful() -> None:
+    with stop_request() as stop:
+        stop.graceful = True
+        stop.set(signal.SIGTERM)
+        _press()
+        assert stop.signum == signal.SIGINT
+
+
 def test_signals_after_the_one_that_stops_are_ignored_during_clean_up() -> None:
     cleaned = []
 

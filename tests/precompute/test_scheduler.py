@@ -30,12 +30,12 @@ def _deadly(task: ShardTask) -> bool:
 
 def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
     """Shard 0 holds the deadly image, and ends after shard 1, which dies once because it ran beside it."""
-    once, heard = task.store / "died", task.store / "heard"
+    once, handled = task.store / "died", task.store / "handled"
     if task.shard == 1 and not once.exists():
         once.touch()
         raise _killed()
     if _deadly(task):
-        while not heard.exists():
+        while not handled.exists():
             time.sleep(0.01)
         raise _killed()
     return shard.compute_shard(task, plugin_name)
@@ -43,7 +43,7 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
 
 def _handle_killed_worker(self: ShardScheduler, task: ShardTask, error: KilledWorker) -> None:
     """As the scheduler does, which waits POLL_SECONDS for other killed shards: here, as long as it takes."""
-    (task.store / "heard").touch()
+    (task.store / "handled").touch()
     while any(_deadly(other) and future.status != "error" for future, other in self._in_flight.items()):
         time.sleep(0.01)
     _original(self, task, error)
