@@ -45,7 +45,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a store of so many images is, in bytes and files."""
+    """Size of a store of `images` images, in bytes and files."""
 
     images: int
     dtype: str
@@ -58,7 +58,7 @@ class Size:
 
     @property
     def bytes(self) -> int:
-        """Of all shard files together, at 1024 pixels: to the byte, checksums, alignment and indexes included."""
+        """Exact bytes of all shard files at 1024 pixels, with checksums, alignment and indexes."""
         layouts = array_layouts(self.dtype, 1024, self.shard_size)
         last = self.images - (self.shards - 1) * self.shard_size
         return sum(
@@ -68,7 +68,7 @@ class Size:
 
     @property
     def bytes_an_image(self) -> float:
-        """On average."""
+        """Average bytes of the shard files an image."""
         return self.bytes / self.images
 
 

@@ -50,9 +50,9 @@ def main(teachers: tuple[str, ...], rounds: int, emulated: bool, profile: bool, 
         if profile:
             notes += [line for name, call in sides.items() for line in shares(f"{teacher} {name}", call)]
             continue
-        found, told = measure(teacher, sides, rounds)
+        found, remarks = measure(teacher, sides, rounds)
         figures += found
-        notes += told
+        notes += remarks
     report(figures, notes, as_json=as_json)
 
 

@@ -1,6 +1,6 @@
 """A student or a teacher as a whole SAM, ready to be prompted.
 
-`load_model` takes a student in any of these forms, told apart by content:
+`load_model` takes a student in any of these forms, recognised by content, not by name:
 
 - None: the run that started last, runs/latest;
 - a run's folder, or the student.safetensors in it;
@@ -103,6 +103,8 @@ def load_model(
 
 
 class _Student(NamedTuple):
+    """Encoder that was read from a student's file, before its head is found."""
+
     encoder: nn.Module
     info: Mapping[str, Any]  # as `load_student` returns it
     file: Path

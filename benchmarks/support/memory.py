@@ -24,6 +24,8 @@ _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks k
 
 
 class _Mallinfo2(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
     _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS.split()]
 
 

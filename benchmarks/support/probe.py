@@ -45,7 +45,7 @@ def resume(store: str) -> dict[str, Any]:
 
 
 class _Begun(Exception):
-    """The first task is with a worker, which ends the measurement."""
+    """Raised when the first task is with a worker, which ends the measurement."""
 
 
 def start_precompute(images: str, store: str) -> dict[str, Any]:
@@ -54,6 +54,8 @@ def start_precompute(images: str, store: str) -> dict[str, Any]:
     from mobilesam.precompute.progress import SilentObserver, Snapshot
 
     class Observer(SilentObserver):
+        """Ends the run at the first report of progress."""
+
         def progress(self, snapshot: Snapshot) -> None:
             found.update(
                 images=snapshot.images, seconds=time.perf_counter() - began, peak_bytes=peak_resident()

@@ -52,7 +52,7 @@ def check_folder(folder: Path) -> None:
     others = sorted(names - set(FILES)) if _is_export(folder) else sorted(names)
     if others:
         raise PredictError(
-            f"{shown(str(folder))} holds {len(others)} file(s) of something else than an export, such as "
+            f"{shown(str(folder))} holds {len(others)} file(s) that no export has, such as "
             f"{shown(others[0])}: give a new folder"
         )
     check_writable(folder, "--out")

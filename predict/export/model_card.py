@@ -43,12 +43,12 @@ without torch. All tensors are float32; S is {image_size}, g is S/16.
 | decoder | `image_embeddings` | (1, 256, g, g) | the encoder's output of the same name |
 | | `point_coords` | (prompts, points, 2) | x and y in pixels of the resized image |
 | | `point_labels` | (prompts, points) | 1 object, 0 not, 2 and 3 a box's top left and bottom right, -1 padding |
-| | `mask_input` | (1 or prompts, 1, 4g, 4g) | logits, as in `low_res_masks` of a prompt before |
-| | `has_mask_input` | (1,) | 0 where `mask_input` isn't meant |
+| | `mask_input` | (1 or prompts, 1, 4g, 4g) | logits, such as the `low_res_masks` of an earlier answer |
+| | `has_mask_input` | (1,) | 0 to ignore `mask_input` |
 | | `orig_im_size` | (2,) | height and width of the photo |
 
 Prompts without a box end with one point (0, 0) of label -1. The decoder gives `masks`, (prompts, 4, height, width),
-logits at the photo's own size (object above 0); `iou_predictions`, (prompts, 4), its guess of each mask's quality;
+logits at the photo's own size (object above 0); `iou_predictions`, (prompts, 4), its estimate of each mask's quality;
 and `low_res_masks`, (prompts, 4, 4g, 4g). Mask 0 is the single mask, for boxes and several points; 1 to 3 are for
 ambiguous prompts such as one point: take the one with the highest prediction.
 """
@@ -75,7 +75,7 @@ def model_card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
         f"# {_text(description['student'])}, a student of Segment Anything",
         "\n".join(f"- Note: {_text(warning)}" for warning in warnings),
         _facts(description),
-        "## How near it comes to the teacher",
+        "## Similarity to the teacher",
         _metrics(description["metrics"]),
         "## Files",
         _files(description),
@@ -111,7 +111,7 @@ def _facts(description: Mapping[str, Any]) -> str:
         "trained for": None
         if description["epoch"] is None
         else f"{description['epoch']} epochs, {description['step']} steps",
-        "began from": _initial_weights(description),
+        "initial weights": _initial_weights(description),
         "run": description["run"],
         "trained with": _versions(description["trained_with"]),
         "exported with": _versions(description["versions"]),

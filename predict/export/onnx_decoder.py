@@ -56,7 +56,7 @@ DESCRIPTION = (
     "image_embeddings: (1, 256, g, g). point_coords: (prompts, points, 2), x and y in pixels of the resized image. "
     "point_labels: (prompts, points), 1 on the object, 0 off it, 2 and 3 a box's top left and bottom right corner, "
     "-1 padding: prompts without a box end with one point 0, 0 of label -1. mask_input: (1 or prompts, 1, 4g, 4g), "
-    "logits as in low_res_masks; not looked at where has_mask_input, (1,), is 0. orig_im_size: (2,), the photo's "
+    "logits as in low_res_masks; ignored where has_mask_input, (1,), is 0. orig_im_size: (2,), the photo's "
     "height and width. masks: (prompts, 4, height, width), logits, object above 0; 0 is the single mask, 1 to 3 are "
     "for ambiguous prompts. iou_predictions: (prompts, 4). low_res_masks: (prompts, 4, 4g, 4g), logits on the padded "
     "square."

@@ -23,7 +23,7 @@ BATCHES = (1, 3)
 
 DESCRIPTION = (
     f"Image encoder. {INPUT}: float32 (batch, 3, S, S), RGB, normalised, then padded with zeros right and bottom, as "
-    f"the metadata `preprocessing` tells. {OUTPUT}: float32 (batch, 256, S/16, S/16)."
+    f"the metadata `preprocessing` describes. {OUTPUT}: float32 (batch, 256, S/16, S/16)."
 )
 
 
