@@ -275,13 +275,13 @@ def test_a_link_in_a_tar_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [{"imagePath": "sa_7.jpg", "shapes": []}, {"caption": "a cup", "width": 3}, {}]
 )
-def test_other_programs_json_beside_an_image_is_none_of_its_annotations(
+def test_json_of_another_program_beside_an_image_is_not_taken_for_annotations(
     content: dict[str, Any], write: Callable[[Any], AnnotationFiles]
 ) -> None:
     assert write(content).read("sa_7.jpg", size=(HEIGHT, WIDTH)) is None
 
 
-def test_a_file_beside_an_image_is_seen_without_being_read(tmp_path: Path) -> None:
+def test_an_annotation_file_is_found_without_being_read(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"{")
     make_tar(tmp_path / "b.tar", {"c.jpg": b"-", "c.json": b"{", "e.jpg": b"-"})
     files = AnnotationFiles(tmp_path)

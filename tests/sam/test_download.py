@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mobilesam.common.errors import DownloadError
-from mobilesam.sam import download as module
+from mobilesam.sam import download
 from mobilesam.sam.download import Request, download_file
 
 BODY = np.random.default_rng(1).bytes(300_000)
@@ -132,15 +132,13 @@ def test_a_file_that_is_there_is_not_asked_for_again(server: Server, wanted: Cal
 def test_progress_runs_from_nothing_to_all(
     server: Server, wanted: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 100_000)
+    monkeypatch.setattr(download, "CHUNK", 100_000)
     seen: list[tuple[int, int]] = []
     download_file(wanted(), lambda done, total: seen.append((done, total)))
     assert seen == [(done, 300_000) for done in (0, 100_000, 200_000, 300_000)]
 
 
-def test_a_connection_cut_at_half_goes_on_there_by_itself(
-    server: Server, wanted: Callable[..., Request]
-) -> None:
+def test_a_connection_cut_at_half_is_resumed_there(server: Server, wanted: Callable[..., Request]) -> None:
     server.hang_up_after = [150_000]
     request = wanted()
     download_file(request)
@@ -157,7 +155,7 @@ def test_cuts_that_each_bring_bytes_may_be_many(server: Server, wanted: Callable
 
 
 @pytest.mark.parametrize(("etag", "modified"), [('"one"', None), (None, "Tue, 04 Apr 2023 21:00:00 GMT")])
-def test_a_later_command_goes_on_where_an_earlier_one_ended(
+def test_a_later_command_resumes_where_an_earlier_one_ended(
     server: Server, wanted: Callable[..., Request], etag: str | None, modified: str | None
 ) -> None:
     server.etag, server.modified = etag, modified
@@ -307,7 +305,7 @@ def test_a_lasting_failure_ends_after_the_attempts_with_growing_waits(
     server: Server, wanted: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(module.time, "sleep", waits.append)
+    monkeypatch.setattr(download.time, "sleep", waits.append)
     server.statuses = [503] * 10
     with pytest.raises(DownloadError, match="answered 503"):
         download_file(wanted(attempts=4, backoff=1.0))
@@ -326,7 +324,7 @@ def test_a_name_that_does_not_resolve_is_an_error(wanted: Callable[..., Request]
         download_file(wanted(url="http://no-such-host.invalid/weights.pth", attempts=1))
 
 
-def test_a_server_that_falls_silent_is_given_up(server: Server, wanted: Callable[..., Request]) -> None:
+def test_an_attempt_ends_when_the_server_falls_silent(server: Server, wanted: Callable[..., Request]) -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -338,8 +336,8 @@ def test_a_server_that_falls_silent_is_given_up(server: Server, wanted: Callable
 def test_too_little_room_is_said_before_asking(
     server: Server, wanted: Callable[..., Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = module.shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    usage = download.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DownloadError, match=r"300,000 bytes are needed, 1,000 are free"):
         download_file(wanted())
     assert server.asked == []
@@ -355,9 +353,9 @@ def test_a_disk_that_fills_up_is_said_and_keeps_the_part(
         def write(self, chunk: bytes) -> int:
             raise OSError(28, "No space left on device")
 
-    original = module._write
+    original = download._write
     monkeypatch.setattr(
-        module, "_write", lambda request, part, chunk: original(request, FullDisk(part), chunk)
+        download, "_write", lambda request, part, chunk: original(request, FullDisk(part), chunk)
     )
     request = wanted()
     with pytest.raises(DownloadError, match="no room left in"):
@@ -371,7 +369,9 @@ def test_a_cache_that_cannot_be_made_is_an_error(wanted: Callable[..., Request],
         download_file(wanted(target=tmp_path / "file" / "weights.pth"))
 
 
-def test_of_two_that_want_the_same_file_one_asks(server: Server, wanted: Callable[..., Request]) -> None:
+def test_of_two_processes_that_want_the_same_file_one_downloads_it(
+    server: Server, wanted: Callable[..., Request]
+) -> None:
     request = wanted()
     threads = [threading.Thread(target=download_file, args=(request,)) for _ in range(4)]
     for thread in threads:

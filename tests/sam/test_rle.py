@@ -32,7 +32,7 @@ def counted(mask_HW: np.ndarray) -> list[int]:
 
 
 @given(masks)
-def test_runs_are_what_walking_over_the_pixels_counts(mask_HW: np.ndarray) -> None:
+def test_runs_are_those_counted_pixel_by_pixel(mask_HW: np.ndarray) -> None:
     assert read_runs(encoded(mask_HW)).tolist() == counted(mask_HW)
 
 
@@ -101,7 +101,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_mask_is_refused_with_the_fact(name: str) -> None:
+def test_a_segmentation_that_is_no_mask_is_refused_with_the_fact(name: str) -> None:
     segmentation, message = BROKEN[name]
     with pytest.raises(BadAnnotation, match=message):
         checked_runs(segmentation, (4, 5))

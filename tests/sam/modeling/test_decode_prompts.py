@@ -69,7 +69,7 @@ def test_prompts_are_embedded_as_sams_prompt_encoder_does(head: SamHead, kind: s
 
 
 @pytest.mark.parametrize("kind", ["points", "box", "box and points", "points and mask"])
-def test_no_shape_depends_on_what_is_asked_so_that_a_gpu_is_not_waited_for(kind: str):
+def test_no_shape_depends_on_values_so_that_a_gpu_is_not_waited_for(kind: str):
     with FakeTensorMode():
         logits_PThw, _ = decode_prompts(SamHead(64), torch.randn(3, 256, 4, 4), prompts(kind))
     assert logits_PThw.shape == (3, 4, 16, 16)

@@ -102,7 +102,7 @@ def test_a_missing_image_stops_by_name_in_one_printable_line_and_the_mend(tmp_pa
     ]
 
 
-def test_importing_the_room_loads_neither_torch_nor_numpy_nor_pillow() -> None:
+def test_importing_sam_loads_neither_torch_nor_numpy_nor_pillow() -> None:
     assert modules_after("s.ImageError, s.in_fraction").isdisjoint({"torch", "numpy", "PIL"})
 
 
@@ -112,7 +112,12 @@ def test_reading_and_decoding_images_needs_no_torch() -> None:
     assert "torch" not in modules
 
 
-def test_every_public_name_can_be_had_from_the_room() -> None:
+@pytest.mark.parametrize("name", ["image_files", "download"])
+def test_listing_and_downloading_need_no_torch(name: str) -> None:
+    assert "torch" not in modules_after(f"import mobilesam.sam.{name}")
+
+
+def test_every_public_name_can_be_imported_from_sam() -> None:
     import mobilesam.sam as room
 
     for name in room.__all__:

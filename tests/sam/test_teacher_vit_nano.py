@@ -29,18 +29,18 @@ WEIGHTS = Path(__file__).parents[2] / "sam" / "vit_nano.safetensors"
 SHA256 = "5cab47dd4448405c11da1a1edaf1f01fa8eb377b5c047c8ee09559de93148499"
 
 
-def test_the_file_is_the_one_that_stores_were_made_with() -> None:
+def test_the_embedded_weights_are_those_that_stores_were_made_with() -> None:
     assert embedded_sha256() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() == SHA256
 
 
-def test_the_file_holds_every_weight_in_float16_and_tells_what_made_it() -> None:
+def test_the_embedded_file_holds_every_weight_in_float16_and_records_what_made_it() -> None:
     with safe_open(WEIGHTS, "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
         assert set(file.metadata()) == {"image_size", "seed", "step"}
     assert {key: value.shape for key, value in read_embedded_weights().items()} == state_shapes(NANO)
 
 
-def test_weights_are_read_as_finite_float32_and_anew_each_time() -> None:
+def test_the_embedded_weights_are_read_as_new_finite_float32_tensors_each_time() -> None:
     state, again = read_embedded_weights(), read_embedded_weights()
     for key, value in state.items():
         assert value.dtype == torch.float32
@@ -49,7 +49,7 @@ def test_weights_are_read_as_finite_float32_and_anew_each_time() -> None:
         assert not torch.equal(value, again[key]) or not again[key].any()
 
 
-def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
+def test_the_embedded_teachers_head_has_exactly_sams_keys_and_shapes() -> None:
     official = {
         k: v.shape for k, v in sam_model_registry["vit_b"]().state_dict().items() if "image_encoder" not in k
     }
@@ -58,7 +58,7 @@ def test_its_head_has_exactly_sams_keys_and_shapes() -> None:
     assert {key: value.shape for key, value in state.items() if "image_encoder" not in key} == official
 
 
-def test_its_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
+def test_the_embedded_teachers_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
     encoder = NANO.encoder.build(512)
     assert 1_500_000 < sum(parameter.numel() for parameter in encoder.parameters()) < 2_000_000
     assert [(block.attn.windowed, block.attn.side) for block in encoder.blocks] == [
@@ -71,7 +71,7 @@ def test_its_encoder_is_tiny_and_windowed_and_global_as_sams() -> None:
 
 
 @pytest.mark.parametrize("image_size", [256, 1024])
-def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) -> None:
+def test_positions_are_resampled_to_the_grid_and_keep_their_order(image_size: int) -> None:
     state = {
         key.removeprefix("image_encoder."): value
         for key, value in read_embedded_weights().items()
@@ -92,7 +92,7 @@ def test_positions_resample_to_the_grid_and_keep_what_they_say(image_size: int) 
     assert float(steps.max() / steps.min()) < 1.2
 
 
-def test_the_stored_size_needs_no_resampling() -> None:
+def test_the_trained_image_size_needs_no_resampling() -> None:
     for image_size in (512, 256):
         told = positions_interpolated("vit_nano", image_size)
         assert load_teacher("vit_nano", None, image_size=image_size).positions_interpolated == told

@@ -10,8 +10,7 @@ import pytest
 from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
-from mobilesam.sam import AnnotationError, CocoInstances
-from mobilesam.sam import annotations as module
+from mobilesam.sam import AnnotationError, CocoInstances, annotations
 
 HEIGHT, WIDTH = 24, 32
 SQUARE = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
@@ -147,7 +146,7 @@ def test_a_missing_or_huge_file_is_refused(
 ) -> None:
     with pytest.raises(AnnotationError, match=r"gone.json can't be read: No such file or directory$"):
         CocoInstances(tmp_path / "gone.json")
-    monkeypatch.setattr(module, "MAX_COCO", 10)
+    monkeypatch.setattr(annotations, "MAX_COCO", 10)
     with pytest.raises(AnnotationError, match=r"it has [\d,]+ bytes, at most 10 are read$"):
         CocoInstances(write(instances()))
 

@@ -9,7 +9,7 @@ from mobilesam.sam.modeling.head import SamHead
 from mobilesam.sam.modeling.head_shapes import head_shapes
 
 
-def test_names_and_shapes_are_those_of_segment_anythings_classes_in_their_order() -> None:
+def test_the_heads_names_and_shapes_are_those_of_segment_anythings_classes_in_their_order() -> None:
     wanted = {key: value.shape for key, value in SamHead(1024).state_dict().items()}
     assert list(head_shapes().items()) == list(wanted.items())
 

@@ -29,28 +29,28 @@ def points(count: int, original_size: tuple[int, int], seed: int = 0) -> np.ndar
 
 
 def predicted(
-    head: SamHead, emb_1CHW: torch.Tensor, points_N2: np.ndarray, original_size: tuple[int, int]
+    head: SamHead, emb_1CHW: torch.Tensor, points_P2: np.ndarray, original_size: tuple[int, int]
 ) -> np.ndarray:
     """Upstream's own predictor with its features set by hand."""
     predictor = SamPredictor(assemble(torch.nn.Identity(), head))
     predictor.features, predictor.is_image_set = emb_1CHW, True
     predictor.original_size = original_size
     predictor.input_size = predictor.transform.get_preprocess_shape(*original_size, head.image_size)
-    coords_N12 = torch.as_tensor(
-        predictor.transform.apply_coords(points_N2, original_size), dtype=torch.float
+    coords_P12 = torch.as_tensor(
+        predictor.transform.apply_coords(points_P2, original_size), dtype=torch.float
     )[:, None]
     found, _, _ = predictor.predict_torch(
-        coords_N12, torch.ones(len(points_N2), 1, dtype=torch.int), multimask_output=False
+        coords_P12, torch.ones(len(points_P2), 1, dtype=torch.int), multimask_output=False
     )
     return found[:, 0].numpy()
 
 
 @pytest.mark.parametrize("original_size", [PHOTO, (225, 150), (128, 128), (37, 61), (600, 40), (1, 1)])
 def test_masks_are_bit_for_bit_the_predictors(head, original_size):
-    points_N2 = points(16, original_size)
-    found = point_masks(head, embedding(), points_N2, original_size, resized_size(*original_size, SIZE))
+    points_P2 = points(16, original_size)
+    found = point_masks(head, embedding(), points_P2, original_size, resized_size(*original_size, SIZE))
     assert (found.dtype, found.shape) == (torch.bool, (16, *original_size))
-    groups = np.split(points_N2, 4)  # as many as the decoder is given at once
+    groups = np.split(points_P2, 4)  # as many as the decoder is given at once
     wanted = [predicted(head, embedding(), group, original_size) for group in groups]
     assert np.array_equal(found.numpy(), np.concatenate(wanted))
 
@@ -66,36 +66,36 @@ def test_the_masks_of_a_photo_are_neither_all_nor_nothing(head, photos):
 @pytest.mark.parametrize("count", [1, 3, 23])
 def test_chunks_hold_few_masks_and_change_none(head, count, monkeypatch):
     sizes = PHOTO, resized_size(*PHOTO, SIZE)
-    points_N2 = points(count, PHOTO)
-    whole = predicted(head, embedding(), points_N2, PHOTO)
+    points_P2 = points(count, PHOTO)
+    whole = predicted(head, embedding(), points_P2, PHOTO)
     monkeypatch.setattr(masks, "PROMPTS_AT_ONCE", {"cpu": 5})
     monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 2 * PHOTO[0] * PHOTO[1] + 7)
-    chunks = list(mask_chunks([(head, embedding())], points_N2, *sizes))
-    assert max(len(masks_nHW) for (masks_nHW,) in chunks) <= 2
+    chunks = list(mask_chunks([(head, embedding())], points_P2, *sizes))
+    assert max(len(masks_pHW) for (masks_pHW,) in chunks) <= 2
     # A decoder's batch may move a logit by a rounding error, and with it a pixel on an edge.
-    assert (torch.cat([masks_nHW for (masks_nHW,) in chunks]).numpy() != whole).mean() < 1e-3
+    assert (torch.cat([masks_pHW for (masks_pHW,) in chunks]).numpy() != whole).mean() < 1e-3
     monkeypatch.setattr(masks, "PIXELS_AT_ONCE", 1)
-    assert all(len(masks_nHW) == 1 for (masks_nHW,) in mask_chunks([(head, embedding())], points_N2, *sizes))
+    assert all(len(masks_pHW) == 1 for (masks_pHW,) in mask_chunks([(head, embedding())], points_P2, *sizes))
 
 
 def test_several_embeddings_have_their_masks_side_by_side(head):
-    points_N2 = points(4, PHOTO)
+    points_P2 = points(4, PHOTO)
     sizes = PHOTO, resized_size(*PHOTO, SIZE)
-    ((first, second),) = mask_chunks([(head, embedding(0)), (head, embedding(1))], points_N2, *sizes)
-    assert torch.equal(first, point_masks(head, embedding(0), points_N2, *sizes))
-    assert torch.equal(second, point_masks(head, embedding(1), points_N2, *sizes))
+    ((first, second),) = mask_chunks([(head, embedding(0)), (head, embedding(1))], points_P2, *sizes)
+    assert torch.equal(first, point_masks(head, embedding(0), points_P2, *sizes))
+    assert torch.equal(second, point_masks(head, embedding(1), points_P2, *sizes))
     assert not torch.equal(first, second)
 
 
 def test_neither_layout_nor_autocast_moves_a_pixel(head):
-    points_N2 = points(9, PHOTO)
+    points_P2 = points(9, PHOTO)
     sizes = PHOTO, resized_size(*PHOTO, SIZE)
-    wanted = point_masks(head, embedding(), points_N2, *sizes)
+    wanted = point_masks(head, embedding(), points_P2, *sizes)
     turned = embedding().contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(point_masks(head, turned, points_N2, *sizes), wanted)
+        assert torch.equal(point_masks(head, turned, points_P2, *sizes), wanted)
 
 
-def test_no_gradient_is_recorded(head):
+def test_masks_record_no_gradient(head):
     emb_1CHW = embedding().requires_grad_()
     assert not point_masks(head, emb_1CHW, points(2, PHOTO), PHOTO, resized_size(*PHOTO, SIZE)).requires_grad

@@ -15,7 +15,7 @@ KEYS = [f"sa_000000/sa_{number}.jpg" for number in range(20_000)]
 @given(
     key=st.binary(max_size=40), fraction=st.floats(0, 1, exclude_min=True), seed=st.integers(-(2**70), 2**70)
 )
-def test_it_is_the_first_64_bits_of_a_sha_256_against_the_fraction(
+def test_an_image_is_kept_if_64_bits_of_its_sha_256_lie_below_the_fraction(
     key: bytes, fraction: float, seed: int
 ) -> None:
     digest = hashlib.sha256(str(seed).encode() + b"\0" + key).hexdigest()
@@ -23,12 +23,12 @@ def test_it_is_the_first_64_bits_of_a_sha_256_against_the_fraction(
     assert in_fraction(key.decode("utf-8", "surrogateescape"), fraction, seed) == expected
 
 
-def test_the_choice_is_pinned_so_that_no_version_changes_it() -> None:
+def test_the_choice_of_images_is_pinned_so_that_no_version_changes_it() -> None:
     assert [number for number in range(40) if in_fraction(KEYS[number], 0.1, 0)] == [18]
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5])
-def test_about_the_fraction_is_kept(fraction: float) -> None:
+def test_about_a_fraction_of_the_images_is_kept(fraction: float) -> None:
     kept = sum(in_fraction(key, fraction, 0) for key in KEYS)
     spread = (len(KEYS) * fraction * (1 - fraction)) ** 0.5
     assert abs(kept - len(KEYS) * fraction) < 5 * spread
@@ -45,7 +45,7 @@ def test_seeds_choose_independently() -> None:
     assert abs(both - len(KEYS) / 4) < 400
 
 
-def test_the_whole_keeps_every_key() -> None:
+def test_a_fraction_of_1_keeps_every_image() -> None:
     assert all(in_fraction(key, 1.0, 3) for key in KEYS)
 
 

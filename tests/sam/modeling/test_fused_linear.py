@@ -43,7 +43,7 @@ def _as(dtype: torch.dtype, operands: tuple[Tensor, nn.Linear, Tensor]) -> tuple
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_result_is_that_of_the_steps_one_by_one_in_float64(
+def test_a_fused_layer_computes_what_the_separate_steps_do_in_float64(
     name: str, dtype: torch.dtype, operands: tuple[Tensor, nn.Linear, Tensor]
 ) -> None:
     ours, steps = FUNCTIONS[name]
@@ -68,7 +68,7 @@ def test_a_fused_result_is_rounded_once(name: str, operands: tuple[Tensor, nn.Li
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_asked_for_a_gradient_has_one(name: str, operands: tuple[Tensor, nn.Linear, Tensor]) -> None:
+def test_a_layer_that_needs_a_gradient_has_one(name: str, operands: tuple[Tensor, nn.Linear, Tensor]) -> None:
     ours, _ = FUNCTIONS[name]
     x, layer, residual = _as(torch.bfloat16, operands)
     ours(x, layer, residual).sum().backward()

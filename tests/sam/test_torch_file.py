@@ -147,7 +147,7 @@ def old_files() -> dict[str, bytes]:
     }
 
 
-def test_so_are_those_in_the_older_format(outcomes: dict[str, str]) -> None:
+def test_hostile_pickles_in_the_older_format_are_errors_in_bounded_memory(outcomes: dict[str, str]) -> None:
     for name in old_files():
         assert "truncated or damaged" in outcomes[name], name
     assert "other than tensors" in outcomes["old, long line"]
@@ -252,7 +252,7 @@ def test_weights_are_mapped_from_the_file_and_never_written_to_it(tmp_path: Path
     assert path.read_bytes() == before
 
 
-def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_a_file_that_torch_wrote_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     base = torch.randn(4, 6)
     tensors = {
         "transposed": base.t(),
@@ -280,7 +280,7 @@ def test_what_torch_writes_is_read_as_torch_reads_it(tmp_path: Path) -> None:
             assert torch.equal(found[key], value)
 
 
-def test_a_file_is_let_go_of_with_its_last_tensor_and_not_when_garbage_is_collected(tmp_path: Path) -> None:
+def test_a_file_is_unmapped_with_its_last_tensor_and_without_garbage_collection(tmp_path: Path) -> None:
     file = tmp_path / "mapped.pt"
     torch.save({"weight": torch.ones(3), "parameter": torch.nn.Parameter(torch.ones(2))}, file)
 

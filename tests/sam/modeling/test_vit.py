@@ -14,12 +14,11 @@ from torch import Tensor
 from upstream_vit import randomise, upstream_encoder, upstream_vit
 
 from mobilesam.sam import image_pixels, load_image
-from mobilesam.sam.modeling import attention as relative_attention
-from mobilesam.sam.modeling.attention import attend
+from mobilesam.sam.modeling import attention
 from mobilesam.sam.modeling.vit import ViTEncoder, into_windows, out_of_windows
 from mobilesam.sam.registry import TEACHERS
 
-PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+PHOTOS = Path(__file__).parents[3] / "examples" / "photos"
 
 # Windows that fit the grid, are cut off, are larger than it; one head; a head width that is no power of two.
 SIZES = [(448, 64, 4), (256, 64, 4), (64, 48, 2), (400, 40, 1), (336, 80, 2)]
@@ -44,7 +43,7 @@ def photo(name: str, image_size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("image_size", "width", "heads"), SIZES)
-def test_it_is_upstreams_function_in_float64(image_size: int, width: int, heads: int) -> None:
+def test_the_encoder_computes_upstreams_function_in_float64(image_size: int, width: int, heads: int) -> None:
     theirs, ours = pair(image_size, width, heads)
     x = noise(image_size)
     expected = theirs(x).detach()
@@ -54,28 +53,30 @@ def test_it_is_upstreams_function_in_float64(image_size: int, width: int, heads:
 @pytest.fixture
 def further_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attend in the way of bfloat16 and of GPUs, whatever the dtype."""
-    monkeypatch.setattr(relative_attention, "attend_with_bias", relative_attention.attend_with_channels)
+    monkeypatch.setattr(attention, "attend_with_bias", attention.attend_with_channels)
 
 
 @pytest.mark.usefixtures("further_channels")
 @pytest.mark.parametrize(("image_size", "width", "heads"), SIZES)
-def test_it_is_upstreams_function_with_positions_as_channels(image_size: int, width: int, heads: int) -> None:
+def test_the_encoder_computes_upstreams_function_with_positions_as_channels(
+    image_size: int, width: int, heads: int
+) -> None:
     theirs, ours = pair(image_size, width, heads)
     x = noise(image_size)
     torch.testing.assert_close(ours(x), theirs(x).detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_it_is_upstreams_function_with_the_bias_of_one_head_at_a_time(
+def test_the_encoder_computes_upstreams_function_with_the_bias_of_one_head_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(relative_attention, "BIAS_SCORES", 1)
+    monkeypatch.setattr(attention, "BIAS_SCORES", 1)
     theirs, ours = pair(448, 64, 4)
     x = noise(448)
     torch.testing.assert_close(ours(x), theirs(x).detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("image_size", "width", "heads"), SIZES)
-def test_its_gradients_are_upstreams(image_size: int, width: int, heads: int) -> None:
+def test_the_encoders_gradients_are_upstreams(image_size: int, width: int, heads: int) -> None:
     theirs, ours = pair(image_size, width, heads)
     x = noise(image_size)
     weights = torch.randn(2, 256, image_size // 16, image_size // 16, dtype=torch.float64)
@@ -88,7 +89,7 @@ def test_its_gradients_are_upstreams(image_size: int, width: int, heads: int) ->
 
 
 @pytest.mark.parametrize("name", [name for name in TEACHERS if name.startswith("vit")])
-def test_names_and_shapes_are_upstreams(name: str) -> None:
+def test_the_encoders_names_and_shapes_are_upstreams(name: str) -> None:
     image_size = 512 if name == "vit_nano" else 1024
     with torch.device("meta"):
         theirs, ours = upstream_vit(name, image_size), TEACHERS[name].encoder.build(image_size)
@@ -117,7 +118,7 @@ def test_bfloat16_has_a_cosine_of_0_9999_to_upstreams_float32_on_photos() -> Non
         assert float(torch.cosine_similarity(found, expected, dim=1).mean()) >= 0.9999
 
 
-def test_norms_and_positions_stay_in_float32() -> None:
+def test_norms_and_positions_of_a_bfloat16_encoder_stay_in_float32() -> None:
     encoder = ViTEncoder(64, 48, 2, 2, (1,)).hold_in_bfloat16()
     kept = {name for name, value in encoder.named_parameters() if value.dtype == torch.float32}
     assert kept == {
@@ -128,7 +129,9 @@ def test_norms_and_positions_stay_in_float32() -> None:
 
 
 @given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32 - 1))
-def test_windows_are_upstreams_and_go_back(batch: int, rows: int, columns: int, side: int, seed: int) -> None:
+def test_windows_are_upstreams_and_form_the_grid_again(
+    batch: int, rows: int, columns: int, side: int, seed: int
+) -> None:
     x_BYXC = torch.randn(batch, rows, columns, 3, generator=torch.Generator().manual_seed(seed))
     expected, padded = window_partition(x_BYXC, side)
     windows = into_windows(x_BYXC, side, torch.zeros(3))
@@ -137,40 +140,8 @@ def test_windows_are_upstreams_and_go_back(batch: int, rows: int, columns: int, 
     assert torch.equal(window_unpartition(windows, side, padded, (rows, columns)), x_BYXC)
 
 
-def test_cells_beyond_the_grid_are_what_they_are_said_to_be() -> None:
+def test_cells_beyond_the_grid_have_the_given_value() -> None:
     windows = into_windows(torch.zeros(1, 3, 2, 2), 2, torch.tensor([5.0, 7.0]))
     assert windows.shape == (2, 2, 2, 2)
     assert torch.equal(windows[0], torch.zeros(2, 2, 2))
     assert torch.equal(windows[1, 1], torch.tensor([[5.0, 7.0], [5.0, 7.0]]))
-
-
-def brute_force(q: Tensor, k: Tensor, v: Tensor, table_h: Tensor, table_w: Tensor, rows: int) -> Tensor:
-    """Score by score, as the definition says it."""
-    tokens, width = q.shape
-    columns = tokens // rows
-    out = torch.empty_like(q)
-    for i in range(tokens):
-        scores = torch.empty(tokens, dtype=q.dtype)
-        for j in range(tokens):
-            down = i // columns - j // columns + rows - 1
-            right = i % columns - j % columns + columns - 1
-            scores[j] = q[i] @ k[j] / width**0.5 + q[i] @ table_h[down] + q[i] @ table_w[right]
-        out[i] = scores.softmax(0) @ v
-    return out
-
-
-@pytest.mark.parametrize("way", ["attend_with_bias", "attend_with_channels"])
-@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 4), (1, 6)])
-def test_attention_is_its_definition(
-    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, way: str
-) -> None:
-    monkeypatch.setattr(relative_attention, "attend_with_bias", getattr(relative_attention, way))
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, rows * columns, 6, generator=generator, dtype=torch.float64)
-    table_h = torch.randn(2 * rows - 1, 6, generator=generator, dtype=torch.float64)
-    table_w = torch.randn(2 * columns - 1, 6, generator=generator, dtype=torch.float64)
-    found = attend(q, k, v, table_h, table_w, rows)
-    for image in range(2):
-        for head in range(3):
-            expected = brute_force(q[image, head], k[image, head], v[image, head], table_h, table_w, rows)
-            torch.testing.assert_close(found[image, head], expected, rtol=1e-12, atol=1e-12)

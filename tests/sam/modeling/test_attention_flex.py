@@ -12,12 +12,11 @@ from torch import Tensor
 from upstream_vit import randomise, upstream_encoder
 
 from mobilesam.sam import image_pixels, load_image
-from mobilesam.sam.modeling import attention as flex_attention
-from mobilesam.sam.modeling import attention as relative_attention
+from mobilesam.sam.modeling import attention
 from mobilesam.sam.modeling.attention import attend_compiled, attend_with_bias, attend_with_flex, suits_flex
 from mobilesam.sam.modeling.vit import ViTEncoder
 
-PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+PHOTOS = Path(__file__).parents[3] / "examples" / "photos"
 BFLOAT16 = torch.bfloat16
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -26,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 @pytest.fixture(autouse=True)
 def _nothing_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test begins as a process does."""
-    monkeypatch.setattr(flex_attention, "_not_compilable", set())
-    flex_attention._compiled.cache_clear()
+    monkeypatch.setattr(attention, "_not_compilable", set())
+    attention._compiled.cache_clear()
     torch.compiler.reset()
 
 
@@ -53,7 +52,7 @@ def scores_of(
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(("rows", "columns", "width"), [(3, 5, 6), (4, 4, 16), (1, 6, 20), (7, 2, 80)])
-def test_it_is_the_function_of_the_bias(
+def test_flex_attention_computes_what_attention_with_a_bias_does(
     rows: int, columns: int, width: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     given = scores_of(rows, columns, width, dtype)
@@ -64,7 +63,9 @@ def test_it_is_the_function_of_the_bias(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("rows", "columns", "width"), [(16, 16, 64), (12, 8, 80)])
-def test_it_is_the_function_of_the_bias_when_compiled(rows: int, columns: int, width: int) -> None:
+def test_compiled_flex_attention_computes_what_attention_with_a_bias_does(
+    rows: int, columns: int, width: int
+) -> None:
     given = scores_of(rows, columns, width, torch.float32)
     found = attend_compiled(*given)
     assert found is not None
@@ -81,7 +82,7 @@ def test_it_is_the_function_of_the_bias_when_compiled(rows: int, columns: int, w
         ("cpu", BFLOAT16, 64, 128, False),
     ],
 )
-def test_whole_grids_in_bfloat16_on_cuda_go_by_it(
+def test_flex_attention_is_for_whole_grids_in_bfloat16_on_cuda(
     device_type: str, dtype: torch.dtype, width: int, places: int, suits: bool
 ) -> None:
     assert suits_flex(device_type, dtype, width, places) == suits
@@ -90,7 +91,7 @@ def test_whole_grids_in_bfloat16_on_cuda_go_by_it(
 @pytest.fixture
 def whole_grids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attend over whole grids by FlexAttention on a CPU, too, in any dtype."""
-    monkeypatch.setattr(relative_attention, "suits_flex", lambda *what: what[3] > what[2])
+    monkeypatch.setattr(attention, "suits_flex", lambda *what: what[3] > what[2])
 
 
 def encoders(
@@ -105,14 +106,14 @@ def encoders(
 
 
 @pytest.mark.usefixtures("whole_grids")
-def test_the_encoder_is_upstreams_function_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_with_flex_attention_computes_upstreams_function(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.Size] = []
 
     def counted(*given: Tensor) -> Tensor:
         calls.append(given[0].shape)
         return attend_with_flex(*given)
 
-    monkeypatch.setattr(relative_attention, "attend_compiled", counted)
+    monkeypatch.setattr(attention, "attend_compiled", counted)
     theirs, ours = encoders(256, 60, 2, torch.float64)
     x = torch.randn(2, 3, 256, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
@@ -120,15 +121,15 @@ def test_the_encoder_is_upstreams_function_by_it(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("whole_grids")
-def test_what_gradients_are_wanted_of_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relative_attention, "attend_compiled", lambda *_: pytest.fail("asked for"))
+def test_attention_with_gradients_does_not_use_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "attend_compiled", lambda *_: pytest.fail("asked for"))
     _, ours = encoders(64, 16, 2, torch.float32)
     ours.requires_grad_(True)(torch.randn(1, 3, 64, 64)).sum().backward()
     assert ours.blocks[1].attn.rel_pos_h.grad.abs().max() > 0
 
 
 @pytest.mark.usefixtures("whole_grids")
-def test_an_encoder_that_is_compiled_takes_it_along() -> None:
+def test_flex_attention_is_compiled_with_a_compiled_encoder() -> None:
     theirs, ours = encoders(256, 60, 2, torch.float32)
     # Traced as for any backend; torch's C++ one doesn't take positions that are computed in the same graph.
     ours.compile(backend="aot_eager", fullgraph=True, dynamic=False)
@@ -145,10 +146,10 @@ def failing(error: Exception) -> Callable[[], Callable[..., Tensor]]:
 
 
 @pytest.mark.usefixtures("whole_grids")
-def test_where_it_cant_be_compiled_attention_goes_another_way_with_one_warning(
+def test_attention_continues_with_one_warning_if_flex_attention_cannot_be_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flex_attention, "_compiled", failing(RuntimeError("no C compiler\nand much more")))
+    monkeypatch.setattr(attention, "_compiled", failing(RuntimeError("no C compiler\nand much more")))
     theirs, ours = encoders(256, 60, 2, torch.float64)
     x = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for _ in range(2):
@@ -159,20 +160,20 @@ def test_where_it_cant_be_compiled_attention_goes_another_way_with_one_warning(
     ]
 
 
-def test_a_torch_without_it_is_one_where_it_cant_be_compiled(
+def test_a_torch_without_flex_attention_counts_as_one_that_cannot_compile_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(flex_attention, "_compiled", lambda: attend_with_flex)
+    monkeypatch.setattr(attention, "_compiled", lambda: attend_with_flex)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.flex_attention", None)
     assert attend_compiled(*scores_of(2, 2, 4, torch.float32)) is None
     assert len(caplog.records) == 1
 
 
-def test_too_little_memory_is_no_reason_to_give_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex_attention, "_compiled", failing(torch.OutOfMemoryError("20 GiB")))
+def test_running_out_of_memory_does_not_disable_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_compiled", failing(torch.OutOfMemoryError("20 GiB")))
     with pytest.raises(torch.OutOfMemoryError):
         attend_compiled(*scores_of(2, 2, 4, torch.float32))
-    monkeypatch.setattr(flex_attention, "_compiled", lambda: attend_with_flex)
+    monkeypatch.setattr(attention, "_compiled", lambda: attend_with_flex)
     assert attend_compiled(*scores_of(2, 2, 4, torch.float32)) is not None
 
 
@@ -190,18 +191,18 @@ def test_bfloat16_on_cuda_has_a_cosine_of_0_9999_to_upstreams_float32_on_photos(
     for name in ("astronaut.jpg", "brick.png"):
         x = image_pixels(load_image((PHOTOS / name).read_bytes(), 1024), 1024, torch.device("cuda"))
         assert float(torch.cosine_similarity(ours(x), theirs(x), dim=1).mean()) >= 0.9999
-    assert compiled or flex_attention._compiled.cache_info().currsize == 1
-    assert flex_attention._not_compilable == set()
+    assert compiled or attention._compiled.cache_info().currsize == 1
+    assert attention._not_compilable == set()
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("width", [64, 80])
-def test_on_cuda_it_is_as_near_to_float64_as_the_other_way(width: int) -> None:
+def test_flex_attention_on_cuda_is_as_near_to_float64_as_attention_with_channels(width: int) -> None:
     exact = scores_of(64, 64, width, torch.float64, batch=1)
     given = [x.to("cuda", BFLOAT16) for x in exact]
     wanted = attend_with_bias(*[x.double().cpu() for x in given])
     found = attend_compiled(*given)
     assert found is not None
-    other = relative_attention.attend_with_channels(*given)
+    other = attention.attend_with_channels(*given)
     errors = [float((way.double().cpu() - wanted).square().mean()) for way in (found, other)]
     assert errors[0] <= 2 * errors[1]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mobilesam.common.errors import CheckpointError, DownloadError, SamError
-from mobilesam.sam import download as module
+from mobilesam.sam import download
 from mobilesam.sam.download import Request, cache_directory, file_sha256, find_checkpoint
 from mobilesam.sam.registry import TEACHERS
 
@@ -22,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     """What would have been downloaded."""
     made: list[Request] = []
-    monkeypatch.setattr(module, "download_file", lambda request, progress: made.append(request))
+    monkeypatch.setattr(download, "download_file", lambda request, progress: made.append(request))
     return made
 
 
@@ -57,7 +57,9 @@ def test_a_file_in_the_cache_is_found_by_its_official_name(
     assert requests == []
 
 
-def test_what_is_absent_is_downloaded_from_the_official_place(cache: Path, requests: list[Request]) -> None:
+def test_a_missing_checkpoint_is_downloaded_from_the_official_place(
+    cache: Path, requests: list[Request]
+) -> None:
     assert find_checkpoint("vit_h") == cache / "sam_vit_h_4b8939.pth"
     (request,) = requests
     assert request.url == "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_h_4b8939.pth"
@@ -95,7 +97,7 @@ def test_without_a_network_the_error_names_file_place_and_trial_teacher(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The real download, against a port where nobody listens.
-    monkeypatch.setattr(module, "Request", lambda **values: Request(**values, attempts=1))
+    monkeypatch.setattr(download, "Request", lambda **values: Request(**values, attempts=1))
     with pytest.raises(DownloadError) as caught:
         find_checkpoint("vit_h", url="http://127.0.0.1:9/sam_vit_h_4b8939.pth")
     message = str(caught.value)
@@ -120,7 +122,7 @@ def test_an_unknown_teacher_is_refused_with_the_known_ones() -> None:
 
 def test_progress_reaches_the_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[Any] = []
-    monkeypatch.setattr(module, "download_file", lambda request, progress: passed.append(progress))
+    monkeypatch.setattr(download, "download_file", lambda request, progress: passed.append(progress))
 
     def show(done: int, total: int) -> None: ...
 
@@ -135,7 +137,7 @@ def test_the_digest_is_of_the_whole_file(tmp_path: Path) -> None:
     assert file_sha256(file) == hashlib.sha256(content).hexdigest()
 
 
-def test_the_digest_of_what_cannot_be_read_is_a_clear_error(tmp_path: Path) -> None:
+def test_the_digest_of_an_unreadable_file_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         file_sha256(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="directory"):

@@ -93,7 +93,7 @@ def _pair(image_size: int, variant: str) -> tuple[torch.nn.Module, TinyViT]:
     return theirs.eval(), ours.eval()
 
 
-def test_it_has_the_published_number_of_parameters() -> None:
+def test_tiny_vit_has_the_published_number_of_parameters() -> None:
     assert sum(parameter.numel() for parameter in TinyViT(256).parameters()) == PARAMETERS_5M
 
 

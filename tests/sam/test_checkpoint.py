@@ -50,26 +50,28 @@ def refusal(path: Path, name: str = "mobile_sam") -> str:
     return message
 
 
-def test_an_absent_file(tmp_path: Path) -> None:
+def test_an_absent_file_is_refused_by_name(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "absent.pth")
 
 
-def test_a_directory(tmp_path: Path) -> None:
+def test_a_directory_is_refused_with_the_advice_to_name_a_file(tmp_path: Path) -> None:
     assert "is a directory" in refusal(tmp_path)
 
 
-def test_an_empty_file(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused_with_its_length(tmp_path: Path) -> None:
     (tmp_path / "empty.pth").touch()
     assert "is empty (0 bytes)" in refusal(tmp_path / "empty.pth")
 
 
-def test_a_web_page_saved_as_checkpoint(tmp_path: Path) -> None:
+def test_a_web_page_saved_as_a_checkpoint_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><title>Not found</title>")
     assert "not a PyTorch checkpoint: it starts with b'<!DOCTYPE html>" in refusal(tmp_path / "page.pth")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99, 0.99999])
-def test_a_truncated_file(tmp_path: Path, state: dict[str, torch.Tensor], share: float) -> None:
+def test_a_truncated_file_is_refused_as_damaged(
+    tmp_path: Path, state: dict[str, torch.Tensor], share: float
+) -> None:
     path = tmp_path / "mobile_sam.pt"
     torch.save(state, path)
     whole = path.read_bytes()
@@ -81,7 +83,7 @@ def test_a_truncated_file(tmp_path: Path, state: dict[str, torch.Tensor], share:
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.5, 0.99])
-def test_a_truncated_file_in_the_old_format(
+def test_a_truncated_file_in_the_old_format_is_refused_as_damaged(
     tmp_path: Path, state: dict[str, torch.Tensor], share: float
 ) -> None:
     path = tmp_path / "old.pth"
@@ -91,7 +93,7 @@ def test_a_truncated_file_in_the_old_format(
     assert "truncated or damaged" in refusal(path)
 
 
-def test_a_zip_file_of_something_else(tmp_path: Path) -> None:
+def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
     import zipfile
 
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
@@ -133,7 +135,7 @@ def test_a_whole_pickled_network_is_refused_with_the_way_to_save_it(tmp_path: Pa
         ({"model": {"a": torch.zeros(2)}, "epoch": 3}, "it holds 'model', 'epoch'"),
     ],
 )
-def test_other_contents_are_named(tmp_path: Path, content: object, said: str) -> None:
+def test_other_contents_are_refused_by_their_kind(tmp_path: Path, content: object, said: str) -> None:
     torch.save(content, tmp_path / "other.pth")
     assert said in refusal(tmp_path / "other.pth")
 
@@ -174,11 +176,11 @@ def test_another_teachers_file_is_named_as_what_it_is(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_an_encoder_is_recognised_by_width_and_depth(name: str) -> None:
+def test_a_teacher_is_identified_by_its_encoders_keys_and_shapes(name: str) -> None:
     assert identify_teacher(empty_checkpoint(name)) == name
 
 
-def test_something_unknown_is_recognised_as_nothing() -> None:
+def test_an_unknown_encoder_belongs_to_no_teacher() -> None:
     assert identify_teacher({"a": torch.zeros(1)}) is None
     assert identify_teacher({"image_encoder.patch_embed.proj.weight": torch.zeros(99, 3, 16, 16)}) is None
 
