@@ -34,10 +34,10 @@ OnEmbeddings = Callable[[Sequence[int], Tensor, Tensor], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """Where and in what arithmetic a student's forward passes are computed, in training and in evaluation."""
+    """Device and arithmetic of a student's forward passes, in training and in evaluation."""
 
     device: torch.device
-    """The device that the student is on."""
+    """Device that the student is on."""
     precision: str
     """"float32" or "bfloat16" (autocast); resolved, never "auto"."""
     batch_size: int
