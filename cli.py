@@ -1,4 +1,4 @@
-"""Command line: one command a function. Config objects are made of options, and errors become exit codes.
+"""Command line: one function per command. Config objects are made of options, and errors become exit codes.
 
 Results go to standard output, messages and progress to standard error. Each command returns its exit code, and
 `_explain` chooses that of an error. Rooms are imported inside commands, except for their configs, so that `--help`

@@ -28,7 +28,7 @@ OBJECTIVES = ("decoupled", "semi_coupled", "coupled", "decoder")
 LOSS_REGIONS = ("all", "valid")
 LABELS = ("teacher", "annotations")
 
-OF_MASKS = frozenset(
+MASK_FIELDS = frozenset(
     {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
 )
 """Options of the objectives that compare masks; they mean nothing for the decoupled one."""
@@ -160,7 +160,7 @@ class DistillConfig:
     def _check_objective(self) -> None:
         if self.objective == "decoupled":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            given = [name for name in sorted(OF_MASKS) if getattr(self, name) != defaults[name]]
+            given = [name for name in sorted(MASK_FIELDS) if getattr(self, name) != defaults[name]]
             if given:
                 raise DistillError(
                     f"{given[0].replace('_', ' ')} is {getattr(self, given[0])!r}, but the decoupled objective "
@@ -188,7 +188,7 @@ class DistillConfig:
         """Return the options that decide what the student learns; a run is resumed only with the same ones."""
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
-            left_out |= OF_MASKS | {
+            left_out |= MASK_FIELDS | {
                 "objective"
             }  # runs from before there were other objectives have none of these
         return {name: v for name, v in self.to_json().items() if name not in left_out}

@@ -94,7 +94,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_defaults_on_the_command_line_are_the_configs(name: str) -> None:
+def test_the_command_lines_defaults_are_those_of_the_configs(name: str) -> None:
     config = CONFIGS[name]
     given = main.commands[name].make_context(name, list(REQUIRED.get(name, []))).params
     options = [field.name for field in fields(config) if "option" in field.metadata]
@@ -105,7 +105,7 @@ def test_defaults_on_the_command_line_are_the_configs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["distill", "sweep"])
-def test_the_defaults_that_the_help_shows_are_those_of_distill(name: str) -> None:
+def test_help_shows_the_defaults_of_the_distill_config(name: str) -> None:
     page = _run(name, "--help").output.partition("Options:")[2]
     entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n  (?=-)", page)[1:]}
     for field in fields(DistillConfig):
@@ -149,7 +149,7 @@ def test_several_folders_and_tars_may_follow_one_images_option() -> None:
     assert given["images"] + given["more"] == (Path("a.tar"), Path("c"), Path("b.tar"))
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     from mobilesam import __version__
 
     assert _run("--version").output.strip().endswith(__version__)
@@ -232,7 +232,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Traceback" not in _run("distill").stderr
 
 
-def test_a_dry_run_tells_what_is_needed_and_changes_nothing(
+def test_a_dry_run_prints_what_is_needed_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -308,7 +308,7 @@ def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
     assert _json(finished, "inspect")["rows"] == {"done": 12, "pending": 0, "failed": 0}
 
 
-def test_what_verify_says_is_what_the_trainer_said(finished: dict[str, Any]) -> None:
+def test_verify_reports_the_metrics_that_the_trainer_reported(finished: dict[str, Any]) -> None:
     val, verify = _json(finished, "distill")["val"], _json(finished, "verify")
     for name in ("mse", "mse_valid", "skill", "skill_valid", "relative_mse"):
         assert verify[name] == pytest.approx(val[name], rel=1e-5)
