@@ -223,8 +223,8 @@ class CocoInstances:
         found = self._base_names.get(base, [])
         if len(found) == 1 and self._expected[base] > 1:
             raise AnnotationError(
-                f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, of which there are "
-                f"{self._expected[base]} here: give file_name as paths below the images' folder"
+                f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, and "
+                f"{self._expected[base]} images here have that name: give file_name as paths below the images' folder"
             )
         return found[0] if len(found) == 1 else None
 
@@ -276,7 +276,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
 
 def _checked(content: Any, source: str, size: tuple[int, int] | None) -> Annotations:
     if not isinstance(content, dict):
-        raise BadAnnotation("not an object of JSON")
+        raise BadAnnotation("not a JSON object")
     image, objects = content.get("image"), content.get("annotations")
     if not isinstance(image, dict) or not isinstance(objects, list):
         raise BadAnnotation("no image and annotations in it, as SA-1B's files have them")
@@ -372,7 +372,7 @@ def _by_image(content: Any) -> tuple[list[dict[str, Any]], dict[int, list[Any]]]
             raise BadAnnotation(f"image {index} has no id")
         kept.append({key: image.get(key) for key in ("id", "file_name", "height", "width")})
     if len({image["id"] for image in kept}) != len(kept):
-        raise BadAnnotation("two images have one id")
+        raise BadAnnotation("two images have the same id")
     by_image: defaultdict[int, list[Any]] = defaultdict(list)
     for index, one in enumerate(objects):
         if not isinstance(one, dict) or type(one.get("image_id")) is not int:

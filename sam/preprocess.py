@@ -42,7 +42,7 @@ MAX_SIDE = 16383
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecodedImage:
-    """One image, decoded and resized."""
+    """Decoded and resized image."""
 
     pixels_HWC: np.ndarray
     """uint8 RGB (H, W, 3), read-only."""

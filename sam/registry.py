@@ -1,7 +1,7 @@
 """Teachers by name: architecture, cost and checkpoint file of each. To add a teacher, add an entry to `_ENTRIES`.
 
 Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture is
-imported from `sam/modeling` once it is asked for.
+imported from `sam/modeling` only when its encoder is needed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CheckpointFile:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """One teacher."""
+    """Entry of one teacher."""
 
     name: str
     """The value of `--teacher`."""
@@ -68,7 +68,7 @@ class TeacherInfo:
     """Multiply-accumulates of one image through the encoder at 1024 x 1024 pixels."""
     architecture: str
     """Module of `sam/modeling` and the `Architecture` class in it, with a dot between."""
-    settings: Mapping[str, Any] = field(repr=False)
+    settings: Mapping[str, Any] = field(hash=False)
     """Arguments of the architecture's class."""
     trained_image_size: int = 1024
     """Side in pixels of the images that the checkpoint's position tables are for."""
@@ -82,7 +82,7 @@ class TeacherInfo:
 
     @property
     def encoder(self) -> Architecture:
-        """The encoder's architecture; imports torch."""
+        """Architecture of the image encoder; imports torch."""
         module, name = self.architecture.split(".")
         architecture: Architecture = getattr(import_module(f".modeling.{module}", __package__), name)(
             **self.settings

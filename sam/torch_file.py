@@ -128,7 +128,7 @@ def _read_old(file: io.BufferedReader) -> object:
         return flat[key]
 
     if tuple(read_pickle(file, storage) for _ in range(2)) != _OLD_FORMAT:
-        raise ArchiveError("it doesn't begin as a file of torch.save does")
+        raise ArchiveError("it doesn't begin like a file of torch.save")
     read_pickle(file, storage)
     content, keys = read_pickle(file, storage), read_pickle(file, storage)
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(flat):
@@ -194,7 +194,7 @@ class _BoundedFile(io.RawIOBase):
         if whence == io.SEEK_END:
             offset += self._length
         if offset < 0:
-            raise ArchiveError("a place before the file's beginning is named")
+            raise ArchiveError("it refers to a place before the file's beginning")
         return self._file.seek(offset)
 
     def read(self, size: int | None = -1) -> bytes:
@@ -222,7 +222,7 @@ def _locate(file: BinaryIO) -> dict[str, Record]:
         if entry.header_offset < end_of_last or start + entry.file_size > length:
             raise ArchiveError("its records overlap or reach beyond the file")
         if entry.filename in records:
-            raise ArchiveError("it has two records of one name")
+            raise ArchiveError("it has two records of the same name")
         records[entry.filename] = Record(start, entry.file_size, entry.CRC)
         end_of_last = start + entry.file_size
     return records
@@ -230,7 +230,7 @@ def _locate(file: BinaryIO) -> dict[str, Record]:
 
 def _data_start(file: BinaryIO, header_offset: int) -> int:
     if header_offset < 0:
-        raise ArchiveError("a place before the file's beginning is named")
+        raise ArchiveError("it refers to a place before the file's beginning")
     file.seek(header_offset)
     header = file.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":

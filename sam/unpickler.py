@@ -190,7 +190,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class _UnknownOperation(Exception):
-    """The pickle has an operation that isn't supported; the argument is its byte."""
+    """Pickle operation that isn't supported; the argument is its byte."""
 
 
 class _Operations(dict[int, Callable[..., None]]):

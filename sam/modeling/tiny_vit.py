@@ -64,9 +64,10 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TinyViTVariant:
-    """One of VARIANTS as a teacher's encoder: an `Architecture` of the registry of teachers."""
+    """Variant of TinyViT as a teacher's encoder: an `Architecture` of the registry of teachers."""
 
     name: str
+    """A key of VARIANTS."""
 
     has_positions: ClassVar[bool] = False
     unused_prefixes: ClassVar[tuple[str, ...]] = CLASSIFIER_PREFIXES
@@ -85,7 +86,7 @@ class TinyViTVariant:
         return encoder, False
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if a state has TinyViT's first convolution; the variants aren't told apart."""
+        """Return True if a state has TinyViT's first convolution, of whatever variant."""
         return "patch_embed.seq.0.c.weight" in state
 
 

@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "an image without a name": (instances(images=[{"id": 1}]), "image 0 has no file_name"),
     "an image without an id": (instances(images=[{"file_name": "a"}]), "image 0 has no id"),
     "an id that is a list": (instances(images=[image([1], "a")]), "image 0 has no id"),
-    "two images of one id": (instances(images=[image(1, "a"), image(1, "b")]), "two images have one id"),
+    "two images of one id": (instances(images=[image(1, "a"), image(1, "b")]), "two images have the same id"),
     "an annotation of no image": (instances(annotations=[{}]), "annotation 0 has no image_id"),
     "an annotation of text": (instances(annotations=["x"]), "annotation 0 has no image_id"),
 }
@@ -154,7 +154,9 @@ def test_a_missing_or_huge_file_is_refused(
 def test_a_base_name_that_several_images_have_belongs_to_none_of_them(write: Callable[[Any], Path]) -> None:
     found = CocoInstances(write(instances()))
     found.expect_names(["train/a.jpg", "val/a.jpg", "val/c.jpg"])
-    with pytest.raises(AnnotationError, match=r"^train/a.jpg: .* lists one a.jpg, of which there are 2 here"):
+    with pytest.raises(
+        AnnotationError, match=r"^train/a.jpg: .* lists one a.jpg, and 2 images here have that name"
+    ):
         found.read("train/a.jpg")
     assert found.read("a.jpg") is not None
     assert found.read("val/c.jpg") is not None
