@@ -13,14 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from mobilesam.distill.students import cost
 from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
 from mobilesam.verify.evaluate import plugins
-
-
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "FORWARDS", 1)
 
 
 @pytest.fixture

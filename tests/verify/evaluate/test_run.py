@@ -3,78 +3,26 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from labelled_photos import annotation, label, labelled_masks
 from PIL import Image
-from pycocotools import mask as coco
 from segment_anything import SamPredictor
 from torch import nn
 
-from mobilesam.cli import main
-from mobilesam.distill import DistillError, build_student, save_student
-from mobilesam.distill.students import cost
-from mobilesam.distill.students.registry import outline_student, student_info
-from mobilesam.distill.students.student_file import TRAINED_HEAD
+from mobilesam.distill import build_student, save_student
 from mobilesam.predict.model import load_model, load_teacher_model
-from mobilesam.sam import SamError, image_pixels, load_image
 from mobilesam.sam.modeling.head import assemble, build_head
-from mobilesam.sam.registry import TEACHERS
 from mobilesam.sam.teacher import load_head
 from mobilesam.store import Audit, EmbeddingStore
-from mobilesam.verify import EvaluateConfig, ReportError, VerifyError, evaluate_masks, evaluation_lines
-from mobilesam.verify.evaluate.models import outline_encoder
+from mobilesam.verify import EvaluateConfig, VerifyError, evaluate_masks, evaluation_lines
 from mobilesam.verify.evaluate.prompts import centre_of_mask, pair_prompts, point_prompts
 
 DISTANCES = (20, 40, 300)
-
-
-def labelled_masks(size: tuple[int, int], seed: int) -> list[np.ndarray]:
-    """Return three ellipses."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0 : size[0], 0 : size[1]]
-    masks = []
-    for _ in range(3):
-        cy, cx = rng.uniform(0.3, 0.7, 2) * size
-        ry, rx = rng.uniform(0.1, 0.3, 2) * size
-        masks.append(((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1)
-    return masks
-
-
-def annotation(mask_HW: np.ndarray) -> dict[str, Any]:
-    runs = coco.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
-    box = [float(number) for number in coco.toBbox(runs)]
-    return {"segmentation": {"size": list(mask_HW.shape), "counts": runs["counts"].decode()}, "bbox": box}
-
-
-def label(photo: Path, seed: int) -> None:
-    """Write SA-1B's JSON beside a photo."""
-    with Image.open(photo) as image:
-        width, height = image.size
-    content = {
-        "image": {"image_id": seed, "width": width, "height": height, "file_name": photo.name},
-        "annotations": [annotation(mask_HW) for mask_HW in labelled_masks((height, width), seed)],
-    }
-    photo.with_suffix(".json").write_text(json.dumps(content))
-
-
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time each model once: medians take most of the time, and the test of them needs no evaluation."""
-    monkeypatch.setattr(cost, "FORWARDS", 1)
-
-
-@pytest.fixture
-def labelled(world: Any) -> Any:
-    """The world with labels beside each of its photos."""
-    for seed, photo in enumerate(sorted(world.photos.glob("*.bmp"))):
-        label(photo, seed)
-    return world
 
 
 def ask(predictor: SamPredictor, several: bool, **prompt: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -195,43 +143,6 @@ def test_a_teacher_on_the_fly_is_upstreams_and_agrees_with_itself(labelled: Any)
     assert (result["reference"]["teacher"], result["reference"]["image_size"]) == ("vit_nano", 128)
 
 
-def test_costs_are_those_of_the_networks(labelled: Any) -> None:
-    config = EvaluateConfig(
-        models=(("mine", str(labelled.run.path)), ("nano", "vit_nano")), store=labelled.store, points=1, distances=(),
-        limit=1, device="cpu",
-    )  # fmt: skip
-    mine, nano = evaluate_masks(config)["models"]
-    head = sum(value.numel() for key, value in load_head("vit_nano", None).items() if "gaussian" not in key)
-    encoder = load_teacher_model("vit_nano", image_size=128).sam.image_encoder
-    small = sum(parameter.numel() for parameter in encoder.parameters())
-    assert (mine["encoder_parameters"], nano["encoder_parameters"]) == (5_743_892, small)
-    assert (mine["parameters"], nano["parameters"]) == (5_743_892 + head, small + head)
-    for model in (mine, nano):
-        assert model["encoder_ms"] > 0
-        assert model["decoder_ms"] > 0
-    assert mine["encoder_macs"] == cost.count_macs(outline_student(student_info("tiny_vit"), 128), 128)
-    assert 0 < nano["encoder_macs"] < mine["encoder_macs"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "parameters", "macs"),
-    [("vit_b", 89_670_912, 0.49e12), ("vit_h", 637_026_048, 2.98e12), ("mobile_sam", 5_743_892, 38.8e9)],
-)
-def test_published_encoders_have_their_published_costs(kind: str, parameters: int, macs: float) -> None:
-    outline = outline_encoder(kind, 1024)
-    assert sum(parameter.numel() for parameter in outline.parameters()) == parameters
-    assert cost.count_macs(outline, 1024) == pytest.approx(macs, rel=0.01)
-
-
-def test_a_median_is_of_the_calls_after_the_first_within_a_limit() -> None:
-    calls: list[int] = []
-    assert cost.median_seconds(lambda: calls.append(0), torch.device("cpu")) >= 0
-    assert len(calls) == 1 + cost.FORWARDS
-    calls.clear()
-    cost.median_seconds(lambda: calls.append(0), torch.device("cpu"), limit=0.0)
-    assert len(calls) == 2
-
-
 def test_a_store_shows_what_was_held_out_of_every_run(world: Any) -> None:
     models = (("mine", str(world.run.path)),)
     held_out = set(world.run.split.val)
@@ -320,86 +231,6 @@ def test_an_embedding_that_is_not_finite_leaves_the_mean_undefined(labelled: Any
     json.dumps(result, allow_nan=False)
 
 
-def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
-    encoder = build_student("tiny_vit", 64, seed=1).state_dict()
-    mobile_sam = {f"image_encoder.{key}": value for key, value in encoder.items()} | load_head(
-        "vit_nano", None
-    )
-    torch.save(mobile_sam, tmp_path / "some.bin")
-    lone = tmp_path / "student.safetensors"
-    save_student(build_student("deit_tiny", 64, seed=0), lone, "deit_tiny", 64, {})
-    options = {"points": 1, "distances": (), "limit": 1, "device": "cpu"}
-    own = tmp_path / "own" / "student.safetensors"
-    own.parent.mkdir()
-    head = {key: value * 1.01 for key, value in load_head("vit_nano", None).items()}
-    save_student(build_student("tiny_vit", 64, seed=0), own, "tiny_vit", 64, {TRAINED_HEAD: True}, head=head)
-    models = (
-        ("a", str(tmp_path / "some.bin")),
-        ("b", str(lone)),
-        ("c", str(world.run.student_path)),
-        ("d", str(own.parent)),
-    )
-    found = evaluate_masks(EvaluateConfig(models=models, store=world.store, **options))["models"]
-    assert [(one["kind"], one["image_size"]) for one in found] == [
-        ("tiny_vit", 128), ("deit_tiny", 64), ("tiny_vit", 128), ("tiny_vit", 64),
-    ]  # fmt: skip
-    assert [one["head"] for one in found] == [
-        str(tmp_path / "some.bin"), str(world.store), str(world.run.head_path), str(own),
-    ]  # fmt: skip
-    assert found[2]["run"] == world.run.path.name
-    with pytest.raises(VerifyError, match=r"--model b: .* lies without a mask decoder: .* --store"):
-        evaluate_masks(EvaluateConfig(models=(("b", str(lone)),), images=world.photos, **options))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"--model x: there is no .*/x.pt; give a run, an export"),
-        (b"not a model", "no safetensors file|is not a student|damaged"),
-        (b"", "damaged|no safetensors|is empty"),
-        ("flat", r"--model x: .* holds none of vit_h, vit_l, vit_b and mobile_sam; .* x=fastsam:.*x.pt"),
-    ],
-)
-def test_a_file_that_is_no_model_is_refused_by_name(
-    world: Any, tmp_path: Path, content: bytes | str | None, message: str
-) -> None:
-    path = tmp_path / "x.pt"
-    if content == "flat":
-        torch.save({"image_encoder.x": torch.zeros(2)}, path)
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises((VerifyError, DistillError, SamError), match=message):
-        evaluate_masks(EvaluateConfig(models=(("x", str(path)),), images=world.photos, device="cpu"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"models": ()}, "at least one --model NAME=FILE"),
-        ({"models": (("a", ""),)}, "--model a=: give NAME=FILE"),
-        ({"models": (("a", "x"), ("a", "y"))}, "2 models are named a"),
-        ({"store": None}, "give --store STORE or --images DIR"),
-        ({"teacher": "vit_h"}, "--teacher has nothing to do"),
-        ({"store": None, "images": "p", "teacher": "vit_x"}, "there is no 'vit_x'"),
-        ({"checkpoint": "x.pt"}, "--checkpoint is a teacher's"),
-        ({"store": None, "images": "p", "split": "val"}, "--split val is of a store's rows"),
-        ({"split": "train"}, "--split 'train'"),
-        ({"points": 65}, "--points 65"),
-        ({"distances": (100, 0)}, "--distances"),
-        ({"distances": (100, 100)}, "one comes twice"),
-        ({"max_objects": 0}, "--max-objects 0"),
-        ({"limit": 0}, "--limit 0"),
-        ({"seed": -1}, "--seed -1"),
-        ({"image_size": 100}, "--image-size 100"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused_before_any_work(
-    options: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(VerifyError, match=message):
-        EvaluateConfig(**({"models": (("a", "x"),), "store": "s"} | options))
-
-
 def test_kept_images_are_enough_for_sams_and_not_for_others(
     world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,143 +251,6 @@ def test_kept_images_are_enough_for_sams_and_not_for_others(
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.long
-def test_a_sam_checkpoint_is_a_teacher_by_its_content(world: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    encoder = TEACHERS["vit_b"].encoder.build(1024).state_dict()
-    torch.save(
-        {f"image_encoder.{k}": v for k, v in encoder.items()} | load_head("vit_nano", None),
-        tmp_path / "b.pth",
-    )
-    config = EvaluateConfig(
-        models=(("b", str(tmp_path / "b.pth")),), images=world.photos, teacher="vit_b",
-        checkpoint=tmp_path / "b.pth", image_size=128, points=1, distances=(), limit=1, device="cpu",
-    )  # fmt: skip
-    (model,) = evaluate_masks(config)["models"]
-    assert (model["kind"], model["image_size"], model["head"]) == ("vit_b", 128, "vit_b's own")
-    assert model["teacher"]["point"]["miou"] == 1
-
-
-# ---- the command line
-
-
-@pytest.fixture
-def run(world: Any) -> Callable[..., Any]:
-    def invoke(*arguments: object) -> Any:
-        return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
-
-    return invoke
-
-
-def test_the_command_prints_a_table_or_one_object(labelled: Any, run: Callable[..., Any]) -> None:
-    arguments = ("--store", "store.zarr", "--model", "mine=runs/latest", "--model", "nano=vit_nano", "--points", 1,
-                 "--distances", "20,300", "--limit", 1)  # fmt: skip
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0] == "1 of 1 image, split val"
-    titles = [
-        "Cost on this machine",
-        "mIoU with vit_nano's masks, 1 x 1 points in 1 image",
-        "mIoU with labels, 3 objects",
-    ]
-    for title in titles:
-        at = next(i for i, line in enumerate(lines) if line.startswith(title))
-        assert [line.split()[0] for line in lines[at + 1 : at + 4]] == ["model", "mine", "nano"]
-    assert "1 of 2 pairs don't fit" in result.stdout
-    as_json = json.loads(run(*arguments, "--json").stdout)
-    assert [model["name"] for model in as_json["models"]] == ["mine", "nano"]
-
-
-def test_nothing_to_compare_exits_3_and_says_what_to_give(run: Callable[..., Any]) -> None:
-    result = run("--images", "photos-0", "--model", "nano=vit_nano", "--image-size", 64)
-    assert result.exit_code == 3
-    assert "give --store, --teacher, or labels" in result.stdout
-    for photo in Path("photos-0").iterdir():
-        photo.with_suffix(".json").write_text("[]")
-    result = run("--images", "photos-0", "--model", "nano=vit_nano", "--image-size", 64, "--json")
-    assert result.exit_code == 3
-    assert len(json.loads(result.stdout)["failed"]) == 6
-
-
-def test_wrong_use_exits_2(run: Callable[..., Any]) -> None:
-    for arguments, message in (
-        (("--store", "store.zarr"), "--model NAME=FILE"),
-        (("--store", "store.zarr", "--model", "runs/latest"), "give NAME=FILE"),
-        (("--store", "s", "--model", "a=b", "--distances", "1,x"), "--distances '1,x'"),
-    ):
-        result = run(*arguments)
-        assert result.exit_code == 2, result.output
-        assert message in result.stderr
-
-
-def test_the_report_shows_everybodys_masks_and_needs_nothing_else(
-    labelled: Any, run: Callable[..., Any], tmp_path: Path
-) -> None:
-    for photo in labelled.photos.glob("*.bmp"):
-        if photo.name == "photo2.bmp":
-            photo.with_suffix(".json").write_text("{")
-    save_student(
-        build_student("deit_tiny", 64, seed=0),
-        tmp_path / "s.safetensors",
-        "deit_tiny",
-        64,
-        {"teacher": "<b>&"},
-    )
-    result = run(
-        "--store", "store.zarr", "--model", "mine=runs/latest", "--model", f"<i>deit={tmp_path / 's.safetensors'}",
-        "--split", "all", "--limit", 4, "--points", 1, "--distances", "none", "--report", "report.html", "--json",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    page = Path("report.html").read_text()
-    assert "<i>deit" not in page
-    assert "&lt;i&gt;deit" in page
-    assert "photo2.bmp" in page
-    # Three images have two strips each: the teacher's or the labels, and each model's; and a photo.
-    assert page.count('<img src="data:image/jpeg;base64,') == 3 * (1 + 2 * 3)
-    assert "http" not in page.replace("http-equiv", "")
-    figures = json.loads(result.stdout)["models"][0]["teacher"]["point"]["miou"]
-    assert f"{figures:.4f}" in page
-
-
-def test_a_report_that_cannot_be_written_is_refused_before_any_work(world: Any) -> None:
-    config = EvaluateConfig(
-        models=(("a", "nowhere"),), store=world.store, report=world.path / "gone" / "report.html"
-    )
-    with pytest.raises(VerifyError, match=r"its folder .* does not exist"):
-        evaluate_masks(config)
-
-
-def test_what_was_found_outlives_photos_that_go_away_before_the_report(world: Any) -> None:
-    options = {"models": (("a", "vit_nano"),), "images": world.photos, "teacher": "vit_nano", "points": 1}
-
-    def last(done: int, total: int) -> None:
-        if done == total:
-            shutil.rmtree(world.photos)
-
-    whole = evaluate_masks(EvaluateConfig(**options))
-    with pytest.raises(ReportError, match=r"no report: photo\d\.bmp: the file is missing") as caught:
-        evaluate_masks(EvaluateConfig(**options, report=world.path / "report.html"), progress=last)
-    kept = caught.value.result
-    assert kept["report"] is None
-    assert kept["models"][0]["teacher"] == whole["models"][0]["teacher"]
-    assert kept["per_image"] == whole["per_image"]
-    assert not (world.path / "report.html").exists()
-    assert not any("report" in line for line in evaluation_lines(kept))
-
-
-def test_pixels_of_an_image_are_upstreams_for_every_encoder(world: Any) -> None:
-    """Encoders are given the pixels that SamPredictor gives its encoder."""
-    photo = world.photos / "photo0.bmp"
-    image = load_image(photo.read_bytes(), 128)
-    ours = image_pixels(image, 128)
-    sam = load_teacher_model("vit_nano", image_size=128).sam
-    seen: list[torch.Tensor] = []
-    sam.image_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    SamPredictor(sam).set_image(np.asarray(Image.open(photo).convert("RGB")))
-    assert torch.equal(ours, seen[0])
-
-
 def test_a_coco_file_that_names_none_of_the_images_is_noted(world: Any, tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
     entry = {"id": 1, "file_name": "elsewhere/9.jpg", "width": 4, "height": 4}
@@ -570,7 +264,7 @@ def test_a_coco_file_that_names_none_of_the_images_is_noted(world: Any, tmp_path
     assert result["evaluated"] == 6
 
 
-def test_a_student_without_its_run_may_have_learned_from_what_judges_it(world: Any, tmp_path: Path) -> None:
+def test_a_student_of_this_store_without_its_run_is_noted(world: Any, tmp_path: Path) -> None:
     options = {"store": world.store, "points": 1, "distances": (), "device": "cpu", "limit": 1}
     shutil.copy(world.run.student_path, tmp_path / "copy.safetensors")
     models = (("mine", str(world.run.path)), ("copy", str(tmp_path / "copy.safetensors")))

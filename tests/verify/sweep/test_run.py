@@ -125,7 +125,7 @@ def test_a_run_that_fails_is_named_and_takes_along_only_what_begins_with_it(
     result = sweep(asked, message=messages.append)
     assert ["error" in run for run in result["runs"]] == [True, False, True]
     assert result["failed"] == 2
-    # What one had come to before stays; the decoder is of other objects than before.
+    # Earlier numbers stay; the decoder run of this sweep is another one, with other objects.
     assert [run["status"] for run in result["runs"]] == ["done", "done", "failed"]
     assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
     assert any(line.endswith("its earlier numbers are kept") for line in messages)
@@ -154,7 +154,7 @@ def test_a_signal_stops_the_sweep_and_a_rerun_finishes_with_the_same_student(
     assert gone_on["runs"][1]["val"]["mse"] == unbroken["runs"][0]["val"]["mse"]
 
 
-def test_a_test_store_judges_too(finished: dict[str, Any], again: Path) -> None:
+def test_students_are_verified_on_a_test_store_too(finished: dict[str, Any], again: Path) -> None:
     store = _store(finished)
     asked = SweepConfig(
         out=again,
@@ -192,7 +192,7 @@ def test_a_test_store_that_holds_something_else_is_measured_again(
         ({"head": b"no head"}, "is not a SAM head"),
     ],
 )
-def test_a_test_store_that_cannot_judge_is_refused_before_anything_is_trained(
+def test_a_test_store_that_does_not_fit_is_refused_before_anything_is_trained(
     finished: dict[str, Any],
     plain_store: Callable[..., Path],
     tmp_path: Path,
@@ -223,7 +223,7 @@ def test_tables_alone_are_a_sweeps_folder(finished: dict[str, Any], again: Path)
     assert result["runs"][0]["val"] == finished["result"]["runs"][0]["val"]
 
 
-def test_what_restart_would_do_for_a_run_is_said_for_a_sweep(finished: dict[str, Any], again: Path) -> None:
+def test_a_run_that_needs_restart_fails_with_a_sweeps_mend(finished: dict[str, Any], again: Path) -> None:
     (run,) = (again / "runs").glob("*-decoupled-*")
     (run / "config.json").write_text("{}")
     (again / "results.json").unlink()

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
-import pytest
-
-from mobilesam.verify.sweep.aggregate import Spread, grouped, varying
 from mobilesam.verify.sweep.tables import caption, failure_lines, sweep_tables
 
 
@@ -23,33 +19,6 @@ def outcome(miou: float | None, seed: int = 0, test: float | None = None, **opti
         "judged": {"test_store": None if test is None else "/data/held-out.zarr"},
         **({} if test is None else {"test": {**numbers, "miou": test, "images": 30}}),
     }
-
-
-@pytest.mark.parametrize("values", [[0.5], [0.1, 0.4], [0.3, 0.3, 0.9, 1.0]])
-def test_a_spread_is_what_the_standard_library_says(values: list[float]) -> None:
-    spread = Spread.of(values)
-    assert spread is not None
-    assert spread.mean == pytest.approx(statistics.mean(values))
-    assert (spread.lowest, spread.highest, spread.count) == (min(values), max(values), len(values))
-    if len(values) == 1:
-        assert spread.deviation is None
-    else:
-        assert spread.deviation == pytest.approx(statistics.stdev(values))
-
-
-def test_undefined_numbers_have_no_part_in_a_spread() -> None:
-    assert Spread.of([None, 0.25, float("nan")]) == Spread.of([0.25])
-    assert Spread.of([None]) is None
-
-
-def test_runs_that_differ_by_seed_alone_are_a_group() -> None:
-    groups = grouped([outcome(0.5, 0), outcome(0.6, 0, lr=1.0), outcome(0.7, 1), {"status": "failed"}])
-    assert [[each["options"]["seed"] for each in group.outcomes] for group in groups] == [[0, 1], [0]]
-
-
-def test_an_option_that_means_nothing_for_some_runs_does_not_tell_them_apart() -> None:
-    groups = grouped([outcome(0.5), outcome(0.5, objective="coupled", objects=4)])
-    assert varying(groups) == ["objective"]
 
 
 def test_the_table_of_lengths_has_a_row_for_each_batch_and_number_of_epochs() -> None:
@@ -118,7 +87,7 @@ def test_files_of_one_name_are_counted_apart_by_more_of_their_paths() -> None:
     ]
 
 
-def test_a_run_that_failed_after_it_had_come_to_something_keeps_its_numbers() -> None:
+def test_a_run_that_fails_in_a_later_sweep_keeps_its_numbers() -> None:
     kept = outcome(0.3) | {"error": "its photos are away"}
     assert sweep_tables([kept]) == sweep_tables([outcome(0.3)])
     (line,) = failure_lines([kept])
