@@ -217,10 +217,10 @@ class Attention(nn.Module):
         own_KNN = self.attention_biases[:, places[:, :, :h, :w].reshape(cells, cells)]
         if cells == side * side:
             return own_KNN
-        none = torch.cat(
+        filling = torch.cat(
             (places[:, :, h:].reshape(cells, -1), places[:, :, :h, w:].reshape(cells, -1)), dim=1
         )
-        filling_KN = self.attention_biases[:, none].logsumexp(dim=2)
+        filling_KN = self.attention_biases[:, filling].logsumexp(dim=2)
         return torch.cat((own_KNN, filling_KN.view(heads, cells, 1)), dim=2)
 
 

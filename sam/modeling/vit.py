@@ -146,8 +146,7 @@ def fit_positions(
 
 
 class PatchEmbed(nn.Module):
-    """Patches of 16 x 16 pixels to one token each: a convolution whose stride is its kernel, as one matrix
-    product."""
+    """Patches of 16 x 16 pixels to one token each, as one matrix product: a convolution with stride 16."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

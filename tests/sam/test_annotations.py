@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "an image": (b"\xff\xd8\xff", "not JSON"),
     "nested too deep": (b"[" * 200_000, "not JSON"),
     "a number without end": (b'{"image": ' + b"9" * 5000 + b"}", "not JSON"),
-    "a list": ([], "not an object"),
+    "a list": ([], "not a JSON object"),
     "no image": ({"annotations": []}, "no image and annotations"),
     "no annotations": ({"image": {}}, "no image and annotations"),
     "no size": ({"image": {}, "annotations": []}, "no height and width"),
