@@ -1,4 +1,4 @@
-"""What SAM defines: images as it wants them, checkpoints, and every architecture that SAM weights exist for.
+"""SAM's own definitions: image decoding and preprocessing, annotations, checkpoints, and SAM's architectures.
 
 Names are loaded on first use (`__init__.pyi` lists them), so that importing this package costs nothing.
 """

@@ -200,9 +200,9 @@ def _relative_scores(
     q_BKYXD = q_BKND.unflatten(2, (rows, columns))
     table_YYD = _by_distance(table_h_LD, rows).to(q_BKND.dtype)
     table_XXD = _by_distance(table_w_LD, columns).to(q_BKND.dtype)
-    rel_h = torch.einsum("bkyxd,yzd->bkyxz", q_BKYXD, table_YYD)
-    rel_w = torch.einsum("bkyxd,xzd->bkyxz", q_BKYXD, table_XXD)
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+    rel_h_BKYXY = torch.einsum("bkyxd,yzd->bkyxz", q_BKYXD, table_YYD)
+    rel_w_BKYXX = torch.einsum("bkyxd,xzd->bkyxz", q_BKYXD, table_XXD)
+    return rel_h_BKYXY.flatten(2, 3), rel_w_BKYXX.flatten(2, 3)
 
 
 def _by_distance(table_LD: Tensor, side: int) -> Tensor:
