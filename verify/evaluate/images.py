@@ -1,6 +1,6 @@
 """Images of an evaluation, read one after the other: those of a folder or tar, or those of a store.
 
-Shape suffixes: H and W rows and columns of an image, C its RGB channels.
+Shape suffixes: H and W rows and columns of an image.
 """
 
 from __future__ import annotations

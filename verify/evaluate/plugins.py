@@ -143,8 +143,7 @@ class PluginPredictor:
 def as_arrays(
     prompts: Prompts,
 ) -> tuple[Floats | None, npt.NDArray[np.int64] | None, Floats | None]:
-    """Return the points (P, N, 2), labels (P, N) and boxes (P, 4) of prompts as numpy arrays; None for what is
-    absent."""
+    """Return points (P, N, 2), labels (P, N) and boxes (P, 4) as numpy arrays; None for those that are absent."""
     points_PN2, labels_PN = prompts.points_PN2.numpy(), prompts.labels_PN.numpy()
     boxes_P4 = None if prompts.boxes_P4 is None else prompts.boxes_P4.numpy()
     return (points_PN2, labels_PN, boxes_P4) if points_PN2.shape[1] else (None, None, boxes_P4)

@@ -164,7 +164,6 @@ class StorePredictor(HeadPredictor):
 
 
 def prompts_at_once(size: tuple[int, int], device: torch.device) -> int:
-    """Return the number of prompts decoded together: masks of an image of `size` (height, width) must fit into
-    memory."""
+    """Return the number of prompts to decode together, so that masks of `size` (height, width) fit into memory."""
     fitting = math.ceil(PIXELS_AT_ONCE / (size[0] * size[1]))
     return min(PROMPTS_AT_ONCE[device.type], fitting)

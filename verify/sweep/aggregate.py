@@ -60,8 +60,7 @@ class Group:
         return Spread.of(_lookup(outcome, path) for outcome in self.outcomes)
 
     def verified(self, *path: str) -> Spread | None:
-        """Return the spread of one of verify's numbers: on the test store where there is one, else on held-out
-        rows."""
+        """Return the spread of one of verify's numbers, on the test store or, without one, on held-out rows."""
         return self.spread(verified_split(self.outcomes), *path)
 
 
@@ -71,8 +70,7 @@ def verified_split(outcomes: Iterable[Mapping[str, Any]]) -> str:
 
 
 def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Group outcomes by their options but the seed, in the order of the first; those that aren't done are left
-    out."""
+    """Group finished outcomes by all options but the seed, in the order of each group's first."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         if outcome["status"] == DONE:

@@ -95,8 +95,7 @@ def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = 
 
 
 def _decoder_trial(config: SweepConfig, options: Mapping[str, Any], trials: Mapping[str, Trial]) -> Trial:
-    """Return a trial that finetunes the file that `init` names, else the student of the same options' decoupled
-    trial."""
+    """Return a trial that finetunes the file `init`, else the student of the same options' decoupled trial."""
     options = {name: value for name, value in options.items() if name != "mse_weight"}
     if options.get("init", config.base.init) is not None:
         return _trial(config, options)

@@ -75,8 +75,7 @@ def _outcome_chart(groups: Sequence[Group]) -> str | None:
 
 
 def _curves(groups: Sequence[Group]) -> list[CurveChart]:
-    """Draw validation error, and mIoU where the trainer measured it: one chart each for runs that differ in
-    length."""
+    """Draw validation error, and mIoU where there is one, in a chart for each set of runs that differ in length."""
     facets: dict[str, list[Group]] = {}
     for group in groups:
         facets.setdefault(_facet(groups, group), []).append(group)

@@ -1,5 +1,4 @@
-"""Tables of a sweep, in the form of the paper's (arXiv 2306.14289): batch and epochs (Table 4), ways to distil
-(Table 2)."""
+"""Tables of a sweep in the paper's form (arXiv 2306.14289): batch and epochs (Table 4), ways to distil (Table 2)."""
 
 from __future__ import annotations
 
@@ -17,11 +16,10 @@ _ABSENT = "-"
 
 
 def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return the table of batch and epochs, and that of ways to distil where there are several; no table without a
-    run.
+    """Return the table of batch and epochs, and that of ways to distil where there are several.
 
     Args:
-        outcomes: as `run_trial` returns them.
+        outcomes: as `run_trial` returns them; without a finished one there is no table.
     """
     groups = grouped(outcomes)
     if not groups:
@@ -133,8 +131,7 @@ def _seeds(group: Group) -> str:
 
 
 def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
-    """Return for each option the place of the group's value among all values, in the order in which they were
-    given."""
+    """Return for each option the place of the group's value among all values, in the order given."""
     return [
         list(dict.fromkeys(repr(each.options.get(name)) for each in groups)).index(
             repr(group.options.get(name))
@@ -150,14 +147,12 @@ def _values(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list
 
 
 def distinct_value(groups: Sequence[Group], group: Group, name: str) -> str:
-    """Return a group's value of an option as `value_text` does, with as much of a path as tells it from the
-    others'."""
+    """Return a group's value of an option as `value_text`, with enough of a path to tell it from other groups'."""
     return value_text(group.options[name], [each.options.get(name) for each in groups])
 
 
 def value_text(value: Any, values: Sequence[Any] = ()) -> str:
-    """Return an option's value for display: a file by its name, and more of its path where `values` share the
-    name."""
+    """Return an option's value for display: a file's name, with more of its path where `values` share the name."""
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or "/" not in str(value):
