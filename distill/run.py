@@ -23,9 +23,8 @@ from ..sam.device import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from .checksummed_json import digest
 from .config import DistillConfig
-from .data.image_root import check_preprocessing, image_root
 from .data.labels import Labels, count_annotated
-from .data.loader import Loader
+from .data.loader import Loader, check_preprocessing, image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
 from .loss.coupled import MaskOptions

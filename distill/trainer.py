@@ -35,8 +35,8 @@ from .loss.base import (
     make_micro_batch,
     micro_batch_generator,
 )
+from .loss.coupled import head_state
 from .loss.decoupled import Decoupled, loss_elements
-from .loss.head import head_state
 from .metrics.evaluate import ComputeSettings, Validation, embed
 from .optimizer import learning_rate, parameter_groups
 from .run_folder import Run

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..common.errors import VerifyError
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
-from ..distill.data.image_root import check_preprocessing, image_root
-from ..distill.loss.head import store_head
+from ..distill.data.loader import check_preprocessing, image_root
+from ..distill.loss.coupled import store_head
 from ..distill.run_folder import CONFIG_FILE
 from ..distill.students.student_file import STUDENT_FILE, lacks_image_size, trained_head
 from ..sam.device import resolve_device, resolve_precision

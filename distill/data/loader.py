@@ -1,4 +1,4 @@
-"""Loader: batches of images with their stored embeddings, decoded and read ahead by threads.
+"""Loader: batches of images with their stored embeddings, decoded and read ahead by threads; the images' folder.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the image's canvas or of the embedding's grid
 (g x g), S side of the encoder's square, Q objects drawn of one image, M side of the masks compared,
@@ -18,8 +18,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ...common.errors import DistillError
-from ...sam import DecodedImage, ImageError, load_image, place_on_canvas, read_checked, valid_cells
+from ...common.errors import DistillError, MobileSamError
+from ...sam import (
+    DecodedImage,
+    ImageError,
+    load_image,
+    place_on_canvas,
+    preprocessing_recipe,
+    read_checked,
+    valid_cells,
+)
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import Labels
 
@@ -258,3 +266,41 @@ class Loader:
         data = read_checked(self._image_root, record.key, record.offset, record.bytes, sha256)
         self._checked.add(record.row)
         return data
+
+
+def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] = DistillError) -> None:
+    """Refuse a store whose embeddings belong to other pixels than this version makes of an image.
+
+    Raises:
+        refusal: the store's preprocessing recipe is not this version's.
+    """
+    if dict(store.spec.preprocessing) != preprocessing_recipe(store.spec.image_size):
+        raise refusal(
+            f"{store.path} was made with another preprocessing than this version's: precompute it again"
+        )
+
+
+def image_root(
+    store: EmbeddingStore,
+    asked: Path | None,
+    last: Path | None = None,
+    *,
+    refusal: type[MobileSamError] = DistillError,
+) -> Path | None:
+    """Return the folder of the store's images, absolute; None if the images kept in the store are to be used.
+
+    Args:
+        store: names the folder that it was made from.
+        asked: folder that the user gives; it goes before all others, kept images included.
+        last: folder in which the images were last used, if one is known; it goes before the store's.
+        refusal: exception class for a folder that doesn't exist.
+
+    Raises:
+        refusal: there is no such folder.
+    """
+    if asked is None and store.spec.kept_images is not None:
+        return None
+    root = asked or last or Path(store.spec.image_root)
+    if not root.is_dir():
+        raise refusal(f"the images of {store.path} are not at {root}; say where they are with --images DIR")
+    return root.resolve()

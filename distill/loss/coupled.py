@@ -10,22 +10,24 @@ masks compared, h and w rows and columns of low-resolution masks (4g), 2 (height
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
-from ...common.errors import DistillError
+from ...common.errors import CheckpointError, DistillError
 from ...sam.modeling.decode_prompts import decode_prompts
-from ...sam.modeling.head import SamHead
+from ...sam.modeling.head import SamHead, build_head
 from ...store import EmbeddingStore
 from ..config import DistillConfig
 from ..data.labels import mask_side
 from .base import BatchTotals, MicroBatch, Objective
 from .decoupled import decoupled_loss
-from .head import store_head, trainable_head
 from .masks import MaskLoss, MaskLossWeights, PromptedObjects
 from .prompts import point_prompts
 
@@ -197,3 +199,31 @@ def valid_pixels(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
     rows_BM, columns_BM = centres_M < sizes_B2[:, :1], centres_M < sizes_B2[:, 1:]
     rows_BM[:, 0] = columns_BM[:, 0] = True
     return rows_BM[:, :, None] & columns_BM[:, None, :]
+
+
+def store_head(store: EmbeddingStore, device: torch.device) -> SamHead:
+    """Return the store's prompt encoder and mask decoder on `device`, float32, frozen.
+
+    Raises:
+        StoreDamaged: the file is not what was stored.
+        DistillError: it isn't a SAM head, or holds values that aren't finite.
+    """
+    try:
+        state = {key: value.float() for key, value in load(store.read_head()).items()}
+        head = build_head(state, store.spec.image_size)
+    except (CheckpointError, SafetensorError) as error:
+        raise DistillError(f"{store.head_path} is not a SAM head ({str(error)[:100]})") from error
+    broken = next((key for key, value in state.items() if not bool(torch.isfinite(value).all())), None)
+    if broken is not None:
+        raise DistillError(f"{store.head_path} holds values that aren't finite, in {broken}")
+    return head.to(device)
+
+
+def trainable_head(head: SamHead) -> SamHead:
+    """Return a copy of a head whose parameters take gradients."""
+    return deepcopy(head).requires_grad_(True)
+
+
+def head_state(head: SamHead) -> dict[str, Tensor]:
+    """Return a head's tensors on the CPU, keyed as in SAM's checkpoints."""
+    return {key: value.detach().cpu().contiguous() for key, value in head.state_dict().items()}

@@ -11,7 +11,7 @@ import torch
 
 from ...common.errors import VerifyError
 from ...distill import Run
-from ...distill.data.image_root import check_preprocessing, image_root
+from ...distill.data.loader import check_preprocessing, image_root
 from ...sam import AnnotationFiles, Annotations, CocoInstances
 from ...sam.device import resolve_device
 from ...store import EmbeddingStore, ImageRecord

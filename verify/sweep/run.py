@@ -16,7 +16,7 @@ from ...common.durable import explain_os_errors, write_atomic
 from ...common.errors import DistillInterrupted, VerifyError
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
-from ...distill.data.image_root import check_preprocessing, image_root
+from ...distill.data.loader import check_preprocessing, image_root
 from ...distill.data.sampler import split_rows
 from ...distill.run import STOPPED_EARLY
 from ...distill.run_description import rows_digest
