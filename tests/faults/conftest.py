@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from faults.fault_log import FaultLog, log_path
 
 # Used by most files here: pictures, a precompute in this process, how often to do things.
 from faults.fixtures import many, pictures, run, scheduler  # noqa: F401
-from faults.ledger import Ledger, place
-from faults.scene import Scene
-from faults.zygote import Zygote
+from faults.kills.cluster import FaultCluster
+from faults.kills.fork_server import ForkServer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,23 +25,23 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def ledger(request: pytest.FixtureRequest) -> Ledger:
+def fault_log(request: pytest.FixtureRequest) -> FaultLog:
     """Writes one JSON line a fault, under the test's name."""
-    return Ledger(place(), request.node.name)
+    return FaultLog(log_path(), request.node.name)
 
 
 @pytest.fixture(scope="session")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultCluster]:
     """A cluster of forked processes and a few pictures."""
-    with Zygote(tmp_path_factory.mktemp("zygote")) as zygote:
-        made = Scene(zygote, tmp_path_factory.mktemp("scene"))
+    with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
+        made = FaultCluster(fork_server, tmp_path_factory.mktemp("cluster"))
         yield made
         made.close()
 
 
 @pytest.fixture(scope="session")
-def store(scene: Scene) -> Path:
+def store(cluster: FaultCluster) -> Path:
     """A whole store, for those who only read it."""
-    path = scene.place() / "store.zarr"
-    scene.precompute(path)
+    path = cluster.new_folder() / "store.zarr"
+    cluster.precompute(path)
     return path

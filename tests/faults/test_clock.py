@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 from faults.clock import build_shim, compiler, shifted
+from faults.fault_log import FaultLog
 from faults.fixtures import HANGING, Done, environment, mobilesam
-from faults.ledger import Ledger
-from faults.recovery import Snapshot, living, missing_rows, stray_files, wrong_reads
-from faults.writers import waiting_writer
+from faults.recovery import Snapshot, living_processes, missing_rows, stray_files, wrong_reads
+from faults.waiting_precompute import waiting_writer
 from safetensors.torch import load_file
 
 pytestmark = [
@@ -81,7 +81,7 @@ def test_the_library_moves_the_clock(library: Path) -> None:
 
 
 def test_precompute_between_runs(
-    run: Callable[..., dict[str, Any]], ledger: Ledger, library: Path, tmp_path: Path, pictures: Path
+    run: Callable[..., dict[str, Any]], fault_log: FaultLog, library: Path, tmp_path: Path, pictures: Path
 ) -> None:
     """Forty years ahead, fifty behind, ahead again: each run goes on where the one before it was."""
     run("undisturbed.zarr", shard_size=2, precision="float32")
@@ -108,7 +108,7 @@ def test_precompute_between_runs(
         assert (found["done"], found["done_before"], found["failed"]) == (done, done_before, 0)
         wrong = wrong_reads(store, undisturbed)
         lost = missing_rows(store, undisturbed) if done == 7 else []
-        ledger.record(
+        fault_log.record(
             call="clock", ordinal=number, file="store.zarr", phase=f"precompute, {way}", fired=True, lost=len(lost),
             wrong=len(wrong), role="coordinator",
         )  # fmt: skip
@@ -121,7 +121,7 @@ def test_precompute_between_runs(
 @pytest.mark.parametrize("years", [-10.0, 10.0])
 def test_precompute_while_it_works(
     run: Callable[..., dict[str, Any]],
-    ledger: Ledger,
+    fault_log: FaultLog,
     library: Path,
     tmp_path: Path,
     pictures: Path,
@@ -146,10 +146,10 @@ def test_precompute_while_it_works(
     assert b"Traceback" not in err, err.decode()
     result = run(shard_size=1)
     # Not before: when the coordinator is gone, multiprocessing's resource tracker has yet to see it.
-    assert living(sessions) == []
+    assert living_processes(sessions) == []
     wrong += wrong_reads(store, undisturbed)
     lost = missing_rows(store, undisturbed)
-    ledger.record(
+    fault_log.record(
         call="clock", ordinal=result["done_before"], file="store.zarr",
         phase=f"precompute at work, {'forwards' if years < 0 else 'backwards'}", fired=True, lost=len(lost),
         wrong=len(wrong), role="coordinator",
@@ -160,7 +160,7 @@ def test_precompute_while_it_works(
 
 
 def test_training_and_verifying(
-    run: Callable[..., dict[str, Any]], ledger: Ledger, library: Path, tmp_path: Path
+    run: Callable[..., dict[str, Any]], fault_log: FaultLog, library: Path, tmp_path: Path
 ) -> None:
     """A trainer is stopped under one clock and goes on under another; a third one judges the student."""
     run()
@@ -170,7 +170,7 @@ def test_training_and_verifying(
     command(library, tmp_path, "distill", "--out", broken, *DISTILL, years=YEARS[1])
     again = command(library, tmp_path, "distill", "--out", broken, *DISTILL, years=5.0).json
     same = again["val"] == expected["val"] and weights(broken) == weights(whole)
-    ledger.record(
+    fault_log.record(
         call="clock",
         ordinal=0,
         file="run",
@@ -194,7 +194,7 @@ def test_training_and_verifying(
         years=YEARS[1],
     ).json
     plain = command(library, tmp_path, "verify", "--student", whole, "--json").json
-    ledger.record(
+    fault_log.record(
         call="clock", ordinal=0, file="report.html", phase="verify", fired=True, lost=0,
         wrong=int(judged["cosine"] != plain["cosine"]), role="verify",
     )  # fmt: skip

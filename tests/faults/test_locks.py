@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.fault_log import FaultLog
 from faults.fixtures import HANGING, contents, mobilesam, refused
-from faults.ledger import Ledger
-from faults.recovery import Snapshot, digest, living, missing_rows, recovered, stray_files, wrong_reads
-from faults.writers import committed, precompute_arguments, waiting_writer
+from faults.recovery import (
+    Snapshot,
+    digest,
+    living_processes,
+    missing_rows,
+    rerun_and_compare,
+    stray_files,
+    wrong_reads,
+)
+from faults.waiting_precompute import committed, precompute_arguments, waiting_writer
 from small_store import EVERYTHING, HEAD, compute, embeddings, images, make_spec
 
 from mobilesam.distill import DistillConfig, DistillError, distill
@@ -32,7 +40,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
-    run: Run, ledger: Ledger, tmp_path: Path, pictures: Path
+    run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
 ) -> None:
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
@@ -47,7 +55,7 @@ def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
         (tmp_path / "gate").touch()
         out, err = first.communicate(timeout=HANGING)
     wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
-    ledger.record(
+    fault_log.record(
         call="second-writer", ordinal=0, file="writer.lock", phase="precompute", fired=True, lost=len(lost),
         wrong=len(wrong), role="coordinator",
     )  # fmt: skip
@@ -58,7 +66,7 @@ def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
     assert stray_files(store, undisturbed) == []
 
 
-def test_a_dead_owners_lock_falls_away(run: Run, ledger: Ledger, tmp_path: Path, pictures: Path) -> None:
+def test_a_dead_owners_lock_falls_away(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path) -> None:
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store = tmp_path / "store.zarr"
@@ -69,11 +77,11 @@ def test_a_dead_owners_lock_falls_away(run: Run, ledger: Ledger, tmp_path: Path,
         left = json.loads((store / PRIVATE / "writer.json").read_bytes())
         assert left == {"host": socket.gethostname(), "pid": owner.pid}
         deadline = time.monotonic() + HANGING
-        while living([owner.pid]):
+        while living_processes([owner.pid]):
             assert time.monotonic() < deadline, "the dead coordinator's workers live on"
             time.sleep(0.1)
-        recovery = recovered(store, undisturbed, lambda: run(shard_size=1), sessions=[owner.pid])
-    ledger.record(
+        recovery = rerun_and_compare(store, undisturbed, lambda: run(shard_size=1), sessions=[owner.pid])
+    fault_log.record(
         call="kill", ordinal=before, file="writer.lock", phase="lock held", fired=True,
         lost=len(recovery.missing), wrong=len(recovery.wrong), role="coordinator", kill=True,
     )  # fmt: skip
@@ -84,15 +92,15 @@ OTHER_HOST = {"host": "elsewhere.example", "pid": 7}
 
 
 def test_another_hosts_owner_file_is_ignored_on_a_local_disk(
-    run: Run, ledger: Ledger, tmp_path: Path
+    run: Run, fault_log: FaultLog, tmp_path: Path
 ) -> None:
     """Its process died with that host's mount: here the kernel would know of a live one."""
     run(limit=3)
     run("undisturbed.zarr")
     store, undisturbed = tmp_path / "store.zarr", Snapshot.of(tmp_path / "undisturbed.zarr")
     (store / PRIVATE / "writer.json").write_text(json.dumps(OTHER_HOST))
-    recovery = recovered(store, undisturbed, lambda: run(extend=True))
-    ledger.record(
+    recovery = rerun_and_compare(store, undisturbed, lambda: run(extend=True))
+    fault_log.record(
         call="other-host", ordinal=0, file="writer.json", phase="local disk", fired=True,
         lost=len(recovery.missing), wrong=len(recovery.wrong),
     )  # fmt: skip
@@ -101,7 +109,7 @@ def test_another_hosts_owner_file_is_ignored_on_a_local_disk(
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "lustre", "fuse.sshfs", "9p", "cifs", "ceph", "beegfs"])
 def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
-    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """The mount table is made up: no network file system is at hand here."""
     with EmbeddingStore.create(tmp_path / "store.zarr", make_spec(), images(), EVERYTHING, HEAD) as store:
@@ -128,7 +136,7 @@ def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
     (path / PRIVATE / "writer.json").unlink()
     EmbeddingStore.open(path, writable=True).close()
     wrong, lost = wrong_reads(path, undisturbed), missing_rows(path, undisturbed)
-    ledger.record(
+    fault_log.record(
         call="other-host", ordinal=0, file="writer.json", phase=f"network disk {kind}", fired=True, lost=len(lost),
         wrong=len(wrong),
     )  # fmt: skip
@@ -137,7 +145,7 @@ def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
 
 
 def test_a_reader_sees_only_right_bytes_while_shards_are_withdrawn_and_committed(
-    ledger: Ledger, tmp_path: Path, many: Callable[[int, int], int]
+    fault_log: FaultLog, tmp_path: Path, many: Callable[[int, int], int]
 ) -> None:
     """A read is the model's bytes, or an error that says the row isn't done just then."""
     path = tmp_path / "store.zarr"
@@ -157,7 +165,7 @@ def test_a_reader_sees_only_right_bytes_while_shards_are_withdrawn_and_committed
         for reader in readers:
             reader.join()
     lost = missing_rows(path, undisturbed)
-    ledger.record(
+    fault_log.record(
         call="read", ordinal=counts["read"], file="embeddings", phase="while a writer commits",
         fired=counts["read"] > 0, lost=len(lost), wrong=len(wrong),
     )  # fmt: skip
@@ -193,7 +201,7 @@ def _steady_contents(run: Path) -> dict[str, bytes]:
 
 
 def test_two_trainers_on_one_run(
-    run: Run, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
     monkeypatch.chdir(tmp_path)
@@ -227,7 +235,7 @@ def test_two_trainers_on_one_run(
     assert seen
     alone = distill(DistillConfig(**{**vars(config), "out": tmp_path / "alone"}))
     lost = first["steps"] != alone["steps"] or first["val"] != alone["val"]
-    ledger.record(
+    fault_log.record(
         call="second-trainer", ordinal=0, file="run.lock", phase="distill", fired=True, lost=int(lost), wrong=0,
         role="trainer",
     )  # fmt: skip

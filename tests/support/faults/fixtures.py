@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from faults.damage import LONG_RUN
 from one_process import one_process_cluster, precompute_small
 from PIL import Image
 
@@ -120,5 +119,5 @@ def run(scheduler: str, tmp_path: Path, pictures: Path) -> Callable[..., dict[st
 @pytest.fixture
 def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     """many(full, few): how often, in the long suite and else."""
-    full = request.config.getoption(LONG_RUN, "few") == "full"
+    full = request.config.getoption("--kill-points", "few") == "full"
     return lambda often, seldom: often if full else seldom

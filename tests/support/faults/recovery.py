@@ -48,7 +48,7 @@ class Recovery:
         return not (self.missing or self.wrong or self.strays or self.orphans)
 
 
-def recovered(
+def rerun_and_compare(
     path: Path,
     undisturbed: Snapshot,
     rerun: Callable[[], object],
@@ -68,7 +68,7 @@ def recovered(
         missing=missing + missing_rows(path, undisturbed),
         wrong=wrong + wrong_reads(path, undisturbed),
         strays=stray_files(path, undisturbed),
-        orphans=living(sessions),
+        orphans=living_processes(sessions),
     )
 
 
@@ -144,7 +144,7 @@ def files_of(path: Path) -> frozenset[str]:
     return frozenset(str(file.relative_to(path)) for file in path.rglob("*"))
 
 
-def marked(mark: str) -> list[int]:
+def processes_with_environment(mark: str) -> list[int]:
     """Processes that are alive and have the text in the environment that they were started with."""
     found = []
     for folder in Path("/proc").iterdir():
@@ -156,7 +156,7 @@ def marked(mark: str) -> list[int]:
     return sorted(found)
 
 
-def living(sessions: Collection[int]) -> list[int]:
+def living_processes(sessions: Collection[int]) -> list[int]:
     """Processes that are alive (no zombies) in one of the sessions."""
     found = []
     for folder in Path("/proc").iterdir():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.ledger import Fault, place, read
+from faults.fault_log import Fault, log_path, read_faults
 
 PAIRS = 100
 KILLS = 300
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     """Print the account; 1 when something is amiss."""
     full = "--full" in arguments
     files = [argument for argument in arguments if not argument.startswith("--")]
-    summary = Summary.of(read(Path(files[0]) if files else place()))
+    summary = Summary.of(read_faults(Path(files[0]) if files else log_path()))
     shortcomings = summary.shortcomings(full=full)
     lines = [*(f"short: {line}" for line in shortcomings), *summary.lines()]
     sys.stdout.writelines(f"{line}\n" for line in lines)

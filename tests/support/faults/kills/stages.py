@@ -1,0 +1,83 @@
+"""What a process is in the middle of, written to a file as it happens, so that a trace of system calls can be read
+as stages of the job: "+commit" when a commit begins, "-commit" when it has returned."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+STAGES = {
+    "create": ("mobilesam.store.store", "EmbeddingStore.create"),
+    "open": ("mobilesam.store.store", "EmbeddingStore.open"),
+    "commit": ("mobilesam.store.store", "EmbeddingStore.commit"),
+    "withdraw": ("mobilesam.store.store", "EmbeddingStore.withdraw"),
+    "extend": ("mobilesam.store.store", "EmbeddingStore.extend"),
+    "relist": ("mobilesam.store.store", "EmbeddingStore.relist"),
+    "close": ("mobilesam.store.store", "EmbeddingStore.close"),
+    "begin": ("mobilesam.store.writer", "ShardWriter.__enter__"),
+    "row": ("mobilesam.store.writer", "ShardWriter.add"),
+    "finish": ("mobilesam.store.writer", "ShardWriter.finish"),
+    "latest": ("mobilesam.distill.run", "point_latest"),
+    "resume": ("mobilesam.distill.checkpoint", "Checkpoints.load"),
+    "checkpoint": ("mobilesam.distill.checkpoint", "Checkpoints.save"),
+    "student": ("mobilesam.distill.trainer", "Trainer.save_student"),
+    "mean": ("mobilesam.distill.trainer", "Trainer.save_mean"),
+    "record": ("mobilesam.distill.train_log", "Recorder.line"),
+    "sync": ("mobilesam.distill.train_log", "Recorder.sync"),
+    "recorder": ("mobilesam.distill.train_log", "Recorder.__init__"),
+}
+
+_file = -1
+_slow = 0.0
+
+
+def log_stages_to(path: str, slow: float = 0.0) -> None:
+    """From now on, stages of this process go to that file."""
+    global _file, _slow
+    _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    _slow = slow
+
+
+def watch() -> None:
+    """Wrap the functions of STAGES; AttributeError when one of them isn't there any more."""
+    for stage, (module, name) in STAGES.items():
+        owner: Any = importlib.import_module(module)
+        *classes, attribute = name.split(".")
+        for part in classes:
+            owner = getattr(owner, part)
+        plain = vars(owner)[attribute]
+        if isinstance(plain, classmethod):
+            setattr(owner, attribute, classmethod(_said(stage, plain.__func__)))
+        else:
+            setattr(owner, attribute, _said(stage, plain))
+
+
+def _said(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        _say(f"+{stage}{_detail(stage, arguments)}")
+        if stage == "row" and _slow:
+            time.sleep(_slow)
+        try:
+            result = function(*arguments, **named)
+        except BaseException:
+            _say(f"!{stage}")
+            raise
+        _say(f"-{stage}{_detail(stage, arguments)}")
+        return result
+
+    return wrapped
+
+
+def _detail(stage: str, arguments: tuple[Any, ...]) -> str:
+    """Which shard, where that is what matters."""
+    return f" {arguments[1]}" if stage == "commit" else ""
+
+
+def _say(text: str) -> None:
+    if _file >= 0:
+        os.write(_file, f"{text}\n".encode())
