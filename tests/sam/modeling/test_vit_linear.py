@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mobilesam.sam.device import cpu_accelerates_bfloat16
-from mobilesam.sam.modeling import fused_linear
-from mobilesam.sam.modeling.fused_linear import linear, linear_gelu, linear_plus
+from mobilesam.sam.modeling import vit
+from mobilesam.sam.modeling.vit import linear, linear_gelu, linear_plus
 
 BFLOAT16_STEP = 2**-8
 accelerated = pytest.mark.skipif(
@@ -79,7 +79,7 @@ def test_a_layer_that_needs_a_gradient_has_one(name: str, operands: tuple[Tensor
 def test_without_onednns_operators_nothing_is_fused(
     monkeypatch: pytest.MonkeyPatch, operands: tuple[Tensor, nn.Linear, Tensor]
 ) -> None:
-    monkeypatch.setattr(fused_linear, "_available", lambda: False)
+    monkeypatch.setattr(vit, "_fusing_available", lambda: False)
     x, layer, residual = _as(torch.bfloat16, operands)
     with torch.no_grad():
         assert torch.equal(linear_plus(x, layer, residual), layer(x) + residual)
