@@ -61,7 +61,7 @@ def test_a_flipped_bit_of_a_shard(
 def test_a_flipped_bit_of_a_zarr_document(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], document: str
 ) -> None:
-    size = (damaged_stores.whole("int8") / document).stat().st_size
+    size = (damaged_stores.intact("int8") / document).stat().st_size
     for offset, bit in bits(range(size), many(40, 4), document):
         problems = damaged_stores.damage_and_repair(
             lambda path, at=(offset, bit): flip(path / document, *at),
@@ -74,8 +74,8 @@ def test_a_flipped_bit_of_a_zarr_document(
 def test_a_flipped_bit_of_the_manifest(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], part: str
 ) -> None:
-    size = (damaged_stores.whole() / MANIFEST).stat().st_size
-    offsets = range(100) if part == "header" else used_bytes(damaged_stores.whole() / MANIFEST)
+    size = (damaged_stores.intact() / MANIFEST).stat().st_size
+    offsets = range(100) if part == "header" else used_bytes(damaged_stores.intact() / MANIFEST)
     assert size > 4096
     for offset, bit in bits(offsets, many(120, 6), part):
         damaged_stores.damage_and_repair(
@@ -121,7 +121,7 @@ def test_a_shard_of_another_length(
 def test_another_file_of_another_length(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], file: str
 ) -> None:
-    size = (damaged_stores.whole() / file).stat().st_size
+    size = (damaged_stores.intact() / file).stat().st_size
     for length in lengths(size, 4096, many(6, 0), file) if size else [1, 4096]:
         problems = damaged_stores.damage_and_repair(
             lambda path, length=length: cut(path / file, max(length, 0)),
@@ -260,7 +260,7 @@ def test_two_rows_swapped_with_their_checksums(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shard_of_another_store(damaged_stores: DamagedStores, dtype: str) -> None:
-    other = damaged_stores.whole(dtype, seed=1)
+    other = damaged_stores.intact(dtype, seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 2), shard(path, 2)),
         call="copy", phase="another store's shard", file="embeddings", dtype=dtype,
@@ -270,7 +270,7 @@ def test_a_shard_of_another_store(damaged_stores: DamagedStores, dtype: str) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shard_of_another_dtypes_store(damaged_stores: DamagedStores, dtype: str) -> None:
-    other = damaged_stores.whole("float32" if dtype == "float16" else "float16")
+    other = damaged_stores.intact("float32" if dtype == "float16" else "float16")
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 0), shard(path, 0)),
         call="copy", phase="another dtype's shard", file="embeddings", dtype=dtype,
@@ -281,7 +281,7 @@ def test_a_shard_of_another_dtypes_store(damaged_stores: DamagedStores, dtype: s
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_shard_of_an_older_commit(damaged_stores: DamagedStores, dtype: str) -> None:
     """The shard was withdrawn and computed anew, by a teacher that gives something else; the older file is back."""
-    stale = damaged_stores.whole(dtype, seed=2)
+    stale = damaged_stores.intact(dtype, seed=2)
 
     def damage(path: Path) -> None:
         recommitted = shard(path, 0).read_bytes()
@@ -298,7 +298,7 @@ def test_a_shard_of_an_older_commit(damaged_stores: DamagedStores, dtype: str) -
 
 
 def test_scales_of_another_commit_beside_the_right_values(damaged_stores: DamagedStores) -> None:
-    other = damaged_stores.whole("int8", seed=1)
+    other = damaged_stores.intact("int8", seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 0, "scales"), shard(path, 0, "scales")),
         call="copy", phase="another store's scales", file="scales", dtype="int8",
@@ -308,8 +308,8 @@ def test_scales_of_another_commit_beside_the_right_values(damaged_stores: Damage
 
 def test_another_stores_documents(damaged_stores: DamagedStores) -> None:
     for dtype, other in (
-        ("float16", damaged_stores.whole("float16", seed=1)),
-        ("float16", damaged_stores.whole("int8")),
+        ("float16", damaged_stores.intact("float16", seed=1)),
+        ("float16", damaged_stores.intact("int8")),
     ):
         assert damaged_stores.damage_and_repair(
             lambda path, other=other: shutil.copy(other / "zarr.json", path / "zarr.json"),
@@ -318,7 +318,7 @@ def test_another_stores_documents(damaged_stores: DamagedStores) -> None:
 
 
 def test_another_stores_manifest(damaged_stores: DamagedStores) -> None:
-    other = damaged_stores.whole("float16", seed=1)
+    other = damaged_stores.intact("float16", seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(other / MANIFEST, path / MANIFEST),
         call="copy", phase="another store's manifest", file=str(MANIFEST),

@@ -1,4 +1,4 @@
-"""A process's clock set wrong: a library loaded before all others that shifts what the system says the time is."""
+"""Clock shift for one process: a library for LD_PRELOAD that adds seconds to the system's time."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ time_t time(time_t *out) {
 
 
 def compiler() -> str | None:
-    """A C compiler, if there is one."""
+    """Return the path of a C compiler, None if none is installed."""
     return shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def build_shim(folder: Path) -> Path:
-    """Compile the library."""
+    """Compile the library in a folder and return its path."""
     source, library = folder / "clock.c", folder / "clock.so"
     source.write_text(_SOURCE)
     command = [str(compiler()), "-shared", "-fPIC", "-O1", "-o", str(library), str(source)]
@@ -58,7 +58,10 @@ def build_shim(folder: Path) -> Path:
 
 
 def shifted(library: Path, years: float, switch: Path | None = None) -> dict[str, str]:
-    """Environment for a clock that is `years` ahead (below 0: behind), and as many behind once `switch` exists."""
+    """Return environment variables that set a clock `years` ahead (negative: behind).
+
+    Once the file `switch` exists, the clock is wrong by as many years in the other direction.
+    """
     return {
         "LD_PRELOAD": str(library),
         "CLOCK_SHIFT": str(round(years * 365.25 * 86400)),

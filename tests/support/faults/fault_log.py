@@ -1,4 +1,4 @@
-"""One JSON line for every fault: what was done where, whether it fired, and what it cost."""
+"""Log of injected faults: one JSON line each, with its place, whether it fired and what it cost."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-PLACE = "MOBILESAM_FAULTS"
-DEFAULT = Path(__file__).parents[3] / ".faults" / "faults.jsonl"
+PATH_VARIABLE = "MOBILESAM_FAULTS"
+DEFAULT_PATH = Path(__file__).parents[3] / ".faults" / "faults.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault.
-
-    `call` is the system call that it was injected into, with the error's name behind a colon where it was made to
-    fail ("fsync:EIO"), else the action ("flip", "truncate", "clock", ...); `ordinal` the place in a row of such
-    calls or bytes; `file` what it hit; `phase` where in the job; `role` whose process. `lost` counts embeddings or
-    training steps that were lost beyond the promise, `wrong` reads that gave other bytes without an error: both
-    found by comparing with an undisturbed run. `kill` says that a process was killed.
-    """
+    """One injected fault."""
 
     call: str
+    """System call that was hit, with the error's name after a colon where it failed ("fsync:EIO"); else the action
+    ("flip", "truncate", "clock", ...)."""
     ordinal: int
+    """Number of the call, or of the bit or byte that was changed."""
     file: str
+    """File, or kind of file, that was hit."""
     phase: str
+    """Phase of the job."""
     role: str = "store"
+    """Process that was hit, such as "coordinator" or "worker"; "store" for damage to its files."""
     fired: bool
+    """False if the fault did not happen, for example because the process ended first."""
     lost: int
+    """Embeddings or training steps lost beyond the promise, by comparison with an undisturbed run."""
     wrong: int
+    """Reads that returned other bytes without an error, by comparison with an undisturbed run."""
     kill: bool = False
+    """True if a process was killed."""
     test: str
+    """Name of the test."""
 
 
 class FaultLog:
-    """Appends faults to a file that several processes may share."""
+    """Writer that appends faults to a file; several processes may share the file."""
 
     def __init__(self, path: Path, test: str) -> None:
         self.path = path
@@ -56,7 +60,7 @@ class FaultLog:
         kill: bool = False,
         test: str | None = None,
     ) -> Fault:
-        """Write one line (in a single write, so that lines of several processes never mix); the fault written."""
+        """Append one line and return the fault; a single write keeps lines of several processes apart."""
         fault = Fault(
             call=call,
             ordinal=ordinal,
@@ -79,12 +83,12 @@ class FaultLog:
 
 
 def log_path() -> Path:
-    """Where faults are written: $MOBILESAM_FAULTS, else .faults/faults.jsonl at the root."""
-    return Path(os.environ.get(PLACE) or DEFAULT)
+    """Return the log's path: $MOBILESAM_FAULTS, else .faults/faults.jsonl at the repository's root."""
+    return Path(os.environ.get(PATH_VARIABLE) or DEFAULT_PATH)
 
 
 def read_faults(path: Path) -> Iterator[Fault]:
-    """The faults in a file, in order."""
+    """Read the faults of a log, in order."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             yield Fault(**json.loads(line))

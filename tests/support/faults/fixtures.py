@@ -17,14 +17,14 @@ from one_process import one_process_cluster, precompute_small
 from PIL import Image
 
 HANGING = 1800
-"""Seconds after which a command is taken to hang; on an idle machine none takes a fiftieth of it."""
+"""Seconds after which a command counts as hung; on an idle machine none takes a fiftieth of that."""
 
 SIZES = ((48, 64), (64, 64), (64, 30), (20, 64), (64, 50), (33, 64), (64, 60))
 
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a command."""
+    """Exit code and output of a finished command."""
 
     code: int
     out: str
@@ -32,12 +32,12 @@ class Done:
 
     @property
     def json(self) -> dict[str, Any]:
-        """Standard output as the one JSON object that it must be."""
+        """Standard output, parsed as one JSON object."""
         return json.loads(self.out)
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment for a subprocess: one thread, so that many tests share the machine."""
+    """Return this process's environment for a subprocess, with one thread so that many tests share the machine."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": ""} | changes
 
 
@@ -47,7 +47,7 @@ def mobilesam(
     env: dict[str, str] | None = None,
     prefix: tuple[str, ...] = (),
 ) -> Done:
-    """Run the command line in a process of its own; `prefix` are words before it (nsenter, setpriv, ...)."""
+    """Run the command line in a subprocess; `prefix` holds words that precede it (nsenter, setpriv, ...)."""
     done = subprocess.run(
         [*prefix, sys.executable, "-m", "mobilesam", *map(str, arguments)],
         cwd=cwd,
@@ -61,21 +61,21 @@ def mobilesam(
     )
 
 
-def refused(done: Done, *said: str) -> str:
-    """Check that a command ended with exit code 3 and one clear error of at most two lines; its text."""
+def refused(done: Done, *expected: str) -> str:
+    """Assert exit code 3 and one clear error of at most two lines; return the error's text."""
     assert done.code == 3, (done.code, done.err)
     assert "Traceback" not in done.err
     assert "This is a bug" not in done.err
     assert done.out == ""
     _, _, message = done.err.rpartition("error: ")
     assert 1 <= len(message.splitlines()) <= 2, done.err
-    for text in said:
+    for text in expected:
         assert text in message, done.err
     return message
 
 
 def save_pictures(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES, seed: int = 0) -> Path:
-    """Make a folder of pictures of smooth noise, 0.png and so on, of (height, width) pixels."""
+    """Write pictures of smooth noise, 0.png and so on, of (height, width) pixels; return the folder."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for number, (height, width) in enumerate(sizes):
@@ -85,7 +85,7 @@ def save_pictures(folder: Path, sizes: tuple[tuple[int, int], ...] = SIZES, seed
 
 
 def contents(path: Path) -> dict[str, bytes | None]:
-    """Every file and folder below a path: its bytes, None for a folder."""
+    """Return {relative name: bytes} of everything below a path; a folder has None."""
     return {
         str(file.relative_to(path)): file.read_bytes() if file.is_file() else None for file in path.rglob("*")
     }
@@ -93,21 +93,23 @@ def contents(path: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="session")
 def scheduler() -> Iterator[str]:
-    """The address of a cluster whose one worker lives in this process: no start-up to wait for."""
+    """Address of a dask cluster whose one worker runs in this process, so that nothing has to start."""
     with one_process_cluster() as cluster:
         yield cluster.scheduler_address
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Seven small pictures that the test may change."""
+    """Folder of seven small pictures that the test may change."""
     return save_pictures(tmp_path / "photos")
 
 
 @pytest.fixture
 def run(scheduler: str, tmp_path: Path, pictures: Path) -> Callable[..., dict[str, Any]]:
-    """run(name, ...options) precomputes the pictures at 64 pixels into a store of that name under tmp_path, in
-    shards of 3, on a worker in this process."""
+    """Function run(name, **options) that precomputes the pictures at 64 pixels into tmp_path / name.
+
+    Shards hold 3 images; the worker runs in this process.
+    """
 
     def run_precompute(name: str = "store.zarr", **options: Any) -> dict[str, Any]:
         given = {"images": (pictures,), "out": tmp_path / name, "scheduler": scheduler}
@@ -118,6 +120,6 @@ def run(scheduler: str, tmp_path: Path, pictures: Path) -> Callable[..., dict[st
 
 @pytest.fixture
 def many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """many(full, few): how often, in the long suite and else."""
+    """Function many(full, few) that returns how many faults to inject: `full` with --kill-points full, else `few`."""
     full = request.config.getoption("--kill-points", "few") == "full"
     return lambda often, seldom: often if full else seldom

@@ -1,4 +1,4 @@
-"""What must hold after a fault: nothing wrong is read, a rerun gives every embedding back, nothing is left behind."""
+"""Checks after a fault: nothing is read wrongly, a rerun restores every embedding, nothing is left over."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _ATTEMPT = re.compile(r"\.[0-9a-f]+\.partial$")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A store as an undisturbed run leaves it: by key, the digest of each done row as our reader gives it; the keys
-    of failed images; the names of its files."""
+    """Contents of a store: digests of done rows by key, keys of failed images, names of files."""
 
     rows: Mapping[str, str]
     failed: frozenset[str]
@@ -24,7 +23,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, path: Path) -> Snapshot:
-        """Read the store whole; every error of the reader comes through."""
+        """Read the whole store; errors of the reader are raised."""
         with EmbeddingStore.open(path) as store:
             rows = {record.key: digest(store, record.row) for record in store.manifest.records("done")}
             failed = frozenset(record.key for record in store.manifest.records("failed"))
@@ -33,18 +32,20 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """What came of a fault and the rerun after it. `missing` are keys that an undisturbed run has and this store
-    lacks or can't read; `wrong` keys that were read, before or after the rerun, as other bytes; `strays` files that
-    no undisturbed run leaves; `orphans` processes that live on."""
+    """State of a store after a fault and a rerun, compared with an undisturbed run."""
 
     missing: list[str]
+    """Keys that the undisturbed run has and this store lacks or cannot read."""
     wrong: list[str]
+    """Keys that were read as other bytes, before or after the rerun."""
     strays: list[str] = field(default_factory=list)
+    """Files that no undisturbed run leaves."""
     orphans: list[int] = field(default_factory=list)
+    """Ids of processes that are still running."""
 
     @property
     def clean(self) -> bool:
-        """Whether nothing is amiss."""
+        """True if nothing is missing, wrong or left over."""
         return not (self.missing or self.wrong or self.strays or self.orphans)
 
 
@@ -58,8 +59,12 @@ def rerun_and_compare(
 ) -> Recovery:
     """Read what the store at `path` lists, run `rerun`, and compare with an undisturbed run.
 
-    `promised` are keys whose commit was reported before the fault: they must be listed already before the rerun.
-    `sessions` are ids of the sessions (setsid) that the processes which were hit lived in.
+    Args:
+        path: Store, which may not exist.
+        undisturbed: Snapshot of an undisturbed run's store.
+        rerun: Function that runs the same command again.
+        promised: Keys whose commit was reported before the fault; they must be listed before the rerun.
+        sessions: Session ids (setsid) of the processes that were hit.
     """
     missing = [] if not promised else [key for key in promised if key not in listed_keys(path)]
     wrong = wrong_reads(path, undisturbed)
@@ -73,7 +78,7 @@ def rerun_and_compare(
 
 
 def digest(store: EmbeddingStore, row: int) -> str:
-    """SHA-256 of a row as it is read: values, scales, shapes and types, and the image where the store keeps it."""
+    """Return the SHA-256 of a row as it is read: values, scales, shapes, types, and the image if it is kept."""
     batch, state = store.read([row]), hashlib.sha256()
     if store.spec.kept_images is not None:
         state.update(store.read_image(row))
@@ -85,7 +90,7 @@ def digest(store: EmbeddingStore, row: int) -> str:
 
 
 def listed_keys(path: Path) -> set[str]:
-    """Keys of the rows that the manifest lists as done; none when no store can be opened."""
+    """Return the keys of done rows in the manifest; empty if the store cannot be opened."""
     try:
         with EmbeddingStore.open(path) as store:
             return {record.key for record in store.manifest.records("done")}
@@ -94,9 +99,9 @@ def listed_keys(path: Path) -> set[str]:
 
 
 def wrong_reads(path: Path, undisturbed: Snapshot) -> list[str]:
-    """Keys of listed rows that are read without an error as other bytes than those of the undisturbed run.
+    """Return keys of rows that are read without an error and differ from the undisturbed run.
 
-    An error of the reader is no wrong read, whether of the whole store or of a row.
+    An error of the reader, for a row or the whole store, is not a wrong read.
     """
     wrong = []
     try:
@@ -114,7 +119,7 @@ def wrong_reads(path: Path, undisturbed: Snapshot) -> list[str]:
 
 
 def missing_rows(path: Path, undisturbed: Snapshot) -> list[str]:
-    """Keys of the undisturbed run's rows that this store doesn't list as done or can't read."""
+    """Return keys of the undisturbed run's rows that this store does not list as done or cannot read."""
     readable = set()
     try:
         with EmbeddingStore.open(path) as store:
@@ -130,7 +135,7 @@ def missing_rows(path: Path, undisturbed: Snapshot) -> list[str]:
 
 
 def stray_files(path: Path, undisturbed: Snapshot) -> list[str]:
-    """Files in the store that the undisturbed one lacks, and drafts of it that were left beside it."""
+    """Return files that the undisturbed store lacks, and partial stores left beside this one."""
     beside = [
         f"../{draft.name}"
         for draft in path.parent.glob(f"{path.name}.*")
@@ -140,12 +145,12 @@ def stray_files(path: Path, undisturbed: Snapshot) -> list[str]:
 
 
 def files_of(path: Path) -> frozenset[str]:
-    """Names of all files and folders of a store, relative to it."""
+    """Return the names of all files and folders of a store, relative to it."""
     return frozenset(str(file.relative_to(path)) for file in path.rglob("*"))
 
 
 def processes_with_environment(mark: str) -> list[int]:
-    """Processes that are alive and have the text in the environment that they were started with."""
+    """Return ids of processes whose initial environment contains the text."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -157,7 +162,7 @@ def processes_with_environment(mark: str) -> list[int]:
 
 
 def living_processes(sessions: Collection[int]) -> list[int]:
-    """Processes that are alive (no zombies) in one of the sessions."""
+    """Return ids of processes of the sessions that are running (not zombies)."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():

@@ -1,4 +1,4 @@
-"""The fault suite's account: `python -m faults.summary [--full] [FILE]`."""
+"""Summary of a fault log: `python -m faults.summary [--full] [FILE]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KILLS = 300
 
 @dataclass(frozen=True)
 class Summary:
-    """Counts over faults that fired; those that didn't don't count."""
+    """Counts over the faults that fired."""
 
     fired: int
     silent: int
@@ -26,7 +26,7 @@ class Summary:
 
     @classmethod
     def of(cls, faults: Iterable[Fault]) -> Summary:
-        """Count; `pairs` are distinct (call, phase)."""
+        """Count faults; `pairs` are distinct (call, phase), `silent` faults that did not fire."""
         everything = list(faults)
         fired = [fault for fault in everything if fault.fired]
         return cls(
@@ -39,7 +39,7 @@ class Summary:
         )
 
     def lines(self) -> list[str]:
-        """What is printed; the result last."""
+        """Return the printed lines, the result last."""
         return [
             f"{self.kills} of them kills; {self.pairs} distinct pairs of call and phase; {self.silent} more that did "
             "not fire",
@@ -47,7 +47,7 @@ class Summary:
         ]
 
     def shortcomings(self, *, full: bool) -> list[str]:
-        """What makes the account fail; `full` asks for as many faults as the long suite has."""
+        """Return reasons to fail; `full` requires as many faults as the full suite injects."""
         found = []
         if self.lost or self.wrong:
             found.append(f"{self.lost} embeddings lost and {self.wrong} wrong reads instead of none")
@@ -61,7 +61,7 @@ class Summary:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the account; 1 when something is amiss."""
+    """Print the summary; return 1 if there is a reason to fail."""
     full = "--full" in arguments
     files = [argument for argument in arguments if not argument.startswith("--")]
     summary = Summary.of(read_faults(Path(files[0]) if files else log_path()))

@@ -1,4 +1,4 @@
-"""A precompute of the command line that is in the middle of its work."""
+"""Precompute command that waits in the middle of its work, for tests of locks and clocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mobilesam.store import EmbeddingStore, StoreError
 # original every time.
 WAITING = """
 import itertools, pathlib, time
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 count = itertools.count()
 def waiting(data, image_size):
@@ -27,12 +27,12 @@ def waiting(data, image_size):
         while not pathlib.Path({gate!r}).exists():
             time.sleep(0.05)
     return load_image(data, image_size)
-decoding.load_image = waiting
+decode.load_image = waiting
 """
 
 
 def precompute_arguments(pictures: Path, store: Path) -> list[str]:
-    """A shard for each picture."""
+    """Return arguments of a precompute with one picture a shard."""
     return [
         "precompute", "--images", str(pictures), "--out", str(store), "--teacher", "vit_nano",
         "--image-size", "64", "--shard-size", "1", "--json",
@@ -43,7 +43,7 @@ def precompute_arguments(pictures: Path, store: Path) -> list[str]:
 def waiting_writer(
     folder: Path, pictures: Path, store: Path, **environ: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A precompute in its own session that has committed a shard and waits for the file `folder / "gate"`."""
+    """Run a precompute in its own session that has committed a shard and waits for the file `folder / "gate"`."""
     preload = folder / "preload.py"
     preload.write_text(WAITING.format(gate=str(folder / "gate")))
     process = subprocess.Popen(
@@ -65,7 +65,7 @@ def waiting_writer(
 
 
 def committed(path: Path) -> int:
-    """Shards that a store lists; 0 while there is none."""
+    """Return the number of committed shards; 0 while there is no store."""
     try:
         with EmbeddingStore.open(path) as store:
             return len(store.manifest.committed_shards())

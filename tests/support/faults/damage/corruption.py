@@ -1,4 +1,4 @@
-"""Damage done to files on purpose, and where to do it."""
+"""File corruption (flipped bits, truncation, zeros, swaps) and the offsets to apply it to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mobilesam.store import ArrayLayout
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
-    """Turn one bit of a file over."""
+    """Invert one bit of a file."""
     with path.open("r+b") as file:
         file.seek(offset)
         (byte,) = file.read(1)
@@ -20,13 +20,13 @@ def flip(path: Path, offset: int, bit: int = 0) -> None:
 
 
 def cut(path: Path, length: int) -> None:
-    """Give a file another length; bytes that it did not have are zeros."""
+    """Truncate or extend a file; new bytes are zeros."""
     with path.open("r+b") as file:
         file.truncate(length)
 
 
 def zero(path: Path) -> None:
-    """Zeros throughout, the length kept."""
+    """Overwrite a file with zeros, keeping its length."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
@@ -39,7 +39,7 @@ def swap(one: Path, other: Path) -> None:
 
 
 def bits(offsets: Sequence[int], count: int, seed: str) -> Iterator[tuple[int, int]]:
-    """`count` pairs (offset, bit): the first and the last offset, and others drawn by the seed."""
+    """Yield `count` pairs (offset, bit): first and last offset, then offsets drawn with the seed."""
     draw = random.Random(seed)
     ends = [offsets[0], offsets[-1]][:count]
     for offset in [*ends, *(draw.choice(offsets) for _ in range(count - len(ends)))]:
@@ -47,15 +47,18 @@ def bits(offsets: Sequence[int], count: int, seed: str) -> Iterator[tuple[int, i
 
 
 def lengths(size: int, stride: int, count: int, seed: str) -> list[int]:
-    """Lengths to cut a file of `size` bytes to: none, one byte, around a row's end, one byte less, some more than
-    it had, and `count` drawn by the seed."""
+    """Return lengths to cut a file of `size` bytes to.
+
+    They are 0, 1, some around the first row's end (`stride` bytes) and around the file's end, and `count` drawn with
+    the seed.
+    """
     draw = random.Random(seed)
     fixed = {0, 1, stride - 1, stride, stride + 1, size - 1, size - 4, size + 1, size + 4096} - {size}
     return [*sorted(fixed), *(draw.randrange(size) for _ in range(count))]
 
 
 def byte_classes(layout: ArrayLayout, slots: int) -> Mapping[str, Sequence[int]]:
-    """Offsets in a shard file with `slots` rows, by what stands there."""
+    """Return the offsets in a shard file of `slots` rows, by kind of content."""
     rows = [range(slot * layout.stride, (slot + 1) * layout.stride) for slot in range(slots)]
     end, data = slots * layout.stride, layout.payload_bytes
     return {

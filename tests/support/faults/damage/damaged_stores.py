@@ -1,4 +1,4 @@
-"""Small whole stores, and copies of them that are damaged, read, checked and mended."""
+"""Copies of small stores that are damaged, read, checked and repaired."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Damage = Callable[[Path], None]
 
 
 def new_store(path: Path, dtype: str, seed: int = 0) -> None:
-    """A whole store of 8 rows in shards of 3."""
+    """Write a complete store of 8 rows in shards of 3."""
     with EmbeddingStore.create(path, make_spec(dtype=dtype), images(), EVERYTHING, HEAD) as store:
         compute(store, embeddings(seed=seed))
 
 
-class Whole:
-    """A store that nothing happened to."""
+class IntactStore:
+    """Complete, undamaged store, with its snapshot and files."""
 
     def __init__(self, path: Path, dtype: str, seed: int) -> None:
         self.path = path
@@ -42,63 +42,71 @@ class Whole:
 
 
 class DamagedStores:
-    """Whole stores by dtype and seed, and what their copies suffer."""
+    """Intact stores by dtype and seed, and damage done to copies of them."""
 
     def __init__(self, folder: Path, fault_log: FaultLog) -> None:
         self._folder = folder
         self._ledger = fault_log
         self._number = 0
-        self._wholes: dict[tuple[str, int], Whole] = {}
+        self._stores: dict[tuple[str, int], IntactStore] = {}
 
-    def whole(self, dtype: str = "float16", seed: int = 0) -> Path:
-        """A whole store; nobody changes it."""
-        return self._whole(dtype, seed).path
+    def intact(self, dtype: str = "float16", seed: int = 0) -> Path:
+        """Return the path of an intact store, which must not be changed."""
+        return self._intact(dtype, seed).path
 
-    def _whole(self, dtype: str, seed: int = 0) -> Whole:
-        if (dtype, seed) not in self._wholes:
-            self._wholes[dtype, seed] = Whole(self._folder / f"{dtype}-{seed}.zarr", dtype, seed)
-        return self._wholes[dtype, seed]
+    def _intact(self, dtype: str, seed: int = 0) -> IntactStore:
+        if (dtype, seed) not in self._stores:
+            self._stores[dtype, seed] = IntactStore(self._folder / f"{dtype}-{seed}.zarr", dtype, seed)
+        return self._stores[dtype, seed]
 
     def copy(self, dtype: str = "float16") -> tuple[Path, Snapshot]:
-        """A copy that may be damaged, and what is in it."""
-        whole = self._whole(dtype)
+        """Copy a store; return the copy's path and the store's snapshot."""
+        intact = self._intact(dtype)
         self._number += 1
         path = self._folder / f"{self._number}.zarr"
-        shutil.copytree(whole.path, path)
-        return path, whole.undisturbed
+        shutil.copytree(intact.path, path)
+        return path, intact.undisturbed
 
     def damage_and_repair(
         self, damage: Damage, *, call: str, phase: str, file: str, ordinal: int = 0, dtype: str = "float16"
     ) -> list[dict[str, Any]]:
-        """Damage a copy of a whole store, read it, check it, mend it; what the check found.
+        """Damage a copy of an intact store, read, check and repair it; return the problems that the check found.
 
-        Nothing may have been read wrongly, and in the end everything must be there again and nothing else.
+        Asserts that nothing was read wrongly, and that the repaired store equals the intact one.
+
+        Args:
+            damage: Function that damages the store at a path.
+            call: Kind of damage, for the fault log.
+            phase: Part of the store that is damaged, for the fault log.
+            file: File that is damaged, for the fault log.
+            ordinal: Bit or length, for the fault log.
+            dtype: Dtype of the store.
         """
-        whole = self._whole(dtype)
+        intact = self._intact(dtype)
         path, _ = self.copy(dtype)
         damage(path)
-        fired = contents(path) != whole.contents
-        wrong = wrong_reads(path, whole.undisturbed)
-        unreadable = missing_rows(path, whole.undisturbed)
+        fired = contents(path) != intact.contents
+        wrong = wrong_reads(path, intact.undisturbed)
+        unreadable = missing_rows(path, intact.undisturbed)
         problems = found_problems(path)
         mend(path, dtype)
-        wrong += wrong_reads(path, whole.undisturbed)
-        lost = missing_rows(path, whole.undisturbed)
+        wrong += wrong_reads(path, intact.undisturbed)
+        lost = missing_rows(path, intact.undisturbed)
         self._ledger.record(
             call=call, ordinal=ordinal, file=file, phase=phase, fired=fired, lost=len(lost), wrong=len(wrong)
         )
         assert not wrong
         assert not lost
         assert fired
-        assert problems or not unreadable, "rows can't be read, and the check finds nothing"
-        assert stray_files(path, whole.undisturbed) == []
+        assert problems or not unreadable, "rows cannot be read, and the check finds nothing"
+        assert stray_files(path, intact.undisturbed) == []
         assert found_problems(path) == []
         shutil.rmtree(path)
         return problems
 
 
 def found_problems(path: Path) -> list[dict[str, Any]]:
-    """What the check names; an error that it can't go on from is a finding too."""
+    """Return the check's problems; an error that ends the check counts as one."""
     try:
         return inspect_store(path, check=True)["problems"]
     except StoreError as error:
@@ -106,7 +114,7 @@ def found_problems(path: Path) -> list[dict[str, Any]]:
 
 
 def mend(path: Path, dtype: str) -> None:
-    """What the messages say: repair and compute what is pending, or make the store again."""
+    """Follow the messages: repair and compute what is pending, or else write the store again."""
     try:
         left = inspect_store(path, repair=True)["problems"]
         beyond = [problem["message"] for problem in left if problem["kind"] != "head"]
@@ -127,11 +135,11 @@ def mend(path: Path, dtype: str) -> None:
 
 
 def shard(path: Path, number: int, array: str = "embeddings") -> Path:
-    """Where a shard's file is."""
+    """Return the path of a shard's file."""
     return path / array / (f"c.{number}.0" if array == "scales" else f"c.{number}.0.0.0")
 
 
 def named(problems: list[dict[str, Any]], number: int, array: str = "embeddings") -> bool:
-    """Whether the check names the shard, or its file."""
+    """Return True if a problem names the shard or its file."""
     name = f"{array}/{shard(Path(), number, array).name}"
     return any(problem["shard"] == number or str(problem["file"]).endswith(name) for problem in problems)

@@ -1,4 +1,4 @@
-"""A small disk: a tmpfs that exists in one process's own mount namespace, and what is run there."""
+"""Small disk: a tmpfs in the mount namespace of one process, which runs functions there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLONE_NEWNS, _MS_RDONLY, _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 0x20000, 1, 32, 16
 
 @dataclass(frozen=True)
 class CallResult:
-    """What a call gave, or the name of its error's type and the message."""
+    """Return value of a call, or the name of its error's type and the message."""
 
     value: Any = None
     error: str | None = None
@@ -27,7 +27,7 @@ class CallResult:
 
 
 class Disk:
-    """The disk seen from here: `path` is where it is mounted, for the one process that has it."""
+    """Small disk, mounted at `path` for the one process that has it."""
 
     def __init__(self, path: Path, size: int, pool: ProcessPoolExecutor) -> None:
         self.path = path
@@ -36,11 +36,11 @@ class Disk:
         self.pid: int = self.call(os.getpid).value
 
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> CallResult:
-        """Call a function of a module there."""
-        return self._pool.submit(_outcome, function, arguments, options).result()
+        """Call a module's function in the process that has the disk."""
+        return self._pool.submit(_call, function, arguments, options).result()
 
     def leave(self, free: int | None) -> None:
-        """Make the disk so small that this many bytes are free; None: as large as it was."""
+        """Shrink the disk until `free` bytes are free; None restores its size."""
         self._do(_resize, self.path, self._size, free)
 
     def read_only(self, on: bool) -> None:
@@ -49,7 +49,7 @@ class Disk:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """Words before a command that is to see the disk."""
+        """Words that precede a command to run it with the disk mounted."""
         return ("nsenter", "--target", str(self.pid), "--mount", f"--wd={os.getcwd()}", "--")
 
     def _do(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -59,24 +59,28 @@ class Disk:
 
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[Disk]:
-    """A disk of `size` bytes at a folder; OSError where this user may not mount one."""
+    """Mount a disk of `size` bytes at a folder.
+
+    Raises:
+        OSError: This user may not mount one.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        outcome = pool.submit(_outcome, _separate, (path, size), {}).result()
+        outcome = pool.submit(_call, _separate, (path, size), {}).result()
         if outcome.error:
             raise OSError(outcome.message)
         yield Disk(path, size, pool)
 
 
-def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> CallResult:
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> CallResult:
     try:
         return CallResult(function(*arguments, **options))
-    except Exception as error:  # noqa: BLE001 - it is told on the other side
+    except Exception as error:  # noqa: BLE001 - reported to the caller
         return CallResult(error=type(error).__name__, message=str(error))
 
 
 def _separate(path: Path, size: int) -> None:
-    # Threads begun before would stay in the old namespace.
+    # Threads started before would stay in the old namespace.
     assert threading.active_count() <= 2, threading.enumerate()
     _check(_libc.unshare(_CLONE_NEWNS))
     _mount(None, Path("/"), _MS_REC | _MS_PRIVATE, "")

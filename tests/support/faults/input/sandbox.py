@@ -1,4 +1,4 @@
-"""Hostile files are read in a process of their own, with bounded memory and time, and what became of it is told."""
+"""Sandbox for hostile files: they are read in a subprocess with bounded memory and time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mobilesam.distill.optimizer import parameter_groups
 from mobilesam.sam.teacher import load_head, load_teacher
 
 CPU_SECONDS = 120
-ROOM = 3 << 30
-"""Bytes of address space beyond what the process has at its start: far less than what the files here ask for."""
+EXTRA_BYTES = 3 << 30
+"""Bytes of address space beyond those at the process's start: far less than the hostile files ask for."""
 
 _forkserver = get_context("forkserver")
 
 
 def _start_server() -> None:
-    """A process that has imported this module, to be forked; by itself it would not find it (and not say so)."""
+    """Start a fork server that has imported this module; without PYTHONPATH it would silently not find it."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     try:
@@ -42,20 +42,24 @@ def _start_server() -> None:
 
 @dataclass(frozen=True)
 class ReadResult:
-    """`outcome` is "read", "refused" (by one of our errors) or "crash"; `grown` the bytes by which the process's
-    resident memory grew at most."""
+    """Result of reading one file."""
 
     outcome: str
+    """One of "read", "refused" (by one of the package's errors) or "crash"."""
     message: str
+    """Text of the error."""
     grown: int
+    """Growth of the process's peak resident memory, bytes."""
 
 
 def read_in_sandbox(reader: str, paths: Sequence[Path]) -> list[ReadResult]:
-    """Read files with one of READERS, all in one process; a file that ends it is the last result but for those
-    that were not reached."""
+    """Read files with one of READERS, all in one subprocess.
+
+    If a file ends the subprocess, that file and those after it are reported as "crash".
+    """
     _start_server()
     ours, theirs = _forkserver.Pipe(duplex=False)
-    process = _forkserver.Process(target=_examine, args=(theirs, reader, paths))
+    process = _forkserver.Process(target=_read_files, args=(theirs, reader, paths))
     process.start()
     theirs.close()
     results: list[ReadResult] = []
@@ -70,9 +74,9 @@ def read_in_sandbox(reader: str, paths: Sequence[Path]) -> list[ReadResult]:
     return results
 
 
-def _examine(connection: Connection, reader: str, paths: Sequence[Path]) -> None:
+def _read_files(connection: Connection, reader: str, paths: Sequence[Path]) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+    resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES, used + EXTRA_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     torch.set_num_threads(1)
     for path in paths:
@@ -82,7 +86,7 @@ def _examine(connection: Connection, reader: str, paths: Sequence[Path]) -> None
             outcome, message = "read", ""
         except (SamError, DistillError) as error:
             outcome, message = "refused", str(error)
-        except BaseException as error:  # noqa: BLE001 - told on the other side
+        except BaseException as error:  # noqa: BLE001 - reported to the caller
             outcome, message = "crash", repr(error)[:500]
         connection.send(ReadResult(outcome, message, _peak() - before))
 
@@ -104,7 +108,7 @@ def _student(path: Path) -> None:
 
 
 def _checkpoint(path: Path) -> None:
-    """As a run's last.pt, with nothing before it."""
+    """Load the file as a run's last.pt, without a previous.pt."""
     (path.parent / "last.pt").unlink(missing_ok=True)
     os.link(path, path.parent / "last.pt")
     student = build_student("tiny_vit", 64, 0)
