@@ -5,10 +5,10 @@ from segment_anything/modeling/image_encoder.py, the result does not: tokens sta
 patches to the neck, only cells of the grid go through the linear layers (not the padding of border windows), and
 attention is one call that never holds its table of positions (`attention.attend`).
 
-In bfloat16 on a CPU a product is so fast that reading and writing its result again, for a bias, a GELU or a residual,
-takes a quarter of its time: linear layers are fused with what follows them, one pass over memory instead of two or
-three, by oneDNN (`linear_gelu`, `linear_plus`). The fused operation is computed before the result is rounded, so it is
-also nearer to float32. Where oneDNN can't fuse, the same is computed in separate steps.
+In bfloat16 on a CPU a product is so fast that reading and writing its result again, for a bias, a GELU or a
+residual, takes a quarter of its time. So linear layers are fused with what follows them, by oneDNN: one pass over
+memory in place of two or three (`linear_gelu`, `linear_plus`). The fused operation is computed before the result is
+rounded, which is also nearer to float32. Where oneDNN can't fuse, the same is computed in separate steps.
 
 Shape suffixes: B images, J windows, Y and X rows and columns of the grid or of a window, N tokens, C channels, K
 heads, D channels of one head, H and W rows and columns of an image or table, L positions of a table; g is the side
