@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from faults.fault_log import FaultLog, log_path
 
-# Used by most files here: pictures, a precompute in this process, how often to do things.
+# Fixtures that most files here use.
 from faults.fixtures import many, pictures, run, scheduler  # noqa: F401
 from faults.kills.cluster import FaultCluster
 from faults.kills.fork_server import ForkServer
@@ -20,19 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether every kill point is asked for, as by `make faults`."""
+    """True if every kill point is requested, as by `make faults`."""
     return request.config.getoption("--kill-points", "few") == "full"
 
 
 @pytest.fixture
 def fault_log(request: pytest.FixtureRequest) -> FaultLog:
-    """Writes one JSON line a fault, under the test's name."""
+    """Log of faults under the test's name."""
     return FaultLog(log_path(), request.node.name)
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultCluster]:
-    """A cluster of forked processes and a few pictures."""
+    """Cluster of forked processes and a few pictures."""
     with ForkServer(tmp_path_factory.mktemp("fork_server")) as fork_server:
         made = FaultCluster(fork_server, tmp_path_factory.mktemp("cluster"))
         yield made
@@ -41,7 +41,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultCluster]:
 
 @pytest.fixture(scope="session")
 def store(cluster: FaultCluster) -> Path:
-    """A whole store, for those who only read it."""
+    """Complete store, which must not be changed."""
     path = cluster.new_folder() / "store.zarr"
     cluster.precompute(path)
     return path

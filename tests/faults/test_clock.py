@@ -1,4 +1,4 @@
-"""The system clock moved by years, between runs and while they work: the same bytes, and nothing is done twice."""
+"""System clock set wrong by years, between runs and during them: same bytes, nothing computed twice."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(library: Path, cwd: Path, *arguments: str | Path, years: float = 0) -> Done:
-    """A command under a shifted clock; it must end well and say no nonsense about time."""
+    """Run a command under a shifted clock; assert that it succeeds and reports sensible times."""
     done = mobilesam(*arguments, cwd=cwd, env=environment(**shifted(library, years)))
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
@@ -58,7 +58,7 @@ def command(library: Path, cwd: Path, *arguments: str | Path, years: float = 0) 
 
 
 def check_times(result: dict[str, Any]) -> None:
-    """No negative or infinite times, rates and shares."""
+    """Assert that no time, rate or share is negative or infinite."""
     for name in ("seconds", "images_per_second", "decode_seconds", "teacher_share", "data_wait_share"):
         value = result.get(name)
         assert value is None or (math.isfinite(value) and value >= 0), (name, value)
@@ -67,23 +67,23 @@ def check_times(result: dict[str, Any]) -> None:
     assert (result.get("data_wait_share") or 0) <= 1.01, result
 
 
-def test_the_library_moves_the_clock(library: Path) -> None:
-    """If it didn't, nothing here would be tested."""
+def test_the_library_shifts_the_clock(library: Path) -> None:
+    """Otherwise the tests of this file would test nothing."""
     code = "import time, datetime; print(datetime.datetime.now().year, time.time(), time.monotonic())"
     for years in YEARS:
         env = environment(**shifted(library, years))
-        said = subprocess.run(
+        printed = subprocess.run(
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
         ).stdout
-        year, _, monotonic = said.split()
+        year, _, monotonic = printed.split()
         assert abs(int(year) - datetime.now().year - years) <= 1
         assert abs(float(monotonic) - time.monotonic()) < HANGING
 
 
-def test_precompute_between_runs(
+def test_precompute_resumes_under_a_clock_changed_between_runs(
     run: Callable[..., dict[str, Any]], fault_log: FaultLog, library: Path, tmp_path: Path, pictures: Path
 ) -> None:
-    """Forty years ahead, fifty behind, ahead again: each run goes on where the one before it was."""
+    """Forty years ahead, fifty behind, ahead again: each run resumes the one before."""
     run("undisturbed.zarr", shard_size=2, precision="float32")
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store = tmp_path / "store.zarr"
@@ -119,7 +119,7 @@ def test_precompute_between_runs(
 
 
 @pytest.mark.parametrize("years", [-10.0, 10.0])
-def test_precompute_while_it_works(
+def test_a_clock_changed_during_precompute_loses_nothing(
     run: Callable[..., dict[str, Any]],
     fault_log: FaultLog,
     library: Path,
@@ -127,7 +127,7 @@ def test_precompute_while_it_works(
     pictures: Path,
     years: float,
 ) -> None:
-    """Twenty years at once. Forwards it goes on; backwards, dask would deliver nothing for as long: it says so."""
+    """A jump of 20 years. Forwards, the run continues; backwards it ends with an error, since dask waits 20 years."""
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store, switch = tmp_path / "store.zarr", tmp_path / "switch"
@@ -145,7 +145,7 @@ def test_precompute_while_it_works(
         assert b"the system clock was set back by 631,15" in err
     assert b"Traceback" not in err, err.decode()
     result = run(shard_size=1)
-    # Not before: when the coordinator is gone, multiprocessing's resource tracker has yet to see it.
+    # Only now: multiprocessing's resource tracker notices the coordinator's end with a delay.
     assert living_processes(sessions) == []
     wrong += wrong_reads(store, undisturbed)
     lost = missing_rows(store, undisturbed)
@@ -159,10 +159,10 @@ def test_precompute_while_it_works(
     assert stray_files(store, undisturbed) == []
 
 
-def test_training_and_verifying(
+def test_training_and_verify_give_the_same_results_under_any_clock(
     run: Callable[..., dict[str, Any]], fault_log: FaultLog, library: Path, tmp_path: Path
 ) -> None:
-    """A trainer is stopped under one clock and goes on under another; a third one judges the student."""
+    """A trainer is stopped under one clock, resumed under another, and its student verified under a third."""
     run()
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = command(library, tmp_path, "distill", "--out", whole, *DISTILL).json
@@ -212,7 +212,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 def stop_early(library: Path, cwd: Path, out: Path, years: float) -> None:
-    """Start a training under a shifted clock, and stop it once it is under way."""
+    """Start a training under a shifted clock and stop it once it has begun."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mobilesam", "distill", "--out", str(out), *DISTILL],
         cwd=cwd,

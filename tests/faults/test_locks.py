@@ -1,4 +1,4 @@
-"""Two at once: the second is refused by name and the first is undisturbed; readers may come and go."""
+"""Two processes on one store or run: the second is refused, the first undisturbed; readers are always allowed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.fault
 Run = Callable[..., dict[str, Any]]
 
 
-def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
+def test_a_second_precompute_is_refused_with_the_owners_name_and_the_first_continues(
     run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
 ) -> None:
     run("undisturbed.zarr", shard_size=1)
@@ -51,7 +51,7 @@ def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
             f"process {first.pid} on {socket.gethostname()} is writing to this store: wait for it, or stop it",
         )
         refused(mobilesam("inspect", store, "--repair", "--json"), f"process {first.pid} on")
-        assert first.poll() is None, "the first one had ended before the second was refused"
+        assert first.poll() is None, "the first one ended before the second was refused"
         (tmp_path / "gate").touch()
         out, err = first.communicate(timeout=HANGING)
     wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
@@ -66,7 +66,9 @@ def test_a_second_precompute_is_refused_by_name_and_the_first_goes_on(
     assert stray_files(store, undisturbed) == []
 
 
-def test_a_dead_owners_lock_falls_away(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path) -> None:
+def test_a_dead_owners_lock_is_released(
+    run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
+) -> None:
     run("undisturbed.zarr", shard_size=1)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     store = tmp_path / "store.zarr"
@@ -78,7 +80,7 @@ def test_a_dead_owners_lock_falls_away(run: Run, fault_log: FaultLog, tmp_path: 
         assert left == {"host": socket.gethostname(), "pid": owner.pid}
         deadline = time.monotonic() + HANGING
         while living_processes([owner.pid]):
-            assert time.monotonic() < deadline, "the dead coordinator's workers live on"
+            assert time.monotonic() < deadline, "the dead coordinator's workers still run"
             time.sleep(0.1)
         recovery = rerun_and_compare(store, undisturbed, lambda: run(shard_size=1), sessions=[owner.pid])
     fault_log.record(
@@ -94,7 +96,7 @@ OTHER_HOST = {"host": "elsewhere.example", "pid": 7}
 def test_another_hosts_owner_file_is_ignored_on_a_local_disk(
     run: Run, fault_log: FaultLog, tmp_path: Path
 ) -> None:
-    """Its process died with that host's mount: here the kernel would know of a live one."""
+    """On a local disk a live owner would hold the kernel's lock."""
     run(limit=3)
     run("undisturbed.zarr")
     store, undisturbed = tmp_path / "store.zarr", Snapshot.of(tmp_path / "undisturbed.zarr")
@@ -111,7 +113,7 @@ def test_another_hosts_owner_file_is_ignored_on_a_local_disk(
 def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The mount table is made up: no network file system is at hand here."""
+    """The mount table is simulated, since no network file system is available."""
     with EmbeddingStore.create(tmp_path / "store.zarr", make_spec(), images(), EVERYTHING, HEAD) as store:
         compute(store, embeddings())
     path = tmp_path / "store.zarr"
@@ -144,10 +146,10 @@ def test_another_hosts_owner_file_is_refused_where_other_hosts_may_write(
     assert not wrong
 
 
-def test_a_reader_sees_only_right_bytes_while_shards_are_withdrawn_and_committed(
+def test_a_reader_gets_only_right_bytes_while_shards_are_withdrawn_and_committed(
     fault_log: FaultLog, tmp_path: Path, many: Callable[[int, int], int]
 ) -> None:
-    """A read is the model's bytes, or an error that says the row isn't done just then."""
+    """A read returns the expected bytes, or an error that says the row is not done at that moment."""
     path = tmp_path / "store.zarr"
     with EmbeddingStore.create(path, make_spec(dtype="int8"), images(), EVERYTHING, HEAD) as store:
         compute(store, embeddings())
@@ -177,7 +179,7 @@ def test_a_reader_sees_only_right_bytes_while_shards_are_withdrawn_and_committed
 def read_on(
     path: Path, undisturbed: Snapshot, stop: threading.Event, wrong: list[str], counts: dict[str, int]
 ) -> None:
-    """Read every row again and again, with one store kept open and with fresh ones by turns."""
+    """Read all rows repeatedly, in turn from a store kept open and from a newly opened one."""
     with EmbeddingStore.open(path) as kept:
         while not stop.is_set():
             with EmbeddingStore.open(path) as fresh:
@@ -196,11 +198,11 @@ def read_on(
 
 
 def _steady_contents(run: Path) -> dict[str, bytes]:
-    """Without TensorBoard's file, which a thread of the first trainer still writes to."""
+    """Return a run's files but TensorBoard's, which a thread of the first trainer still writes to."""
     return {name: data for name, data in contents(run).items() if not name.startswith("events.")}
 
 
-def test_two_trainers_on_one_run(
+def test_a_second_trainer_of_a_run_is_refused_and_the_first_continues(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run()
@@ -220,7 +222,7 @@ def test_two_trainers_on_one_run(
     seen = []
 
     def intrude(progress: object) -> None:
-        """While the first one trains."""
+        """Start a second trainer while the first one trains."""
         if seen:
             return
         before = _steady_contents(config.out)
@@ -240,6 +242,6 @@ def test_two_trainers_on_one_run(
         role="trainer",
     )  # fmt: skip
     assert not lost
-    # The lock is the process's: nothing has to be deleted.
+    # The lock ends with its process: nothing has to be deleted.
     with run_lock(config.out):
         pass

@@ -1,4 +1,4 @@
-"""The account of the faults: what is counted, and when it fails."""
+"""Summary of the fault log: counts and reasons to fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_faults_that_did_not_fire_do_not_count(fault_log: FaultLog) -> None:
 @pytest.mark.parametrize(
     ("changes", "code"), [({}, 0), ({"lost": 1}, 1), ({"wrong": 1}, 1), ({"fired": False}, 1)]
 )
-def test_the_account_fails_when_something_is_lost_or_wrong_or_nothing_fired(
+def test_the_summary_fails_when_something_is_lost_or_wrong_or_nothing_fired(
     fault_log: FaultLog, capsys: pytest.CaptureFixture[str], changes: dict[str, object], code: int
 ) -> None:
     note(fault_log, 1, **changes)

@@ -1,4 +1,4 @@
-"""Damage to what a training leaves, and to teachers' checkpoints: an error, or a fall back; never read as data."""
+"""Damage to a run's files and to teachers' checkpoints: an error or a fallback, never read as data."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ FILES = (
 )  # fmt: skip
 
 
-class Paused:
-    """A training that was stopped one step before its end, with both checkpoints; and one that was not."""
+class StoppedRun:
+    """Run stopped one step before its end, with both checkpoints, and a complete run of the same config."""
 
     def __init__(self, folder: Path, scheduler: str) -> None:
         self.folder = folder
@@ -81,7 +81,7 @@ class Paused:
         return DistillConfig(**(self._config | {"out": out} | changes))
 
     def copy(self, of: str = "paused", real: Sequence[str] = ()) -> Path:
-        """A copy of a run; only `real` files, and those that are written in place, take room of their own."""
+        """Copy a run; only `real` files and small ones are copied, the others are hard links."""
         self._number += 1
         place = self.folder / f"{of}-{self._number}"
         place.mkdir()
@@ -94,34 +94,34 @@ class Paused:
 
 
 @pytest.fixture(scope="module")
-def paused(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> Iterator[Paused]:
+def paused(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> Iterator[StoppedRun]:
     torch.set_num_threads(1)
     before = Path.cwd()
-    yield Paused(tmp_path_factory.mktemp("runs"), scheduler)
+    yield StoppedRun(tmp_path_factory.mktemp("runs"), scheduler)
     os.chdir(before)
 
 
 def parts(run: Path) -> dict[str, bytes | None]:
-    """What every reader of a run's folder gets, as bytes; None where it gets an error."""
+    """Return the result of every reader of a run's folder as bytes; None for an error."""
 
-    def told(read: Callable[[], object]) -> bytes | None:
+    def read_or_none(read: Callable[[], object]) -> bytes | None:
         try:
             return as_bytes(read())
         except DistillError:
             return None
 
-    opened = told(lambda: Run.open(run).description)
+    opened = read_or_none(lambda: Run.open(run).description)
     if opened is None:
         return dict.fromkeys(("config", "split", "student", "mean", "head", "history", "result"))
     return {
         "config": opened,
-        "split": told(lambda: (Run.open(run).split.train, Run.open(run).split.val)),
-        "student": told(lambda: Run.open(run).student()[0].state_dict()),
-        "mean": told(lambda: Run.open(run).mean_embedding()),
-        "head": told(lambda: Run.open(run).read_head()),
-        "history": told(lambda: Run.open(run).history()),
-        # That a damaged result counts as none makes the run go on, so it is no error.
-        "result": told(lambda: Run.open(run).result() or b""),
+        "split": read_or_none(lambda: (Run.open(run).split.train, Run.open(run).split.val)),
+        "student": read_or_none(lambda: Run.open(run).student()[0].state_dict()),
+        "mean": read_or_none(lambda: Run.open(run).mean_embedding()),
+        "head": read_or_none(lambda: Run.open(run).read_head()),
+        "history": read_or_none(lambda: Run.open(run).history()),
+        # A damaged result counts as none, so that the run is resumed: not an error.
+        "result": read_or_none(lambda: Run.open(run).result() or b""),
     }
 
 
@@ -136,7 +136,7 @@ def as_bytes(value: object) -> bytes:
 
 
 def misread(found: Mapping[str, bytes | None], whole: Mapping[str, bytes | None]) -> list[str]:
-    """Parts that were read without an error as something else."""
+    """Return the parts that were read without an error but differ."""
     return [
         name
         for name, value in found.items()
@@ -144,35 +144,35 @@ def misread(found: Mapping[str, bytes | None], whole: Mapping[str, bytes | None]
     ]
 
 
-# ---- bits, read by every reader
+# ---- flipped bits
 
 
 @pytest.mark.parametrize("file", [name for name in FILES if not name.endswith(".pt")])
 def test_a_flipped_bit_or_a_cut_of_a_runs_file_is_never_read_as_data(
-    paused: Paused, fault_log: FaultLog, many: Many, file: str
+    paused: StoppedRun, fault_log: FaultLog, many: Many, file: str
 ) -> None:
     run = paused.copy("whole", real=[file])
     whole, good = parts(run), (run / file).read_bytes()
     assert None not in whole.values()
     whole_lines = whole["history"] or b""
-    harm: list[tuple[str, int, Callable[[Path], None]]] = [
+    damages: list[tuple[str, int, Callable[[Path], None]]] = [
         ("flip", 8 * offset + bit, lambda path, at=(offset, bit): flip(path, *at))
         for offset, bit in [
             *bits(range(len(good)), many(24, 3), file),
             *bits(range(min(len(good), 4096)), many(24, 3), f"start of {file}"),
         ]
     ]
-    harm += [
+    damages += [
         ("truncate", length, lambda path, length=length: cut(path, length))
         for length in lengths(len(good), 4096, 0, file)[:: many(1, 3)]
         if length >= 0
     ]
-    harm += [("zeros", 0, zero), ("delete", 0, Path.unlink)]
-    for action, ordinal, damage in harm:
+    damages += [("zeros", 0, zero), ("delete", 0, Path.unlink)]
+    for action, ordinal, damage in damages:
         damage(run / file)
         found = parts(run)
         wrong = misread(found, whole)
-        # The last line of a log may be half, and is then none; those before it are what they were.
+        # A truncated last line of the log is ignored; the lines before it must be unchanged.
         if "history" in wrong and whole_lines.startswith((found["history"] or b"")[:-1]):
             wrong.remove("history")
         fault_log.record(
@@ -192,7 +192,7 @@ def test_a_flipped_bit_or_a_cut_of_a_runs_file_is_never_read_as_data(
 
 
 def zip_classes(path: Path) -> dict[str, Sequence[int]]:
-    """Offsets in a file of torch.save, by what stands there."""
+    """Return the offsets in a file of torch.save, by kind of content."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         directory = archive.start_dir
@@ -222,8 +222,8 @@ def zip_classes(path: Path) -> dict[str, Sequence[int]]:
 ZIP_CLASSES = ("tensor", "other records", "description", "local headers", "directory", "end")
 
 
-class Reader:
-    """Loads checkpoints of the paused run as a rerun does, and tells whether it got what was saved."""
+class CheckpointReader:
+    """Reader that loads a run's checkpoints as a rerun does."""
 
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
@@ -231,7 +231,7 @@ class Reader:
         self._optimizer = torch.optim.AdamW(parameter_groups(self._student, 0.1))
 
     def read(self, folder: Path) -> bytes | None:
-        """Everything in the newest whole checkpoint; None when there is none."""
+        """Return the contents of the newest intact checkpoint as bytes; None if there is none."""
         fresh = TrainState(embeddings=EmbeddingSum(sum_CHW=torch.zeros(256, 4, 4, dtype=torch.float64)))
         try:
             state = Checkpoints(folder=folder, run_id=self._run_id).load(
@@ -249,12 +249,12 @@ class Reader:
 
 @pytest.mark.parametrize("byte_class", ZIP_CLASSES)
 def test_a_flipped_bit_of_a_checkpoint_is_never_read_as_data(
-    paused: Paused, fault_log: FaultLog, many: Many, byte_class: str
+    paused: StoppedRun, fault_log: FaultLog, many: Many, byte_class: str
 ) -> None:
-    """With nothing to fall back on, so that it is this file that is read or refused."""
+    """Without a previous.pt, so that this file itself is read or refused."""
     run = paused.copy(real=["last.pt"])
     (run / "previous.pt").unlink()
-    reader = Reader(Run.open(run).id)
+    reader = CheckpointReader(Run.open(run).id)
     whole = reader.read(run)
     assert whole is not None
     refusals = 0
@@ -274,10 +274,10 @@ def test_a_flipped_bit_of_a_checkpoint_is_never_read_as_data(
     shutil.rmtree(run)
 
 
-# ---- whole files, and going on
+# ---- damaged files and resuming
 
 
-HARM: dict[str, Callable[[Path], object]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "flip": lambda path: flip(path, path.stat().st_size // 2),
     "truncate": lambda path: cut(path, path.stat().st_size // 2),
     "empty": lambda path: cut(path, 0),
@@ -286,13 +286,15 @@ HARM: dict[str, Callable[[Path], object]] = {
 }
 
 
-def go_on(paused: Paused, fault_log: FaultLog, run: Path, action: str, phase: str, **options: Any) -> None:
-    """The same command again: the run must end as the undisturbed one did, and with the same files."""
+def resume_and_compare(
+    paused: StoppedRun, fault_log: FaultLog, run: Path, action: str, phase: str, **options: Any
+) -> None:
+    """Run the same command again; the run must end like the undisturbed one, with the same files."""
     distill(paused.config(run, **options))
     outcome = RunContents.of(run)
     lost = outcome.lines != paused.outcome.lines or outcome.weights != paused.outcome.weights
     fault_log.record(
-        call=action, ordinal=0, file=phase, phase=f"going on, {phase}", fired=True, lost=int(lost), wrong=0,
+        call=action, ordinal=0, file=phase, phase=f"resume, {phase}", fired=True, lost=int(lost), wrong=0,
         role="trainer",
     )  # fmt: skip
     assert not lost
@@ -300,49 +302,51 @@ def go_on(paused: Paused, fault_log: FaultLog, run: Path, action: str, phase: st
     shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("action", HARM)
-def test_the_checkpoint_before_the_last_is_gone_on_from(
-    paused: Paused, fault_log: FaultLog, caplog: pytest.LogCaptureFixture, action: str
+@pytest.mark.parametrize("action", DAMAGES)
+def test_a_damaged_last_checkpoint_falls_back_to_the_previous_one(
+    paused: StoppedRun, fault_log: FaultLog, caplog: pytest.LogCaptureFixture, action: str
 ) -> None:
     run = paused.copy(real=["last.pt"])
-    HARM[action](run / "last.pt")
-    go_on(paused, fault_log, run, action, "last.pt")
+    DAMAGES[action](run / "last.pt")
+    resume_and_compare(paused, fault_log, run, action, "last.pt")
     assert [
         record for record in caplog.records if "previous.pt" in record.message and "last.pt" in record.message
     ]
 
 
-def test_a_damaged_checkpoint_before_the_last_is_not_needed(paused: Paused, fault_log: FaultLog) -> None:
+def test_a_damaged_previous_checkpoint_is_not_needed(paused: StoppedRun, fault_log: FaultLog) -> None:
     run = paused.copy(real=["previous.pt"])
-    HARM["flip"](run / "previous.pt")
-    go_on(paused, fault_log, run, "flip", "previous.pt")
+    DAMAGES["flip"](run / "previous.pt")
+    resume_and_compare(paused, fault_log, run, "flip", "previous.pt")
 
 
-def test_two_checkpoints_swapped_cost_one_step(paused: Paused, fault_log: FaultLog) -> None:
+def test_two_swapped_checkpoints_cost_one_step(paused: StoppedRun, fault_log: FaultLog) -> None:
     run = paused.copy(real=["last.pt", "previous.pt"])
     swap(run / "last.pt", run / "previous.pt")
-    go_on(paused, fault_log, run, "swap", "checkpoints swapped")
+    resume_and_compare(paused, fault_log, run, "swap", "checkpoints swapped")
 
 
-def test_two_damaged_checkpoints_are_told_and_nothing_is_changed(paused: Paused, fault_log: FaultLog) -> None:
+def test_two_damaged_checkpoints_are_an_error_that_changes_nothing(
+    paused: StoppedRun, fault_log: FaultLog
+) -> None:
     run = paused.copy(real=["last.pt", "previous.pt"])
-    HARM["flip"](run / "last.pt")
-    HARM["truncate"](run / "previous.pt")
+    DAMAGES["flip"](run / "last.pt")
+    DAMAGES["truncate"](run / "previous.pt")
     before = contents(run)
     with pytest.raises(DistillError, match=r"(?s)last\.pt .*previous\.pt .*--restart"):
         distill(paused.config(run))
     assert contents(run).keys() - {"run.lock"} >= before.keys() - {"run.lock"}
     assert (run / "last.pt").read_bytes() == before["last.pt"]
-    go_on(paused, fault_log, run, "flip", "both checkpoints, --restart", restart=True)
+    resume_and_compare(paused, fault_log, run, "flip", "both checkpoints, --restart", restart=True)
 
 
-def test_another_runs_checkpoint_is_not_gone_on_from(paused: Paused, fault_log: FaultLog) -> None:
-    """Whole, of the very same shapes, but learned from other options."""
+def test_another_runs_checkpoint_is_not_resumed(paused: StoppedRun, fault_log: FaultLog) -> None:
+    """The checkpoint is intact and has the same shapes, but was trained with other options."""
     other = paused.folder / "other"
     distill(paused.config(other, lr=1e-4))
     run = paused.copy(real=["last.pt"])
     shutil.copy(other / "last.pt", run / "last.pt")
-    go_on(paused, fault_log, run, "copy", "another run's last.pt")
+    resume_and_compare(paused, fault_log, run, "copy", "another run's last.pt")
     shutil.rmtree(other)
 
 
@@ -350,34 +354,38 @@ def test_another_runs_checkpoint_is_not_gone_on_from(paused: Paused, fault_log: 
 @pytest.mark.parametrize(
     "file", ["student.safetensors", "mean_embedding.safetensors", "sam_head.safetensors", "split.json"]
 )
-def test_what_can_be_written_anew_is(paused: Paused, fault_log: FaultLog, file: str, of: str) -> None:
+def test_files_that_can_be_written_again_are_replaced(
+    paused: StoppedRun, fault_log: FaultLog, file: str, of: str
+) -> None:
     run = paused.copy(of, real=[file])
-    HARM["flip"](run / file)
-    go_on(paused, fault_log, run, "flip", f"{file} of a {of} run")
+    DAMAGES["flip"](run / file)
+    resume_and_compare(paused, fault_log, run, "flip", f"{file} of a {of} run")
 
 
 @pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
-def test_what_only_the_run_knew_is_told_with_the_mend(paused: Paused, fault_log: FaultLog, file: str) -> None:
+def test_a_file_that_cannot_be_written_again_is_an_error_with_its_remedy(
+    paused: StoppedRun, fault_log: FaultLog, file: str
+) -> None:
     run = paused.copy(real=[file])
     flip(run / file, 60)
     with pytest.raises(DistillError, match=rf"{file} is .*damaged(.|\n)*--restart"):
         distill(paused.config(run))
-    go_on(paused, fault_log, run, "flip", f"{file}, --restart", restart=True)
+    resume_and_compare(paused, fault_log, run, "flip", f"{file}, --restart", restart=True)
 
 
-def test_a_result_cut_off_is_computed_again(paused: Paused, fault_log: FaultLog) -> None:
+def test_a_truncated_result_is_computed_again(paused: StoppedRun, fault_log: FaultLog) -> None:
     run = paused.copy("whole", real=["metrics.jsonl"])
     cut(run / "metrics.jsonl", (run / "metrics.jsonl").stat().st_size - 5)
-    go_on(paused, fault_log, run, "truncate", "metrics.jsonl of a whole run")
+    resume_and_compare(paused, fault_log, run, "truncate", "metrics.jsonl of a whole run")
 
 
-def test_the_commands_say_so_with_exit_code_3(paused: Paused, fault_log: FaultLog) -> None:
+def test_the_commands_report_damaged_runs_with_exit_code_3(paused: StoppedRun, fault_log: FaultLog) -> None:
     run = paused.copy("whole", real=["student.safetensors"])
-    HARM["flip"](run / "student.safetensors")
+    DAMAGES["flip"](run / "student.safetensors")
     refused(
         mobilesam("verify", "--student", run, "--split", "all", "--json"), "student.safetensors", "damaged"
     )
-    HARM["flip"](run / "config.json")
+    DAMAGES["flip"](run / "config.json")
     refused(mobilesam("verify", "--student", run, "--split", "all", "--json"), "config.json", "damaged")
     fault_log.record(
         call="flip",
@@ -397,7 +405,7 @@ def test_the_commands_say_so_with_exit_code_3(paused: Paused, fault_log: FaultLo
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mobile_sam of random weights."""
+    """Checkpoint of a mobile_sam with random weights."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -408,7 +416,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(path: Path) -> bytes | None:
-    """Encoder and head; None when the file is refused."""
+    """Return encoder and head as bytes; None if the file is refused."""
     try:
         encoder = load_teacher("mobile_sam", path, image_size=64).image_encoder.state_dict()
         return as_bytes(encoder) + as_bytes(dict(load_head("mobile_sam", path)))
@@ -437,9 +445,11 @@ def test_a_flipped_bit_of_a_teacher_is_never_read_as_data(
 
 
 @pytest.mark.parametrize("action", ["truncate", "empty", "zeros", "delete"])
-def test_a_teacher_of_another_length(teacher: Path, tmp_path: Path, fault_log: FaultLog, action: str) -> None:
+def test_a_truncated_empty_zeroed_or_missing_teacher_is_refused(
+    teacher: Path, tmp_path: Path, fault_log: FaultLog, action: str
+) -> None:
     path = Path(shutil.copy(teacher, tmp_path / "teacher.pt"))
-    HARM[action](path)
+    DAMAGES[action](path)
     found = weights(path)
     fault_log.record(
         call=action, ordinal=0, file="teacher.pt", phase="teacher", fired=True, lost=0, wrong=int(found is not None),
@@ -452,7 +462,7 @@ def test_a_teacher_of_another_length(teacher: Path, tmp_path: Path, fault_log: F
 def test_a_store_refuses_its_teacher_with_a_bit_flipped(
     run: Callable[..., dict[str, Any]], teacher: Path, tmp_path: Path, fault_log: FaultLog, form: str
 ) -> None:
-    """torch's older format has no checksums: there the store's SHA-256 is what tells."""
+    """torch's older format has no checksums: there the store's SHA-256 finds the flip."""
     path = tmp_path / "teacher.pt"
     torch.save(torch.load(teacher), path, _use_new_zipfile_serialization=form == "zip")
     options = {"teacher": "mobile_sam", "checkpoint": path}

@@ -1,6 +1,6 @@
-"""Damage to a store's files: never read as data, named by the check, mended by repair and a rerun.
+"""Damage to a store's files: never read as data, found by the check, repaired by repair and a rerun.
 
-Rows are made up here and put in as a worker and a coordinator do; `test_store_mended.py` does it with the commands.
+Rows are random here, written as worker and coordinator do; `test_store_repair.py` uses the commands.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def damaged_stores(tmp_path: Path, fault_log: FaultLog) -> DamagedStores:
     return DamagedStores(tmp_path, fault_log)
 
 
-# ---- bits
+# ---- flipped bits
 
 
 @pytest.mark.parametrize("byte_class", BYTE_CLASSES)
 @pytest.mark.parametrize(("dtype", "array"), ARRAYS)
-def test_a_flipped_bit_of_a_shard(
+def test_a_flipped_bit_of_a_shard_is_found_and_repaired(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], dtype: str, array: str, byte_class: str
 ) -> None:
     layout = make_spec(dtype=dtype).layouts[0 if array == "embeddings" else 1]
@@ -53,12 +53,12 @@ def test_a_flipped_bit_of_a_shard(
                 lambda path, at=(number, offset, bit): flip(shard(path, at[0], array), *at[1:]),
                 call="flip", phase=f"{array} {byte_class}", file=array, ordinal=8 * offset + bit, dtype=dtype,
             )  # fmt: skip
-            # Nothing reads what lies between rows, so that a flip there is no damage.
+            # The padding between rows is never read, so a flip there is no damage.
             assert named(problems, number, array) or byte_class == "padding", (offset, bit)
 
 
 @pytest.mark.parametrize("document", ["zarr.json", "embeddings/zarr.json", "scales/zarr.json"])
-def test_a_flipped_bit_of_a_zarr_document(
+def test_a_flipped_bit_of_a_zarr_document_is_found_and_repaired(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], document: str
 ) -> None:
     size = (damaged_stores.intact("int8") / document).stat().st_size
@@ -71,7 +71,7 @@ def test_a_flipped_bit_of_a_zarr_document(
 
 
 @pytest.mark.parametrize("part", ["header", "pages"])
-def test_a_flipped_bit_of_the_manifest(
+def test_a_flipped_bit_of_the_manifest_is_never_read_as_data(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], part: str
 ) -> None:
     size = (damaged_stores.intact() / MANIFEST).stat().st_size
@@ -85,11 +85,13 @@ def test_a_flipped_bit_of_the_manifest(
 
 
 def used_bytes(path: Path) -> list[int]:
-    """Offsets past the header that are no zeros: most of a small manifest's pages is empty."""
+    """Return offsets of nonzero bytes past the header: most of a small manifest's pages are empty."""
     return [offset for offset, byte in enumerate(path.read_bytes()) if offset >= 100 and byte]
 
 
-def test_a_flipped_bit_of_the_head(damaged_stores: DamagedStores, many: Callable[[int, int], int]) -> None:
+def test_a_flipped_bit_of_the_head_is_found_and_repaired(
+    damaged_stores: DamagedStores, many: Callable[[int, int], int]
+) -> None:
     for offset, bit in bits(range(len(HEAD)), many(20, 3), "head"):
         problems = damaged_stores.damage_and_repair(
             lambda path, at=(offset, bit): flip(path / HEAD_FILE, *at),
@@ -98,11 +100,11 @@ def test_a_flipped_bit_of_the_head(damaged_stores: DamagedStores, many: Callable
         assert [problem["kind"] for problem in problems] == ["head"]
 
 
-# ---- lengths, holes, absence
+# ---- truncated, overwritten and missing files
 
 
 @pytest.mark.parametrize(("dtype", "array"), ARRAYS)
-def test_a_shard_of_another_length(
+def test_a_shard_of_another_length_is_found_and_repaired(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], dtype: str, array: str
 ) -> None:
     layout = make_spec(dtype=dtype).layouts[0 if array == "embeddings" else 1]
@@ -118,7 +120,7 @@ def test_a_shard_of_another_length(
 @pytest.mark.parametrize(
     "file", ["zarr.json", "embeddings/zarr.json", str(MANIFEST), str(HEAD_FILE), str(PRIVATE / "writer.lock")]
 )
-def test_another_file_of_another_length(
+def test_other_files_of_another_length_are_found_and_repaired(
     damaged_stores: DamagedStores, many: Callable[[int, int], int], file: str
 ) -> None:
     size = (damaged_stores.intact() / file).stat().st_size
@@ -127,7 +129,7 @@ def test_another_file_of_another_length(
             lambda path, length=length: cut(path / file, max(length, 0)),
             call="truncate", phase=file, file=file, ordinal=length,
         )  # fmt: skip
-        # SQLite reads what is missing of its last page as zeros, which an empty page is.
+        # SQLite reads a truncated last page as zeros, which is an empty page.
         harmless = length > size or "lock" in file or (file == str(MANIFEST) and length > size - 4096)
         assert problems or harmless, length
 
@@ -138,8 +140,10 @@ def test_another_file_of_another_length(
     ["embeddings/c.0.0.0.0", "embeddings/c.2.0.0.0", "scales/c.1.0", "zarr.json", "embeddings/zarr.json",
      "scales/zarr.json", str(MANIFEST), str(HEAD_FILE)],
 )  # fmt: skip
-def test_a_file_deleted_or_overwritten(damaged_stores: DamagedStores, file: str, action: str) -> None:
-    """Overwritten with zeros, or with JSON that no parser takes the depth of."""
+def test_a_file_deleted_or_overwritten_is_found_and_repaired(
+    damaged_stores: DamagedStores, file: str, action: str
+) -> None:
+    """Overwrites with zeros, or with JSON nested too deep for a parser."""
 
     def damage(path: Path) -> None:
         if action == "zeros":
@@ -156,7 +160,7 @@ def test_a_file_deleted_or_overwritten(damaged_stores: DamagedStores, file: str,
 @pytest.mark.parametrize(
     "file", ["embeddings/c.0.0.0.0", "scales/c.1.0", "zarr.json", "embeddings/zarr.json", str(HEAD_FILE)]
 )
-def test_a_folder_in_a_files_place_is_somebodys_and_stays(
+def test_a_folder_in_place_of_a_file_is_never_deleted(
     damaged_stores: DamagedStores, fault_log: FaultLog, file: str
 ) -> None:
     path, undisturbed = damaged_stores.copy("int8")
@@ -182,7 +186,7 @@ def test_a_folder_in_a_files_place_is_somebodys_and_stays(
     assert (wrong, lost) == ([], [])
 
 
-def test_everything_deleted_but_the_manifest(damaged_stores: DamagedStores) -> None:
+def test_a_store_with_everything_deleted_but_the_manifest_is_repaired(damaged_stores: DamagedStores) -> None:
     def damage(path: Path) -> None:
         manifest = (path / MANIFEST).read_bytes()
         shutil.rmtree(path)
@@ -208,19 +212,21 @@ def test_everything_deleted_but_the_manifest(damaged_stores: DamagedStores) -> N
         b'{"pid": "x", "host": null}',
     ],
 )
-def test_whatever_stands_in_the_owners_file(damaged_stores: DamagedStores, content: bytes) -> None:
-    """No live process holds the lock, so its owner's file means nothing."""
+def test_any_content_of_the_owners_file_is_harmless(damaged_stores: DamagedStores, content: bytes) -> None:
+    """No live process holds the lock, so the owner's file does not matter."""
     damaged_stores.damage_and_repair(
         lambda path: (path / PRIVATE / "writer.json").write_bytes(content),
         call="overwrite", phase="writer.json", file=str(PRIVATE / "writer.json"), ordinal=len(content),
     )  # fmt: skip
 
 
-# ---- whole files and rows in a wrong place
+# ---- files and rows in the wrong place
 
 
 @pytest.mark.parametrize(("dtype", "array"), ARRAYS)
-def test_two_shards_swapped(damaged_stores: DamagedStores, dtype: str, array: str) -> None:
+def test_two_swapped_shards_are_found_and_repaired(
+    damaged_stores: DamagedStores, dtype: str, array: str
+) -> None:
     problems = damaged_stores.damage_and_repair(
         lambda path: swap(shard(path, 0, array), shard(path, 1, array)),
         call="swap", phase=f"{array} shards", file=array, dtype=dtype,
@@ -232,7 +238,7 @@ def test_two_shards_swapped(damaged_stores: DamagedStores, dtype: str, array: st
 
 @pytest.mark.parametrize(("dtype", "array"), ARRAYS)
 @pytest.mark.parametrize("way", ["rows", "index entries"])
-def test_two_rows_swapped_with_their_checksums(
+def test_two_rows_swapped_with_their_checksums_are_found_and_repaired(
     damaged_stores: DamagedStores, dtype: str, array: str, way: str
 ) -> None:
     layout = make_spec(dtype=dtype).layouts[0 if array == "embeddings" else 1]
@@ -244,7 +250,7 @@ def test_two_rows_swapped_with_their_checksums(
             first, second = (data[n * layout.stride : (n + 1) * layout.stride] for n in (0, 1))
             data[: 2 * layout.stride] = second + first
         else:
-            # The index is made anew, its own checksum right.
+            # The index is rewritten with a right checksum of its own.
             body = data[3 * layout.stride : -4]
             body[:16], body[16:32] = body[16:32], body[:16]
             data[3 * layout.stride :] = body + google_crc32c.value(bytes(body)).to_bytes(4, "little")
@@ -259,7 +265,7 @@ def test_two_rows_swapped_with_their_checksums(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shard_of_another_store(damaged_stores: DamagedStores, dtype: str) -> None:
+def test_a_shard_of_another_store_is_found_and_repaired(damaged_stores: DamagedStores, dtype: str) -> None:
     other = damaged_stores.intact(dtype, seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 2), shard(path, 2)),
@@ -269,7 +275,9 @@ def test_a_shard_of_another_store(damaged_stores: DamagedStores, dtype: str) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shard_of_another_dtypes_store(damaged_stores: DamagedStores, dtype: str) -> None:
+def test_a_shard_of_another_dtypes_store_is_found_and_repaired(
+    damaged_stores: DamagedStores, dtype: str
+) -> None:
     other = damaged_stores.intact("float32" if dtype == "float16" else "float16")
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 0), shard(path, 0)),
@@ -279,8 +287,8 @@ def test_a_shard_of_another_dtypes_store(damaged_stores: DamagedStores, dtype: s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shard_of_an_older_commit(damaged_stores: DamagedStores, dtype: str) -> None:
-    """The shard was withdrawn and computed anew, by a teacher that gives something else; the older file is back."""
+def test_a_shard_of_an_older_commit_is_found_and_repaired(damaged_stores: DamagedStores, dtype: str) -> None:
+    """The shard was withdrawn and recomputed with other values; then the older file is put back."""
     stale = damaged_stores.intact(dtype, seed=2)
 
     def damage(path: Path) -> None:
@@ -297,7 +305,7 @@ def test_a_shard_of_an_older_commit(damaged_stores: DamagedStores, dtype: str) -
     assert {problem["row"] for problem in problems} == {0, 1, 2}
 
 
-def test_scales_of_another_commit_beside_the_right_values(damaged_stores: DamagedStores) -> None:
+def test_scales_of_another_store_are_found_and_repaired(damaged_stores: DamagedStores) -> None:
     other = damaged_stores.intact("int8", seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(shard(other, 0, "scales"), shard(path, 0, "scales")),
@@ -306,7 +314,7 @@ def test_scales_of_another_commit_beside_the_right_values(damaged_stores: Damage
     assert named(problems, 0, "scales")
 
 
-def test_another_stores_documents(damaged_stores: DamagedStores) -> None:
+def test_another_stores_zarr_json_is_found_and_repaired(damaged_stores: DamagedStores) -> None:
     for dtype, other in (
         ("float16", damaged_stores.intact("float16", seed=1)),
         ("float16", damaged_stores.intact("int8")),
@@ -317,7 +325,7 @@ def test_another_stores_documents(damaged_stores: DamagedStores) -> None:
         )  # fmt: skip
 
 
-def test_another_stores_manifest(damaged_stores: DamagedStores) -> None:
+def test_another_stores_manifest_is_found_and_repaired(damaged_stores: DamagedStores) -> None:
     other = damaged_stores.intact("float16", seed=1)
     problems = damaged_stores.damage_and_repair(
         lambda path: shutil.copy(other / MANIFEST, path / MANIFEST),
@@ -326,12 +334,12 @@ def test_another_stores_manifest(damaged_stores: DamagedStores) -> None:
     assert problems
 
 
-# ---- the manifest set back
+# ---- an older manifest
 
 
 @pytest.mark.parametrize("moment", ["empty", "first shard", "other teacher"])
-def test_an_older_manifest_put_back(damaged_stores: DamagedStores, moment: str) -> None:
-    """What the older one lists and whose bytes are still there is read; the rest is pending, or an error."""
+def test_an_older_manifest_is_found_and_repaired(damaged_stores: DamagedStores, moment: str) -> None:
+    """Rows that the older manifest lists with the present bytes are read; the others are pending, or an error."""
 
     def damage(path: Path) -> None:
         with EmbeddingStore.open(path, writable=True) as store:
@@ -350,8 +358,8 @@ def test_an_older_manifest_put_back(damaged_stores: DamagedStores, moment: str) 
     assert named(problems, 1)
 
 
-def test_a_stale_hot_journal(damaged_stores: DamagedStores) -> None:
-    """SQLite rolls a journal back into whatever manifest it finds beside it, of whatever time."""
+def test_a_stale_hot_journal_causes_no_wrong_read(damaged_stores: DamagedStores) -> None:
+    """SQLite rolls a journal back into the manifest beside it, even one of another time."""
 
     def damage(path: Path) -> None:
         with EmbeddingStore.open(path, writable=True) as store:
@@ -365,8 +373,8 @@ def test_a_stale_hot_journal(damaged_stores: DamagedStores) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 512, 5000])
-def test_a_journal_that_is_none(damaged_stores: DamagedStores, length: int) -> None:
-    """(An empty one is SQLite's own: it stays until the next transaction.)"""
+def test_a_journal_of_garbage_is_harmless(damaged_stores: DamagedStores, length: int) -> None:
+    """An empty journal is SQLite's own, which stays until the next transaction."""
     damaged_stores.damage_and_repair(
         lambda path: (path / f"{MANIFEST}-journal").write_bytes(b"\x5a" * length),
         call="overwrite", phase="journal", file=f"{MANIFEST}-journal", ordinal=length,
@@ -374,7 +382,10 @@ def test_a_journal_that_is_none(damaged_stores: DamagedStores, length: int) -> N
 
 
 def hot_journal(manifest: Path) -> bytes:
-    """What a writer killed in a large transaction leaves: taken while the transaction is under way, then undone."""
+    """Return the journal that a writer killed in a large transaction leaves.
+
+    It is read during a transaction, which is then rolled back.
+    """
     with closing(sqlite3.connect(manifest, isolation_level=None)) as connection:
         connection.execute("PRAGMA cache_size = 1")
         connection.execute("BEGIN IMMEDIATE")

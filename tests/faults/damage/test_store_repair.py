@@ -1,4 +1,4 @@
-"""A damaged store brought back by the commands that the messages name: check, repair, precompute."""
+"""Repair of a damaged store by the commands that the messages name: check, repair, precompute."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_repair_and_the_same_run_again(run: Run, fault_log: FaultLog, tmp_path: Path, name: str) -> None:
-    """Only what is damaged is computed anew, and good shards keep their very files."""
+def test_repair_and_the_same_run_recompute_only_what_is_damaged(
+    run: Run, fault_log: FaultLog, tmp_path: Path, name: str
+) -> None:
+    """Good shards keep their files, by inode."""
     damage, shards = DAMAGES[name]
     dtype = "int8" if name == "scales" else "float16"
     run(dtype=dtype)
@@ -80,8 +82,10 @@ def inodes(store: Path) -> dict[str, int]:
     return {file.name: file.stat().st_ino for file in (store / "embeddings").glob("c.*")}
 
 
-def test_an_older_commit_of_another_teacher(run: Run, fault_log: FaultLog, tmp_path: Path) -> None:
-    """A shard file that the same row numbers once had, whole and checksummed, from a teacher in other arithmetic."""
+def test_an_intact_shard_of_another_teacher_is_found_and_repaired(
+    run: Run, fault_log: FaultLog, tmp_path: Path
+) -> None:
+    """The shard has the same rows and right checksums, but was computed in another precision."""
     run("other.zarr", precision="bfloat16")
     run(precision="float32")
     store = tmp_path / "store.zarr"
@@ -104,7 +108,9 @@ def test_an_older_commit_of_another_teacher(run: Run, fault_log: FaultLog, tmp_p
     assert (wrong, lost) == ([], [])
 
 
-def test_a_lost_manifest_means_to_make_the_store_anew(run: Run, fault_log: FaultLog, tmp_path: Path) -> None:
+def test_a_lost_manifest_is_an_error_and_the_store_has_to_be_made_again(
+    run: Run, fault_log: FaultLog, tmp_path: Path
+) -> None:
     run()
     store = tmp_path / "store.zarr"
     undisturbed = Snapshot.of(store)
@@ -123,10 +129,10 @@ def test_a_lost_manifest_means_to_make_the_store_anew(run: Run, fault_log: Fault
     assert (wrong, lost) == ([], [])
 
 
-def test_the_printed_command_mends_many_damages_at_once(
+def test_the_printed_command_repairs_many_damages_at_once(
     run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
 ) -> None:
-    """check exits 1, repair prints a command, that very line typed into a shell gives back every byte."""
+    """The check exits with 1, repair prints a command, and that line, run in a shell, restores every byte."""
     run()
     store = tmp_path / "store.zarr"
     undisturbed = Snapshot.of(store)
@@ -144,10 +150,10 @@ def test_the_printed_command_mends_many_damages_at_once(
     assert checked.code == 1, checked.err
     kinds = {problem["kind"] for problem in checked.json["problems"]}
     assert kinds == {"checksum", "missing", "metadata", "head", "orphan"}
-    told = mobilesam("inspect", store, "--check")
-    assert told.code == 1
+    printed = mobilesam("inspect", store, "--check")
+    assert printed.code == 1
     for name in ("c.0.0.0.0", "c.1.0.0.0", "zarr.json", "sam_head.safetensors", "1.png", "--repair"):
-        assert name in told.out + told.err, name
+        assert name in printed.out + printed.err, name
 
     repaired = mobilesam("inspect", store, "--repair", "--json")
     assert repaired.json["repaired"]["withdrawn"] == [0, 1]

@@ -1,4 +1,4 @@
-"""Full, read-only and forbidden disks: one clear error, nothing lost, and a rerun completes."""
+"""Full and read-only disks, and missing permissions: one clear error, nothing lost, and a rerun completes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """256 MiB, empty for each test."""
+    """Disk of 256 MiB; empty_disk empties it for each test."""
     try:
         with small_disk(tmp_path_factory.mktemp("disk") / "mount", 256 * MIB) as made:
             yield made
@@ -42,8 +42,8 @@ def empty_disk(disk: Disk) -> Iterator[Disk]:
     disk.call(clear, disk.path)
 
 
-def place_of(outcome: CallResult, root: Path) -> str:
-    """The phase that ran out of room, by the file that the error names."""
+def phase_of(outcome: CallResult, root: Path) -> str:
+    """Return the phase that ran out of space, by the file that the error names."""
     assert outcome.error is not None
     assert "free some" in outcome.message, outcome
     match = re.search(rf"{re.escape(str(root))}/?([^:;]*)", outcome.message)
@@ -51,7 +51,7 @@ def place_of(outcome: CallResult, root: Path) -> str:
     return re.sub(r"\.?[0-9a-f]{8,12}|\.partial|\d+", "", Path(match[1]).name) or "folder"
 
 
-ROOM = [
+FREE_KIB = [
     0,
     4,
     8,
@@ -79,14 +79,16 @@ ROOM = [
     16000,
     *range(16040, 16200, 8),
 ]
-"""KiB that are left: of a store of seven rows, 16 MiB are the head."""
+"""Free space to leave; of a store of seven rows the head takes 16 MiB."""
 
 
-def fill_and_go_on(
+def fill_and_resume(
     disk: Disk, fault_log: FaultLog, undisturbed: Snapshot, promised: set[str], free: int, **options: Any
 ) -> str | None:
-    """Leave `free` bytes, precompute until they are used up, give room again and go on; where it ended, None when
-    they were enough. Rows that are `promised` must be there all along."""
+    """Leave `free` bytes, precompute until they are used up, free space and resume.
+
+    Returns the phase that ran out of space, None if the space sufficed. `promised` rows must be readable throughout.
+    """
     store = options["out"]
     disk.leave(free)
     first = disk.call(embed, **options)
@@ -95,9 +97,9 @@ def fill_and_go_on(
     disk.leave(None)
     phase = None
     if first.error:
-        # A store is made beside its place.
+        # A store is created in a partial folder beside its path.
         stage = "creation" if ".partial/" in first.message else "filling"
-        phase = f"store {stage}, {place_of(first, disk.path)}"
+        phase = f"store {stage}, {phase_of(first, disk.path)}"
     again = disk.call(embed, **options)
     assert again.value, again
     wrong += disk.call(wrong_reads, store, undisturbed).value
@@ -120,14 +122,14 @@ def test_a_full_disk_while_a_store_is_made_and_filled(
     pictures: Path,
     many: Callable[[int, int], int],
 ) -> None:
-    # The manifest needs some room to be made, and gives it back: only larger rows can find too little left.
+    # Creating the manifest needs space that is freed again: only larger rows can run out of it.
     settings = {"precision": "float32", "dtype": "float32"}
     run("undisturbed.zarr", **settings)
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     options = {"images": (pictures,), "out": empty_disk.path / "store.zarr", **settings}
     phases = {
-        fill_and_go_on(empty_disk, fault_log, undisturbed, set(), free * KIB, **options)
-        for free in ROOM[:: many(1, 4)]
+        fill_and_resume(empty_disk, fault_log, undisturbed, set(), free * KIB, **options)
+        for free in FREE_KIB[:: many(1, 4)]
     }
     assert len(phases - {None}) >= many(4, 2), phases
 
@@ -140,7 +142,7 @@ def test_a_full_disk_while_a_store_is_extended(
     pictures: Path,
     many: Callable[[int, int], int],
 ) -> None:
-    """The shard that was whole before stays whole; shards and manifest run out of room by turns."""
+    """The shard that was complete stays so; shards and manifest run out of space in turn."""
     run("undisturbed.zarr", precision="float32")
     undisturbed = Snapshot.of(tmp_path / "undisturbed.zarr")
     promised = set(list(undisturbed.rows)[:3])
@@ -149,7 +151,7 @@ def test_a_full_disk_while_a_store_is_extended(
     for free in range(0, 128, many(4, 24)):
         assert empty_disk.call(embed, limit=3, **options).value
         phases.add(
-            fill_and_go_on(empty_disk, fault_log, undisturbed, promised, free * KIB, extend=True, **options)
+            fill_and_resume(empty_disk, fault_log, undisturbed, promised, free * KIB, extend=True, **options)
         )
     assert len(phases - {None}) >= 2, phases
 
@@ -158,7 +160,7 @@ def test_a_full_disk_while_a_student_is_trained(
     run: Run, fault_log: FaultLog, empty_disk: Disk, tmp_path: Path, many: Callable[[int, int], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Config, head, metrics, checkpoint and student run out of room by turns."""
+    """Config, head, metrics, checkpoint and student run out of space in turn."""
     monkeypatch.chdir(tmp_path)
     disk, place = empty_disk, empty_disk.path / "run"
     run()
@@ -171,7 +173,7 @@ def test_a_full_disk_while_a_student_is_trained(
         first = disk.call(train, out=place, **options)
         disk.leave(None)
         again = disk.call(train, out=place, **options)
-        phase = place_of(first, disk.path) if first.error else None
+        phase = phase_of(first, disk.path) if first.error else None
         wrong = (
             again.value is None
             or again.value["val"] != whole["val"]
@@ -229,7 +231,7 @@ def test_a_read_only_disk_is_read_and_not_written(
     assert disk.call(embed, **options).value["done_before"] == 7
 
 
-def test_the_command_line_says_so_with_exit_code_3(
+def test_the_command_line_reports_a_full_or_read_only_disk_with_exit_code_3(
     fault_log: FaultLog, empty_disk: Disk, pictures: Path
 ) -> None:
     disk, store = empty_disk, empty_disk.path / "store.zarr"
@@ -261,11 +263,11 @@ def test_the_command_line_says_so_with_exit_code_3(
         )  # fmt: skip
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can take another user's place")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as another user")
 def test_without_permission_nothing_is_written_and_nothing_lost(fault_log: FaultLog) -> None:
-    """As another user: a reader's commands work, a writer's are refused."""
+    """As another user, commands that read work and those that write are refused."""
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
-    # pytest's own folders are for its user alone.
+    # Other users cannot enter pytest's own folders.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)

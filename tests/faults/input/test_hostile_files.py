@@ -1,4 +1,4 @@
-"""Files made to do harm, given as teacher, student and checkpoint: refused, nothing run, memory bounded."""
+"""Hostile files as teacher, student and checkpoint: refused, no code run, memory bounded."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.fault
 
 GIB, MIB = 1 << 30, 1 << 20
 ALLOWED_GROWTH = 400 * MIB
-"""A whole teacher or checkpoint takes some 100 MiB to read; what the files here ask for begins at a gibibyte."""
+"""An honest teacher or checkpoint takes some 100 MiB to read; hostile files ask for a gibibyte or more."""
 
 READERS_OF_PICKLES = ("teacher", "head", "checkpoint")
 
 
 class Call:
-    """Unpickles as the result of a call."""
+    """Object that unpickles as the result of a call."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._reduced = (function, arguments)
@@ -44,7 +44,7 @@ class Call:
 
 
 def torch_zip(path: Path, content: bytes, records: Mapping[str, bytes] | None = None, **options: Any) -> None:
-    """A file as torch.save makes it around any pickle."""
+    """Write a file like torch.save's around any pickle."""
     with zipfile.ZipFile(path, "w", **options) as archive:
         archive.writestr("archive/data.pkl", content)
         archive.writestr("archive/byteorder", "little")
@@ -53,12 +53,13 @@ def torch_zip(path: Path, content: bytes, records: Mapping[str, bytes] | None = 
 
 
 def old_format(path: Path, content: bytes) -> None:
-    """The format before the zip one."""
+    """Write torch.save's format from before zip files around a pickle."""
     head = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
     path.write_bytes(b"".join(head) + content + pickle.dumps([], 2))
 
 
 def plain(path: Path, content: bytes) -> None:
+    """Write the pickle alone."""
     path.write_bytes(content)
 
 
@@ -67,7 +68,7 @@ def _global(module: str, name: str) -> bytes:
 
 
 def codes(evidence: Path) -> dict[str, bytes]:
-    """Pickles that run code, where anything runs them."""
+    """Return pickles that create the file `evidence` if they are loaded by pickle.loads."""
     shell = f"touch {evidence}"
     text = b"X" + struct.pack("<I", len(shell)) + shell.encode()
     short = b"\x8c\x05posix\x8c\x06system\x93"
@@ -92,7 +93,7 @@ def codes(evidence: Path) -> dict[str, bytes]:
 
 
 def storage(key: str, elements: int, kind: str = "FloatStorage") -> bytes:
-    """The persistent id of a storage."""
+    """Return pickle code for the persistent id of a storage."""
     name = key.encode()
     return (
         b"(X\x07\x00\x00\x00storage" + _global("torch", kind) + b"X" + struct.pack("<I", len(name)) + name
@@ -101,7 +102,7 @@ def storage(key: str, elements: int, kind: str = "FloatStorage") -> bytes:
 
 
 def tensor(storage_id: bytes, size: int, stride: int) -> bytes:
-    """A call of _rebuild_tensor_v2."""
+    """Return pickle code that calls _rebuild_tensor_v2."""
     number = b"\x8a\x08" + struct.pack("<q", size)
     return (
         _global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage_id + b"K\x00" + number + b"\x85"
@@ -110,12 +111,12 @@ def tensor(storage_id: bytes, size: int, stride: int) -> bytes:
 
 
 def keyed(value: bytes) -> bytes:
-    """{"image_encoder.neck.0.weight": value}"""
+    """Return the pickle of {"image_encoder.neck.0.weight": value}."""
     return b"\x80\x02}X\x1b\x00\x00\x00image_encoder.neck.0.weight" + value + b"s."
 
 
-def laughs(levels: int) -> bytes:
-    """A tuple of twice the same tuple, and so on: 2 ** levels empty ones to whoever looks at all of them."""
+def nested_pairs(levels: int) -> bytes:
+    """Return pickle code of a tuple that holds one tuple twice, and so on: walking it visits 2 ** levels tuples."""
     return b")" + b"2\x86" * levels
 
 
@@ -131,9 +132,9 @@ BOMBS: dict[str, bytes] = {
     "storage of a negative length": keyed(tensor(storage("0", -1), 4, 1)),
     "tensor beyond its storage": keyed(tensor(storage("0", 4), 1 << 40, 1)),
     "one number as 4 TiB": keyed(tensor(storage("0", 4), 1 << 40, 0)),
-    "a key that is hashed for ever": b"\x80\x02}" + laughs(200) + b"Ns.",
-    "a value that is printed for ever": keyed(laughs(200)),
-    "content that is printed for ever": b"\x80\x02" + laughs(200) + b".",
+    "a key that is hashed for ever": b"\x80\x02}" + nested_pairs(200) + b"Ns.",
+    "a value that is printed for ever": keyed(nested_pairs(200)),
+    "content that is printed for ever": b"\x80\x02" + nested_pairs(200) + b".",
     "lists in lists": b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".",
     "marks": b"\x80\x02" + b"(" * 3_000_000 + b".",
     "empty lists": b"\x80\x02(" + b"]" * 3_500_000 + b"l.",
@@ -144,14 +145,16 @@ BOMBS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("reader", READERS_OF_PICKLES)
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
-def test_pickles_that_run_code(fault_log: FaultLog, tmp_path: Path, reader: str, form: str) -> None:
+def test_pickles_that_run_code_are_refused(
+    fault_log: FaultLog, tmp_path: Path, reader: str, form: str
+) -> None:
     evidence = tmp_path / "evidence"
-    judge(fault_log, reader, f"code, {form}", written(tmp_path, form, codes(evidence)))
+    assert_refused(fault_log, reader, f"code, {form}", written(tmp_path, form, codes(evidence)))
     assert not evidence.exists()
 
 
 def written(folder: Path, form: str, contents: Mapping[str, bytes]) -> dict[str, Path]:
-    """A file for each content."""
+    """Write one file for each pickle; return {name: path}."""
     files = {}
     for number, (name, content) in enumerate(contents.items()):
         files[name] = folder / f"{number}.pt"
@@ -162,8 +165,8 @@ def written(folder: Path, form: str, contents: Mapping[str, bytes]) -> dict[str,
     return files
 
 
-def judge(fault_log: FaultLog, reader: str, phase: str, files: Mapping[str, Path]) -> None:
-    """Each file must be refused, in words, with bounded memory."""
+def assert_refused(fault_log: FaultLog, reader: str, phase: str, files: Mapping[str, Path]) -> None:
+    """Assert that each file is refused with a clear message and bounded memory."""
     results = dict(zip(files, read_in_sandbox(reader, list(files.values())), strict=True))
     for number, (name, result) in enumerate(results.items()):
         fault_log.record(
@@ -178,12 +181,12 @@ def judge(fault_log: FaultLog, reader: str, phase: str, files: Mapping[str, Path
         assert result.message.replace("\n", "").isprintable(), (name, result)
 
 
-def test_the_same_code_does_run_where_anything_lets_it(tmp_path: Path) -> None:
-    """If it didn't, nothing here would be tested."""
+def test_the_same_pickles_run_code_in_plain_pickle(tmp_path: Path) -> None:
+    """Otherwise the tests of this file would test nothing."""
     ran = []
     for name, content in codes(tmp_path / "evidence").items():
         (tmp_path / "evidence").unlink(missing_ok=True)
-        with contextlib.suppress(Exception):  # raised after the harm was done
+        with contextlib.suppress(Exception):  # raised after the code ran
             pickle.loads(content)
         if (tmp_path / "evidence").exists():
             ran.append(name)
@@ -200,10 +203,10 @@ def test_the_same_code_does_run_where_anything_lets_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", READERS_OF_PICKLES)
 @pytest.mark.parametrize("form", ["zip", "old", "plain"])
-def test_pickles_that_take_all_memory_or_time(
+def test_pickles_that_take_all_memory_or_time_are_refused(
     fault_log: FaultLog, tmp_path: Path, reader: str, form: str
 ) -> None:
-    judge(fault_log, reader, f"bomb, {form}", written(tmp_path, form, BOMBS))
+    assert_refused(fault_log, reader, f"bomb, {form}", written(tmp_path, form, BOMBS))
 
 
 def compressed(path: Path) -> None:
@@ -211,7 +214,7 @@ def compressed(path: Path) -> None:
 
 
 def forged_size(path: Path) -> None:
-    """The directory claims 4 GiB for every record."""
+    """Write an archive whose directory claims 4 GiB for every record."""
     torch_zip(path, pickle.dumps({}, 2))
     data = bytearray(path.read_bytes())
     place = data.find(b"PK\x01\x02")
@@ -222,7 +225,7 @@ def forged_size(path: Path) -> None:
 
 
 def forged_directory(path: Path) -> None:
-    """The end claims a directory of 4 GiB with 65,535 entries."""
+    """Write an archive whose end record claims a directory of 4 GiB with 65,535 entries."""
     torch_zip(path, pickle.dumps({}, 2))
     data = bytearray(path.read_bytes())
     place = data.rfind(b"PK\x05\x06")
@@ -237,7 +240,7 @@ def many_records(path: Path) -> None:
 
 
 def overlapping(path: Path) -> None:
-    """One record's bytes are those of thousands: small file, large tensors."""
+    """Write an archive in which many records share one record's bytes: small file, large tensors."""
     content = b"\x80\x02}(" + b"".join(
         b"X\x04\x00\x00\x00%04d" % number + tensor(storage(str(number), MIB), MIB, 1)
         for number in range(400)
@@ -257,13 +260,13 @@ def overlapping(path: Path) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS_OF_PICKLES)
-def test_forged_archives(fault_log: FaultLog, tmp_path: Path, reader: str) -> None:
+def test_forged_archives_are_refused(fault_log: FaultLog, tmp_path: Path, reader: str) -> None:
     files = {}
     for make in (compressed, forged_size, forged_directory, many_records, overlapping):
         files[make.__name__] = tmp_path / f"{make.__name__}.pt"
         make(files[make.__name__])
         assert files[make.__name__].stat().st_size < 64 * MIB
-    judge(fault_log, reader, "archive", files)
+    assert_refused(fault_log, reader, "archive", files)
 
 
 # ---- safetensors
@@ -272,7 +275,7 @@ def test_forged_archives(fault_log: FaultLog, tmp_path: Path, reader: str) -> No
 def safetensors(
     path: Path, header: Any, data: bytes = b"", *, length: int | None = None, seal: bool = False
 ) -> None:
-    """A file with any header; with `seal` it carries the right SHA-256, as a forger can compute it, too."""
+    """Write a file with any header; with `seal` it has the right SHA-256, which a forger can compute too."""
     if seal:
         header["__metadata__"]["sha256"] = _digest(header, [data])
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
@@ -341,18 +344,19 @@ HEADERS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def test_forged_students(fault_log: FaultLog, tmp_path: Path) -> None:
+def test_forged_students_are_refused(fault_log: FaultLog, tmp_path: Path) -> None:
     files = {}
     for number, (name, make) in enumerate(HEADERS.items()):
         files[name] = tmp_path / f"{number}.safetensors"
         make(files[name])
-    judge(fault_log, "student", "header", files)
+    assert_refused(fault_log, "student", "header", files)
 
 
-# ---- through the commands
+# ---- the commands
 
 
-def whole_teacher(path: Path) -> Path:
+def honest_teacher(path: Path) -> Path:
+    """Write a mobile_sam checkpoint with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = {f"image_encoder.{key}": value for key, value in TinyViT(1024).state_dict().items()}
@@ -360,11 +364,11 @@ def whole_teacher(path: Path) -> Path:
     return path
 
 
-def test_the_commands_refuse_them_with_exit_code_3(
+def test_the_commands_refuse_hostile_files_with_exit_code_3(
     run: Callable[..., dict[str, Any]], fault_log: FaultLog, tmp_path: Path, pictures: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """precompute, distill and verify; store and run stay as they are."""
+    """precompute, distill and verify leave store and run unchanged."""
     monkeypatch.chdir(tmp_path)
     evidence, store = tmp_path / "evidence", tmp_path / "store.zarr"
     run()
@@ -396,7 +400,7 @@ def test_the_commands_refuse_them_with_exit_code_3(
         )
     )
 
-    # A run that isn't finished goes on from last.pt.
+    # An unfinished run is resumed from last.pt.
     os.truncate("run/metrics.jsonl", 0)
     torch_zip(tmp_path / "run/last.pt", code)
     (tmp_path / "run/previous.pt").unlink(missing_ok=True)
@@ -418,9 +422,9 @@ def test_the_commands_refuse_them_with_exit_code_3(
     assert not (tmp_path / "other.zarr").exists()
 
 
-def test_what_is_allowed_suffices_for_whole_files(tmp_path: Path) -> None:
-    """The limits on memory are above what honest files take, and the readers do read."""
-    path = whole_teacher(tmp_path / "teacher.pt")
+def test_the_memory_limit_suffices_for_honest_files(tmp_path: Path) -> None:
+    """Honest files are read within the limit on memory."""
+    path = honest_teacher(tmp_path / "teacher.pt")
     for reader in ("teacher", "head"):
         (result,) = read_in_sandbox(reader, [path])
         assert (result.outcome, result.message) == ("read", "")

@@ -1,4 +1,4 @@
-"""Images that kill, hang or poison, and photos that changed: named, and no other embedding is touched."""
+"""Images that kill or hang workers or give NaN, and changed photos: reported by name, other embeddings untouched."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from faults.fault_log import FaultLog
 from faults.fixtures import Done, contents, environment, mobilesam, refused, save_pictures
 from faults.recovery import Snapshot, missing_rows, stray_files, wrong_reads
+from listener import Listener
 from PIL import Image
 from torch import Tensor
 
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.precompute import Snapshot as Progress
-from mobilesam.precompute import decode as decoding
+from mobilesam.precompute import decode
 from mobilesam.sam import ImageError
 from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore
@@ -28,40 +28,27 @@ pytestmark = pytest.mark.fault
 Run = Callable[..., dict[str, Any]]
 
 BAD = "3.png"
-"""All white, so that it is known in any batch."""
+"""White image, which can be recognised in any batch."""
 WHITE = 2.2
-"""White in red, normalised, is 2.249; nothing else here reaches this."""
-
-
-class Lines:
-    """What a run says."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def download(self, done: int, total: int) -> None: ...
-
-    def progress(self, snapshot: Progress) -> None: ...
+"""Lower limit of a white image's red channel, which is 2.249 after normalisation; no other image reaches it."""
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Seven pictures, one of them white."""
+    """Folder of seven pictures, one of them white."""
     folder = save_pictures(tmp_path / "photos")
     Image.new("RGB", (64, 64), (255, 255, 255)).save(folder / BAD)
     return folder
 
 
 def without_bad(undisturbed: Snapshot) -> Snapshot:
-    """What must be there when that image failed."""
+    """Return the expected snapshot when the white image has failed."""
     rows = {key: value for key, value in undisturbed.rows.items() if key != BAD}
     return Snapshot(rows, frozenset({BAD}), undisturbed.files)
 
 
 def failed(store: Path) -> dict[str, str | None]:
+    """Return {key: reason} of the failed images."""
     with EmbeddingStore.open(store) as opened:
         return {record.key: record.reason for record in opened.manifest.records("failed")}
 
@@ -70,7 +57,7 @@ def failed(store: Path) -> dict[str, str | None]:
 
 
 def put(value: float) -> Callable[[Tensor], Tensor]:
-    """One value of the embedding is this."""
+    """Return a function that sets one value of an embedding."""
 
     def poison(emb_CHW: Tensor) -> Tensor:
         emb_CHW = emb_CHW.clone()
@@ -80,7 +67,7 @@ def put(value: float) -> Callable[[Tensor], Tensor]:
     return poison
 
 
-POISONS: dict[str, Callable[[Tensor], Tensor]] = {
+INVALID_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "one NaN": put(torch.nan),
     "all NaN": lambda emb_CHW: emb_CHW * torch.nan,
     "one infinity": put(torch.inf),
@@ -90,17 +77,17 @@ POISONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# What is past float16 is no nonsense in the others.
+# Values past float16's range are valid in the other dtypes.
 CASES = [
     (poison, dtype)
-    for poison in POISONS
+    for poison in INVALID_VALUES
     for dtype in ("float16", "float32", "int8")
     if dtype == "float16" or not poison.endswith("past float16")
 ]
 
 
 @pytest.mark.parametrize(("poison", "dtype"), CASES)
-def test_a_teacher_that_gives_nonsense_for_one_image(
+def test_a_teacher_that_gives_invalid_values_for_one_image_fails_that_image_alone(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: str, dtype: str
 ) -> None:
     run("undisturbed.zarr", dtype=dtype, batch_size=2)
@@ -112,13 +99,13 @@ def test_a_teacher_that_gives_nonsense_for_one_image(
         for slot in range(len(pixels_BCHW)):
             if pixels_BCHW[slot, 0].min() > WHITE:
                 hits.append(slot)
-                emb_BCHW[slot] = POISONS[poison](emb_BCHW[slot])
+                emb_BCHW[slot] = INVALID_VALUES[poison](emb_BCHW[slot])
         return emb_BCHW
 
-    lines, store = Lines(), tmp_path / "store.zarr"
+    listener, store = Listener(), tmp_path / "store.zarr"
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "embed", poisoned)
-        result = run(dtype=dtype, batch_size=2, observer=lines)
+        result = run(dtype=dtype, batch_size=2, observer=listener)
     wrong, lost = wrong_reads(store, without_bad(undisturbed)), missing_rows(store, without_bad(undisturbed))
     fault_log.record(
         call="teacher", ordinal=hits[0], file=BAD, phase=f"{poison}, {dtype}", fired=bool(hits), lost=len(lost),
@@ -128,7 +115,7 @@ def test_a_teacher_that_gives_nonsense_for_one_image(
     assert (result["done"], result["failed"]) == (6, 1)
     expected = "past float16's range" if poison.endswith("past float16") else "NaN or infinite"
     assert expected in str(failed(store)[BAD])
-    assert [line for line in lines.messages if line.startswith(f"failed: {BAD}: ")]
+    assert [line for line in listener.messages if line.startswith(f"failed: {BAD}: ")]
     assert run(dtype=dtype, batch_size=2)["failed"] == 1, "a plain rerun leaves it"
     assert run(dtype=dtype, batch_size=2, retry_failed=True)["done"] == 7
     assert missing_rows(store, undisturbed) == []
@@ -139,12 +126,12 @@ def test_a_teacher_that_gives_nonsense_for_one_image(
 # ---- images that hang or kill
 
 
-def test_an_image_that_hangs_is_given_up(
+def test_an_image_that_hangs_fails_after_the_timeout(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("undisturbed.zarr")
     undisturbed = without_bad(Snapshot.of(tmp_path / "undisturbed.zarr"))
-    load_image, release, hits = decoding.load_image, threading.Event(), []
+    load_image, release, hits = decode.load_image, threading.Event(), []
 
     def hanging(data: bytes, image_size: int) -> Any:
         decoded = load_image(data, image_size)
@@ -156,7 +143,7 @@ def test_an_image_that_hangs_is_given_up(
     store = tmp_path / "store.zarr"
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(decoding, "load_image", hanging)
+            patch.setattr(decode, "load_image", hanging)
             result = run(image_timeout=1.0)
     finally:
         release.set()
@@ -171,24 +158,24 @@ def test_an_image_that_hangs_is_given_up(
     assert run(retry_failed=True)["done"] == 7
 
 
-# dask runs a preload more than once in a process: what it wraps is the original every time.
+# dask runs a preload more than once in a process: the import gets the unwrapped function every time.
 KILLER = """
 import os
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 def deadly(data, image_size):
     decoded = load_image(data, image_size)
     if data.endswith(b"DIE"):
         os.abort()
     return decoded
-decoding.load_image = deadly
+decode.load_image = deadly
 """
 
 
 def test_an_image_that_kills_every_worker_is_found(
     run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
 ) -> None:
-    """Real worker processes; the image is the second of its shard."""
+    """Uses real worker processes."""
     with (pictures / BAD).open("ab") as file:
         file.write(b"DIE")
     run("undisturbed.zarr", precision="float32")
@@ -217,9 +204,9 @@ def test_an_image_that_kills_every_worker_is_found(
 
 
 def same_length(path: Path) -> None:
-    """Other bytes, as many as before; still a picture."""
+    """Change one byte; the file is still a picture of the same length."""
     data = bytearray(path.read_bytes())
-    data[-1] ^= 0x20  # the end chunk's checksum, which decoders pass over
+    data[-1] ^= 0x20  # the end chunk's checksum, which decoders ignore
     path.write_bytes(data)
 
 
@@ -236,33 +223,33 @@ CHANGES = [same_length, other_length, another_picture]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_photo_that_changed_before_the_rest_is_computed(
+def test_a_pending_photo_that_changed_is_embedded_as_it_is_now(
     run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path, change: Callable[[Path], None]
 ) -> None:
-    """A pending one is embedded as it is now; a finished one keeps its embedding, which training then refuses."""
+    """A finished photo keeps its embedding, which training then refuses (see below)."""
     store = tmp_path / "store.zarr"
     run()
     with EmbeddingStore.open(store, writable=True) as opened:
         opened.withdraw([1])
     change(pictures / "4.png")
     run()
-    run("anew.zarr")
-    undisturbed = Snapshot.of(tmp_path / "anew.zarr")
+    run("again.zarr")
+    undisturbed = Snapshot.of(tmp_path / "again.zarr")
     wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
     fault_log.record(
         call="photo", ordinal=0, file="4.png", phase=f"before precompute goes on, {change.__name__}", fired=True,
         lost=len(lost), wrong=len(wrong), role="coordinator",
     )  # fmt: skip
     assert (wrong, lost) == ([], [])
-    with EmbeddingStore.open(store) as opened, EmbeddingStore.open(tmp_path / "anew.zarr") as anew:
+    with EmbeddingStore.open(store) as opened, EmbeddingStore.open(tmp_path / "again.zarr") as again:
         assert [record.sha256 for record in opened.manifest.records()] == [
-            record.sha256 for record in anew.manifest.records()
+            record.sha256 for record in again.manifest.records()
         ]
 
 
 @pytest.fixture
 def trained(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DistillConfig:
-    """A store, and a run of one epoch."""
+    """Store and a run of one epoch; returns the run's config."""
     monkeypatch.chdir(tmp_path)
     run()
     config = DistillConfig(
@@ -273,7 +260,7 @@ def trained(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Distil
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_photo_that_changed_before_training_and_before_verifying(
+def test_a_finished_photo_that_changed_stops_training_and_verify(
     trained: DistillConfig,
     run: Run,
     fault_log: FaultLog,
@@ -281,7 +268,7 @@ def test_a_photo_that_changed_before_training_and_before_verifying(
     pictures: Path,
     change: Callable[[Path], None],
 ) -> None:
-    """Stopped by name: no embedding is ever paired with other pixels."""
+    """The error names the photo: no embedding is ever paired with other pixels."""
     good = {path.name: path.read_bytes() for path in pictures.iterdir()}
     store, before = tmp_path / "store.zarr", contents(tmp_path / "store.zarr")
     undisturbed = Snapshot.of(store)
@@ -301,7 +288,7 @@ def test_a_photo_that_changed_before_training_and_before_verifying(
         )  # fmt: skip
         assert (wrong, lost) == ([], [])
     assert contents(store) == before
-    # With the photo back, what was stopped goes on to what it would have been.
+    # With the original photo, training gives the undisturbed result.
     (pictures / BAD).write_bytes(good[BAD])
     result, expected = distill(again), distill(trained)
     assert result["val"] == expected["val"]
@@ -312,11 +299,11 @@ def test_the_commands_stop_at_a_changed_photo_with_exit_code_3(
 ) -> None:
     same_length(pictures / BAD)
     options = ("--batch-size", "4", "--device", "cpu", "--precision", "float32", "--json")
-    said: list[tuple[str, Done]] = [
+    attempts: list[tuple[str, Done]] = [
         ("distill", mobilesam("distill", "--out", "other", "--epochs", "1", *options, cwd=tmp_path)),
         ("verify", mobilesam("verify", "--student", "run", "--split", "all", "--json", cwd=tmp_path)),
     ]
-    for phase, done in said:
+    for phase, done in attempts:
         refused(done, BAD, "changed since precompute")
         fault_log.record(
             call="photo",

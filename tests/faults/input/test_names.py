@@ -1,4 +1,4 @@
-"""Names that files may have: every one gets its own embedding under its own key, and none does anything else."""
+"""Unusual file names: each gets its own embedding under its own key, and none has any other effect."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from faults.fault_log import FaultLog
 from faults.fixtures import environment, mobilesam
+from listener import Listener
 from PIL import Image
 
 from mobilesam.distill import DistillConfig, distill
-from mobilesam.precompute import Snapshot as Progress
 from mobilesam.store import EmbeddingStore
 from mobilesam.verify import VerifyConfig, verify
 
@@ -44,7 +44,7 @@ NAMES = {
     "dots": b"...png",
     "plain": b"plain.png",
 }
-# Only in tars can names hold these.
+# Names that only a tar can hold.
 TAR_NAMES = {
     "parent": b"../x.png",
     "parents": b"a/../../../x.png",
@@ -63,7 +63,7 @@ def picture(number: int) -> bytes:
 
 
 def in_a_folder(folder: Path) -> dict[str, bytes]:
-    """Write the pictures under their names, half of them in a folder of such a name; key -> file."""
+    """Write the pictures, half of them in a folder with an unusual name; return {key: file's bytes}."""
     below = os.fsencode(folder) + b"/<b>\n\xff"
     os.makedirs(below)
     files = {}
@@ -77,7 +77,7 @@ def in_a_folder(folder: Path) -> dict[str, bytes]:
 
 
 def in_a_tar(path: Path) -> dict[str, bytes]:
-    """The same in a tar, with names that only a tar can hold; key -> file."""
+    """Write the pictures into a tar, with names that only a tar can hold; return {key: file's bytes}."""
     files = {}
     with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
         for number, name in enumerate([*NAMES.values(), *TAR_NAMES.values()]):
@@ -91,7 +91,7 @@ def in_a_tar(path: Path) -> dict[str, bytes]:
 
 
 class Elements(HTMLParser):
-    """Every element of a page with the names of its attributes, in order; its text; what it links to."""
+    """Elements of a page in order, each with the names of its attributes; text and links of the page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -109,25 +109,11 @@ class Elements(HTMLParser):
         self.text += data
 
 
-class Lines:
-    """What a run says."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-    def download(self, done: int, total: int) -> None: ...
-
-    def progress(self, snapshot: Progress) -> None: ...
-
-
 @pytest.mark.parametrize("where", ["folder", "tar"])
 def test_every_name_gets_its_own_embedding(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Compared with the same pictures under plain names."""
+    """Compares with the same pictures under plain names."""
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "names" if where == "folder" else tmp_path / "names.tar"
     files = in_a_folder(source) if where == "folder" else in_a_tar(source)
@@ -153,16 +139,16 @@ def test_every_name_gets_its_own_embedding(
             )  # fmt: skip
     assert wrong == 0
     made = {path.name for path in set(tmp_path.iterdir()) - outside}
-    assert made == {"plain.zarr", "store.zarr"}, "a name wrote somewhere"
+    assert made == {"plain.zarr", "store.zarr"}, "a name made a file somewhere else"
 
-    # A rerun finds them all by key, and training and report do with them.
+    # A rerun finds all of them by key, and training and report work with them.
     assert run(images=(source,))["done_before"] == len(files)
     elements = Elements(report_on("store.zarr", len(files)))
     assert "script" not in {name for name, *_ in elements.made}
 
 
 def report_on(store: str, count: int) -> str:
-    """Train on a store's pictures, all but one, and report on all."""
+    """Train on a store's pictures but one, and return the report's HTML on all."""
     distill(
         DistillConfig(
             store=Path(store),
@@ -178,10 +164,10 @@ def report_on(store: str, count: int) -> str:
     return report.read_text(encoding="utf-8")
 
 
-def test_a_name_becomes_text_in_the_report_and_nothing_else(
+def test_a_name_is_only_text_in_the_report(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page has the very elements and attributes that it has of the same pictures under plain names."""
+    """The page has the same elements and attributes as for the same pictures under plain names."""
     monkeypatch.chdir(tmp_path)
     names = [
         "HTML",
@@ -221,12 +207,12 @@ def test_a_failed_images_name_stays_on_one_line(run: Run, fault_log: FaultLog, t
     in_a_folder(folder)
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no picture")
-    lines = Lines()
-    result = run(images=(folder,), observer=lines)
+    listener = Listener()
+    result = run(images=(folder,), observer=listener)
     assert result["failed"] == result["images"] == len(NAMES) - len(HIDDEN)
-    failed = [line for line in lines.messages if line.startswith("failed: ")]
+    failed = [line for line in listener.messages if line.startswith("failed: ")]
     assert len(failed) == result["failed"]
-    for line in lines.messages:
+    for line in listener.messages:
         assert "\n" not in line
         assert line.isprintable(), ascii(line)
     fault_log.record(
@@ -235,8 +221,8 @@ def test_a_failed_images_name_stays_on_one_line(run: Run, fault_log: FaultLog, t
     )  # fmt: skip
 
 
-def test_the_command_line_takes_and_says_such_names(fault_log: FaultLog, tmp_path: Path) -> None:
-    """A folder whose own name begins with a dash and is not UTF-8, in a locale that can't print it."""
+def test_the_command_line_accepts_and_prints_unusual_names(fault_log: FaultLog, tmp_path: Path) -> None:
+    """The folder's name begins with a dash and is not UTF-8, and the locale cannot print it."""
     folder = tmp_path / os.fsdecode(b"-dash\n\xff")
     in_a_folder(folder)
     (folder / "broken\n<b>.png").write_bytes(b"no picture")

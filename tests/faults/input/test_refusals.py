@@ -1,4 +1,4 @@
-"""Gone on with otherwise than it was begun: refused with the difference, and the store is as it was to the byte."""
+"""Resuming with other settings: refused with the difference, the store unchanged byte for byte."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuse(
     phase: str,
     **options: Any,
 ) -> None:
-    """Run with other options than before: an error, nothing changed, and the first ones still work."""
+    """Assert that a run with changed options is an error that leaves the store unchanged."""
     before, undisturbed = contents(store), Snapshot.of(store)
     with pytest.raises(error, match=match) as caught:
         run(**options)
@@ -50,7 +50,7 @@ def refuse(
 
 
 def checkpoint(path: Path, seed: int) -> Path:
-    """A mobile_sam checkpoint of random weights."""
+    """Write a mobile_sam checkpoint with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = {f"image_encoder.{key}": value for key, value in TinyViT(1024).state_dict().items()}
@@ -70,7 +70,7 @@ def checkpoint(path: Path, seed: int) -> Path:
     ],
 )
 @pytest.mark.parametrize("state", ["whole", "half done"])
-def test_another_setting(
+def test_another_setting_is_refused(
     run: Run, fault_log: FaultLog, tmp_path: Path, options: dict[str, Any], difference: str, state: str
 ) -> None:
     from mobilesam.store import EmbeddingStore
@@ -87,7 +87,7 @@ def test_another_setting(
     assert run(precision="float32")["done"] == 7
 
 
-def test_another_checkpoint(run: Run, fault_log: FaultLog, tmp_path: Path) -> None:
+def test_another_checkpoint_is_refused(run: Run, fault_log: FaultLog, tmp_path: Path) -> None:
     first, second = (checkpoint(tmp_path / f"{seed}.pt", seed) for seed in (1, 2))
     settings = {"teacher": "mobile_sam", "limit": 3}
     run(checkpoint=first, **settings)
@@ -102,7 +102,7 @@ def test_another_checkpoint(run: Run, fault_log: FaultLog, tmp_path: Path) -> No
         checkpoint=second,
         **settings,
     )
-    # Under the first one's name, too: it is the content that counts.
+    # Also under the first one's name: the content is compared.
     shutil.copy(second, first)
     refuse(
         run, fault_log, store, StoreMismatch, "checkpoint_sha256: store", phase="checkpoint replaced",
@@ -114,16 +114,16 @@ def test_another_checkpoint(run: Run, fault_log: FaultLog, tmp_path: Path) -> No
     )  # fmt: skip
 
 
-def test_another_preprocessing(
+def test_another_preprocessing_is_refused(
     run: Run, fault_log: FaultLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilesam.precompute import open_store as opening
+    from mobilesam.precompute import open_store
 
     run()
-    recipe = opening.preprocessing_recipe(64)
+    recipe = open_store.preprocessing_recipe(64)
     name, value = next((name, value) for name, value in recipe.items() if isinstance(value, str))
     with monkeypatch.context() as patch:
-        patch.setattr(opening, "preprocessing_recipe", lambda size: recipe | {name: f"not {value}"})
+        patch.setattr(open_store, "preprocessing_recipe", lambda size: recipe | {name: f"not {value}"})
         refuse(
             run, fault_log, tmp_path / "store.zarr", StoreMismatch, f"preprocessing.{name}: store '{value}'",
             phase="preprocessing",
@@ -131,7 +131,7 @@ def test_another_preprocessing(
     assert run()["done_before"] == 7
 
 
-def test_removed_images(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path) -> None:
+def test_removed_images_are_refused(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path) -> None:
     run()
     (pictures / "3.png").rename(tmp_path / "aside.png")
     match = r"1 of the store's 7 images are gone .*3\.png"
@@ -146,7 +146,9 @@ def test_removed_images(run: Run, fault_log: FaultLog, tmp_path: Path, pictures:
     refuse(run, fault_log, tmp_path / "store.zarr", SamError, "no such folder", phase="folder removed")
 
 
-def test_added_images(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path) -> None:
+def test_added_images_are_refused_without_extend(
+    run: Run, fault_log: FaultLog, tmp_path: Path, pictures: Path
+) -> None:
     run(limit=5)
     store = tmp_path / "store.zarr"
     refuse(
@@ -157,7 +159,7 @@ def test_added_images(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: P
         r"2 images are not in the store of 5 yet.*--extend",
         phase="images added",
     )
-    # An image in the middle of the order, too: rows are append-only, and it gets none by itself.
+    # Also an image that sorts between others: rows are append-only.
     shutil.copy(pictures / "1.png", pictures / "0a.png")
     refuse(run, fault_log, store, PrecomputeError, "--extend", phase="image added before others", limit=6)
     assert run(extend=True)["done"] == 8
@@ -170,7 +172,7 @@ def test_added_images(run: Run, fault_log: FaultLog, tmp_path: Path, pictures: P
         ({"fraction": 0.3}, "--fraction 0.3 --seed 0 leaves out"),
     ],
 )
-def test_fewer_images_asked_for(
+def test_fewer_images_than_the_store_has_are_refused(
     run: Run, fault_log: FaultLog, tmp_path: Path, options: dict[str, Any], match: str
 ) -> None:
     run()
@@ -185,8 +187,10 @@ def test_fewer_images_asked_for(
     )
 
 
-def test_a_place_that_is_taken(run: Run, fault_log: FaultLog, tmp_path: Path) -> None:
-    """Not a store: nothing in it is touched."""
+def test_a_folder_that_is_no_store_is_refused_and_unchanged(
+    run: Run, fault_log: FaultLog, tmp_path: Path
+) -> None:
+    """Nothing in the folder is changed."""
     place = tmp_path / "store.zarr"
     place.mkdir()
     (place / "precious.txt").write_text("mine")
@@ -203,12 +207,12 @@ def test_the_command_line_refuses_with_exit_code_3(
     run(limit=5, precision="float32")
     before, undisturbed = contents(store), Snapshot.of(store)
     asked = ("precompute", "--images", pictures, "--out", store, "--json")
-    for options, said in (
+    for options, message in (
         (("--limit", "5", "--dtype", "int8"), "dtype: store 'float16', asked 'int8'"),
         (("--limit", "5", "--precision", "bfloat16"), "precision: store 'float32', asked 'bfloat16'"),
         ((), "2 images are not in the store of 5 yet"),
     ):
-        refused(mobilesam(*asked, *options), said)
+        refused(mobilesam(*asked, *options), message)
         wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
         fault_log.record(
             call="refuse",

@@ -1,4 +1,4 @@
-"""kill -9 in the process tree of the true command line: nannies, workers and all."""
+"""kill -9 in the process tree of the real command line, with nannies and workers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ pytestmark = pytest.mark.fault
 
 GUARD_SECONDS = 300.0
 
-# dask runs a preload more than once in a process: what this wraps is the original every time.
+# dask runs a preload more than once in a process: the import gets the unwrapped function every time.
 SLOW_IMAGES = """
 import time
-import mobilesam.precompute.decode as decoding
+import mobilesam.precompute.decode as decode
 from mobilesam.sam import load_image
 def slowly(*arguments):
     time.sleep(0.3)
     return load_image(*arguments)
-decoding.load_image = slowly
+decode.load_image = slowly
 """
 
 
 class Command:
-    """`python -m mobilesam ...` in a session of its own; every process of its tree carries `mark`."""
+    """`python -m mobilesam ...` in a session of its own; all its processes have `mark` in their environment."""
 
     def __init__(self, folder: Path, *arguments: str, slow: bool = False) -> None:
         self.mark = uuid.uuid4().hex
@@ -54,13 +54,13 @@ class Command:
         )
 
     def wait(self) -> int:
-        """Its exit code; what it said is closed."""
+        """Wait for the end, close the output file and return the exit code."""
         code = self.process.wait(timeout=GUARD_SECONDS)
         self._output.close()
         return code
 
     def until(self, reached: Callable[[], bool]) -> None:
-        """Wait for something that it does."""
+        """Wait until `reached` returns True; assert that the command still runs."""
         deadline = time.monotonic() + GUARD_SECONDS
         while not reached():
             assert self.process.poll() is None, Path(self._output.name).read_text()
@@ -68,7 +68,7 @@ class Command:
             time.sleep(0.02)
 
     def worker(self) -> int:
-        """The process that dask's nanny has started."""
+        """Return the id of the worker process that dask's nanny has started."""
         found = [
             pid
             for pid in processes_with_environment(self.mark)
@@ -78,7 +78,7 @@ class Command:
         return found[0]
 
     def survivors(self) -> list[int]:
-        """Processes of its tree that are still there after a while in which they may end."""
+        """Wait until all processes of the command have ended; return those that have not after GUARD_SECONDS."""
         deadline = time.monotonic() + GUARD_SECONDS
         while (found := processes_with_environment(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -101,7 +101,7 @@ def precompute(folder: Path, *, slow: bool = False) -> Command:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos, and in `whole` what an undisturbed run makes of them."""
+    """Folder with photos, and with the results of an undisturbed run in `whole`."""
     folder = tmp_path_factory.mktemp("commands")
     draw_pictures(folder / "photos")
     (folder / "whole").mkdir()
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(folder: Path, request: pytest.FixtureRequest) -> Path:
-    """A new folder beside it."""
+    """New folder for one test, beside the photos."""
     place = folder / request.node.name[:60]
     place.mkdir()
     return place
@@ -138,7 +138,7 @@ def test_workers_and_nannies_end_when_their_coordinator_is_killed(
     assert names(place / "tmp") == names(folder / "whole" / "tmp"), "scratch files are left"
 
 
-def test_a_nanny_replaces_a_worker_that_was_killed_and_the_job_goes_on(
+def test_a_nanny_replaces_a_worker_that_was_killed_and_the_job_continues(
     folder: Path, place: Path, fault_log: FaultLog
 ) -> None:
     command = precompute(place, slow=True)
@@ -154,7 +154,7 @@ def test_a_nanny_replaces_a_worker_that_was_killed_and_the_job_goes_on(
     assert outcome.clean, outcome
 
 
-def test_a_killed_trainer_goes_on_from_its_checkpoint(folder: Path, place: Path, fault_log: FaultLog) -> None:
+def test_a_killed_trainer_resumes_from_its_checkpoint(folder: Path, place: Path, fault_log: FaultLog) -> None:
     arguments = ("--store", str(folder / "whole" / "store.zarr"), "--epochs", "2", "--batch-size", "2")
     options = ("--precision", "float32", "--val-fraction", "0.2", "--out", "run", "--json")
     (place / "whole").mkdir()

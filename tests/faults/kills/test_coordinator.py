@@ -1,5 +1,4 @@
-"""kill -9 of the coordinator, or of a repair, at its system calls: what was committed stays, a rerun completes the
-store."""
+"""kill -9 of a coordinator or a repair at its system calls: commits survive, and a rerun completes the store."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Nothing is relied on before it is durable, by a model of what has been synced when. A kill can't tell: the kernel
-keeps what it was given."""
+"""Order of syncs: nothing is relied on before it is durable, by a model of what has been synced.
+
+A kill cannot show this, since the kernel keeps what was written.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.fault
 
 
 def violations(scenario: Scenario, worker_mutation: str | None = None) -> list[str]:
-    """What a job relied on too early, its coordinator and its worker taken together."""
+    """Return what a job, coordinator and worker together, relied on before it was durable."""
     cluster, store = scenario.cluster, scenario.prepared()
     before = [*store.parent.rglob("*")]
     stages, tracer = store.with_name("worker-stages"), Tracer(store.with_name("worker-log"))
@@ -37,6 +39,7 @@ def violations(scenario: Scenario, worker_mutation: str | None = None) -> list[s
 
 
 def violations_in_training(training: Training) -> list[str]:
+    """Return what a trainer relied on before it was durable."""
     run = training.prepared()
     before = [*run.parent.rglob("*")]
     tracer = Tracer(run.with_name("log"))

@@ -1,4 +1,4 @@
-"""The suite is worth something: without a safeguard of the package, the checks that the other tests use report it."""
+"""Mutations of the package: without a safeguard, the other tests' checks report a loss or a wrong read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faults.damage.corruption import flip, swap
 from faults.fault_log import FaultLog
 from faults.kills.cluster import FaultCluster, copy_tree
 from faults.kills.inject import inject_into_coordinator, trace_coordinator
@@ -21,48 +22,33 @@ pytestmark = pytest.mark.fault
 
 @pytest.fixture
 def aside(tmp_path: Path) -> FaultLog:
-    """A fault_log that doesn't count."""
+    """Fault log that is not part of the summary."""
     return FaultLog(tmp_path / "aside.jsonl", "aside")
 
 
 @pytest.fixture
 def copy(store: Path, tmp_path: Path) -> Path:
-    """A store that may be damaged."""
+    """Copy of the store that may be damaged."""
     copy_tree(store, tmp_path / "store.zarr")
     return tmp_path / "store.zarr"
-
-
-def flip(path: Path) -> None:
-    """One bit of the first row's bytes."""
-    data = bytearray((path / "embeddings" / "c.1.0.0.0").read_bytes())
-    data[100] ^= 4
-    (path / "embeddings" / "c.1.0.0.0").write_bytes(data)
-
-
-def swap(path: Path) -> None:
-    """Two shards, each whole, change places."""
-    one, other = path / "embeddings" / "c.0.0.0.0", path / "embeddings" / "c.1.0.0.0"
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
-    other.write_bytes(first)
 
 
 def test_without_the_checksum_a_flipped_bit_is_reported_as_a_wrong_read(
     store: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = Snapshot.of(store)
-    flip(copy)
+    flip(copy / "embeddings" / "c.1.0.0.0", 100, bit=2)
     assert wrong_reads(copy, undisturbed) == []
     assert len(missing_rows(copy, undisturbed)) == 1
     no_checksum(monkeypatch.setattr)
     assert len(wrong_reads(copy, undisturbed)) == 1
 
 
-def test_without_the_identity_swapped_shards_are_reported_as_wrong_reads(
+def test_without_the_identity_check_swapped_shards_are_reported_as_wrong_reads(
     store: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = Snapshot.of(store)
-    swap(copy)
+    swap(copy / "embeddings" / "c.0.0.0.0", copy / "embeddings" / "c.1.0.0.0")
     assert wrong_reads(copy, undisturbed) == []
     assert len(missing_rows(copy, undisturbed)) == 4
     no_identity(monkeypatch.setattr)
@@ -70,7 +56,7 @@ def test_without_the_identity_swapped_shards_are_reported_as_wrong_reads(
 
 
 def commits(scenario: Scenario) -> list[InjectionPoint]:
-    """Where a coordinator is about to put each shard in its place."""
+    """Return the points at which a coordinator renames each shard into place."""
     trace, store = trace_coordinator(scenario)
     everything = injection_points(trace, store, "coordinator", calls=RENAMES)
     return [point for point in everything if point.phase == "commit-shard"]
@@ -85,7 +71,7 @@ def test_a_shard_that_is_listed_before_it_is_in_its_place_is_reported_as_lost(
     assert any("missing: ['" in line for line in result.complaints), result
 
 
-def test_a_coordinator_that_syncs_no_folder_loses_what_it_promised_in_a_power_cut(
+def test_a_coordinator_that_syncs_no_folder_loses_committed_rows_in_a_power_cut(
     cluster: FaultCluster, aside: FaultLog
 ) -> None:
     scenario = replace(scenarios(cluster)["new"](), mutation="no_folder_sync")

@@ -1,4 +1,4 @@
-"""A worker that outlives its coordinator: what it still writes does no harm to the next one's work."""
+"""Worker that outlives its coordinator: what it still writes does not damage the next coordinator's store."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from faults.recovery import Recovery, Snapshot, missing_rows, stray_files, wrong
 pytestmark = pytest.mark.fault
 
 
-def stopped_in_a_row(cluster: FaultCluster, worker: Process, store: Path, stages: Path) -> None:
-    """Stop the worker while it holds a shard open, of which it has written less than all."""
+def stop_within_a_shard(cluster: FaultCluster, worker: Process, store: Path, stages: Path) -> None:
+    """Stop (SIGSTOP) the worker while it has an unfinished shard open."""
     deadline = time.monotonic() + GUARD_SECONDS
     while True:
         os.kill(worker.pid, signal.SIGSTOP)
-        said = stages.read_text().splitlines() if stages.exists() else []
-        # The second shard: the first one may be committed by then.
-        if said.count("+begin") >= 2 and said.count("+begin") > said.count("-finish") and said[-1] == "+row":
+        lines = stages.read_text().splitlines() if stages.exists() else []
+        # The second shard, since the first one may already be committed.
+        if (
+            lines.count("+begin") >= 2
+            and lines.count("+begin") > lines.count("-finish")
+            and lines[-1] == "+row"
+        ):
             return
         os.kill(worker.pid, signal.SIGCONT)
-        assert time.monotonic() < deadline, said
+        assert time.monotonic() < deadline, lines
         time.sleep(0.005)
 
 
@@ -40,17 +44,17 @@ def test_what_an_outliving_worker_writes_does_no_harm(
     stages = store.with_name("worker-stages")
     worker = cluster.start_worker(stages, slow=0.1)
     coordinator = scenario.start(store)
-    stopped_in_a_row(cluster, worker, store, stages)
+    stop_within_a_shard(cluster, worker, store, stages)
     cluster.fork_server.kill(coordinator)
     assert cluster.fork_server.wait(coordinator) == -signal.SIGKILL
-    # Another cluster: the old worker knows nothing of it.
+    # Another cluster, which the old worker is not part of.
     other = FaultCluster(cluster.fork_server, cluster.new_folder())
     if when == "during":
         other.start_worker(slow=0.1)
         os.kill(worker.pid, signal.SIGCONT)
     other.precompute(store, *scenario.options, photos=scenario.photos)
     os.kill(worker.pid, signal.SIGCONT)
-    finished_writing(stages)
+    wait_until_finished(stages)
     read = wrong_reads(store, scenario.undisturbed), missing_rows(store, scenario.undisturbed)
     other.precompute(store, *scenario.options, photos=scenario.photos)
     outcome = Recovery(
@@ -74,12 +78,12 @@ def test_what_an_outliving_worker_writes_does_no_harm(
     assert Snapshot.of(store) == scenario.undisturbed
 
 
-def finished_writing(stages: Path) -> None:
-    """Until the worker has ended every shard that it began, well or not."""
+def wait_until_finished(stages: Path) -> None:
+    """Wait until the worker has finished or failed every shard that it began."""
     deadline = time.monotonic() + GUARD_SECONDS
     while True:
-        said = stages.read_text().splitlines()
-        if said.count("+begin") == said.count("-finish") + said.count("!finish") + said.count("!row"):
+        lines = stages.read_text().splitlines()
+        if lines.count("+begin") == lines.count("-finish") + lines.count("!finish") + lines.count("!row"):
             return
-        assert time.monotonic() < deadline, said
+        assert time.monotonic() < deadline, lines
         time.sleep(0.02)

@@ -14,7 +14,7 @@ from faults.kills.random_kills import (
     kill_coordinator_at_random,
     kill_trainer_at_random,
     kill_worker_at_random,
-    measured,
+    seconds_after,
 )
 from faults.kills.scenarios import scenarios
 from faults.kills.training import trainings
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.fault
 
 
 def kill_often(kill: Callable[[int], InjectionResult], times: int) -> list[str]:
-    """Complaints of as many kills as it takes until `times` have fired: what ends before its moment isn't hit."""
+    """Kill until `times` kills have fired (a process may end first), and return their complaints."""
     results: list[InjectionResult] = []
     while sum(result.fired for result in results) < times:
         assert len(results) < 20 * times, "processes end before they are hit"
@@ -40,7 +40,7 @@ def test_processes_of_a_job_may_die_at_any_time(
         store = scenario.prepared()
         return scenario.start(store), store.with_name("stages")
 
-    seconds = measured(start, cluster.fork_server, "-commit")
+    seconds = seconds_after(start, cluster.fork_server, "-commit")
     times = 12 if full else 1
     kills: list[Callable[[int], InjectionResult]] = [
         lambda draw: kill_coordinator_at_random(scenario, draw, seconds, fault_log),
@@ -59,6 +59,6 @@ def test_a_trainer_may_die_at_any_time(
         run = training.prepared()
         return training.start(run), run.with_name("stages")
 
-    seconds = measured(start, cluster.fork_server, "-checkpoint")
+    seconds = seconds_after(start, cluster.fork_server, "-checkpoint")
     times = 16 if full else 1
     assert kill_often(lambda draw: kill_trainer_at_random(training, draw, seconds, fault_log), times) == []

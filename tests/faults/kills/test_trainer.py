@@ -1,4 +1,4 @@
-"""kill -9 of the trainer at its system calls: a rerun is the run that was never killed, to the bit."""
+"""kill -9 of a trainer at its system calls: a rerun equals an undisturbed run bit for bit."""
 
 from __future__ import annotations
 

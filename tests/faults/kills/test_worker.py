@@ -1,4 +1,4 @@
-"""kill -9 of a worker at its system calls: another takes its place and the job goes on to the same store."""
+"""kill -9 of a worker at its system calls: another replaces it, and the job writes the same store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fault
 
 
 @pytest.mark.parametrize(("name", "few", "many"), [("new", 2, 20), ("new-int8", 2, 30), ("resume", 1, 20)])
-def test_a_job_whose_worker_is_killed_goes_on_with_another(
+def test_a_job_whose_worker_is_killed_continues_with_another(
     cluster: FaultCluster, fault_log: FaultLog, full: bool, name: str, few: int, many: int
 ) -> None:
     scenario = scenarios(cluster)[name]()

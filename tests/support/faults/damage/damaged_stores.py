@@ -46,7 +46,7 @@ class DamagedStores:
 
     def __init__(self, folder: Path, fault_log: FaultLog) -> None:
         self._folder = folder
-        self._ledger = fault_log
+        self._fault_log = fault_log
         self._number = 0
         self._stores: dict[tuple[str, int], IntactStore] = {}
 
@@ -92,7 +92,7 @@ class DamagedStores:
         mend(path, dtype)
         wrong += wrong_reads(path, intact.undisturbed)
         lost = missing_rows(path, intact.undisturbed)
-        self._ledger.record(
+        self._fault_log.record(
             call=call, ordinal=ordinal, file=file, phase=phase, fired=fired, lost=len(lost), wrong=len(wrong)
         )
         assert not wrong

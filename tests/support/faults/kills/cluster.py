@@ -1,4 +1,4 @@
-"""Where the faults happen: a few small pictures, a dask scheduler of its own process, and jobs on them."""
+"""Dask cluster of forked processes, a few small pictures, and jobs on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FaultCluster:
         self._numbers = itertools.count()
         self._worker: Process | None = None
         address = folder / "address"
-        self._scheduler = fork_server.start("scheduler", place=str(address))
+        self._scheduler = fork_server.start("scheduler", address_file=str(address))
         deadline = time.monotonic() + GUARD_SECONDS
         while not address.exists():
             assert time.monotonic() < deadline, self._scheduler.printed()
@@ -35,12 +35,10 @@ class FaultCluster:
         self.address = address.read_text()
 
     def new_folder(self) -> Path:
-        """A new empty folder."""
+        """Make and return a new empty folder."""
         folder = self.folder / f"{next(self._numbers):05d}"
         folder.mkdir()
         return folder
-
-    # ---- processes
 
     def start_worker(
         self,
@@ -49,7 +47,14 @@ class FaultCluster:
         slow: float = 0.0,
         mutation: str | None = None,
     ) -> Process:
-        """A new worker. It is the only one: the one before is killed."""
+        """Start a worker, after killing the one before.
+
+        Args:
+            stages: File for the worker's stages; a new one if None.
+            tracer: Attached to the worker before it starts.
+            slow: Delay of each row, seconds.
+            mutation: Safeguard that the worker lacks.
+        """
         self.kill_worker()
         folder = self.new_folder()
         self._worker = self.fork_server.start(
@@ -64,14 +69,14 @@ class FaultCluster:
         return self._worker
 
     def kill_worker(self) -> None:
-        """Leave the cluster without a worker."""
+        """Kill the worker, if there is one."""
         if self._worker is not None:
             self.fork_server.kill(self._worker)
             self.fork_server.wait(self._worker)
             self._worker = None
 
     def ensure_worker(self) -> None:
-        """A worker that lives, as a nanny would see to it."""
+        """Start a worker unless one is running, as dask's nanny does."""
         if self._worker is None or not self.fork_server.running(self._worker):
             self._worker = None
             self.start_worker()
@@ -85,7 +90,7 @@ class FaultCluster:
         tracer: Callable[[int], object] | None = None,
         mutation: str | None = None,
     ) -> Process:
-        """`mobilesam precompute` on the cluster."""
+        """Start `mobilesam precompute` on the cluster."""
         arguments = [
             "--images", str(photos or self.photos), "--out", str(out), "--teacher", "vit_nano", "--image-size", "64",
             "--shard-size", str(SHARD_SIZE), "--scheduler", self.address, "--json", *options,
@@ -95,7 +100,7 @@ class FaultCluster:
         )
 
     def precompute(self, out: Path, *options: str, photos: Path | None = None) -> None:
-        """The same to its end; AssertionError unless it goes well."""
+        """Run `mobilesam precompute` to its end; assert that it succeeds."""
         self.ensure_worker()
         process = self.start_precompute(out, self.new_folder() / "stages", *options, photos=photos)
         code = self.fork_server.wait(process)
@@ -104,7 +109,7 @@ class FaultCluster:
     def start_repair(
         self, store: Path, stages: Path, tracer: Callable[[int], object] | None = None
     ) -> Process:
-        """`mobilesam inspect --repair`."""
+        """Start `mobilesam inspect --repair`."""
         return self.fork_server.start(
             "inspector", tracer=tracer, arguments=[str(store), "--repair"], stage_file=str(stages)
         )
@@ -117,7 +122,7 @@ class FaultCluster:
         tracer: Callable[[int], object] | None = None,
         **settings: Any,
     ) -> Process:
-        """`mobilesam distill` of a tiny student, a checkpoint after each step."""
+        """Start `mobilesam distill` of a tiny student, with a checkpoint after each step."""
         return self.fork_server.start(
             "trainer",
             tracer=tracer,
@@ -136,14 +141,14 @@ class FaultCluster:
         )
 
     def close(self) -> None:
-        """End the cluster."""
+        """Kill worker and scheduler."""
         self.kill_worker()
         self.fork_server.kill(self._scheduler)
         self.fork_server.wait(self._scheduler)
 
 
 def draw_pictures(folder: Path, number: int = PICTURES) -> Path:
-    """Small pictures of smooth noise, each of another size."""
+    """Write small pictures of smooth noise, each of another size; return the folder."""
     folder.mkdir()
     rng = np.random.default_rng(7)
     for count in range(number):
@@ -152,6 +157,6 @@ def draw_pictures(folder: Path, number: int = PICTURES) -> Path:
     return folder
 
 
-def copy_tree(source: Path, place: Path) -> None:
-    """A copy of a store or a run as it is."""
-    shutil.copytree(source, place, symlinks=True)
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a store or a run, links included."""
+    shutil.copytree(source, target, symlinks=True)

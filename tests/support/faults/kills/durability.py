@@ -1,5 +1,7 @@
-"""What of a trace's writes is durable: a model of a file system that forgets, in a power cut, whatever has not been
-synced. A kill can't show a missing fsync, for the kernel goes on with what it was given."""
+"""Durability model: a file system that forgets, in a power cut, everything that was not synced.
+
+A kill cannot show a missing fsync, since the kernel keeps what was written.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,28 @@ _OFFSETS = {
 _AT_THE_END = frozenset(
     ["folder", "shard", "manifest", "zarr", "head", "last", "student", "mean", "config", "split", "metrics"]
 )
-"""Kinds of files that are durable, with their names, once a command has ended well."""
+"""Kinds of files that must be durable, with their names, once a command has succeeded."""
 
 
 @dataclass
 class File:
-    """Bytes not synced yet: ranges of positioned writes, and how many were appended."""
+    """Unsynced bytes of a file: ranges of positioned writes, and the number appended."""
 
     ranges: list[tuple[int, int]] = field(default_factory=list)
     appended: int = 0
 
     @property
     def dirty(self) -> bool:
-        """Whether a power cut would lose some."""
+        """True if a power cut would lose bytes."""
         return bool(self.ranges or self.appended)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A name made ("create"), moved to `path` from `source` ("rename") or removed ("unlink"), its folder not synced
-    yet; `replaced` when another file had the name."""
+    """Unsynced change of a folder: a name made ("create"), moved from `source` ("rename") or removed ("unlink").
+
+    `replaced` is True if another file had the name.
+    """
 
     action: str
     path: str
@@ -49,13 +53,15 @@ class Change:
 
     @property
     def folder(self) -> str:
-        """What has to be synced for it to last."""
+        """Folder whose sync makes the change durable."""
         return str(PurePosixPath(self.path).parent)
 
 
 class DurabilityModel:
-    """The file system's state after some events of all processes that worked on the store or run at `root`, where
-    there were the files `before`."""
+    """State of the file system after events of all processes that wrote to the store or run at `root`.
+
+    `before` are the files that existed at the start.
+    """
 
     def __init__(self, root: Path, before: Iterable[Path] = ()) -> None:
         self._before = {str(path) for path in before}
@@ -65,7 +71,7 @@ class DurabilityModel:
         self._root = root
 
     def run(self, events: Iterable[Event]) -> DurabilityModel:
-        """Take in events that were done, in order of time; what breaks a rule is noted in `violations`."""
+        """Apply completed events in order of time; broken rules are added to `violations`."""
         for event in events:
             if event.result is None or event.result < 0 or kind_of(event.path, self._root) is None:
                 continue
@@ -83,7 +89,7 @@ class DurabilityModel:
         return self
 
     def finished(self) -> list[str]:
-        """All violations, those at the end of a command that reported success among them."""
+        """Return all violations, with those at the end of a command that succeeded."""
         left = [
             f"at the end {path} has bytes that were not synced"
             for path, file in self.files.items()
@@ -97,10 +103,10 @@ class DurabilityModel:
         return self.violations + left
 
     def cut(self, place: Path, copy: Path) -> None:
-        """Do to `copy`, a copy of the folder `place`, what a power cut now would do at worst: bytes not synced are
-        zeros, appended ones are gone, and so are names.
+        """Apply the worst power cut to `copy`, a copy of the folder `place`.
 
-        What a replaced or removed file held isn't known any more: such a change stays.
+        Unsynced bytes become zeros, appended bytes and new names disappear. The content of a replaced or removed
+        file is not known any more, so such a change stays.
         """
         for path, file in self.files.items():
             target = copy / Path(path).relative_to(place)
@@ -139,7 +145,7 @@ class DurabilityModel:
     def _sync(self, path: str) -> None:
         if path in self.files:
             self.files[path] = File()
-        # Of a folder: its names.
+        # For a folder, its names.
         self.changes = [change for change in self.changes if change.folder != path]
 
     def _rename(self, event: Event) -> None:
@@ -168,7 +174,7 @@ class DurabilityModel:
         return ((name, file) for name, file in self.files.items() if f"{name}/".startswith(f"{path}/"))
 
     def _moved(self, change: Change, source: str, place: str) -> Change:
-        """A name made but not synced is known by where it is now."""
+        """Return the change with its path after a rename of a folder above it."""
         if change.action == "create" and change.path == source:
             return change
         if change.path.startswith(f"{source}/"):
@@ -194,5 +200,5 @@ def _forget(target: Path, file: File) -> None:
 
 
 def merged(*traces: Iterable[Event]) -> list[Event]:
-    """Events of several processes in the order of time."""
+    """Merge the events of several processes in order of time."""
     return sorted((event for trace in traces for event in trace), key=lambda event: event.time)

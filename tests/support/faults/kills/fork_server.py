@@ -1,5 +1,7 @@
-"""A process that has imported everything once and forks the suite's processes from there: a start takes
-milliseconds instead of seconds, and what runs is a process of its own, in a session of its own."""
+"""Fork server: a process that has imported everything and forks the suite's processes.
+
+A start takes milliseconds instead of seconds. Each fork is a real process in a session of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from typing import Any
 from faults.kills.strace import is_traced
 
 GUARD_SECONDS = 300.0
-"""Nothing here takes that long; a process that does hangs."""
+"""Seconds after which a process counts as hung."""
 
 _SUPPORT = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1
@@ -29,7 +31,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Process:
-    """A forked process. `output` is the file of what it prints, `session` equals `pid`."""
+    """Forked process; `output` is the file that it prints to."""
 
     pid: int
     output: Path
@@ -37,22 +39,22 @@ class Process:
 
     @property
     def session(self) -> int:
-        """Of it and everything that it starts."""
+        """Session id of the process and its descendants; equals `pid`."""
         return self.pid
 
     @property
     def code(self) -> int:
-        """Exit code; negative: the signal that ended it."""
+        """Exit code; negative for the signal that ended it."""
         assert self.status is not None, "it is running"
         return os.waitstatus_to_exitcode(self.status)
 
     def printed(self) -> str:
-        """What it has printed so far."""
+        """Return what the process has printed so far."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
 class ForkServer:
-    """Starts processes by role; see roles.py. Use as a context manager: whatever still runs is killed at the end."""
+    """Client that starts programs (programs.py) in the fork server; a context manager that kills them at the end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -62,7 +64,7 @@ class ForkServer:
         environment["PYTHONPATH"] = os.pathsep.join(
             filter(None, [str(_SUPPORT), os.environ.get("PYTHONPATH")])
         )
-        # A file, so that whatever it prints by itself never fills a pipe.
+        # A file: a pipe could fill up.
         self._errors = (folder / "fork_server.err").open("wb")
         self._server = subprocess.Popen(
             [sys.executable, "-m", "faults.kills.fork_server"],
@@ -83,25 +85,35 @@ class ForkServer:
     ) -> None:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.close()  # it kills what it started, and ends
+        self._server.stdin.close()  # the server kills its processes and ends
         self._server.wait(timeout=GUARD_SECONDS)
         self._server.stdout.close()
         self._errors.close()
 
     def start(
         self,
-        role: str,
+        program: str,
         *,
         tracer: Callable[[int], object] | None = None,
         cwd: Path | None = None,
         **arguments: Any,
     ) -> Process:
-        """Fork a process that plays `role`. `tracer` is called with its pid, and it waits until it is traced."""
+        """Fork a process that runs a program.
+
+        Args:
+            program: Name in PROGRAMS.
+            tracer: Called with the process's id; the process waits until it is traced.
+            cwd: Working directory; the server's folder if None.
+            **arguments: Arguments of the program, JSON values.
+
+        Returns:
+            The running process.
+        """
         assert self._server.stdin is not None
         self._started += 1
-        output = self._folder / f"{self._started:05d}-{role}.out"
+        output = self._folder / f"{self._started:05d}-{program}.out"
         request = {
-            "role": role,
+            "program": program,
             "arguments": arguments,
             "output": str(output),
             "traced": tracer is not None,
@@ -111,7 +123,7 @@ class ForkServer:
         self._server.stdin.flush()
         before = set(self._processes)
         while not (new := self._processes.keys() - before):
-            self._hear(time.monotonic() + GUARD_SECONDS)
+            self._receive(time.monotonic() + GUARD_SECONDS)
         (pid,) = new
         process = self._processes[pid]
         process.output = output
@@ -120,11 +132,15 @@ class ForkServer:
         return process
 
     def wait(self, process: Process, seconds: float = GUARD_SECONDS) -> int:
-        """Its exit code, once it has ended; TimeoutError with what it said when it hangs."""
+        """Wait for the end of a process and return its exit code.
+
+        Raises:
+            TimeoutError: It still runs after `seconds`; the message has what it printed.
+        """
         deadline = time.monotonic() + seconds
         while process.status is None:
             try:
-                self._hear(deadline)
+                self._receive(deadline)
             except TimeoutError:
                 raise TimeoutError(
                     f"process {process.pid} runs after {seconds:.0f} s:\n{process.printed()}"
@@ -133,33 +149,33 @@ class ForkServer:
         return process.code
 
     def running(self, process: Process) -> bool:
-        """Whether it has not ended yet."""
+        """Return True if the process has not ended."""
         with contextlib.suppress(TimeoutError):
             while process.status is None:
-                self._hear(time.monotonic())
+                self._receive(time.monotonic())
         return process.status is None
 
     def kill(self, process: Process, signum: int = signal.SIGKILL) -> None:
-        """Send a signal to it alone; nothing when it has ended."""
+        """Send a signal to the process alone, if it has not ended."""
         if self.running(process):
             os.kill(process.pid, signum)
 
-    def _hear(self, deadline: float) -> None:
-        news = self._next_line(deadline)
-        if "started" in news:
-            self._processes[news["started"]] = Process(news["started"], Path())
+    def _receive(self, deadline: float) -> None:
+        message = self._next_line(deadline)
+        if "started" in message:
+            self._processes[message["started"]] = Process(message["started"], Path())
         else:
-            self._processes[news["ended"]].status = news["status"]
+            self._processes[message["ended"]].status = message["status"]
 
     def _next_line(self, deadline: float) -> dict[str, Any]:
         assert self._server.stdout is not None
         while b"\n" not in self._unread:
             ready, _, _ = select.select([self._server.stdout], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise TimeoutError("no news from the fork_server")
+                raise TimeoutError("no message from the fork server")
             data = os.read(self._server.stdout.fileno(), 1 << 16)
             assert data, (
-                f"the fork_server ended: {(self._folder / 'fork_server.err').read_text(errors='replace')[-2000:]}"
+                f"the fork server ended: {(self._folder / 'fork_server.err').read_text(errors='replace')[-2000:]}"
             )
             self._unread += data
         line, _, self._unread = self._unread.partition(b"\n")
@@ -167,28 +183,28 @@ class ForkServer:
 
 
 def serve() -> None:
-    """The fork_server itself: requests on standard input, one line each; what starts and ends on standard output.
+    """Run the server: requests come on standard input, starts and ends go to standard output, one JSON line each.
 
-    One thread, so that forking is safe.
+    The server has one thread, so that forking is safe.
     """
-    from faults.kills.programs import ROLES, prepare
+    from faults.kills.programs import PROGRAMS, prepare
 
     prepare()
-    news = os.dup(1)
+    replies = os.dup(1)
     os.dup2(2, 1)
-    os.set_inheritable(news, False)
+    os.set_inheritable(replies, False)
     wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake_write)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    private = (0, news, wake_read, wake_write)
-    _tell(news, ready=True)
-    living: set[int] = set()
+    private = (0, replies, wake_read, wake_write)
+    _send(replies, ready=True)
+    children: set[int] = set()
     unread = b""
     while True:
         ready, _, _ = select.select([0, wake_read], [], [])
         if wake_read in ready:
             os.read(wake_read, 1 << 12)
-            _reap(news, living)
+            _reap(replies, children)
         if 0 not in ready:
             continue
         data = os.read(0, 1 << 16)
@@ -200,29 +216,31 @@ def serve() -> None:
             if pid == 0:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _become(json.loads(line), ROLES, private)
-            living.add(pid)
-            _tell(news, started=pid)
-    for pid in living:
+                _run_child(json.loads(line), PROGRAMS, private)
+            children.add(pid)
+            _send(replies, started=pid)
+    for pid in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def _tell(descriptor: int, **news: object) -> None:
-    os.write(descriptor, json.dumps(news).encode() + b"\n")
+def _send(descriptor: int, **message: object) -> None:
+    os.write(descriptor, json.dumps(message).encode() + b"\n")
 
 
-def _reap(news: int, living: set[int]) -> None:
-    while living:
+def _reap(replies: int, children: set[int]) -> None:
+    while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
-        living.discard(pid)
-        _tell(news, ended=pid, status=status)
+        children.discard(pid)
+        _send(replies, ended=pid, status=status)
 
 
-def _become(request: dict[str, Any], roles: dict[str, Callable[..., int]], private: tuple[int, ...]) -> None:
-    """Turn a fork into the process asked for; never returns."""
+def _run_child(
+    request: dict[str, Any], programs: dict[str, Callable[..., int]], private: tuple[int, ...]
+) -> None:
+    """Run the requested program in the forked child; never returns."""
     code = 70
     try:
         os.setsid()
@@ -237,8 +255,8 @@ def _become(request: dict[str, Any], roles: dict[str, Callable[..., int]], priva
         os.chdir(request["cwd"])
         while request["traced"] and not is_traced("self"):
             time.sleep(0.002)
-        code = roles[request["role"]](**request["arguments"])
-    except BaseException:  # noqa: BLE001 - told in its output, and by its exit code
+        code = programs[request["program"]](**request["arguments"])
+    except BaseException:  # noqa: BLE001 - printed, and seen by the exit code
         sys.excepthook(*sys.exc_info())
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""One fault each: hit a process, look at what is left, run again, compare, and write it down."""
+"""Fault injection into precompute: hit a process, read what is left, run again, compare, log."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from faults.recovery import missing_rows, rerun_and_compare, wrong_reads
 
 from mobilesam.store import EmbeddingStore
 
-INPUT = 3
-"""The exit code for what is wrong with the surroundings."""
+INPUT_ERROR = 3
+"""Exit code for errors of input and environment."""
 
 
 @dataclass(frozen=True)
 class InjectionResult:
-    """What a strike came to: complaints, none when all is well."""
+    """Result of one injected fault; no complaints if everything was restored."""
 
     fired: bool
     complaints: list[str]
 
 
 def trace_coordinator(scenario: Scenario) -> tuple[Trace, Path]:
-    """An undisturbed coordinator's system calls, and its store."""
+    """Return the trace of an undisturbed coordinator, and its store."""
     store = scenario.prepared()
     scenario.cluster.ensure_worker()
     tracer = Tracer(store.with_name("log"))
@@ -45,7 +45,7 @@ def trace_coordinator(scenario: Scenario) -> tuple[Trace, Path]:
 def inject_into_coordinator(
     scenario: Scenario, point: InjectionPoint, fault_log: FaultLog
 ) -> InjectionResult:
-    """Kill a scenario's command, or let a call of it fail; the worker lives on."""
+    """Kill a scenario's command, or fail one of its calls, while the worker keeps running."""
     store = scenario.prepared()
     before = [*store.parent.rglob("*")]
     scenario.cluster.ensure_worker()
@@ -55,7 +55,7 @@ def inject_into_coordinator(
     tracer.end()
     trace = read_trace(tracer.log, store.with_name("stages"))
     hit = trace.hit(point.injection)
-    complaints = [] if hit is None else ending(point, code, process.printed())
+    complaints = [] if hit is None else ending_complaints(point, code, process.printed())
     if hit is not None and point.injection.effect == KILL:
         complaints += _cut_power(
             scenario, store, DurabilityModel(store, before).run(trace.events), fault_log, point
@@ -64,13 +64,13 @@ def inject_into_coordinator(
 
 
 def trace_worker(scenario: Scenario) -> tuple[Trace, Path]:
-    """An undisturbed worker's system calls, and the store that it worked on."""
+    """Return the trace of an undisturbed worker, and the store that it wrote to."""
     store, tracer, stages, _ = _with_worker(scenario, None)
     return read_trace(tracer.log, stages), store
 
 
 def inject_into_worker(scenario: Scenario, point: InjectionPoint, fault_log: FaultLog) -> InjectionResult:
-    """Kill a worker, or let a call of it fail, while the coordinator lives; a dead one is replaced.
+    """Kill a worker, or fail one of its calls, while the coordinator runs; a killed worker is replaced.
 
     A kill must not end the job.
     """
@@ -80,12 +80,12 @@ def inject_into_worker(scenario: Scenario, point: InjectionPoint, fault_log: Fau
     if point.injection.effect == KILL and coordinator.code != 0:
         complaints = [f"the job ended with {coordinator.code}: {coordinator.printed()[-500:]}"]
     elif hit is not None:
-        complaints = ending(point, coordinator.code, coordinator.printed(), role="worker")
+        complaints = ending_complaints(point, coordinator.code, coordinator.printed(), role="worker")
     return _recover(scenario, store, point, hit, [coordinator], complaints, fault_log, "worker")
 
 
 def _with_worker(scenario: Scenario, point: InjectionPoint | None) -> tuple[Path, Tracer, Path, Process]:
-    """Run a job on a worker that is traced, and hit at `point`."""
+    """Run a job on a traced worker that is hit at `point`."""
     cluster, store = scenario.cluster, scenario.prepared()
     stages = store.with_name("worker-stages")
     tracer = Tracer(store.with_name("log"), None if point is None else point.injection)
@@ -93,9 +93,9 @@ def _with_worker(scenario: Scenario, point: InjectionPoint | None) -> tuple[Path
     coordinator = scenario.start(store)
     while cluster.fork_server.running(coordinator) and cluster.fork_server.running(worker):
         time.sleep(0.005)
-    # Whatever the manifest lists by now is read while the job goes on.
+    # Rows that the manifest lists are read while the job runs.
     wrong = wrong_reads(store, scenario.undisturbed) if cluster.fork_server.running(coordinator) else []
-    assert not wrong, f"read wrongly while the job went on: {wrong}"
+    assert not wrong, f"read wrongly while the job ran: {wrong}"
     cluster.ensure_worker()
     cluster.fork_server.wait(coordinator)
     cluster.kill_worker()
@@ -113,7 +113,7 @@ def _recover(
     fault_log: FaultLog,
     role: str,
 ) -> InjectionResult:
-    """Run again, compare, write it down and clear away."""
+    """Run again, compare, log the fault and delete the folder."""
     outcome = rerun_and_compare(
         store,
         scenario.undisturbed,
@@ -138,9 +138,9 @@ def _recover(
 
 
 def promised_keys(stages: Path, store: Path) -> list[str]:
-    """Keys of the images in shards whose commit had returned, those that failed left out."""
-    said = stages.read_text().splitlines() if stages.exists() else []
-    shards = {int(line.split()[1]) for line in said if line.startswith("-commit ")}
+    """Return the keys of images in shards whose commit had returned, without failed images."""
+    lines = stages.read_text().splitlines() if stages.exists() else []
+    shards = {int(line.split()[1]) for line in lines if line.startswith("-commit ")}
     if not shards:
         return []
     with EmbeddingStore.open(store) as opened:
@@ -155,9 +155,9 @@ def promised_keys(stages: Path, store: Path) -> list[str]:
 def _cut_power(
     scenario: Scenario, store: Path, model: DurabilityModel, fault_log: FaultLog, point: InjectionPoint
 ) -> list[str]:
-    """The same moment with the power gone too: nothing that was promised may be unreadable, nothing wrong."""
+    """Apply a power cut to a copy at the same moment: no promised row may be lost, none wrong."""
     copy = scenario.cluster.new_folder() / "after"
-    # Before anybody opens the store: that would roll a killed transaction back.
+    # Before the store is opened, which would roll a killed transaction back.
     shutil.copytree(store.parent, copy)
     model.cut(store.parent, copy)
     promised = promised_keys(store.with_name("stages"), store)
@@ -178,14 +178,17 @@ def _cut_power(
     return [f"after a power cut: missing {sorted(missing)}, wrong {wrong}"] if missing or wrong else []
 
 
-def ending(point: InjectionPoint, code: int, said: str, role: str = "") -> list[str]:
-    """A process that was killed is gone; a command that met an error says so and how to mend it, or got over it."""
+def ending_complaints(point: InjectionPoint, code: int, output: str, role: str = "") -> list[str]:
+    """Return complaints about how a command ended.
+
+    A killed one must end by SIGKILL; one whose call failed must succeed or print an error with its remedy.
+    """
     if point.injection.effect == KILL:
         return [] if code == -9 or role == "worker" else [f"it ended with {code} instead of by SIGKILL"]
-    if code not in (0, INPUT):
-        return [f"it ended with {code}: {said[-500:]}"]
-    if code == INPUT and not re.search(r"^error: .{20,}", said, re.MULTILINE):
-        return [f"it did not say what went wrong: {said[-500:]}"]
-    if "Traceback" in said or "This is a bug" in said:
-        return [f"it did not expect this: {said[-800:]}"]
+    if code not in (0, INPUT_ERROR):
+        return [f"it ended with {code}: {output[-500:]}"]
+    if code == INPUT_ERROR and not re.search(r"^error: .{20,}", output, re.MULTILINE):
+        return [f"it did not say what went wrong: {output[-500:]}"]
+    if "Traceback" in output or "This is a bug" in output:
+        return [f"it did not expect this: {output[-800:]}"]
     return []

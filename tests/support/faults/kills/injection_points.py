@@ -1,4 +1,4 @@
-"""Where to hit: places chosen among the system calls of an undisturbed run of the same process."""
+"""Injection points: system calls of an undisturbed run at which the same process is hit later."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from faults.kills.trace import Event, Trace, kind_of
 
 @dataclass(frozen=True)
 class InjectionPoint:
-    """An injection, and what it will hit if the process does as it did before."""
+    """Injection, and the phase of the job that it hits if the process repeats its calls."""
 
     injection: Injection
     phase: str
 
     @classmethod
     def at(cls, event: Event, effect: str = KILL) -> InjectionPoint:
-        """The point at an event of a trace."""
+        """Return the point at an event of a trace."""
         return cls(Injection(event.call, event.ordinal, effect), event.stage)
 
 
 def phase_of(event: Event, root: Path, role: str) -> str:
-    """Where in the job an event is: its stage and what it acts on."""
+    """Return the phase of an event: its stage (or the process's role) and the kind of its file."""
     return f"{event.stage or role}-{kind_of(event.path, root) or 'elsewhere'}"
 
 
 def injection_points(
     trace: Trace, root: Path, role: str, *, calls: Collection[str], effects: Sequence[str] = (KILL,)
 ) -> list[InjectionPoint]:
-    """Every point of a trace, in the order of the job, that concerns the store or run at `root`.
+    """Return all points of a trace that concern the store or run at `root`, in the order of the job.
 
-    An ordinal is counted in each thread: a call that another thread reaches first can't be hit, and isn't listed.
+    strace counts ordinals in each thread: a call whose ordinal another thread reaches first cannot be hit, so it is
+    not listed.
     """
     first: dict[tuple[str, int], Event] = {}
     for event in trace.events:
@@ -51,8 +52,7 @@ def injection_points(
 
 
 def sample_points(everything: Iterable[InjectionPoint], number: int) -> list[InjectionPoint]:
-    """At most `number` of the points: one of every (call, phase) by turns, the first ones, then the last ones, then
-    those in between."""
+    """Return at most `number` points: the first of every (call, phase), then the last ones, then those between."""
     groups: dict[tuple[str, str], list[InjectionPoint]] = defaultdict(list)
     for point in everything:
         groups[point.injection.name, point.phase].append(point)
@@ -63,7 +63,7 @@ def sample_points(everything: Iterable[InjectionPoint], number: int) -> list[Inj
                 chosen.append(_take(group, turn))
     if number >= len(groups):
         return chosen[:number]
-    # With few points to spend, they are taken from all over the job.
+    # Few points are spread over the whole job.
     return [chosen[(2 * place + 1) * len(groups) // (2 * number)] for place in range(number)]
 
 

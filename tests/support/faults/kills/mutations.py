@@ -1,4 +1,4 @@
-"""The package with one safeguard left out: the suite must notice each of these.
+"""Mutations of the package: each removes one safeguard, which the suite must notice.
 
 Each function takes `setattr`, or pytest's monkeypatch.setattr.
 """
@@ -13,8 +13,8 @@ from typing import Any
 Patch = Callable[[Any, str, Any], None]
 
 
-class Unchecked(int):
-    """A checksum that no other number differs from."""
+class MatchesAll(int):
+    """Checksum that equals every other number."""
 
     def __ne__(self, other: object) -> bool:
         return False
@@ -23,40 +23,40 @@ class Unchecked(int):
 
 
 def no_file_sync(patch: Patch) -> None:
-    """Files are renamed without having been synced."""
+    """Rename files without syncing them first."""
     plain = os.fsync
     patch(os, "fsync", lambda file: None if _is_file(file) else plain(file))
 
 
 def no_folder_sync(patch: Patch) -> None:
-    """Names are not synced after a rename."""
+    """Do not sync the folder after a rename."""
     plain = os.fsync
     patch(os, "fsync", lambda file: plain(file) if _is_file(file) else None)
 
 
 def no_checksum(patch: Patch) -> None:
-    """The reader compares a row's bytes with no checksum."""
+    """Read rows without comparing their bytes with a checksum."""
     from mobilesam.store import reader
 
     plain = reader.crc32c
-    patch(reader, "crc32c", lambda payload: Unchecked(plain(payload)))
+    patch(reader, "crc32c", lambda payload: MatchesAll(plain(payload)))
 
 
 def no_identity(patch: Patch) -> None:
-    """The reader takes whole bytes for those that were committed for the row."""
+    """Read intact bytes without checking that they were committed for this row."""
     from mobilesam.store.reader import ShardFile
 
     plain = ShardFile.__init__
 
     def changed(self: Any, *arguments: Any, **options: Any) -> None:
         plain(self, *arguments, **options)
-        self.checksums = {row: Unchecked(checksum) for row, checksum in self.checksums.items()}
+        self.checksums = {row: MatchesAll(checksum) for row, checksum in self.checksums.items()}
 
     patch(ShardFile, "__init__", changed)
 
 
 def listed_first(patch: Patch) -> None:
-    """A shard is listed before it is in its place."""
+    """List a shard before its file is in place."""
     from mobilesam.store import EmbeddingStore
 
     plain = EmbeddingStore.commit
@@ -73,7 +73,7 @@ def listed_first(patch: Patch) -> None:
 
 
 def written_in_place(patch: Patch) -> None:
-    """A checkpoint is written over the last one, and none is kept."""
+    """Write a checkpoint over the last one, and keep no previous one."""
     from mobilesam.distill import checkpoint
 
     def write(path: Any, data: bytes) -> None:

@@ -1,7 +1,7 @@
-"""What the fork_server's processes do: a scheduler, a worker, a coordinator, a trainer, an inspector.
+"""Programs that the fork server runs: scheduler, worker, coordinator, inspector, trainer.
 
-The commands are the real ones, called as the command line calls them. What they are in the middle of they say to a
-file (see stages.py), which a trace of their system calls shows too.
+They call the real commands as the command line does. The stages of a job are written to a file (stages.py), so that
+they also appear in a trace of system calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from faults.kills.mutations import MUTATIONS
 
 
 def prepare() -> None:
-    """Import everything, and compute once what every process would compute again. No thread is started."""
+    """Import everything, and compute once what every process would compute again; start no thread."""
     import distributed  # noqa: F401
     import torch
     import torch.utils.tensorboard
@@ -34,47 +34,47 @@ def prepare() -> None:
     embedded_sha256()
     _shrink_head()
     _add_small_student()
-    stages.watch()
+    stages.wrap_stages()
 
 
 def _shrink_head() -> None:
-    """SAM's head is 16 MB, which nothing here looks into: two small tensors stand for it."""
+    """Replace SAM's head (16 MB, which no test here reads) by two small tensors."""
     import torch
 
-    from mobilesam.precompute import open_store as opening
+    from mobilesam.precompute import open_store
 
-    opening.load_head = lambda *_: {
+    open_store.load_head = lambda *_: {
         "mask_decoder.weight": torch.arange(4.0),
         "prompt_encoder.weight": torch.arange(3.0),
     }
 
 
 def _add_small_student() -> None:
-    """A student of two convolutions, with a batch norm: its checkpoints take 0.4 MB instead of 70."""
+    """Register a student of two convolutions with a batch norm: its checkpoints take 0.4 MB instead of 70."""
     from torch import nn
 
-    from mobilesam.distill.students import registry as students
+    from mobilesam.distill.students import registry
 
     def build(_image_size: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.Conv2d(8, 256, 4, stride=4))
 
-    info = students.StudentInfo(
+    info = registry.StudentInfo(
         name="two_convs",
         summary="for the fault suite",
         build=build,
         training_bytes={"float32": 1, "bfloat16": 1},
     )
-    students.STUDENTS = {**students.STUDENTS, "two_convs": info}
+    registry.STUDENTS = {**registry.STUDENTS, "two_convs": info}
 
 
 def apply_mutation(mutation: str | None) -> None:
-    """Leave out one of the safeguards, if asked to; see mutations.py."""
+    """Remove one safeguard of the package (mutations.py); None removes none."""
     if mutation is not None:
         MUTATIONS[mutation](setattr)
 
 
-def scheduler(place: str) -> int:
-    """dask's scheduler until it is killed; its address goes into the file `place`."""
+def scheduler(address_file: str) -> int:
+    """Run dask's scheduler until it is killed; write its address to `address_file`."""
     import dask
     from distributed import Scheduler
 
@@ -82,9 +82,9 @@ def scheduler(place: str) -> int:
         # As precompute sets it for a cluster of its own.
         with dask.config.set({"distributed.scheduler.allowed-failures": 2}):
             async with Scheduler(host="127.0.0.1", port=0, dashboard=False) as running:
-                draft = Path(f"{place}.draft")
+                draft = Path(f"{address_file}.draft")
                 draft.write_text(running.address)
-                draft.rename(place)
+                draft.rename(address_file)
                 await running.finished()
 
     asyncio.run(run())
@@ -92,7 +92,7 @@ def scheduler(place: str) -> int:
 
 
 def worker(address: str, stage_file: str, local: str, slow: float = 0.0, mutation: str | None = None) -> int:
-    """One of dask's workers, with one thread, until it is killed. Every row is written `slow` seconds late."""
+    """Run a dask worker with one thread until it is killed; delay each row by `slow` seconds."""
     from distributed import Worker
 
     apply_mutation(mutation)
@@ -107,20 +107,20 @@ def worker(address: str, stage_file: str, local: str, slow: float = 0.0, mutatio
 
 
 def coordinator(arguments: list[str], stage_file: str, mutation: str | None = None) -> int:
-    """`mobilesam precompute` with these arguments."""
+    """Run `mobilesam precompute` with these arguments."""
     apply_mutation(mutation)
     stages.log_stages_to(stage_file)
     return _command(["precompute", *arguments])
 
 
 def inspector(arguments: list[str], stage_file: str) -> int:
-    """`mobilesam inspect` with these arguments."""
+    """Run `mobilesam inspect` with these arguments."""
     stages.log_stages_to(stage_file)
     return _command(["inspect", *arguments])
 
 
 def trainer(stage_file: str, mutation: str | None = None, **settings: Any) -> int:
-    """`mobilesam distill` with these settings, those that the command line doesn't have among them."""
+    """Run `mobilesam distill` with these settings, which include some that the command line lacks."""
     from mobilesam import cli
     from mobilesam.distill import DistillConfig, distill
 
@@ -128,7 +128,7 @@ def trainer(stage_file: str, mutation: str | None = None, **settings: Any) -> in
     stages.log_stages_to(stage_file)
     try:
         distill(DistillConfig(device="cpu", precision="float32", workers=1, **settings))
-    except Exception as error:  # noqa: BLE001 - told as the command line tells it
+    except Exception as error:  # noqa: BLE001 - reported as the command line does
         message, code = cli._explain(error)
         os.write(2, f"error: {message}\n".encode())
         return code
@@ -145,6 +145,6 @@ def _command(arguments: list[str]) -> int:
     return 0
 
 
-ROLES: dict[str, Callable[..., int]] = {
-    role.__name__: role for role in (scheduler, worker, coordinator, inspector, trainer)
+PROGRAMS: dict[str, Callable[..., int]] = {
+    program.__name__: program for program in (scheduler, worker, coordinator, inspector, trainer)
 }

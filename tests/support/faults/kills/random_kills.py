@@ -1,4 +1,4 @@
-"""kill -9 at times drawn at random, after the first commit or checkpoint, wherever the process is then."""
+"""kill -9 at random times after the first commit or checkpoint."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from faults.recovery import rerun_and_compare, wrong_reads
 
 
 def random_point(draw: int, role: str) -> InjectionPoint:
-    """For the fault_log."""
+    """Return the point of the fault log for a random kill."""
     return InjectionPoint(Injection("time", draw), f"{role}-random")
 
 
 def wait_for(
     fork_server: ForkServer, process: Process, stages: Path, stage: str, draw: int, within: float
 ) -> None:
-    """Until the stage has been reached once, and then a part of `within` seconds more, by the number `draw`: up to
-    two thirds, since processes that end before don't count."""
+    """Wait until a stage was reached once, then for a random part of `within` seconds with the seed `draw`.
+
+    The part is two thirds at most, since processes that end earlier do not count.
+    """
     deadline = time.monotonic() + GUARD_SECONDS
     while fork_server.running(process) and not (stages.exists() and stage in stages.read_text()):
         assert time.monotonic() < deadline, process.printed()
@@ -37,8 +39,7 @@ def wait_for(
 def kill_coordinator_at_random(
     scenario: Scenario, draw: int, seconds: float, fault_log: FaultLog, *, both: bool = False
 ) -> InjectionResult:
-    """Kill the coordinator (with `both`, its worker too); undisturbed, it goes on for about `seconds` after the first
-    commit."""
+    """Kill the coordinator, and its worker if `both`, within the `seconds` that it runs after its first commit."""
     cluster, store, point = scenario.cluster, scenario.prepared(), random_point(draw, "coordinator")
     cluster.ensure_worker()
     process = scenario.start(store)
@@ -64,7 +65,7 @@ def kill_coordinator_at_random(
 def kill_worker_at_random(
     scenario: Scenario, draw: int, seconds: float, fault_log: FaultLog
 ) -> InjectionResult:
-    """Kill the worker and start another: the job goes on."""
+    """Kill the worker and start another; the job must continue."""
     cluster, store, point = scenario.cluster, scenario.prepared(), random_point(draw, "worker")
     cluster.start_worker()
     process = scenario.start(store)
@@ -91,7 +92,7 @@ def kill_worker_at_random(
 def kill_trainer_at_random(
     training: Training, draw: int, seconds: float, fault_log: FaultLog
 ) -> InjectionResult:
-    """Kill the trainer after its first checkpoint."""
+    """Kill the trainer at a random time after its first checkpoint."""
     run, fork_server = training.prepared(), training.cluster.fork_server
     process = training.start(run)
     wait_for(fork_server, process, run.with_name("stages"), "-checkpoint", draw, seconds)
@@ -100,8 +101,8 @@ def kill_trainer_at_random(
     return recover_training(training, run, process, random_point(draw, "trainer"), fired, [], fault_log)
 
 
-def measured(start: Callable[[], tuple[Process, Path]], fork_server: ForkServer, stage: str) -> float:
-    """Seconds that an undisturbed process goes on after it has reached a stage for the first time."""
+def seconds_after(start: Callable[[], tuple[Process, Path]], fork_server: ForkServer, stage: str) -> float:
+    """Measure for how many seconds an undisturbed process runs after it first reached a stage."""
     process, stages = start()
     wait_for(fork_server, process, stages, stage, 0, 0.0)
     began = time.monotonic()
@@ -124,4 +125,4 @@ def _record(fault_log: FaultLog, draw: int, role: str, *, fired: bool, lost: int
 
 
 def _nothing() -> None:
-    """No rerun: the job itself went on to its end."""
+    """Do nothing instead of a rerun: the job itself ran to its end."""

@@ -1,4 +1,4 @@
-"""Jobs to disturb: what is there before, what is asked for, and what an undisturbed run leaves."""
+"""Scenarios of precompute and repair: start state, command, and result of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from mobilesam.store import EmbeddingStore
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A precompute command on `photos` with `options`, begun on a copy of `template` (None: on nothing). With a
-    `mutation` the coordinator lacks one of its safeguards; the rerun has it. With `repair`, the command is
-    `mobilesam inspect --repair`."""
+    """Precompute of `photos` with `options` on a copy of the store `template`; None starts without a store.
+
+    With a `mutation` the coordinator lacks a safeguard, which the rerun has. With `repair` the command is
+    `mobilesam inspect --repair`.
+    """
 
     name: str
     mutation: str | None = None
@@ -33,15 +35,15 @@ class Scenario:
 
     @property
     def role(self) -> str:
-        """Whose command it is."""
+        """Role of the command's process in the fault log."""
         return "inspector" if self.repair else "coordinator"
 
     def prepared(self) -> Path:
-        """The store's path in a new folder, with what is there before."""
+        """Set up the start state in a new folder and return the store's path."""
         return _prepared(self.cluster, self.template)
 
     def start(self, store: Path, tracer: Callable[[int], object] | None = None) -> Process:
-        """The command."""
+        """Start the command; its stages go to the file `stages` beside the store."""
         if self.repair:
             return self.cluster.start_repair(store, store.with_name("stages"), tracer=tracer)
         return self.cluster.start_precompute(
@@ -54,14 +56,14 @@ class Scenario:
         )
 
     def rerun(self, store: Path) -> None:
-        """The same command to its end; AssertionError unless it goes well. What was repaired is computed again."""
+        """Run the same command to its end and assert that it succeeds; compute again what a repair withdrew."""
         if self.repair:
             _repair(self.cluster, store)
         self.cluster.precompute(store, *self.options, photos=self.photos)
 
 
 def scenarios(cluster: FaultCluster) -> dict[str, Callable[[], Scenario]]:
-    """By name; each is made when it is asked for."""
+    """Return {name: function that makes the scenario}."""
     return {
         "new": lambda: _scenario("new", cluster, None, ()),
         "new-int8": lambda: _scenario("new-int8", cluster, None, ("--dtype", "int8")),
@@ -100,7 +102,7 @@ def _prepared(cluster: FaultCluster, template: Path | None) -> Path:
 
 
 def _extend(cluster: FaultCluster) -> Scenario:
-    """Five images, the last shard short, become eight; two arrays, for int8, and the images kept."""
+    """Extend a store from five images (last shard short) to eight, in int8 (two arrays) with kept images."""
     store = _prepared(cluster, None)
     options = ("--dtype", "int8", "--keep-images")
     cluster.precompute(store, "--limit", "5", *options)
@@ -108,7 +110,7 @@ def _extend(cluster: FaultCluster) -> Scenario:
 
 
 def _retry(cluster: FaultCluster) -> Scenario:
-    """Two broken files in different shards are there whole again."""
+    """Retry two failed images of different shards, whose files are intact again."""
     photos = draw_pictures(cluster.new_folder() / "photos")
     whole = {name: (photos / name).read_bytes() for name in ("1.png", "6.png")}
     for name, data in whole.items():
@@ -121,7 +123,7 @@ def _retry(cluster: FaultCluster) -> Scenario:
 
 
 def _resume(cluster: FaultCluster) -> Scenario:
-    """A coordinator died before its third shard was in place, with partial files of several attempts about."""
+    """Resume after a coordinator was killed before its third shard was in place, with partial files left over."""
     store = _prepared(cluster, None)
     cluster.ensure_worker()
     trace = traced(cluster, store, None)
@@ -138,7 +140,7 @@ def _resume(cluster: FaultCluster) -> Scenario:
 
 
 def _damaged(cluster: FaultCluster) -> Scenario:
-    """One shard has a flipped bit, one is missing, an array's document is damaged, partial files lie about."""
+    """Repair a flipped bit, a missing shard, a damaged zarr.json and a left-over partial file."""
     store = _prepared(cluster, None)
     cluster.precompute(store)
     undisturbed = Snapshot.of(store)
@@ -167,7 +169,7 @@ def _repair(cluster: FaultCluster, store: Path) -> None:
 
 
 def traced(cluster: FaultCluster, store: Path, injection: Injection | None) -> Trace:
-    """A plain precompute under strace to its end, whatever that is."""
+    """Run a plain precompute under strace to its end, with an injection or none, and return the trace."""
     stages, tracer = store.with_name("stages"), Tracer(store.with_name("log"), injection)
     cluster.fork_server.wait(cluster.start_precompute(store, stages, tracer=tracer))
     tracer.end()

@@ -1,5 +1,7 @@
-"""What a process is in the middle of, written to a file as it happens, so that a trace of system calls can be read
-as stages of the job: "+commit" when a commit begins, "-commit" when it has returned."""
+"""Stages of a job, written to a file as they begin and end, so that a trace of system calls shows them.
+
+"+commit" is written when a commit begins, "-commit" when it has returned, "!commit" when it has raised an error.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,18 @@ _slow = 0.0
 
 
 def log_stages_to(path: str, slow: float = 0.0) -> None:
-    """From now on, stages of this process go to that file."""
+    """Write this process's stages to a file from now on; delay each row by `slow` seconds."""
     global _file, _slow
     _file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     _slow = slow
 
 
-def watch() -> None:
-    """Wrap the functions of STAGES; AttributeError when one of them isn't there any more."""
+def wrap_stages() -> None:
+    """Wrap the functions of STAGES.
+
+    Raises:
+        AttributeError, KeyError: A function was renamed.
+    """
     for stage, (module, name) in STAGES.items():
         owner: Any = importlib.import_module(module)
         *classes, attribute = name.split(".")
@@ -51,33 +57,33 @@ def watch() -> None:
             owner = getattr(owner, part)
         plain = vars(owner)[attribute]
         if isinstance(plain, classmethod):
-            setattr(owner, attribute, classmethod(_said(stage, plain.__func__)))
+            setattr(owner, attribute, classmethod(_logged(stage, plain.__func__)))
         else:
-            setattr(owner, attribute, _said(stage, plain))
+            setattr(owner, attribute, _logged(stage, plain))
 
 
-def _said(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _logged(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        _say(f"+{stage}{_detail(stage, arguments)}")
+        _write(f"+{stage}{_detail(stage, arguments)}")
         if stage == "row" and _slow:
             time.sleep(_slow)
         try:
             result = function(*arguments, **named)
         except BaseException:
-            _say(f"!{stage}")
+            _write(f"!{stage}")
             raise
-        _say(f"-{stage}{_detail(stage, arguments)}")
+        _write(f"-{stage}{_detail(stage, arguments)}")
         return result
 
     return wrapped
 
 
 def _detail(stage: str, arguments: tuple[Any, ...]) -> str:
-    """Which shard, where that is what matters."""
+    """Return the shard's number for a commit."""
     return f" {arguments[1]}" if stage == "commit" else ""
 
 
-def _say(text: str) -> None:
+def _write(text: str) -> None:
     if _file >= 0:
         os.write(_file, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""strace on a process of the suite: to see its system calls, and to hit it at one of them."""
+"""strace on a process of the suite: record its system calls, and kill it or fail a call at one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALLS = (
     "flock", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "symlink", "symlinkat", "link",
     "linkat", "fallocate", "copy_file_range", "sendfile", "chmod", "fchmod",
 )  # fmt: skip
-"""What changes files, and what opens and locks them."""
+"""System calls that change, open or lock files."""
 
 WRITES = ("write", "pwrite64", "pwritev", "pwritev2")
 SYNCS = ("fsync", "fdatasync")
@@ -24,8 +24,10 @@ UNLINKS = ("unlink", "unlinkat", "rmdir")
 
 @dataclass(frozen=True)
 class Injection:
-    """Hits the `ordinal`-th call (from 1, counted in each thread) of a kind: `effect` is KILL, a signal before the
-    call is done, or the name of the error that it fails with."""
+    """Fault at the `ordinal`-th system call of a name, counted from 1 in each thread.
+
+    `effect` is KILL, a SIGKILL before the call is done, or the name of the error that the call fails with.
+    """
 
     call: str
     ordinal: int
@@ -33,17 +35,17 @@ class Injection:
 
     @property
     def name(self) -> str:
-        """As the fault_log has it."""
+        """Name in the fault log."""
         return self.call if self.effect == KILL else f"{self.call}:{self.effect}"
 
     def argument(self) -> str:
-        """For strace's -e."""
+        """Return the argument of strace's -e."""
         effect = "signal=SIGKILL" if self.effect == KILL else f"error={self.effect}"
         return f"inject={self.call}:{effect}:when={self.ordinal}"
 
 
 class Tracer:
-    """Attaches to one process with all its threads; call it with the pid, then `end` when that has ended."""
+    """strace attached to a process and its threads: call it with the pid, then `end` when the process has ended."""
 
     def __init__(self, log: Path, injection: Injection | None = None) -> None:
         self.log = log
@@ -64,13 +66,13 @@ class Tracer:
             time.sleep(0.002)
 
     def end(self) -> None:
-        """Wait for the log's last line."""
+        """Wait until strace has written the whole log."""
         assert self._strace is not None
         self._strace.communicate(timeout=60)
 
 
 def is_traced(pid: int | str) -> bool:
-    """Whether somebody traces the process; also when there is none any more."""
+    """Return True if the process is traced, or has ended."""
     try:
         return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

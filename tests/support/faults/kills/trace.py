@@ -1,4 +1,4 @@
-"""A trace as events: which thread called what on which files, in what stage of the job, and what came of it."""
+"""Traces of system calls: strace's log as events with thread, files, stage of the job and result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RESULT = re.compile(r"\) += (-?\d+|\?)(.*)$")
 _DESCRIPTOR = re.compile(r"^-?\d+<(/[^>]*)>")
 _CWD = re.compile(r"^AT_FDCWD<(/[^>]*)>")
 _AT = re.compile(r'(?:(?:AT_FDCWD|\d+)<(/[^>]*)>(?:\(deleted\))?, )?"((?:[^"\\]|\\.)*)"')
-_SAID = re.compile(r'>, "([+!-])(\w+)( \w+)?\\n"')
+_STAGE = re.compile(r'>, "([+!-])(\w+)( \w+)?\\n"')
 _BY_PATH = frozenset(
     ["openat", "mkdir", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "symlink", "symlinkat",
      "link", "linkat", "chmod"]
@@ -26,8 +26,11 @@ _BY_PATH = frozenset(
 
 @dataclass(frozen=True)
 class Event:
-    """One call: when it began (seconds since the epoch), `ordinal` its place among the same thread's calls of this
-    name, from 1; `result` None when it never returned."""
+    """One system call.
+
+    `time` is its start in seconds since the epoch, `ordinal` its number among the same thread's calls of this name,
+    from 1; `result` is None if it never returned.
+    """
 
     thread: int
     call: str
@@ -41,19 +44,19 @@ class Event:
 
     @property
     def path(self) -> str:
-        """What it acts on: of a rename, the place that is taken."""
+        """File that the call acts on; for a rename, the target."""
         return self.paths[-1] if self.paths else ""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The events of one traced process, in the order in which they began."""
+    """Events of one traced process, in the order of their start."""
 
     events: tuple[Event, ...]
     killed: bool
 
     def hit(self, injection: Injection) -> Event | None:
-        """The event that the injection hit, or None when it never fired."""
+        """Return the event that the injection hit, None if it did not fire."""
         for event in self.events:
             if event.call != injection.call:
                 continue
@@ -66,7 +69,7 @@ class Trace:
 
 
 def read_trace(log: Path, stage_file: Path) -> Trace:
-    """Parse what strace has written. Writes to `stage_file` are no events: they tell the stages."""
+    """Parse strace's log; writes to `stage_file` give the stages and are no events."""
     reader = _Reader(str(stage_file))
     killed = False
     with log.open(errors="replace") as lines:
@@ -80,13 +83,13 @@ class _Reader:
     def __init__(self, stage_file: str) -> None:
         self.events: list[Event] = []
         self._stage_file = stage_file
-        self._cwd = "/"  # until a call tells it
+        self._cwd = "/"  # until a call shows it
         self._counts: Counter[tuple[int, str]] = Counter()
         self._stages: dict[int, list[str]] = defaultdict(list)
         self._open: dict[int, int] = {}
 
     def line(self, line: str) -> None:
-        """Take in one line."""
+        """Parse one line."""
         if resumed := _RESUMED.match(line):
             place = self._open.pop(int(resumed[1]), None)
             if place is not None:
@@ -102,7 +105,7 @@ class _Reader:
             self._cwd = cwd[1]
         paths = _paths(call, text, self._cwd)
         if paths == (self._stage_file,):
-            self._told(thread, text)
+            self._read_stage(thread, text)
             return
         stages = self._stages[thread]
         event = Event(
@@ -118,14 +121,14 @@ class _Reader:
             self._open[thread] = len(self.events)
         self.events.append(_ended(event))
 
-    def _told(self, thread: int, rest: str) -> None:
-        said = _SAID.search(rest)
-        if said is None:
+    def _read_stage(self, thread: int, rest: str) -> None:
+        mark = _STAGE.search(rest)
+        if mark is None:
             return
-        if said[1] == "+":
-            self._stages[thread].append(said[2])
-        elif said[2] in self._stages[thread]:
-            while self._stages[thread].pop() != said[2]:
+        if mark[1] == "+":
+            self._stages[thread].append(mark[2])
+        elif mark[2] in self._stages[thread]:
+            while self._stages[thread].pop() != mark[2]:
                 pass
 
 
@@ -137,7 +140,7 @@ def _ended(event: Event) -> Event:
 
 
 def _paths(call: str, rest: str, cwd: str) -> tuple[str, ...]:
-    """The files that a call names, absolute."""
+    """Return the absolute paths that a call names."""
     if call not in _BY_PATH:
         descriptor = _DESCRIPTOR.match(rest)
         return (descriptor[1].removesuffix("(deleted)"),) if descriptor else ()
@@ -177,7 +180,7 @@ _KINDS = [
 
 
 def kind_of(path: str, root: Path) -> str | None:
-    """What a path is in the store or run at `root`, or in a draft of it; None when it belongs to neither."""
+    """Return the kind of a file in the store or run at `root`, or in a partial one; None for other files."""
     if path == str(root.parent):
         return "parent"
     if path.startswith((str(root.parent / "runs" / "latest"), str(root.parent / "runs" / ".latest"))):

@@ -1,4 +1,4 @@
-"""Faults in training: what a killed trainer's rerun must come to, and how much of the work it may do again."""
+"""Fault injection into distill: a rerun must equal an undisturbed run and repeat no completed checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from faults.fault_log import FaultLog
 from faults.kills.cluster import FaultCluster, copy_tree
 from faults.kills.durability import DurabilityModel
 from faults.kills.fork_server import Process
-from faults.kills.inject import InjectionResult, ending
+from faults.kills.inject import InjectionResult, ending_complaints
 from faults.kills.injection_points import InjectionPoint, phase_of
 from faults.kills.strace import KILL, Injection, Tracer
 from faults.kills.trace import Trace, read_trace
@@ -22,14 +22,14 @@ from faults.recovery import living_processes
 from safetensors.torch import load_file
 
 _CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
-"""What a line says about time, with the checksum over it."""
+"""Fields of a line that depend on time, and the line's checksum."""
 
 _SESSIONS = re.compile(r"events\.out\.tfevents\..*")
 
 
 @dataclass(frozen=True)
 class RunContents:
-    """A finished run: its lines of metrics without clocks, its weights, and the names of its files."""
+    """Contents of a finished run: lines of metrics without times, weights, names of files."""
 
     lines: list[dict[str, Any]]
     weights: dict[str, bytes]
@@ -37,7 +37,7 @@ class RunContents:
 
     @classmethod
     def of(cls, run: Path) -> RunContents:
-        """Read it."""
+        """Read a run."""
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         tensors = {
             f"{name}/{key}": value.numpy().tobytes()
@@ -49,8 +49,11 @@ class RunContents:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """`mobilesam distill` on `store`, begun on a copy of `template` (None: on nothing). `checkpoints` are what an
-    undisturbed run makes from there. With a `mutation` the trainer lacks one of its safeguards; the rerun has it."""
+    """Training on `store`, started on a copy of the run `template`; None starts without a run.
+
+    `checkpoints` counts those that an undisturbed run saves from there. With a `mutation` the trainer lacks a
+    safeguard, which the rerun has.
+    """
 
     name: str
     mutation: str | None = None
@@ -61,22 +64,22 @@ class Training:
     checkpoints: int
 
     def prepared(self) -> Path:
-        """The run's folder in a new folder, with what is there before."""
+        """Set up the start state in a new folder and return the run's path."""
         return _prepared(self.cluster, self.template)
 
     def start(self, run: Path, tracer: Callable[[int], object] | None = None) -> Process:
-        """The command, its stages in a new file `stages`."""
+        """Start the command; its stages go to the file `stages` beside the run."""
         return self.cluster.start_distill(
             self.store, run, run.with_name("stages"), tracer, mutation=self.mutation
         )
 
     def rerun(self, run: Path) -> int:
-        """The same command to its end: how many checkpoints it made. AssertionError unless it goes well."""
+        """Run the same command to its end, assert that it succeeds, and return how many checkpoints it saved."""
         return _train(self.cluster, self.store, run)
 
 
 def trainings(cluster: FaultCluster, store: Path) -> dict[str, Callable[[], Training]]:
-    """By name; each is made when it is asked for."""
+    """Return {name: function that makes the training}."""
     return {"new": lambda: _new(cluster, store), "resume": lambda: _resume(cluster, store)}
 
 
@@ -94,7 +97,7 @@ def _new(cluster: FaultCluster, store: Path) -> Training:
 
 
 def _resume(cluster: FaultCluster, store: Path) -> Training:
-    """A trainer was killed in its second epoch, after a line that no checkpoint knows of."""
+    """Resume after a trainer was killed in its second epoch, after a line of metrics that no checkpoint covers."""
     new = _new(cluster, store)
     trace, _ = trace_trainer(new)
     saves = [event for event in trace.events if event.stage == "checkpoint" and event.call == "openat"]
@@ -103,7 +106,7 @@ def _resume(cluster: FaultCluster, store: Path) -> Training:
     tracer = Tracer(run.with_name("log"), InjectionPoint.at(late).injection)
     assert cluster.fork_server.wait(new.start(run, tracer)) == -9
     tracer.end()
-    made = _made(run.with_name("stages"))
+    made = _completed_checkpoints(run.with_name("stages"))
     return Training(
         name="resume",
         cluster=cluster,
@@ -115,7 +118,7 @@ def _resume(cluster: FaultCluster, store: Path) -> Training:
 
 
 def trace_trainer(training: Training) -> tuple[Trace, Path]:
-    """An undisturbed trainer's system calls, and its run."""
+    """Return the trace of an undisturbed trainer, and its run."""
     run = training.prepared()
     tracer = Tracer(run.with_name("log"))
     process = training.start(run, tracer)
@@ -125,8 +128,10 @@ def trace_trainer(training: Training) -> tuple[Trace, Path]:
 
 
 def inject_into_trainer(training: Training, point: InjectionPoint, fault_log: FaultLog) -> InjectionResult:
-    """Kill a trainer, or let a call of it fail, and run again; where it was killed at a checkpoint, also on what a
-    power cut at that moment would have left."""
+    """Kill a trainer, or fail one of its calls, and run again.
+
+    After a kill at a checkpoint, also run again on what a power cut at that moment would have left.
+    """
     run = training.prepared()
     before = [*run.parent.rglob("*")]
     tracer = Tracer(run.with_name("log"), point.injection)
@@ -135,7 +140,7 @@ def inject_into_trainer(training: Training, point: InjectionPoint, fault_log: Fa
     tracer.end()
     trace = read_trace(tracer.log, run.with_name("stages"))
     hit = trace.hit(point.injection)
-    complaints = [] if hit is None else ending(point, code, process.printed())
+    complaints = [] if hit is None else ending_complaints(point, code, process.printed())
     if hit is not None:
         point = replace(point, phase=phase_of(hit, run, "trainer"))
         if point.injection.effect == KILL and hit.stage == "checkpoint":
@@ -153,7 +158,7 @@ def _cut_power(
     point: InjectionPoint,
     fault_log: FaultLog,
 ) -> list[str]:
-    # At its own place, since the name of the link's draft is made from that.
+    # At the same path, since the draft of the link `latest` is named after it.
     place, aside = run.parent, training.cluster.new_folder() / "aside"
     place.rename(aside)
     copy_tree(aside, place)
@@ -175,9 +180,9 @@ def recover_training(
     *,
     kill: bool = True,
 ) -> InjectionResult:
-    """Run again, compare with the undisturbed run, write it down and clear away."""
-    made = _made(run.with_name("stages"))
-    # Whoever was hit after the last checkpoint has nothing to do again but to report.
+    """Run again, compare with the undisturbed run, log the fault and delete the folder."""
+    made = _completed_checkpoints(run.with_name("stages"))
+    # A trainer that was hit after its last checkpoint repeats none.
     again = training.rerun(run) - (training.checkpoints - made)
     outcome = RunContents.of(run)
     same = outcome.lines == training.undisturbed.lines and outcome.weights == training.undisturbed.weights
@@ -194,17 +199,17 @@ def recover_training(
     )
     complaints = [
         *complaints,
-        *([f"{again} checkpoints' work was done again"] if again > 0 else []),
+        *([f"{again} checkpoints' work was repeated"] if again > 0 else []),
         *([] if same else [f"other numbers: {first_difference(outcome.lines, training.undisturbed.lines)}"]),
         *[f"left behind: {name}" for name in sorted(outcome.files - training.undisturbed.files)],
-        *[f"process {pid} lives on" for pid in living_processes([process.session])],
+        *[f"process {pid} still runs" for pid in living_processes([process.session])],
     ]
     shutil.rmtree(run.parent)
     return InjectionResult(fired, [f"{point}: {line}" for line in complaints])
 
 
 def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> str:
-    """The first line in which two runs differ."""
+    """Describe the first line in which two runs differ."""
     for one, other in zip(ours, theirs, strict=False):
         if one != other:
             return f"{one} instead of {other}"
@@ -212,7 +217,7 @@ def first_difference(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
 
 
 def files_of(run: Path) -> frozenset[str]:
-    """Names in the run's folder and beside it in runs/; TensorBoard's files, one a session, count as one."""
+    """Return names in the run's folder and beside it in runs/; TensorBoard's files, one a session, count as one."""
     beside = [path for path in (run.parent / "runs").iterdir() if path.name != "latest"]
     return frozenset(
         [_SESSIONS.sub("events", path.name) for path in run.iterdir()] + [path.name for path in beside]
@@ -235,9 +240,9 @@ def _train(cluster: FaultCluster, store: Path, run: Path) -> int:
     process = cluster.start_distill(store, run, stages)
     code = cluster.fork_server.wait(process)
     assert code == 0, f"distill ended with {code}:\n{process.printed()}"
-    return _made(stages)
+    return _completed_checkpoints(stages)
 
 
-def _made(stages: Path) -> int:
-    """How many checkpoints a process has completed; a file that isn't there is one of a process hit early."""
+def _completed_checkpoints(stages: Path) -> int:
+    """Return how many checkpoints a process completed; 0 if it was hit before it wrote a stage."""
     return stages.read_text().splitlines().count("-checkpoint") if stages.exists() else 0
