@@ -1,12 +1,12 @@
-"""Lays out photos of BSDS500 and what people saw in them as SA-1B does, for `mobilesam evaluate --images`.
+"""Write photos and human segmentations of BSDS500 in SA-1B's layout, for `mobilesam evaluate --images`.
 
     git clone https://github.com/BIDS/BSDS500
     python examples/bsds_labels.py --bsds BSDS500/BSDS500/data --split test --out bsds
     mobilesam evaluate --images bsds --teacher vit_nano --model nano=vit_nano
 
-Every photo was cut into segments by several people; of each photo those of one person count, the one with the median
-number of segments. Segments that are smaller than --min-share of the photo are left out. Needs scipy.
-BSDS500 (Arbelaez et al., TPAMI 2011) may be used for research and teaching only: measure on it, don't pass it on.
+Several people segmented every photo; this uses the person with the median number of segments. Segments smaller than
+--min-share of the photo are left out. Needs scipy.
+BSDS500 (Arbelaez et al., TPAMI 2011) may be used for research and teaching only: do not redistribute it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from scipy.io import loadmat
 
 
 def segments(path: Path) -> npt.NDArray[np.uint16]:
-    """The number of each pixel's segment, (H, W), by the person with the median number of segments."""
+    """Return each pixel's segment number, uint16 (H, W), by the person with the median number of segments."""
     people = loadmat(path, squeeze_me=True, struct_as_record=False)["groundTruth"]
     found = sorted((person.Segmentation for person in np.atleast_1d(people)), key=lambda each: each.max())
     return found[len(found) // 2]
 
 
 def write(bsds: Path, split: str, out: Path, min_share: float) -> tuple[int, int]:
-    """Writes sa_1.jpg, sa_1.json and so on; returns how many photos and segments these are."""
+    """Write sa_1.jpg, sa_1.json and so on; return the numbers of photos and segments."""
     photos = sorted((bsds / "images" / split).glob("*.jpg"), key=lambda path: int(path.stem))
     if not photos:
         raise SystemExit(f"no photos in {bsds / 'images' / split}: --bsds is BSDS500's folder 'data'")

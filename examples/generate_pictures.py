@@ -1,4 +1,4 @@
-"""Writes pictures with exactly known objects, in SA-1B's own layout: sa_1.jpg beside sa_1.json, and so on.
+"""Write generated pictures with exact labels in SA-1B's layout: sa_1.jpg beside sa_1.json, and so on.
 
     python examples/generate_pictures.py --out generated --count 100 --seed 0 --side 1024
 
@@ -30,11 +30,11 @@ PHOTOS = Path(__file__).parent / "photos"
 ASPECTS = (1.0, 1.0, 4 / 3, 3 / 4, 3 / 2, 2 / 3)
 OBJECTS = (5, 14)
 DIAMETERS = (0.06, 0.6)
-"""Of the objects, in longer sides of the picture; log-uniform between them."""
+"""Diameters of objects, as shares of the picture's longer side; drawn log-uniformly."""
 MIN_VISIBLE = 0.001
-"""Share of the picture; an object of which less is visible isn't labelled."""
+"""Share of the picture that must be visible of an object for it to be labelled."""
 TALLEST_TEXTURE = 512
-"""Photos are kept at this height: a texture needn't be sharper."""
+"""Height in pixels to which photos are reduced: sharp enough for textures."""
 SUPERSAMPLING = 2
 
 Pixels = npt.NDArray[np.uint8]
@@ -44,14 +44,17 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """pixels_HWC: uint8 RGB. masks: bool (H, W) of each object's visible part, disjoint, in drawing order."""
+    """Generated picture: uint8 RGB pixels, and bool (H, W) masks of the objects' visible parts.
+
+    Masks are disjoint and in drawing order.
+    """
 
     pixels_HWC: Pixels
     masks: list[Mask]
 
 
 def generate(seed: int, index: int, side: int) -> Picture:
-    """The picture number `index` of `seed`, its longer side `side` pixels. Equal arguments give equal pictures."""
+    """Generate picture number `index` of `seed`, its longer side `side` pixels; deterministic."""
     for attempt in count():
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, attempt])))
         picture = _compose(rng, side)
@@ -61,13 +64,13 @@ def generate(seed: int, index: int, side: int) -> Picture:
 
 
 def _compose(rng: np.random.Generator, side: int) -> Picture:
-    """One scene; some of its objects may be hidden."""
+    """Draw one scene; some of its objects may be hidden."""
     aspect = ASPECTS[rng.integers(len(ASPECTS))]
     width, height = (side, round(side / aspect)) if aspect >= 1 else (round(side * aspect), side)
     canvas_HWC = texture(rng, height, width, side).astype(np.float32)
     owner_HW = np.full((height, width), -1, np.int16)
     diameters = np.exp(rng.uniform(*np.log(DIAMETERS), size=rng.integers(*OBJECTS)))
-    # Mostly large before small, or the small ones would be hidden; now and then the other way round.
+    # Mostly large before small, or the small ones would be hidden; the noise sometimes swaps them.
     order = np.argsort(-diameters * np.exp(rng.normal(0, 0.4, len(diameters))))
     for number, diameter in enumerate(diameters[order]):
         _draw_object(rng, canvas_HWC, owner_HW, number, diameter * side, side)
@@ -88,14 +91,14 @@ def _draw_object(
     diameter: float,
     side: int,
 ) -> None:
-    """Draws one object over what is there, and takes its pixels from their owners."""
+    """Draw one object over the canvas and assign its pixels to it."""
     height, width = owner_HW.shape
     centre = np.array([rng.uniform(0, width), rng.uniform(0, height)])
     outlines = [outline * (diameter / 2) + centre for outline in shape(rng)]
     points = outlines[0]
     left, top = np.maximum(np.floor(points.min(axis=0)).astype(int), 0)
     right, bottom = np.minimum(np.ceil(points.max(axis=0)).astype(int) + 1, (width, height))
-    # Drawn from the same random numbers wherever it lies, so that a scene doesn't depend on rounding.
+    # Drawn before the check below, so that the random numbers used do not depend on rounding.
     drawn_HWC = texture(rng, max(1, bottom - top), max(1, right - left), side)
     shadow = rng.uniform(0.5, 1) if rng.random() < 0.3 else None
     if right <= left or bottom <= top:
@@ -119,7 +122,7 @@ def _cast_shadow(
 
 
 def _raster(outlines: list[npt.NDArray[np.float64]], left: int, top: int, width: int, height: int) -> Floats:
-    """How much of each pixel lies inside the first outline and outside the others, 0 to 1."""
+    """Return the share of each pixel inside the first outline and outside the others, 0 to 1."""
     image = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(image)
     for i, outline in enumerate(outlines):
@@ -130,7 +133,7 @@ def _raster(outlines: list[npt.NDArray[np.float64]], left: int, top: int, width:
 
 
 def shape(rng: np.random.Generator) -> list[npt.NDArray[np.float64]]:
-    """The outline of an object of about the diameter 2 around (0, 0), and those of its holes: (N, 2) x and y."""
+    """Draw the outline of an object of diameter about 2 around (0, 0), and those of its holes: (N, 2) x and y."""
     kind = rng.choice(["blob", "ellipse", "polygon", "box", "ring"], p=[0.4, 0.2, 0.2, 0.15, 0.05])
     angles = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     radii = np.ones_like(angles)
@@ -155,7 +158,7 @@ def shape(rng: np.random.Generator) -> list[npt.NDArray[np.float64]]:
 
 
 def texture(rng: np.random.Generator, height: int, width: int, side: int) -> Floats:
-    """A textured rectangle of a picture whose longer side is `side` pixels: float32 (height, width, 3), 0 to 255."""
+    """Draw a texture for a picture of longer side `side` pixels: float32 (height, width, 3), 0 to 255."""
     kind = rng.choice(["photo", "noise", "stripes", "plain"], p=[0.4, 0.3, 0.15, 0.15])
     if kind == "photo":
         return _photo_texture(rng, height, width, side)
@@ -188,19 +191,19 @@ def _photo_texture(rng: np.random.Generator, height: int, width: int, side: int)
     found = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR, box), dtype=np.float32)
     if rng.random() < 0.5:
         found = found[:, ::-1]
-    # Another contrast and colour, so that there are more textures than photos.
+    # Change contrast and colour, so that there are more textures than photos.
     gain_3, shift_3 = rng.uniform(0.6, 1.2, 3), rng.normal(0, 30, 3)
     middle_3 = found.mean(axis=(0, 1))
     return np.clip((found - middle_3) * gain_3 + middle_3 + shift_3, 0, 255).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, height: int, width: int, side: int) -> Floats:
-    """Smooth noise of two octaves, float32 (height, width), 0 to 1."""
+    """Return smooth noise of two octaves, float32 (height, width), 0 to 1."""
     cell = np.exp(rng.uniform(np.log(0.01), np.log(0.15))) * side
     total_HW = np.zeros((height, width), np.float32)
     for octave, weight in ((1, 0.65), (2, 0.35)):
         rows, columns = (int(np.ceil(length * octave / cell)) + 2 for length in (height, width))
-        # A seed of its own: how many numbers it takes depends on the picture's size.
+        # A generator of its own: the count of random numbers depends on the picture's size.
         grid = np.random.Generator(np.random.PCG64(rng.integers(2**63))).random(
             (min(rows, height), min(columns, width)), np.float32
         )
@@ -218,7 +221,7 @@ def _stripes(rng: np.random.Generator, height: int, width: int, side: int) -> Fl
 
 
 def _light(rng: np.random.Generator, canvas_HWC: Floats) -> Floats:
-    """The picture under a light that falls off to one side, with the noise of a sensor."""
+    """Apply light that falls off to one side, and sensor noise."""
     height, width = canvas_HWC.shape[:2]
     slope_x, slope_y = rng.uniform(-0.2, 0.2, 2)
     y, x = np.ogrid[-0.5 : 0.5 : height * 1j, -0.5 : 0.5 : width * 1j]
@@ -242,7 +245,7 @@ def _photos() -> list[Image.Image]:
 
 
 def annotations(picture: Picture, image_id: int) -> dict[str, object]:
-    """What SA-1B's JSON file says of such a picture. Its boxes are x, y, width and height in pixels."""
+    """Return the content of SA-1B's JSON file for a picture; boxes are x, y, width, height in pixels."""
     height, width = picture.pixels_HWC.shape[:2]
     return {
         "image": {"image_id": image_id, "width": width, "height": height, "file_name": f"sa_{image_id}.jpg"},
@@ -268,9 +271,9 @@ def _annotations(picture: Picture) -> Iterator[dict[str, object]]:
 
 
 def write(folder: Path, seed: int, number: int, side: int, quality: int = 95, workers: int = 1) -> None:
-    """Writes pictures 1 to `number` of `seed` into `folder`; what is there is left as it is, and always whole.
+    """Write pictures 1 to `number` of `seed` into `folder`, keeping those that exist.
 
-    `workers` processes do it; the pictures are the same for any number.
+    Files appear complete or not at all. The pictures do not depend on the number of processes, `workers`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [

@@ -1,4 +1,4 @@
-"""The optimizer of vit_nano's hidden matrices: examples/train_vit_nano.py."""
+"""Muon, the optimizer of vit_nano's hidden matrices in examples/train_vit_nano.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from mobilesam.sam.device import cpu_accelerates_bfloat16
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose singular values are made equal, for matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon).
+    """Momentum with orthogonalised updates, for matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon).
 
-    What torch.optim.Muon does, in float32 where the CPU has no bfloat16: emulated, it takes 15 s a step.
+    Computes like torch.optim.Muon, but in float32 on CPUs without bfloat16, where emulation takes 15 s a step.
     """
 
     def __init__(self, matrices: list[Tensor], weight_decay: float) -> None:
@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
                 self._move(matrices, group["lr"], group["weight_decay"])
 
     def _move(self, matrices: list[Tensor], lr: float, weight_decay: float) -> None:
-        """One step of matrices of one shape."""
+        """Update matrices of one shape."""
         directions = []
         for matrix in matrices:
             momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
@@ -36,12 +36,12 @@ class Muon(torch.optim.Optimizer):
             directions.append(matrix.grad.lerp(momentum, 0.95))
         for matrix, update in zip(matrices, _orthogonal(torch.stack(directions)), strict=True):
             matrix.mul_(1 - lr * weight_decay)
-            # As far as AdamW would move it (arXiv 2502.16982, section 2.2).
+            # Same step size as AdamW (arXiv 2502.16982, section 2.2).
             matrix.sub_(update, alpha=lr * 0.2 * max(matrix.shape) ** 0.5)
 
 
 def _orthogonal(matrices_NRC: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T, by five Newton-Schulz steps."""
+    """Return approximately U V^T of each matrix U S V^T, by five Newton-Schulz steps."""
     if matrices_NRC.shape[1] > matrices_NRC.shape[2]:
         return _orthogonal(matrices_NRC.mT).mT
     x = matrices_NRC / (torch.linalg.matrix_norm(matrices_NRC, keepdim=True) + 1e-7)

@@ -1,4 +1,4 @@
-"""The generated pictures that vit_nano is trained on, and those it is measured on: see train_vit_nano.py."""
+"""Generated pictures for training and validation of vit_nano (train_vit_nano.py)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from mobilesam.distill.data.labels import mask_side, to_square_mask
 
 SEED = 1
 HELD_OUT_SEED = 2
-# How many pictures there are of a size. They come again turned and mirrored, with other objects and prompts.
+# Number of pictures by size. They repeat turned and mirrored, with other objects and prompts.
 PICTURES = {128: 8192, 256: 8192, 512: 1024, 1024: 256}
 VALIDATION_PICTURES = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """canvas_HWC uint8 (S, S, 3), size (height, width), segments_MM uint8: 0 is background, n the object n."""
+    """Training sample: canvas_HWC uint8 (S, S, 3), size (height, width), segments_MM uint8, chosen object numbers.
+
+    A segment of 0 is background, n is object n.
+    """
 
     canvas_HWC: np.ndarray
     size: tuple[int, int]
@@ -31,14 +34,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pictures:
-    """N pictures: canvas_NHWC uint8, sizes_N2 int64 (height, width), segments_NMM uint8 as in a sample."""
+    """Arrays of N pictures: canvas_NHWC uint8, sizes_N2 int64 (height, width), segments_NMM uint8 as in a sample."""
 
     canvas_NHWC: np.ndarray
     sizes_N2: np.ndarray
     segments_NMM: np.ndarray
 
     def sample(self, index: int, objects: int, rng: np.random.Generator, turn: int = 0) -> Sample:
-        """A picture in one of its eight positions, with up to `objects` of its objects, chosen at random."""
+        """Return a picture in one of its eight orientations (`turn`), with up to `objects` random objects."""
         side, height, width = self.canvas_NHWC.shape[1], *self.sizes_N2[index].tolist()
         rows, columns = (round(length * mask_side(side) / side) for length in (height, width))
         pixels_HWC = _turned(self.canvas_NHWC[index, :height, :width], turn)
@@ -53,7 +56,7 @@ class Pictures:
 
 
 def _shapes(number: int, side: int) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shapes and dtypes of the arrays of so many pictures, in their order."""
+    """Return shapes and dtypes of the arrays of `number` pictures, in the order of Pictures."""
     masks = mask_side(side)
     return {
         "canvas": ((number, side, side, 3), np.uint8),
@@ -63,8 +66,10 @@ def _shapes(number: int, side: int) -> dict[str, tuple[tuple[int, ...], type]]:
 
 
 def training_pictures(folder: Path, side: int) -> Pictures:
-    """The pictures to train on, made at the first call by all cores, and kept in `folder`: made while the training
-    runs they would cost twice as much, since its threads wait for each other."""
+    """Return the training pictures, made by all cores at the first call and kept in `folder`.
+
+    Made during training they would take twice as long, since its threads wait for each other.
+    """
     number, shapes = PICTURES[side], _shapes(PICTURES[side], side)
     kept = folder / f"pictures-{side}"
     if not kept.exists():
@@ -81,14 +86,14 @@ def training_pictures(folder: Path, side: int) -> Pictures:
 
 
 def make_pictures(folder: Path, side: int, indices: range) -> None:
-    """Fill in some of the arrays in `folder`; runs in a process of its own."""
+    """Write some pictures into the arrays in `folder`; runs in a subprocess."""
     pictures = Pictures(*(np.load(folder / f"{name}.npy", "r+") for name in _shapes(0, side)))
     for index in indices:
         fill_in(pictures, index, SEED)
 
 
 def fill_in(pictures: Pictures, index: int, seed: int) -> None:
-    """Put the picture number `index` of `seed` into its place."""
+    """Write picture number `index` of `seed` into the arrays."""
     side = pictures.canvas_NHWC.shape[1]
     picture = generate(seed, index, side)
     height, width = picture.pixels_HWC.shape[:2]
@@ -100,7 +105,7 @@ def fill_in(pictures: Pictures, index: int, seed: int) -> None:
 
 @cache
 def held_out_pictures(side: int) -> Pictures:
-    """Pictures of another seed, to measure on."""
+    """Return the validation pictures, of another seed."""
     number = VALIDATION_PICTURES * 256 // side
     pictures = Pictures(*(np.zeros(shape, dtype) for shape, dtype in _shapes(number, side).values()))
     for index in range(number):

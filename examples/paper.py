@@ -1,15 +1,15 @@
 """The paper's comparisons (MobileSAM, arXiv 2306.14289) in miniature: vit_nano, generated pictures, hours on a CPU.
 
-    python examples/paper.py                    # what `make paper` does: folder paper/, one to two hours on 2 cores
-    python examples/paper.py --part recipe      # what `make paper PART=recipe` does: two to three hours
-    python examples/paper.py --scale small      # the same steps in a minute or two, to see that they work
-    python examples/paper.py --write-docs       # puts what was found into docs/PAPER.md
+    python examples/paper.py                    # like `make paper`: folder paper/, one to two hours on 2 cores
+    python examples/paper.py --part recipe      # like `make paper PART=recipe`: two to three hours
+    python examples/paper.py --scale small      # the same steps in a minute or two, as a test
+    python examples/paper.py --write-docs       # writes the results into docs/PAPER.md
     python examples/paper.py --pictures 800 --seeds 0 1 2 3 4 --out paper-larger
 
-Pictures are made, and embedded by vit_nano. `comparisons`: students are distilled from them for several batches and
-epochs, in each of the ways that the paper compares, and from embeddings of other pictures than their own, as a
-control. `recipe`: one student is distilled from many more pictures, as `mobilesam distill` does by itself. All are
-judged by the masks that they make of pictures of another seed, against vit_nano's. A rerun goes on where it was.
+Pictures are generated, and embedded by vit_nano. `comparisons`: students are distilled from them for several batch
+sizes and epochs, with each objective that the paper compares, and from embeddings of other pictures than their own,
+as a control. `recipe`: one student is distilled from many more pictures with the defaults of `mobilesam distill`. All
+are evaluated by the IoU of their masks with vit_nano's, on pictures of another seed. A rerun resumes.
 """
 
 from __future__ import annotations
@@ -42,21 +42,23 @@ BATCH, EPOCHS = DistillConfig().batch_size, DistillConfig().epochs
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is done. `lengths` are the (batch, epochs) of the paper's Table 4, the first two of equal iterations;
-    `way` is the one at which the ways to distil are compared. `many` pictures are for the student of the default
-    recipe, which has the first seed, and for its control, which stops after one epoch. Both are evaluated by pairs of
-    points `distances` pixels apart. `side` is the longer side of a picture, in pixels, as `image_size` is that of the
-    teacher's square.
-    """
+    """Size of the experiment."""
 
     pictures: int
+    """Training pictures of the comparisons."""
     test_pictures: int
     side: int
+    """Longer side of a picture, pixels."""
     image_size: int
+    """Side of the teacher's square, pixels."""
     lengths: tuple[tuple[int, int], ...]
+    """(batch, epochs) of the paper's Table 4, the first two of equal iterations."""
     way: tuple[int, int]
+    """(batch, epochs) at which the objectives are compared."""
     many: int
+    """Training pictures of the default recipe's student (first seed) and of its control (one epoch)."""
     distances: tuple[int, ...]
+    """Distances of the pairs of points in the evaluation of those two, pixels."""
     seeds: tuple[int, ...]
 
 
@@ -87,13 +89,13 @@ SCALES: Mapping[str, Scale] = {
 
 
 class Paper:
-    """The stages, each of which is done once: what is in `out` already is not made again."""
+    """Stages of the experiment in the folder `out`; finished ones are not repeated."""
 
     def __init__(self, scale: Scale, out: Path) -> None:
         self.scale, self.out = scale, out
 
     def run(self, part: str) -> dict[str, Any]:
-        """The stages of one of PARTS; what is written to PART.json."""
+        """Run the stages of one of PARTS; write PART.json and return its content."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._refuse_another_scale()
         test = self.store("test", self.scale.test_pictures, TEST_SEED)
@@ -103,7 +105,7 @@ class Paper:
         return results
 
     def comparisons(self, test: Path) -> dict[str, Any]:
-        """Students by batch and epochs, by way to distil, and the control, of each seed."""
+        """Train the students by batch and epochs, by objective, and the control, for each seed."""
         train, seeds = self.store("train", self.scale.pictures, TRAIN_SEED), self.scale.seeds
         shuffled = self.shuffled(train)
         lengths = [
@@ -116,7 +118,7 @@ class Paper:
         return {"lengths": lengths, "ways": ways, "control": control}
 
     def recipe(self, test: Path) -> dict[str, Any]:
-        """The student of the default recipe, its control, and the two of them and vit_nano in one evaluation."""
+        """Train the default recipe's student and its control, and evaluate them with vit_nano."""
         many, seeds = self.store("many", self.scale.many, MANY_SEED), self.scale.seeds[:1]
         student = self.sweep("many", many, test, (BATCH, EPOCHS), seeds, WAYS[:1])
         control = self.sweep("many-control", self.shuffled(many), test, (BATCH, 1), seeds, WAYS[:1])
@@ -128,21 +130,21 @@ class Paper:
         return {"student": student, "control": control, "evaluation": evaluation}
 
     def _refuse_another_scale(self) -> None:
-        """Another scale has other pictures: its figures can't stand beside these."""
+        """Exit if `out` was begun with another scale, whose results are not comparable."""
         file, asked = self.out / "scale.json", json.loads(json.dumps(asdict(self.scale)))
         if file.exists() and (found := json.loads(file.read_text())) != asked:
-            told = [
+            changes = [
                 f"{name}: {found.get(name)} then, {asked[name]} now"
                 for name in asked
                 if found.get(name) != asked[name]
             ]
             sys.exit(
-                f"{self.out} was begun differently ({'; '.join(told)}); ask for the same, or give another --out"
+                f"{self.out} was begun differently ({'; '.join(changes)}); ask for the same, or give another --out"
             )
         file.write_text(json.dumps(asked) + "\n")
 
     def store(self, name: str, count: int, seed: int) -> Path:
-        """Pictures of a seed, and vit_nano's embeddings of them."""
+        """Generate pictures of a seed and precompute vit_nano's embeddings; return the store."""
         pictures, store = self.out / f"pictures-{name}", self.out / f"{name}.zarr"
         say(f"making {count} pictures")
         write_pictures(pictures, seed, count, self.scale.side, workers=len(os.sched_getaffinity(0)))
@@ -157,7 +159,7 @@ class Paper:
         return store
 
     def shuffled(self, store: Path) -> Path:
-        """The same pictures, each with the embedding of another one, for the control."""
+        """Return the control's store: the same pictures, each with the embedding of another one."""
         shuffled = store.with_name(f"shuffled-{store.name}")
         if not shuffled.exists():
             say("giving each picture the embedding of another one, for the control")
@@ -173,7 +175,10 @@ class Paper:
         seeds: Sequence[int],
         ways: Sequence[str],
     ) -> list[Mapping[str, Any]]:
-        """The outcomes of students of these ways, batch and epochs; the folder `name` may hold others already."""
+        """Train students with these objectives, batch and epochs; return their results.
+
+        The folder `name` may already hold other runs.
+        """
         batch, epochs = length
         config = SweepConfig(
             out=self.out / name,
@@ -188,13 +193,11 @@ class Paper:
         )
         result = sweep(config, message=say, progress=Ticker())
         if result["failed"]:
-            sys.exit(
-                f"{result['failed']} runs failed; mend what is told above, and run the same command again"
-            )
+            sys.exit(f"{result['failed']} runs failed; fix the errors above and run the same command again")
         return list(result["runs"])
 
     def evaluate(self, test: Path, **students: Path) -> dict[str, Any]:
-        """The students and vit_nano itself by pairs of points, against labels, and by what they cost."""
+        """Evaluate the students and vit_nano: pairs of points, labels, cost."""
         kept = self.out / "evaluation.json"
         if kept.exists():
             return json.loads(kept.read_text())
@@ -212,7 +215,7 @@ class Paper:
 
 
 class Ticker:
-    """A line after each epoch of a run."""
+    """Progress of a run: one line after each epoch."""
 
     def __init__(self) -> None:
         self._last = (0, 0)
@@ -227,14 +230,14 @@ class Ticker:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """The whole file, or none."""
+    """Write a JSON file atomically."""
     draft = file.with_name(f"{file.name}.partial")
     draft.write_text(json.dumps(value, indent=1) + "\n")
     draft.rename(file)
 
 
 def say(text: str) -> None:
-    """To people: standard output is for the tables."""
+    """Print to standard error; standard output is for the tables."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -244,13 +247,13 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=tuple(PARTS), default="comparisons")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
-    parser.add_argument("--pictures", type=int, metavar="N", help="to train on, in place of the scale's")
+    parser.add_argument("--pictures", type=int, metavar="N", help="training pictures, instead of the scale's")
     parser.add_argument("--test-pictures", type=int, metavar="N")
-    parser.add_argument("--many", type=int, metavar="N", help="to train the student of the default recipe on")
+    parser.add_argument("--many", type=int, metavar="N", help="training pictures of the default recipe")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="S")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[default: paper, or paper-small]")
     parser.add_argument(
-        "--write-docs", action="store_true", help="only put what was found, of each part, into docs/PAPER.md"
+        "--write-docs", action="store_true", help="only write the results of the parts into docs/PAPER.md"
     )
     parser.add_argument("--document", type=Path, default=DOCUMENT, help=argparse.SUPPRESS)
     options = parser.parse_args()

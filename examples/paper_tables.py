@@ -1,4 +1,4 @@
-"""Our figures next to the paper's, as lines of Markdown, from what examples/paper.py has measured."""
+"""Tables of our results next to the paper's, as lines of Markdown, from the results of examples/paper.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mobilesam.verify.sweep.aggregate import Group, Spread, grouped
 
 # Table 4 of the paper: batch, epochs, iterations, mIoU.
 PAPER_LENGTHS = ((4, 2, "50k", 0.7057), (8, 4, "50k", 0.7286), (8, 8, "100k", 0.7447))
-# Table 2: mIoU, and what it took.
+# Table 2: mIoU and cost.
 PAPER_WAYS = {
     "decoupled": (0.75, "batch 4, 55k iterations, 11K images, 2 GPUs"),
     "coupled": (0.72, "batch 128, 180k iterations, 11M images, 128 GPUs"),
@@ -23,16 +23,15 @@ PAPER_PAIRS = {
     "MobileSAM, in the paper": (0.73, 0.71, 0.74, 0.73, 0.73),
 }
 TEACHER = "vit_nano"
-CALLED = {"student": "our student", "control": "our control"}
-CLEAR = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""Standard errors of the difference of two means, from which they are told apart, for 1, 2, ... degrees of freedom:
-Student's t at 95%, both sides."""
+LABELS = {"student": "our student", "control": "our control"}
+T_QUANTILES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""Two-sided 95% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 Results = Mapping[str, Any]
 
 
 def comparison_lines(results: Results) -> list[str]:
-    """Table 4, Table 2 and the control."""
+    """Return the lines of Table 4, Table 2 and the control."""
     lengths, ways = grouped(results["lengths"]), grouped(results["ways"])
     known = [group for group in ways if group.options["objective"] in PAPER_WAYS]
     known.sort(key=lambda group: PAPER_WAYS[group.options["objective"]][0])
@@ -61,7 +60,7 @@ def comparison_lines(results: Results) -> list[str]:
 
 
 def recipe_lines(results: Results) -> list[str]:
-    """The student of the default recipe and its control: masks, pairs of points, labels, cost."""
+    """Return the lines of the default recipe and its control: masks, pairs of points, labels, cost."""
     return [
         _setting(results, ("student", "control")),
         "",
@@ -80,7 +79,11 @@ PARTS: Mapping[str, Callable[[Results], list[str]]] = {
 
 
 def document(text: str, part: str, results: Results) -> str:
-    """The text with a part's figures between its markers. ValueError where it hasn't each once, in this order."""
+    """Return the text with a part's tables between its markers.
+
+    Raises:
+        ValueError: The text does not have both markers once, in this order.
+    """
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"the document needs the markers {begin} and {end}, once each, in this order")
@@ -133,7 +136,7 @@ def _control_table(control: Sequence[Group], own: Sequence[Group]) -> list[str]:
 
 
 def _evaluation(results: Results) -> list[str]:
-    """The student, its control and the teacher: pairs of points, labels, cost."""
+    """Return the lines of student, control and teacher: pairs of points, labels, cost."""
     found = results["evaluation"]
     distances, models = results["scale"]["distances"], found["models"]
     names = ["point", *(f"pair_{distance}" for distance in distances)]
@@ -177,7 +180,7 @@ def _evaluation(results: Results) -> list[str]:
 
 
 def _called(model: Results) -> str:
-    return CALLED.get(model["name"], model["name"])
+    return LABELS.get(model["name"], model["name"])
 
 
 def _miou_text(found: Results | None) -> str:
@@ -199,13 +202,13 @@ def _miou(group: Group) -> Spread:
     miou = group.verified("miou")
     if miou is None:
         raise ValueError(
-            f"no run of {dict(group.options)} has masks to compare: its embeddings aren't finite"
+            f"no run of {dict(group.options)} has masks to compare: its embeddings are not finite"
         )
     return miou
 
 
 def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]) -> list[str]:
-    """A list of neighbours in the paper's order, the lower first: whether ours come in the same order."""
+    """Return a list that compares neighbours of the paper's ranking (lower first) with ours."""
     lines = []
     neighbours = zip(pairwise(groups), pairwise(paper), pairwise(names), strict=True)
     for (low, high), (paper_low, paper_high), (one, other) in neighbours:
@@ -218,15 +221,15 @@ def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]
 
 
 def _verdict(low: Spread, high: Spread) -> str:
-    """Of two means that should differ, by the standard error of their difference over seeds (Welch's test)."""
+    """Judge the difference of two means by its standard error over seeds (Welch's test)."""
     if low.deviation is None or high.deviation is None:
         return "one seed, so that nothing tells how much of it is chance"
     variances = [(each.deviation or 0.0) ** 2 / each.count for each in (low, high)]
     error, difference = math.sqrt(sum(variances)), high.mean - low.mean
     # Welch's degrees of freedom.
     spread = sum(part**2 / (each.count - 1) for part, each in zip(variances, (low, high), strict=True))
-    freedom = int(error**4 / spread + 1e-9) if spread else len(CLEAR)
-    if abs(difference) <= CLEAR[min(freedom, len(CLEAR)) - 1] * error:
+    freedom = int(error**4 / spread + 1e-9) if spread else len(T_QUANTILES)
+    if abs(difference) <= T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * error:
         return f"too close to tell, the standard error being {error:.4f}"
     told = "the same order" if difference > 0 else "the opposite order"
     return f"{told}, at {abs(difference) / error:.1f} standard errors" if error else told

@@ -1,4 +1,4 @@
-"""Segments a photo by one point, with onnxruntime, numpy and Pillow alone: no torch, no mobilesam.
+"""Segment a photo by one point, with onnxruntime, numpy and Pillow alone: no torch, no mobilesam.
 
     python examples/segment_onnx.py encoder.onnx decoder.onnx photo.jpg X Y mask.png
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 
 def prepare(photo: Image.Image, recipe: dict) -> tuple[np.ndarray, float, float]:
-    """What the encoder takes, float32 (1, 3, S, S), and by how much x and y were scaled."""
+    """Return the encoder's input, float32 (1, 3, S, S), and the scales of x and y."""
     size = recipe["resize"]["image_size"]
     scale = size / max(photo.size)
     width, height = (int(side * scale + 0.5) for side in photo.size)
@@ -29,7 +29,7 @@ def prepare(photo: Image.Image, recipe: dict) -> tuple[np.ndarray, float, float]
 
 
 def prompt(x: float, y: float, photo: Image.Image, side: int) -> dict[str, np.ndarray]:
-    """The decoder's inputs for one point on the object, x and y in pixels of the resized photo."""
+    """Return the decoder's inputs for one point on the object, x and y in pixels of the resized photo."""
     return {
         # A prompt without a box ends with a point of label -1.
         "point_coords": np.array([[[x, y], [0, 0]]], dtype=np.float32),
@@ -54,7 +54,7 @@ def main(encoder_file: str, decoder_file: str, photo_file: str, x: str, y: str, 
     embedded = time.perf_counter()
     inputs = prompt(float(x) * scale_x, float(y) * scale_y, photo, 4 * embeddings.shape[-1])
     masks, iou, _ = decoder.run(None, {"image_embeddings": embeddings, **inputs})
-    # One point is ambiguous: of the three masks for such prompts, the one that is rated best.
+    # One point is ambiguous: take the best rated of the three masks for such prompts.
     best = 1 + int(iou[0, 1:].argmax())
     decoded = time.perf_counter()
 

@@ -1,4 +1,4 @@
-"""Segments a photo by one point with a student, in segment_anything's own predictor.
+"""Segment a photo by one point with a student, in segment_anything's own predictor.
 
 python examples/segment_student.py RUN_OR_EXPORT photo.jpg X Y mask.png
 """

@@ -1,9 +1,9 @@
-"""Writes a store like another one, in which each image has the embedding of another image.
+"""Write a copy of a store in which each image has the embedding of another image.
 
     python examples/shuffled_store.py --store store.zarr --out shuffled.zarr --seed 0
 
-A student that is trained on it can learn what embeddings have in common, and nothing of its own images: what it
-reaches is what a comparison of masks gives for free.
+A student trained on it can learn what embeddings have in common, but nothing about its own images: its score is the
+baseline of a comparison of masks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mobilesam.store import EmbeddingStore, ImageRecord, ImageRef, RowResult, Se
 
 
 def derangement(count: int, seed: int) -> list[int]:
-    """A permutation of `count` places that leaves none where it is: one cycle through all of them, drawn."""
+    """Return a random permutation of `count` places without fixed points: one cycle through all of them."""
     if count < 2:
-        raise ValueError(f"{count} image(s) can't change places: give at least 2")
+        raise ValueError(f"{count} image(s) cannot be shuffled: give at least 2")
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
     places = np.empty(count, dtype=int)
     places[order] = np.roll(order, 1)
@@ -31,12 +31,16 @@ def derangement(count: int, seed: int) -> list[int]:
 
 
 def shuffle_store(source: Path, out: Path, seed: int) -> None:
-    """Writes `out` from the committed rows of `source`, whose images stay where they are; int8 stores too.
+    """Write the store `out` from the committed rows of `source`, of any dtype; images stay where they are.
 
-    Nothing is at `out` before it is whole. Raises FileExistsError when it is there, ValueError for a single image.
+    `out` appears only when it is complete.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: The store has a single image.
     """
     if out.exists():
-        raise FileExistsError(f"{out} is there already")
+        raise FileExistsError(f"{out} exists already")
     draft = out.with_name(f"{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     with EmbeddingStore.open(source) as store:

@@ -1,4 +1,4 @@
-"""Trains vit_nano, encoder and head together, on generated pictures at several resolutions.
+"""Train vit_nano, encoder and head together, on generated pictures at several resolutions.
 
     python examples/train_vit_nano.py --work nano --until 1150 --sizes 128
     python examples/train_vit_nano.py --work nano --until 1850 --sizes 256
@@ -7,19 +7,19 @@
     python examples/train_vit_nano.py --work nano --until 6200 --sizes 256 512 1024 --final-lr 0
     python examples/train_vit_nano.py --work nano --save sam/vit_nano.safetensors
 
-Each command goes on where the last one ended (or was ended); a new folder may --start from saved weights. The rate
-goes from where it is to --final-lr along a straight line; the weights that are kept are a moving average. Loss,
-prompts and their rules are those of `mobilesam distill --objective coupled`. Nothing else should run beside it: its
-threads wait for each other, and on busy cores take twice as long.
+Each command resumes where the last one ended or was stopped; a new folder may --start from saved weights. The
+learning rate changes linearly from its present value to --final-lr; the saved weights are a moving average. Loss and
+prompts are those of `mobilesam distill --objective coupled`. Nothing else should run beside it: its threads wait for
+each other, and take twice as long on busy cores.
 
     python examples/generate_pictures.py --out held-out --seed 2 --side 256
     mobilesam evaluate --images held-out --teacher vit_nano --model nano=vit_nano --image-size 256
 
-measures the masks of the package's weights on pictures that were not trained on: picked and best of three.
+measures the masks of the package's weights (picked and best of three) on pictures that were not trained on.
 
-Two short stages come first, without which a fresh head answers nothing for hundreds of steps: the encoder alone
-learns to give cells of one object like embeddings, then the head alone learns to read them. The encoder's loss stays
-as a part of the last stage's.
+Two short stages come first, without which a new head predicts empty masks for hundreds of steps: the encoder alone
+learns similar embeddings for cells of one object, then the head alone learns to read them. The encoder's loss remains
+a term of the last stage's.
 """
 
 from __future__ import annotations
@@ -52,26 +52,26 @@ from mobilesam.sam.registry import TEACHERS
 
 NANO = TEACHERS["vit_nano"]
 
-# Pictures and objects of each in one step, by image size in pixels, and how often a size comes up.
+# (pictures, objects of each) in one step by image size in pixels, and the relative frequency of the sizes.
 BATCHES = {128: (16, 6), 256: (8, 5), 512: (3, 5), 1024: (1, 6)}
 SHARES = {128: 0.5, 256: 0.7, 512: 0.2, 1024: 0.1}
 TWO_ROUNDS = 0.1
 """Share of the steps in which a correction follows the first prompt."""
 FOCAL = 5.0
-"""Focal : dice is 20 : 1 in SAM; here most of a picture is not the object, and 20 teaches to answer nothing."""
-LIKENESS = 0.5
-"""Weight of the encoder's first loss in the coupled stage: it says at every cell what belongs together."""
+"""Weight of the focal loss, with dice 1. SAM has 20; here objects are small and 20 leads to empty masks."""
+CONTRASTIVE = 0.5
+"""Weight of the contrastive loss in the coupled stage, which supervises every cell."""
 ENCODER_STEPS, HEAD_STEPS = 250, 300
 ATTENTION_GAIN = 4.0
 SHARPNESS = 10.0
 LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 5e-4, 50, 0.02, 1.0
 MUON_LR = 5.0
-"""Muon's rate, in AdamW's: how far a matrix moves in a step."""
+"""Muon's learning rate as a multiple of AdamW's."""
 AVERAGE = 0.998
 
 
 def collate(samples: list[Sample], side: int) -> tuple[Tensor, PromptedObjects, Tensor]:
-    """Normalised pixels (B, 3, S, S), the chosen objects of all samples, and segments int64 (B, M, M)."""
+    """Return normalised pixels (B, 3, S, S), the chosen objects of all samples, and segments int64 (B, M, M)."""
     sizes_B2 = torch.tensor([sample.size for sample in samples])
     pixels_BCHW = normalize_and_pad(torch.from_numpy(np.stack([s.canvas_HWC for s in samples])), sizes_B2)
     valid_BMM = valid_pixels(sizes_B2, side, mask_side(side))
@@ -87,10 +87,10 @@ def collate(samples: list[Sample], side: int) -> tuple[Tensor, PromptedObjects, 
     return pixels_BCHW, objects, segments_BMM
 
 
-def likeness_loss(emb_BCHW: Tensor, segments_BMM: Tensor, valid_BMM: Tensor) -> Tensor:
-    """How badly a cell tells cells of its own segment from the others': supervised contrastive loss over cosines.
+def contrastive_loss(emb_BCHW: Tensor, segments_BMM: Tensor, valid_BMM: Tensor) -> Tensor:
+    """Return the supervised contrastive loss over cosines between cells of the same and of other segments.
 
-    A cell is of the segment that most of its pixels are of. Source: arXiv 2004.11362, equation 3 (L_in).
+    A cell belongs to the segment of most of its pixels. Source: arXiv 2004.11362, equation 3 (L_in).
     """
     size = segments_BMM.shape[-1] // emb_BCHW.shape[-1]
     cells_BL = (
@@ -113,7 +113,7 @@ Stage = Literal["encoder", "head", "coupled"]
 
 
 def stage_of(step: int) -> tuple[Stage, int]:
-    """What a step trains, and the first step of that stage."""
+    """Return the stage of a step, and the first step of that stage."""
     if step < ENCODER_STEPS:
         return "encoder", 0
     if step < ENCODER_STEPS + HEAD_STEPS:
@@ -122,7 +122,7 @@ def stage_of(step: int) -> tuple[Stage, int]:
 
 
 class Sam(nn.Module):
-    """Encoder and head of one image size; `forward` is a stage's loss, summed over objects, and the picked IoU."""
+    """Encoder and head of one image size; `forward` returns a stage's summed loss and the picked IoU."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -139,19 +139,21 @@ class Sam(nn.Module):
         pixels_BCHW, objects, segments_BMM = batch
         emb_BCHW = self.image_encoder(pixels_BCHW)
         if stage == "encoder":
-            loss = likeness_loss(emb_BCHW, segments_BMM, objects.valid_BMM) * len(objects.image_P)
+            loss = contrastive_loss(emb_BCHW, segments_BMM, objects.valid_BMM) * len(objects.image_P)
             return loss, loss.new_zeros(())
         if stage == "head":
             return mask_loss(self.head, emb_BCHW.detach(), objects, generator)
         loss, picked = mask_loss(self.head, emb_BCHW, objects, generator)
-        likeness = likeness_loss(emb_BCHW, segments_BMM, objects.valid_BMM)
-        return loss + LIKENESS * likeness * len(objects.image_P), picked
+        contrastive = contrastive_loss(emb_BCHW, segments_BMM, objects.valid_BMM)
+        return loss + CONTRASTIVE * contrastive * len(objects.image_P), picked
 
 
 @torch.no_grad()
-def look_at_the_place(head: SamHead) -> None:
-    """Makes a fresh head's cross attention look where a point is, instead of everywhere alike: a query and a key that
-    are equal get a high score when both are projected by one matrix."""
+def tie_cross_attention(head: SamHead) -> None:
+    """Initialise a new head's cross attention to attend to the place of a point instead of everywhere alike.
+
+    Equal queries and keys get a high score when one matrix projects both.
+    """
     transformer = head.mask_decoder.transformer
     layers = [
         (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token) for layer in transformer.layers
@@ -164,7 +166,7 @@ def look_at_the_place(head: SamHead) -> None:
 def call(
     sizes: dict[int, Sam], weights: dict[str, Tensor], side: int, *arguments: object
 ) -> tuple[Tensor, Tensor]:
-    """`Sam.forward` at an image size, with weights whose positions are for the trained image size."""
+    """Call `Sam.forward` at an image size, with position tables interpolated from the trained image size."""
     prefix = "image_encoder."
     encoder = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     fitted, _ = fit_positions(encoder, NANO.encoder, side)
@@ -173,21 +175,21 @@ def call(
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes it: what multiplies activations, no table of positions or tokens."""
+    """Return True for Muon's parameters: matrices that multiply activations, no tables of positions or tokens."""
     tables = ("rel_pos", "pos_embed", "point_embed", "token", "not_a_point", "no_mask")
     return parameter.ndim == 2 and not any(table in name for table in tables)
 
 
 class Run:
-    """The state of a training, in a folder."""
+    """Training state, kept in a folder."""
 
     def __init__(self, folder: Path, weights: Path | None = None) -> None:
-        """A training goes on where its folder has it, else from `weights`, if any are given."""
+        """Resume the folder's training if there is one; else start from `weights` if given."""
         self.folder = folder
         torch.manual_seed(SEED)
         self.sam = Sam(NANO.trained_image_size)
         nn.init.trunc_normal_(self.sam.image_encoder.pos_embed, std=0.02)
-        look_at_the_place(self.sam.head)
+        tie_cross_attention(self.sam.head)
         named = list(self.sam.named_parameters())
         others = [parameter for name, parameter in named if not is_hidden_matrix(name, parameter)]
         groups = [
@@ -241,7 +243,7 @@ class Run:
 
 
 def plan(step: int, sizes: list[int]) -> tuple[int, MaskLoss, torch.Generator]:
-    """What a step is made of; decided by its number alone."""
+    """Return image size, loss and generator of a step; they depend only on its number."""
     generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
     shares = torch.tensor([SHARES[size] for size in sizes])
     side = sizes[int(torch.multinomial(shares, 1, generator=generator))]
@@ -250,7 +252,7 @@ def plan(step: int, sizes: list[int]) -> tuple[int, MaskLoss, torch.Generator]:
 
 
 def samples_of(step: int, pictures: Pictures, generator: torch.Generator) -> list[Sample]:
-    """The samples of a step: pictures in turn, each time in another position and with other objects."""
+    """Return the samples of a step: pictures in turn, each time with another orientation and other objects."""
     side = pictures.canvas_NHWC.shape[1]
     number, objects = BATCHES[side]
     rng = np.random.default_rng([SEED, step])
@@ -312,7 +314,7 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
 
 @torch.no_grad()
 def validate(run: Run, at_sizes: dict[int, Sam], sizes: list[int]) -> dict[str, float]:
-    """The IoU of picked masks for one point, the averaged weights on held-out pictures."""
+    """Return the mean IoU of picked masks for one point, by the averaged weights on held-out pictures."""
     found = {}
     averaged = {key: nn.Parameter(value, requires_grad=False) for key, value in run.average.items()}
     for side in sizes:
@@ -330,7 +332,7 @@ def validate(run: Run, at_sizes: dict[int, Sam], sizes: list[int]) -> dict[str, 
 
 
 def save(run: Run, path: Path) -> None:
-    """The averaged weights in float16, keyed as in a SAM checkpoint."""
+    """Save the averaged weights in float16, keyed as in a SAM checkpoint."""
     state = {key.removeprefix("head."): value.half().contiguous() for key, value in run.average.items()}
     metadata = {"step": str(run.step), "seed": str(SEED), "image_size": str(NANO.trained_image_size)}
     save_file(state, path, metadata)
@@ -340,14 +342,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the training lies")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the training")
     parser.add_argument("--until", type=int, metavar="STEP")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], choices=sorted(BATCHES), metavar="PX")
     parser.add_argument("--final-lr", type=float, default=LR, metavar="X")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the averaged weights")
-    parser.add_argument(
-        "--start", type=Path, metavar="FILE", help="begin with these weights, as --save wrote them"
-    )
+    parser.add_argument("--start", type=Path, metavar="FILE", help="initial weights, as written by --save")
     options = parser.parse_args()
     keep_freed_memory()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lively import save_lively
 from PIL import Image
+from random_student import save_random_student
 from segment_anything import SamPredictor
 
 from mobilesam.predict import ExportConfig, export, load_model
@@ -23,7 +23,9 @@ POINT = ("210", "160")
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    student = save_lively(folder / "student.safetensors", "timm:resnet18", image_size=128, teacher="vit_h")
+    student = save_random_student(
+        folder / "student.safetensors", "timm:resnet18", image_size=128, teacher="vit_h"
+    )
     export(ExportConfig(student=student, out=folder / "out"))
     return folder / "out"
 

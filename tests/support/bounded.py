@@ -1,4 +1,4 @@
-"""Reading files in a process that may take only so much more memory than it has when everything is imported."""
+"""Reading files in a subprocess with a limit on memory beyond its imports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,13 @@ for name in sys.argv[3:]:
 
 
 def read_bounded(kind: str, files: Sequence[Path], more: int) -> list[str]:
-    """For each file "read" or the error's message. `kind` is "state" or "student"; `more` counts bytes."""
+    """Read files in one subprocess; return "read" or the error's message for each.
+
+    Args:
+        kind: "state" for a checkpoint's state, "student" for a student's file.
+        files: Files to read.
+        more: Bytes of address space that the reads may add.
+    """
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, kind, str(more), *map(str, files)],
         capture_output=True,

@@ -1,10 +1,10 @@
-"""Damaging files, as tests of several rooms do it."""
+"""Flipped bits in data, for tests of several rooms."""
 
 from __future__ import annotations
 
 
 def flipped(data: bytes, bit: int) -> bytes:
-    """The data with one bit of it inverted."""
+    """Return a copy of the data with one bit inverted."""
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
     return bytes(changed)

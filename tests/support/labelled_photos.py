@@ -1,4 +1,4 @@
-"""Labels of photos: ellipses in SA-1B's JSON."""
+"""Labels of photos in SA-1B's JSON: ellipses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pycocotools import mask as coco
 
 
 def labelled_masks(size: tuple[int, int], seed: int) -> list[np.ndarray]:
-    """Return three ellipses."""
+    """Return the masks of three ellipses, bool (H, W)."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
     masks = []
@@ -24,6 +24,7 @@ def labelled_masks(size: tuple[int, int], seed: int) -> list[np.ndarray]:
 
 
 def annotation(mask_HW: np.ndarray) -> dict[str, Any]:
+    """Return SA-1B's annotation of a mask: run lengths and box (x, y, width, height)."""
     runs = coco.encode(np.asfortranarray(mask_HW, dtype=np.uint8))
     box = [float(number) for number in coco.toBbox(runs)]
     return {"segmentation": {"size": list(mask_HW.shape), "counts": runs["counts"].decode()}, "bbox": box}

@@ -1,4 +1,4 @@
-"""An observer of precompute's runs that keeps what it hears."""
+"""Observer of a precompute run that keeps all messages and snapshots."""
 
 from __future__ import annotations
 

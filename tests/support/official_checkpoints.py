@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def write_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
-    """Save `vit_h`, `vit_l` or `vit_b`. Position tables are zeros until trained: random ones, so that they count."""
+    """Save a random `vit_h`, `vit_l` or `vit_b` and return its state.
+
+    Position tables, which are zeros until trained, get random values so that they have an effect.
+    """
     torch.manual_seed(1)
     state = sam_model_registry[name]().state_dict()
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""A dask cluster whose one worker lives in the test's own process: no start-up to wait for."""
+"""Dask cluster whose one worker runs in the test's own process, so that nothing has to start."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from mobilesam.sam.teacher import Teacher
 
 @contextmanager
 def one_process_cluster() -> Iterator[LocalCluster]:
-    """The cluster, for as long as the context lasts. Its teacher computes with this process's own number of threads,
-    for the tests beside it to have theirs."""
+    """Run the cluster while the context lasts.
+
+    Its teacher keeps this process's number of threads, so that other tests in the process keep theirs.
+    """
     load = worker._load
 
     def load_for_this_process(setup: TeacherSetup, device: str, _threads: int) -> Teacher:
@@ -36,8 +38,10 @@ def one_process_cluster() -> Iterator[LocalCluster]:
 
 
 def precompute_small(**options: Any) -> dict[str, Any]:
-    """Precompute by vit_nano at 64 pixels, three images a shard, without an audit, unless options say otherwise;
-    `observer` may be among them. It takes about a second."""
+    """Precompute with vit_nano at 64 pixels, three images a shard, without an audit; takes about a second.
+
+    `options` override the settings and may contain `observer`.
+    """
     settings: dict[str, Any] = {"teacher": "vit_nano", "image_size": 64, "shard_size": 3, "audit": 0}
     observer = options.pop("observer", None)
     return precompute(PrecomputeConfig(**(settings | options)), observer)

@@ -1,4 +1,4 @@
-"""A store of the pictures in a folder, committed without precompute."""
+"""Store of the pictures in a folder, committed without precompute."""
 
 from __future__ import annotations
 
@@ -24,8 +24,18 @@ def make_photo_store(
     failed: Sequence[int] = (),
     commit: bool = True,
 ) -> None:
-    """One shard, with `embeddings` (n, 256, g, g) in the order of the sorted file names. Rows named in `failed` are
-    committed as failed; with `commit=False` everything stays pending."""
+    """Write a store of one shard.
+
+    Args:
+        path: Store to create.
+        images: Folder of pictures.
+        head: SAM head to keep in the store.
+        embeddings: (n, 256, g, g), in the order of the sorted file names.
+        image_size: Side of the encoder's square, pixels.
+        dtype: Stored dtype.
+        failed: Rows that are committed as failed.
+        commit: False leaves all rows pending.
+    """
     files = sorted(images.iterdir())
     data, head_sha256 = encode_head(head)
     spec = make_spec(

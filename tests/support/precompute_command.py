@@ -1,4 +1,4 @@
-"""`mobilesam precompute` as users start it: in a process of its own, with worker processes."""
+"""`mobilesam precompute` in a subprocess with worker processes, as users run it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mobilesam.store import EmbeddingStore
 
 
 def command_of(photos: Path, out: Path, *options: str) -> list[str]:
-    """The command line over a folder of photos, by the smallest teacher, with `--json`."""
+    """Return the command line for a folder of photos with the smallest teacher and `--json`."""
     return [
         sys.executable, "-m", "mobilesam", "precompute", "--images", str(photos), "--out", str(out),
         "--teacher", "vit_nano", "--image-size", "64", "--json", *options,
@@ -21,7 +21,7 @@ def command_of(photos: Path, out: Path, *options: str) -> list[str]:
 
 
 def run_command(photos: Path, out: Path, *options: str, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run it to its end, which must be good, and give its result."""
+    """Run the command, assert that it succeeds, and return its result."""
     done = subprocess.run(
         command_of(photos, out, *options),
         capture_output=True,
@@ -34,26 +34,26 @@ def run_command(photos: Path, out: Path, *options: str, env: dict[str, str] | No
 
 
 def shard_files(path: Path) -> dict[str, tuple[int, bytes]]:
-    """Inode and content of every shard file, by name."""
+    """Return {name: (inode, content)} of the shard files."""
     return {file.name: (file.stat().st_ino, file.read_bytes()) for file in (path / "embeddings").glob("c.*")}
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Content of every shard file, by name."""
+    """Return {name: content} of the shard files."""
     return {name: data for name, (_, data) in shard_files(path).items()}
 
 
 def committed(path: Path) -> int:
-    """How many shards are listed; 0 while there is no store yet."""
+    """Return the number of committed shards; 0 while there is no store."""
     try:
         with EmbeddingStore.open(path) as store:
             return len(store.manifest.committed_shards())
-    except Exception:  # noqa: BLE001 - it is being made
+    except Exception:  # noqa: BLE001 - the store is being created
         return 0
 
 
 def preload(folder: Path, text: str) -> dict[str, str]:
-    """Environment in which dask's workers run some code first."""
+    """Return environment variables that make dask's workers run some code first."""
     script = folder / "preload.py"
     script.write_text(text)
     return {"DASK_DISTRIBUTED__WORKER__PRELOAD": str(script)}

@@ -24,6 +24,7 @@ HEAD, HEAD_SHA256 = encode_head({"prompt_encoder.weight": np.arange(3, dtype=np.
 
 
 def make_spec(**changes: object) -> StoreSpec:
+    """Return the small store's spec with some fields changed."""
     settings = {
         "store_id": uuid.uuid4().hex,
         "teacher": "vit_nano",
@@ -44,15 +45,17 @@ def make_spec(**changes: object) -> StoreSpec:
 
 
 def embeddings(rows: int = ROWS, seed: int = 0) -> np.ndarray:
+    """Return random embeddings, float32 (rows, 256, 4, 4)."""
     return np.random.default_rng(seed).normal(0, 3, (rows, 256, 4, 4)).astype(np.float32)
 
 
 def images(rows: int = ROWS) -> list[ImageRef]:
+    """Return references to images that do not exist."""
     return [ImageRef(key=f"photo{row:04d}.jpg", size=100 + row) for row in range(rows)]
 
 
 def picture(row: int) -> bytes:
-    """What a store that keeps images keeps of a row: bytes of any kind, of another length each."""
+    """Return the bytes that a store with kept images holds for a row; each row has another length."""
     return b"the image of row %d " % row * (20 + 13 * row)
 
 

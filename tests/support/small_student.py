@@ -1,4 +1,4 @@
-"""A student whose runs take a tenth of a second and whose files can be flipped bit by bit."""
+"""Student whose runs take a tenth of a second and whose small files can be flipped bit by bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALL = "small"
 
 @contextmanager
 def registered_small_student() -> Iterator[str]:
-    """Its name, known to the registry for as long as the context lasts."""
+    """Register the student while the context lasts; yield its name."""
     with pytest.MonkeyPatch.context() as patch:
         info = StudentInfo(name=SMALL, summary="", build=build, training_bytes={"float32": 1, "bfloat16": 1})
         patch.setitem(STUDENTS, SMALL, info)
@@ -23,5 +23,5 @@ def registered_small_student() -> Iterator[str]:
 
 
 def build(_image_size: int) -> nn.Module:
-    """With a batch norm, whose statistics depend on what was computed before."""
+    """Build the student, with a batch norm whose statistics depend on earlier batches."""
     return nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 256, 1))

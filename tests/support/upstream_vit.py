@@ -1,4 +1,4 @@
-"""segment_anything's own image encoder at any size, the reference that ours is held to."""
+"""segment_anything's own image encoder at any size, the reference for ours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mobilesam.sam.registry import TEACHERS
 
 
 def upstream_vit(name: str, image_size: int) -> ImageEncoderViT:
-    """segment_anything's class with the sizes of one of our ViTs, in evaluation mode."""
+    """Build segment_anything's class with the sizes of one of our ViTs, in evaluation mode."""
     config = TEACHERS[name].encoder
     return upstream_encoder(image_size, config.width, config.depth, config.heads, config.global_blocks)
 
@@ -21,7 +21,7 @@ def upstream_vit(name: str, image_size: int) -> ImageEncoderViT:
 def upstream_encoder(
     image_size: int, width: int, depth: int, heads: int, global_blocks: Sequence[int]
 ) -> ImageEncoderViT:
-    """segment_anything's class, built as its build_sam.py builds it."""
+    """Build segment_anything's class like its build_sam.py."""
     encoder = ImageEncoderViT(
         img_size=image_size,
         patch_size=16,
@@ -40,8 +40,10 @@ def upstream_encoder(
 
 
 def randomise(encoder: nn.Module, seed: int) -> None:
-    """Give every parameter values at which each of them shows in the result: upstream's positions begin as zeros, its
-    norms as ones."""
+    """Set random values with which every parameter affects the result.
+
+    Upstream initialises positions with zeros and norms with ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():

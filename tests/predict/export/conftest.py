@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lively import ToyEncoder, save_lively
+from random_student import ToyEncoder, save_random_student
 
 from mobilesam.distill import STUDENTS
 from mobilesam.distill.students.registry import StudentInfo
@@ -17,7 +17,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A student that upstream has no class for."""
     info = StudentInfo(name="toy", summary="one convolution", build=ToyEncoder)
     monkeypatch.setattr("mobilesam.distill.students.registry.STUDENTS", {**STUDENTS, "toy": info})
-    return save_lively(tmp_path / "toy.safetensors", "toy")
+    return save_random_student(tmp_path / "toy.safetensors", "toy")
 
 
 @pytest.fixture

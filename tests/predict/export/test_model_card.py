@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lively import save_lively
+from random_student import save_random_student
 
 from mobilesam.predict import ExportConfig, export
 
@@ -38,7 +38,9 @@ def test_what_a_plain_mobile_sam_pt_does_not_tell_is_said_to_be_not_recorded(
 @pytest.mark.usefixtures("_quick_onnx")
 def test_names_in_a_students_file_do_no_harm_to_the_card(tmp_path: Path) -> None:
     forged: dict[str, Any] = {"teacher": "a | b\n# <script>`", "run": "r" * 5000, "init": [], "versions": "1"}
-    student = save_lively(tmp_path / "x.safetensors", **forged, metrics={}, data=["nothing"], epoch={})
+    student = save_random_student(
+        tmp_path / "x.safetensors", **forged, metrics={}, data=["nothing"], epoch={}
+    )
     export(ExportConfig(student=student, out=tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "<script>" not in card

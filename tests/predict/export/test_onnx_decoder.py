@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from lively import IMAGE_SIZE, save_lively
+from random_student import IMAGE_SIZE, save_random_student
 from segment_anything import SamPredictor
 
 from mobilesam.predict import ExportConfig, Model, PredictError, export, load_model
@@ -26,7 +26,7 @@ SIZES = [(40, 60), (64, 64), (333, 97), (20, 64), (101, 640), (1, 1), (1, 40)]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("decoder")
-    student = save_lively(folder / "student.safetensors")
+    student = save_random_student(folder / "student.safetensors")
     return student, export(ExportConfig(student=student, out=folder / "decoder.onnx"))
 
 

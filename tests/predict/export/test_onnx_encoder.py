@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from lively import IMAGE_SIZE, ToyEncoder, save_lively
+from random_student import IMAGE_SIZE, ToyEncoder, save_random_student
 from torch import Tensor, nn
 
 from mobilesam import __version__
@@ -78,7 +78,7 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_every_kind_of_student_embeds_any_batch_as_torch_does(name: str, tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "student.safetensors", name)
+    student = save_random_student(tmp_path / "student.safetensors", name)
     out = tmp_path / "mine-encoder.onnx"
     result = export(ExportConfig(student=student, out=out))
     assert {path.name for path in tmp_path.iterdir()} == {"student.safetensors", "mine-encoder.onnx"}
@@ -104,7 +104,9 @@ def test_every_kind_of_student_embeds_any_batch_as_torch_does(name: str, tmp_pat
 
 
 def test_the_file_tells_what_it_is_and_how_images_are_prepared(tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "s.safetensors", "toy", teacher="vit_h", checkpoint_sha256="ab" * 32)
+    student = save_random_student(
+        tmp_path / "s.safetensors", "toy", teacher="vit_h", checkpoint_sha256="ab" * 32
+    )
     export(ExportConfig(student=student, out=tmp_path / "encoder.onnx"))
     proto = onnx.load(tmp_path / "encoder.onnx")
     onnx.checker.check_model(proto, full_check=True)
@@ -118,7 +120,7 @@ def test_the_file_tells_what_it_is_and_how_images_are_prepared(tmp_path: Path) -
 
 
 def test_the_file_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "s.safetensors", "toy")
+    student = save_random_student(tmp_path / "s.safetensors", "toy")
     export(ExportConfig(student=student, out=tmp_path / "encoder.onnx"))
     data = (tmp_path / "encoder.onnx").read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in data
@@ -126,7 +128,7 @@ def test_the_file_tells_nothing_of_the_machine_that_made_it(tmp_path: Path) -> N
 
 
 def test_the_same_student_gives_the_same_bytes(tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "s.safetensors", "toy")
+    student = save_random_student(tmp_path / "s.safetensors", "toy")
     for name in ("a-encoder.onnx", "b-encoder.onnx"):
         export(ExportConfig(student=student, out=tmp_path / name))
     assert (tmp_path / "a-encoder.onnx").read_bytes() == (tmp_path / "b-encoder.onnx").read_bytes()
@@ -135,7 +137,7 @@ def test_the_same_student_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_student_that_torch_can_not_export_is_one_clear_error(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    student = save_lively(tmp_path / "s.safetensors", "deciding")
+    student = save_random_student(tmp_path / "s.safetensors", "deciding")
     with pytest.raises(PredictError, match="torch can't export the encoder deciding to ONNX: ") as caught:
         export(ExportConfig(student=student, out=tmp_path / "encoder.onnx"))
     assert "\n" not in str(caught.value)
@@ -144,14 +146,14 @@ def test_a_student_that_torch_can_not_export_is_one_clear_error(
 
 
 def test_a_student_that_torch_exports_wrongly_is_caught(tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "s.safetensors", "counting")
+    student = save_random_student(tmp_path / "s.safetensors", "counting")
     with pytest.raises(PredictError, match=r"encoder\.onnx computes something else"):
         export(ExportConfig(student=student, out=tmp_path / "encoder.onnx"))
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 
 def test_weights_that_one_file_can_not_hold_are_refused(tmp_path: Path) -> None:
-    model = load_model(save_lively(tmp_path / "s.safetensors", "toy"))
+    model = load_model(save_random_student(tmp_path / "s.safetensors", "toy"))
     huge = nn.Module()
     huge.weight = nn.Parameter(torch.empty(2**29, device="meta"), requires_grad=False)
     model.sam.image_encoder.huge = huge

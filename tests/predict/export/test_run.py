@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lively import IMAGE_SIZE
+from random_student import IMAGE_SIZE
 
 from mobilesam.predict import ExportConfig, PredictError, export
 from mobilesam.predict.export import run as exporter

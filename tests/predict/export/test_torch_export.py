@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lively import IMAGE_SIZE, save_lively
 from PIL import Image
+from random_student import IMAGE_SIZE, save_random_student
 
 from mobilesam.distill import load_student
 from mobilesam.predict import ExportConfig, PredictError, export, load_model, load_teacher_model
@@ -19,14 +19,16 @@ PHOTO = Path(__file__).parents[3] / "examples" / "photos" / "coffee.jpg"
 
 
 @pytest.fixture(scope="module")
-def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_lively(tmp_path_factory.mktemp("lively") / "student.safetensors", teacher="vit_h")
+def random_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_student(
+        tmp_path_factory.mktemp("random_student") / "student.safetensors", teacher="vit_h"
+    )
 
 
 @pytest.fixture(scope="module")
-def exported(lively: Path) -> tuple[Path, dict[str, Any]]:
-    out = lively.parent / "mine.pt"
-    return out, export(ExportConfig(student=lively, out=out))
+def exported(random_student: Path) -> tuple[Path, dict[str, Any]]:
+    out = random_student.parent / "mine.pt"
+    return out, export(ExportConfig(student=random_student, out=out))
 
 
 def _upstream() -> Any:
@@ -83,9 +85,9 @@ def test_upstreams_predictor_gives_the_masks_of_our_model(exported: tuple[Path, 
 
 
 def test_it_loads_back_through_our_own_loaders_with_the_same_weights(
-    lively: Path, exported: tuple[Path, dict[str, Any]]
+    random_student: Path, exported: tuple[Path, dict[str, Any]]
 ) -> None:
-    original = load_model(lively).sam.state_dict()
+    original = load_model(random_student).sam.state_dict()
     encoder, info = load_student(exported[0], image_size=IMAGE_SIZE)
     assert info == {"student": "tiny_vit", "image_size": IMAGE_SIZE}
     teacher = load_teacher_model("mobile_sam", exported[0], image_size=IMAGE_SIZE)
@@ -112,7 +114,7 @@ def test_at_1024_there_is_nothing_to_tell(mobile_sam_pt: Path, tmp_path: Path) -
 
 
 def test_another_student_is_refused_with_the_reason_and_the_mend(tmp_path: Path) -> None:
-    student = save_lively(tmp_path / "other.safetensors", "tiny_vit_11m")
+    student = save_random_student(tmp_path / "other.safetensors", "tiny_vit_11m")
     with pytest.raises(PredictError, match=r"no class for tiny_vit_11m.*a folder"):
         export(ExportConfig(student=student, out=tmp_path / "other.pt"))
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]

@@ -1,4 +1,4 @@
-"""A SAM whose random weights give masks with edges, for tests that compare masks."""
+"""Student with random weights whose masks have edges, for tests that compare masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE_SIZE = 64
 
 
 class ToyEncoder(nn.Module):
-    """The least that is a student: one convolution of stride 16."""
+    """Smallest possible student: one convolution of stride 16."""
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class ToyEncoder(nn.Module):
         return self.patch(pixels_BCHW)
 
 
-def lively_head(image_size: int = IMAGE_SIZE, seed: int = 3) -> dict[str, Tensor]:
-    """A head's state as torch initialises it, but for logits that lie far from zero on either side."""
+def random_head(image_size: int = IMAGE_SIZE, seed: int = 3) -> dict[str, Tensor]:
+    """Return a head's initial state with its last mask layers scaled, so that logits are far from zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = SamHead(image_size).state_dict()
@@ -37,10 +37,12 @@ def lively_head(image_size: int = IMAGE_SIZE, seed: int = 3) -> dict[str, Tensor
     return state
 
 
-def save_lively(path: Path, name: str = "tiny_vit", image_size: int = IMAGE_SIZE, **info: object) -> Path:
-    """A student's file with such a head; returns `path`."""
+def save_random_student(
+    path: Path, name: str = "tiny_vit", image_size: int = IMAGE_SIZE, **info: object
+) -> Path:
+    """Save a student with such a head and return `path`."""
     known: Mapping[str, object] = info
     save_student(
-        build_student(name, image_size, seed=3), path, name, image_size, known, lively_head(image_size)
+        build_student(name, image_size, seed=3), path, name, image_size, known, random_head(image_size)
     )
     return path
