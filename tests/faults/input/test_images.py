@@ -77,7 +77,7 @@ INVALID_VALUES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Values past float16's range are valid in the other dtypes.
+# Values beyond float16's range are valid in the other dtypes.
 CASES = [
     (poison, dtype)
     for poison in INVALID_VALUES
@@ -113,7 +113,7 @@ def test_a_teacher_that_gives_invalid_values_for_one_image_fails_that_image_alon
     )  # fmt: skip
     assert (wrong, lost) == ([], [])
     assert (result["done"], result["failed"]) == (6, 1)
-    expected = "past float16's range" if poison.endswith("past float16") else "NaN or infinite"
+    expected = "beyond float16's range" if poison.endswith("past float16") else "NaN or infinite"
     assert expected in str(failed(store)[BAD])
     assert [line for line in listener.messages if line.startswith(f"failed: {BAD}: ")]
     assert run(dtype=dtype, batch_size=2)["failed"] == 1, "a plain rerun leaves it"

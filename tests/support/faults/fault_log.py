@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PATH_VARIABLE = "MOBILESAM_FAULTS"
 DEFAULT_PATH = Path(__file__).parents[3] / ".faults" / "faults.jsonl"
@@ -46,33 +47,14 @@ class FaultLog:
         self.path = path
         self._test = test
 
-    def record(
-        self,
-        *,
-        call: str,
-        ordinal: int,
-        file: str | Path,
-        phase: str,
-        fired: bool,
-        lost: int,
-        wrong: int,
-        role: str = "store",
-        kill: bool = False,
-        test: str | None = None,
-    ) -> Fault:
-        """Append one line and return the fault; a single write keeps lines of several processes apart."""
-        fault = Fault(
-            call=call,
-            ordinal=ordinal,
-            file=str(file),
-            phase=phase,
-            role=role,
-            fired=fired,
-            lost=lost,
-            wrong=wrong,
-            kill=kill,
-            test=test or self._test,
-        )
+    def record(self, *, file: str | Path, **fields: Any) -> Fault:
+        """Append one line and return the fault; a single write keeps lines of several processes apart.
+
+        Args:
+            file: File, or kind of file, that was hit.
+            **fields: The other fields of Fault; `test` is this log's test unless given.
+        """
+        fault = Fault(**({"file": str(file), "test": self._test} | fields))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
