@@ -1,8 +1,8 @@
 """Checkpoints that a run resumes from, last.pt and previous.pt: a resumed run ends as if it had never stopped.
 
 A checkpoint holds the weights and statistics of what is trained (the student, its head, or both), AdamW's moments,
-torch's random numbers (no student draws from them today; one with dropout would) and `TrainState`. The learning rate
-and the order of rows are pure functions of the step and the epoch, so these two are all that is kept of them.
+the state of torch's random number generators (no student draws from them today; one with dropout would) and
+`TrainState`. The learning rate and the order of rows are functions of the step and the epoch, and are not saved.
 
 Shape suffixes: C channels, H, W rows and columns of the embedding (g each).
 """
@@ -38,16 +38,16 @@ _MEND = "put a whole copy back, or give --restart to start over, which keeps the
 
 @dataclass(kw_only=True)
 class Throughput:
-    """Images and times of all sessions of a run."""
+    """Images and times, in seconds, of all sessions of a run."""
 
     images: int = 0
-    """Images trained on; one counts once an epoch."""
+    """Images trained on; each counts once per epoch."""
     seconds: float = 0.0
-    """Time in the training loop."""
+    """Time in the training loop, without validation and saving."""
     waited: float = 0.0
-    """Part of `seconds` that was spent waiting for data."""
+    """Part of `seconds` spent waiting for data."""
     elapsed: float = 0.0
-    """Time in all, in seconds, with validation and saving."""
+    """Total time, with validation and saving."""
 
 
 @dataclass(kw_only=True)
@@ -82,23 +82,23 @@ class LogState:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Progress of a run: everything but weights, moments and random numbers."""
+    """Progress of a run: all of a checkpoint but weights, moments and random number generators."""
 
     epoch: int = 0
-    """Epochs that are complete and validated."""
+    """Number of complete, validated epochs."""
     batch: int = 0
-    """Batches of the next epoch that are done."""
+    """Batches done in the current epoch."""
     step: int = 0
-    """Optimizer steps of all sessions."""
+    """Optimizer steps done in all sessions."""
     micro_steps: int = 0
-    """Forward passes in training of all sessions, in one process."""
+    """Forward passes in training, of one process in all sessions."""
     throughput: Throughput = field(default_factory=Throughput)
     best: BestEpoch = field(default_factory=BestEpoch)
     embeddings: EmbeddingSum
     log: LogState = field(default_factory=LogState)
 
     def to_saved(self) -> dict[str, Any]:
-        """Return the values by their names in a checkpoint; the tensor and the list are not copied."""
+        """Return the values as a flat dictionary for a checkpoint; the tensor and the list are not copied."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -118,7 +118,7 @@ class TrainState:
 
     @classmethod
     def from_saved(cls, values: Mapping[str, Any]) -> TrainState:
-        """Return the state of `to_saved`'s values."""
+        """Rebuild the state from the values of `to_saved`."""
         return cls(
             **{name: values[name] for name in ("epoch", "batch", "step", "micro_steps")},
             throughput=Throughput(
@@ -132,14 +132,14 @@ class TrainState:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """The last two checkpoints in a run's folder: the second last is there in case that the last is damaged."""
+    """Last two checkpoints in a run's folder; the older one is used if the newer is damaged."""
 
     folder: Path
     run_id: str
     """`Run.id`; a checkpoint of another run is refused."""
 
     def exist(self) -> bool:
-        """Return True if a checkpoint is there, whole or damaged."""
+        """Return True if there is a checkpoint file, whole or damaged."""
         return any((self.folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE))
 
     def save(
@@ -151,10 +151,10 @@ class Checkpoints:
         previous.pt to resume from.
 
         Args:
-            student: what is trained (`Objective.trained`).
+            student: module to save (`Objective.trained`).
             optimizer: its AdamW.
             state: progress of the run.
-            device: the one whose random numbers are saved beside the CPU's.
+            device: device whose random number generator is saved beside the CPU's.
         """
         rng = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
@@ -188,16 +188,16 @@ class Checkpoints:
         never replaces the whole one.
 
         Args:
-            student: what is trained, on `device`.
+            student: module to load into (`Objective.trained`), on `device`.
             optimizer: its AdamW.
-            state: of a run that begins; its tensor has the right shape.
-            device: the one that is trained on.
+            state: initial state of the run, whose tensor has the expected shape.
+            device: device of the training.
 
         Returns:
             The saved state, its tensor on `device`.
 
         Raises:
-            DistillError: neither file is whole; nothing has been changed then.
+            DistillError: neither file is whole; nothing has been changed.
         """
         last, previous = self.folder / CHECKPOINT_FILE, self.folder / PREVIOUS_FILE
         try:
@@ -229,7 +229,7 @@ class Checkpoints:
     def _read(
         self, path: Path, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
     ) -> dict[str, Any]:
-        """Read one file and check all of it, so that loading it into student and optimizer can't fail half way."""
+        """Read one file and check all of it, so that loading it into student and optimizer can't fail midway."""
         try:
             saved = read_torch_file(path)
         except FileNotFoundError:
@@ -258,7 +258,7 @@ class _Unusable(Exception):
 
 
 def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
-    """Refuse a checkpoint that isn't one of this student and optimizer, by ValueError or what a wrong type raises."""
+    """Refuse a checkpoint of another student or optimizer, by ValueError or the error that a wrong type raises."""
     _check_same(saved["student"], student.state_dict())
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if saved["moments"].keys() - range(len(parameters)):
@@ -289,5 +289,5 @@ def _check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def _cloned(moments: dict[int, dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
-    """Return copies, which no longer depend on the mapped file."""
+    """Return copies, so that the memory-mapped file can be closed or replaced."""
     return {index: {name: value.clone() for name, value in one.items()} for index, one in moments.items()}

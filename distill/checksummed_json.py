@@ -20,15 +20,20 @@ _LINE_KEY = "crc32"
 
 
 def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON with its SHA-256, atomically and durably."""
+    """Write an object as JSON with its SHA-256, atomically and durably.
+
+    Args:
+        path: file to create or replace.
+        value: JSON object without the key `sha256`.
+    """
     write_atomic(path, json.dumps({**value, _FILE_KEY: json_sha256(value)}, indent=1).encode() + b"\n")
 
 
 def read_checksummed(path: Path) -> dict[str, Any]:
-    """Read a file of `write_checksummed`, without its checksum.
+    """Read a file written by `write_checksummed`; the checksum is left out of the result.
 
     Raises:
-        DistillError: the file is missing or damaged; the message says nothing of how to mend it.
+        DistillError: the file is missing or damaged; the caller adds a remedy to the message.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -51,10 +56,10 @@ def encode_line(value: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes) -> dict[str, Any]:
-    """Return the object of a line without its checksum.
+    """Parse a line of `encode_line`, and return its object without the checksum.
 
     Args:
-        line: a line of `encode_line` without its newline.
+        line: the line without its newline.
 
     Raises:
         ValueError: the checksum is wrong.
@@ -71,8 +76,8 @@ def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     """Decode the lines of a log.
 
     Args:
-        path: the log, for messages.
-        lines: its lines without their newlines.
+        path: the log's path, for messages.
+        lines: its lines without newlines.
 
     Raises:
         DistillError: a line is damaged; the message names the first.
@@ -90,7 +95,7 @@ def decode_lines(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
 
 
 def json_sha256(value: object) -> str:
-    """Return the hexadecimal SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the hexadecimal SHA-256 of a JSON value; the order of keys doesn't affect it."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -31,10 +31,10 @@ LABELS = ("teacher", "annotations")
 MASK_FIELDS = frozenset(
     {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
 )
-"""Options of the objectives that compare masks; they mean nothing for the decoupled one."""
+"""Options of the objectives that compare masks; the decoupled objective refuses them."""
 
-# Options that don't change what the student learns: where files are, and how fast the machine computes.
-# The file of initial weights counts by its SHA-256, which the run's description adds.
+# Options that don't change what the student learns: places of files, and speed.
+# The run's description adds the SHA-256 of the file of initial weights instead of its path.
 _NOT_IDENTITY = frozenset(
     {"store", "images", "init", "out", "restart", "device", "workers", "compile", "checkpoint_seconds"}
 )
@@ -42,11 +42,11 @@ _NOT_IDENTITY = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """All options of one distillation, checked where they are made.
+    """All options of one distillation, checked on construction.
 
-    A micro-batch is also what batch norms average over and what random prompts are drawn for. The loss of the
-    objectives that compare masks is the weighted sum of focal, dice and IoU loss, its mean over an image's objects
-    and then over images, plus the weighted embedding MSE of the decoupled objective.
+    The micro-batch size affects the result: batch norms average over a micro-batch, and prompts are drawn for each
+    one. The loss of the objectives that compare masks is the weighted sum of focal, dice and IoU loss, averaged over
+    an image's objects and then over images, plus the weighted embedding MSE of the decoupled objective.
 
     Raises:
         DistillError: a value is outside its range, or options contradict each other.
@@ -78,7 +78,7 @@ class DistillConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     freeze_norm: float = 0.5
-    """Share of all steps after which batch norms keep their statistics; 1 is never."""
+    """Share of all steps after which the statistics of batch norms are frozen; 1: never."""
     seed: int = option(0, help="Seed of initial weights, order of the images, and prompts.")
     val_fraction: float = option(
         0.05,
@@ -185,12 +185,10 @@ class DistillConfig:
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
     def identity(self) -> dict[str, Any]:
-        """Return the options that decide what the student learns; a run is resumed only with the same ones."""
+        """Return the options that decide what the student learns; a run resumes only if they are the same."""
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
-            left_out |= MASK_FIELDS | {
-                "objective"
-            }  # runs from before there were other objectives have none of these
+            left_out |= MASK_FIELDS | {"objective"}  # runs from before there were other objectives lack these
         return {name: v for name, v in self.to_json().items() if name not in left_out}
 
 

@@ -1,7 +1,7 @@
 """Data-parallel training by processes that torchrun started: their ranks, and the collectives between them.
 
-Every process takes its share of a step's micro-batches and gradients are summed, so that N processes compute what one
-process computes that accumulates the same micro-batches. Rank 0 alone reads checkpoints, writes and reports.
+Every process takes its share of a step's micro-batches, and gradients are summed, so that N processes compute the
+same as one process that accumulates all micro-batches. Only rank 0 reads checkpoints, writes files and reports.
 
 Shape suffixes: C channels, H, W rows and columns of the embedding (g each).
 """
@@ -27,16 +27,16 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 TIMEOUT = datetime.timedelta(days=1)
-"""Limit for one process that waits for another: rank 0 may be reading images or writing while the rest wait."""
+"""Longest time that a process waits for another: rank 0 may be reading images or writing while the rest wait."""
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """This process among those that train together. A single process exchanges nothing and pays nothing.
+    """Group of processes that train together, as seen by this one. A single process exchanges nothing.
 
-    Collectives (all methods but `local_device` and `share_of`) are called by every process, in the same order.
+    Collectives (all methods but `local_device` and `share_of`) must be called by every process, in the same order.
     """
 
     rank: int = 0
@@ -47,7 +47,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """True for rank 0, which reads checkpoints, writes and reports."""
+        """True for rank 0, which reads checkpoints, writes files and reports."""
         return self.rank == 0
 
     def local_device(self, device: str) -> str:
@@ -63,20 +63,24 @@ class ProcessGroup:
     def all_reduce_gradients(self, module: nn.Module, loss: Tensor) -> None:
         """Replace the gradients of all trained parameters, and `loss`, by their sums over all processes, in place.
 
-        One exchange of one flat tensor, which doesn't wait for the host. torch's DistributedDataParallel would
-        exchange during the backward pass, but needs a micro-batch in every process, which a short batch lacks.
+        One all-reduce of one flat tensor, without synchronising with the host. torch's DistributedDataParallel would
+        overlap it with the backward pass, but needs a micro-batch in every process; a short batch has too few.
+
+        Args:
+            module: what is trained; each trained parameter has a gradient (`fill_gradients`).
+            loss: float32 scalar on the same device.
         """
         if self.world_size == 1:
             return
         gradients = []
         for parameter in module.parameters():
             if parameter.requires_grad:
-                assert parameter.grad is not None, "fill_gradients has seen to it"
+                assert parameter.grad is not None, "set by fill_gradients"
                 gradients.append(parameter.grad)
         _flattened([loss, *gradients], dist.all_reduce)
 
     def broadcast_buffers(self, module: nn.Module) -> None:
-        """Give every process rank 0's floating-point buffers: the running statistics of batch norms."""
+        """Broadcast rank 0's floating-point buffers, the running statistics of batch norms, into `module`."""
         if self.world_size == 1:
             return
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
@@ -85,6 +89,10 @@ class ProcessGroup:
 
     def reduce_sum(self, total: Tensor, count: int) -> int:
         """Move sums to rank 0: add up `total` there in place, and set it to zero in the other processes.
+
+        Args:
+            total: float tensor of the same shape in every process.
+            count: number of items in this process's total.
 
         Returns:
             The sum of `count` in rank 0, 0 in the others.
@@ -100,7 +108,7 @@ class ProcessGroup:
         return 0
 
     def all_reduce_max(self, *values: int) -> list[int]:
-        """Return the maximum of each value over all processes; the exchange leaves GPUs alone."""
+        """Return the maximum of each value over all processes; the exchange uses CPU tensors only."""
         if self.world_size == 1:
             return list(values)
         maxima = torch.tensor(values)
@@ -127,11 +135,16 @@ class ProcessGroup:
     def broadcast_training(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
     ) -> TrainState:
-        """Give every process rank 0's weights, AdamW moments, random numbers and state.
+        """Broadcast rank 0's weights, AdamW moments, state of random numbers, and `TrainState`.
+
+        Args:
+            module: what is trained; gets rank 0's weights.
+            optimizer: its AdamW; gets rank 0's moments.
+            state: this process's state.
 
         Returns:
-            Rank 0's state. The sum of embeddings and its count are rank 0's alone, since they are added up over all
-            processes: the others keep their own tensor and a count of 0.
+            Rank 0's state. Other processes keep their own tensor for the sum of embeddings, with a count of 0, since
+            the sums of all processes are added up later.
         """
         mine = None
         if self.is_main:
@@ -147,15 +160,15 @@ class ProcessGroup:
         return replace(main_state, embeddings=EmbeddingSum(sum_CHW=state.embeddings.sum_CHW))
 
     def barrier(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until every process has reached this call."""
         self.all_reduce_max(0)
 
 
 @contextmanager
 def join_process_group() -> Iterator[ProcessGroup]:
-    """Connect this process with the others that torchrun started, for as long as the context lasts.
+    """Connect this process with the others that torchrun started, for the duration of the context.
 
-    Without torchrun's environment variables it yields a group of one.
+    Without torchrun's environment variables, yield a group of one.
 
     Raises:
         DistillError: the variables are incomplete, the processes don't find each other, or one of them is lost.
@@ -188,7 +201,7 @@ def join_process_group() -> Iterator[ProcessGroup]:
             raise
         raise DistillError(
             f"process {processes.rank} of {processes.world_size} lost another one, whose own message says why; "
-            "what is saved stays; run the same command to resume"
+            "the last checkpoint is kept: run the same command to resume"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -202,7 +215,7 @@ def _on_cpu(tree: Any) -> Any:
 
 
 def _flattened(tensors: Sequence[Tensor], exchange: Callable[[Tensor], object]) -> None:
-    """Exchange tensors in place as one flat tensor: a message costs more than copies."""
+    """Exchange tensors in place as one flat tensor: a message costs more than the copies."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     exchange(flat)
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

@@ -9,15 +9,15 @@ from torch import nn
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1.0) -> list[dict[str, Any]]:
-    """Return AdamW's two parameter groups: matrices and kernels decay; vectors and attention biases don't.
+    """Return AdamW's two parameter groups: weight decay for matrices and kernels, none for vectors and biases.
 
-    Vectors are the weights and biases of norms and the biases of layers. Parameters that take no gradients are in
-    neither group.
+    The second group holds the weights and biases of norms, the biases of layers and attention biases. Frozen
+    parameters are in neither group.
 
     Args:
-        module: what is trained.
-        weight_decay: of the first group; the second has 0.
-        lr_share: share of the schedule's rate that both groups learn with; the trainer multiplies by it.
+        module: module to train.
+        weight_decay: weight decay of the first group; the second has 0.
+        lr_share: factor of the schedule's learning rate for both groups, which the trainer applies.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -33,14 +33,13 @@ def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1
 def learning_rate(step: int, steps: int, base: float, warmup: float) -> float:
     """Return the learning rate of one step: a linear warm-up, then a half cosine.
 
-    The rate rises linearly over the first steps, the last of which has `base`, and then falls towards 0, which the
-    step after the last one would reach.
+    The last step of the warm-up has `base`; the step after the last one would have 0.
 
     Args:
         step: number of the optimizer step, from 0.
-        steps: number of all steps of the run.
-        base: highest rate.
-        warmup: share of all steps, rounded up, over which the rate rises; 0 to below 1.
+        steps: number of steps of the run.
+        base: peak learning rate.
+        warmup: share of the steps for the warm-up, 0 to below 1; their number is rounded up.
     """
     warm_steps = min(math.ceil(warmup * steps), steps)
     if step < warm_steps:

@@ -1,4 +1,4 @@
-"""Way into `mobilesam distill`: open the store, describe the run, create or resume its folder, train, summarise."""
+"""`mobilesam distill`: open the store, describe the run, create or resume its folder, train, summarise."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 STOPPED_EARLY = "stopped before training began, so that nothing was lost; run the same command again"
-"""Message of a stop by a signal before there is anything to save."""
+"""Message for a stop by a signal before there is anything to save."""
 
 
 def distill(
@@ -59,25 +59,26 @@ def distill(
 ) -> dict[str, Any]:
     """Train a student on a store's embeddings.
 
-    An interrupted run resumes; a finished one returns its result without training. Started by torchrun, every process
-    calls this with the same configuration and gets the same result; rank 0 alone writes. In the main thread SIGINT
-    and SIGTERM save a checkpoint and stop.
+    An interrupted run resumes; a finished one returns its result without training. Under torchrun, every process
+    calls this with the same configuration and gets the same result; only rank 0 writes files. In the main thread,
+    SIGINT and SIGTERM save a checkpoint and stop.
 
     Args:
         config: all options.
-        progress: called after each step and each batch of an evaluation, for display.
-        stop: set it to save a checkpoint and stop.
+        progress: callback for display, after each step and before each batch of an evaluation.
+        stop: flag to set from elsewhere to save a checkpoint and stop.
         latest: make `runs/latest` point to the run.
 
     Returns:
-        `run` (absolute path), `epochs`, `steps`, `seconds` (of all sessions of the run), `images_per_second` (images
-        trained by seconds in the training loop), `data_wait_share` (share of these seconds), `val` (metrics of the
-        validation rows after the last epoch); with labels from annotations `labels` (`annotated`, `images`, `empty`
-        and `broken`, numbers of images).
+        `run` (absolute path), `epochs`, `steps`, `seconds` (total over all sessions of the run), `images_per_second`
+        (in the training loop), `data_wait_share` (share of the training loop's time spent waiting for data), `val`
+        (metrics of the validation rows after the last epoch); with labels from annotations also `labels`
+        (`annotated`, `images`, `empty` and `broken`, numbers of images).
 
     Raises:
         DistillInterrupted: stopped by a signal or by `stop`.
-        DistillError, StoreError, SamError: something is wrong, with a message for the user.
+        DistillError, StoreError, SamError: options, store, images or the run's folder can't be used, or training
+            failed; the message is for the user.
     """
     stop = stop or StopFlag()
     with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
@@ -107,9 +108,9 @@ def distill(
 
 
 def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
-    """Return the rows to learn from; warn of rows that are missing or failed an audit.
+    """Return the rows to learn from; warn about rows that are missing or failed an audit.
 
-    Raises DistillError when there is none, or the store's preprocessing is not this version's.
+    Raises DistillError if there is none, or the store's preprocessing is not this version's.
     """
     records, counts = store.manifest.records("done"), store.manifest.counts()
     if not records:
@@ -120,7 +121,7 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
     check_preprocessing(store)
     if counts.pending or counts.failed:
         logger.warning(
-            "%s: learning from the %d rows that are done; %d are pending, %d failed",
+            "%s: training on the %d finished rows; %d are pending, %d failed",
             store.path,
             counts.done,
             counts.pending,
@@ -128,7 +129,7 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
         )
     if outside := store.audits_out_of_tolerance():
         logger.warning(
-            "%s: %d of its audited rows are not what the teacher computes; mobilesam inspect shows the numbers",
+            "%s: %d audited rows differ from the teacher's embeddings; mobilesam inspect shows the numbers",
             store.path,
             len(outside),
         )
@@ -136,7 +137,7 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
 
 
 def _initial_weights(config: DistillConfig, store: EmbeddingStore) -> InitialWeights | None:
-    """Read the file of `--init`, if one is given; the decoder objective needs a whole student in it."""
+    """Read the file of `--init`, if one is given; for the decoder objective it must hold a whole student."""
     if config.init is None:
         return None
     initial = read_initial(config.init, config.student, store.spec.image_size)
@@ -156,19 +157,19 @@ def describe(
     initial: InitialWeights | None,
     processes: ProcessGroup,
 ) -> RunDescription:
-    """Return the description of a run that begins now: device, precision and micro-batch are resolved here.
+    """Describe a run that begins now, with device, precision and micro-batch resolved for this machine.
 
     Args:
         config: all options.
-        store: open for reading.
-        records: of the rows to learn from.
-        split: these rows, for training and for validation.
-        initial: weights to start from, if a file of them was given.
-        processes: those that train together.
+        store: store open for reading.
+        records: records of the rows to learn from.
+        split: the same rows, divided into training and validation.
+        initial: weights to start from; None: random.
+        processes: processes that train together.
 
     Raises:
         DistillError: the student is unknown, the images are missing, or there are no annotations to learn from.
-        SamError: the device or the precision can't be had here.
+        SamError: the device or the precision isn't available on this machine.
     """
     device = resolve_device(processes.local_device(config.device))
     precision = resolve_precision(config.precision, device)
@@ -213,7 +214,7 @@ def describe(
 
 
 def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
-    """Return the folder of the images; None for those that the store keeps, which have no annotations."""
+    """Return the folder of the images; None for the images that the store keeps, which have no annotations."""
     root = image_root(store, config.images)
     if root is None and config.labels == "annotations":
         raise DistillError(
@@ -223,8 +224,8 @@ def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
 
 
 def _count_annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
-    """Return the number of images with annotations beside them; DistillError if it is 0."""
-    assert root is not None, "_image_root has seen to it"
+    """Return the number of images with annotation files; DistillError if it is 0."""
+    assert root is not None, "checked by _image_root"
     count = count_annotated(root, records)
     if not count:
         raise DistillError(
@@ -235,14 +236,14 @@ def _count_annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
 
 
 def _folder_name(description: RunDescription) -> str:
-    """Return the student's name and a digest of what is learned from which data."""
-    # No colon in a folder's name: rsync and scp take what is before it for a host.
+    """Return a folder name: the student's name, and a digest of identity and data."""
+    # No colon in the name: rsync and scp would take the part before it for a host.
     label = description.student.replace(":", "-")
     return f"{label}-{digest(description.identity, description.data.to_json())}"
 
 
 def _finished_result(run: Run) -> dict[str, Any] | None:
-    """Return the result of a finished run; None if it is to be trained, or restored from its last checkpoint."""
+    """Return the result of a finished run; None if it must be trained, or restored from its last checkpoint."""
     finished = run.result()
     if finished is None:
         return None
@@ -267,7 +268,7 @@ def _train(
     stop: StopFlag,
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
-    """Build student, objective and loader, and train; returns the run's result."""
+    """Build student, objective and loader, train, and return the run's result."""
     device = resolve_device(processes.local_device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -299,13 +300,13 @@ def _annotation_labels(config: DistillConfig, run: Run) -> Labels | None:
     """Return the reader of annotations; None if labels are the teacher's masks."""
     if config.labels == "teacher":
         return None
-    assert run.image_root is not None, "_image_root has seen to it"
+    assert run.image_root is not None, "checked by _image_root"
     return Labels(run.image_root, run.description.image_size, config.objects, config.seed)
 
 
 @contextmanager
 def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
-    """Let torch.compile translate the student at its first use, if that was asked for. Weights keep their names."""
+    """Let torch.compile compile the student at its first use, with `--compile`. Weights keep their names."""
     if not config.compile:
         yield
         return
@@ -317,7 +318,7 @@ def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
     except TorchDynamoException as error:
         fact = str(error).strip().splitlines()[0]
         raise DistillError(
-            f"torch.compile can't translate {config.student} here ({fact}); leave out --compile, which only makes "
+            f"torch.compile can't compile {config.student} here ({fact}); leave out --compile, which only makes "
             "training faster"
         ) from error
 

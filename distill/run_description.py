@@ -19,18 +19,19 @@ _MEND = "put back a whole copy, or start over with distill --restart"
 
 @dataclass(frozen=True, kw_only=True)
 class DataDescription:
-    """Rows of a store that a run learns from; a run resumes only on the same rows."""
+    """Rows of a store that a run trains and validates on; a run resumes only on the same rows."""
 
     store_id: str
+    """Identifier in the store's spec."""
     rows: int
     """Number of committed rows, training and validation together."""
     rows_digest: str
-    """`rows_digest` of these rows."""
+    """Checksum of these rows, by the function `rows_digest`."""
     annotated: int | None = None
-    """Number of images with annotations beside them; None where labels are the teacher's."""
+    """Number of images with an annotation file; None if labels are the teacher's."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values as in config.json, which lacks `annotated` where it is None."""
+        """Return the values as in config.json, without `annotated` if it is None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -49,7 +50,7 @@ class ResolvedSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreDescription:
-    """Store as of the last start of the run."""
+    """Store at the last start of the run."""
 
     path: Path
     """Absolute path."""
@@ -65,17 +66,17 @@ class RunDescription:
     image_size: int
     """Side of the encoder's square input, in pixels."""
     options: Mapping[str, Any]
-    """All options as they were given when the run began (`DistillConfig.to_json`); in JSON the key is `config`."""
+    """All options given when the run began (`DistillConfig.to_json`); the key in JSON is `config`."""
     identity: Mapping[str, Any]
-    """Options that decide what the student learns (`DistillConfig.identity`, SHA-256 of the file of initial weights);
-    a run resumes only with the same."""
+    """Options that decide what the student learns (`DistillConfig.identity`), with the SHA-256 of the file of initial
+    weights as `init_sha256`, if there is one; a run resumes only if they are the same."""
     init: Mapping[str, Any] | None = None
-    """Report on the initial weights (`InitialWeights.report`); None where all were drawn."""
+    """Report on the initial weights (`InitialWeights.report`); None if all were random."""
     data: DataDescription
     resolved: ResolvedSettings
     store: StoreDescription
     image_root: Path | None
-    """Folder of the images as of the last start of the run; None: the images that the store keeps."""
+    """Folder of the images at the last start of the run; None: the images that the store keeps."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """Number of rows of the store by status: `done`, `failed`, `pending`."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -103,10 +104,10 @@ class RunDescription:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunDescription:
-        """Return the description of a config.json; keys that this version doesn't know are ignored.
+        """Parse the value of a config.json; keys that this version doesn't know are ignored.
 
         Args:
-            value: config.json's, of format FORMAT.
+            value: content of config.json, of format FORMAT.
 
         Raises:
             DistillError: a key is missing, or the store's spec can't be used.
@@ -130,11 +131,11 @@ class RunDescription:
 
 
 def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that are fields of a dataclass; KeyError where one that has no default is missing."""
+    """Return the entries whose keys are fields of a dataclass; KeyError if a field without default is missing."""
     optional = {one.name for one in fields(cls) if not (one.default is one.default_factory is MISSING)}
     return {one.name: value[one.name] for one in fields(cls) if one.name in value or one.name not in optional}
 
 
 def rows_digest(records: Iterable[ImageRecord]) -> str:
-    """Return a digest of the checksums of committed rows: of their images and their embeddings."""
+    """Return a digest of the checksums of committed rows, which cover their images and embeddings."""
     return digest([(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records])

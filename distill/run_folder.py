@@ -1,4 +1,4 @@
-"""Folder of a run: its files and how to read them; how it is made, resumed, locked and pointed to by runs/latest.
+"""Folder of a run: reading its files; creating, resuming and locking the folder; the link runs/latest.
 
 config.json (run_description.py), split.json, metrics.jsonl and TensorBoard's events (train_log.py), last.pt and
 previous.pt (checkpoint.py), student.safetensors, sam_head.safetensors, mean_embedding.safetensors, run.lock.
@@ -52,9 +52,9 @@ EVENTS = "events.out.tfevents.*"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Run that `distill` has begun. Files that are written during training are read when they are asked for.
+    """Run that `distill` has begun. Files that change during training are read on each call.
 
-    Everything that is read from the folder is checked against a checksum and against the run it belongs to.
+    Files are checked against their checksums, and for belonging to this run.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class Run:
         """Open a run's folder.
 
         Args:
-            path: the folder; None is the one that `runs/latest` points to.
+            path: the folder; None: the one that `runs/latest` points to.
 
         Raises:
             DistillError: there is no run, or its description or split is damaged.
@@ -85,22 +85,22 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Hexadecimal SHA-256 of what was asked for and of the data: equal where runs learn the same."""
+        """Hexadecimal SHA-256 of `identity` and `data`: equal for runs that learn the same."""
         return json_sha256([self.description.identity, self.description.data.to_json()])
 
     @property
     def store_path(self) -> Path:
-        """Path of the store when the run was last started."""
+        """Path of the store at the last start of the run."""
         return self.description.store.path
 
     @property
     def image_root(self) -> Path | None:
-        """Folder of the images when the run was last started; None: the images that the store keeps."""
+        """Folder of the images at the last start of the run; None: the images that the store keeps."""
         return self.description.image_root
 
     @property
     def student_path(self) -> Path:
-        """File of the student as of the last complete epoch."""
+        """File of the student after the last complete epoch."""
         return self.path / STUDENT_FILE
 
     @property
@@ -114,10 +114,10 @@ class Run:
         return Checkpoints(folder=self.path, run_id=self.id)
 
     def student(self, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-        """Load the student.
+        """Load the student to `device`.
 
         Returns:
-            The encoder in evaluation mode and the metadata of its file, as `load_student`.
+            The encoder in evaluation mode, and its description, as from `load_student`.
 
         Raises:
             DistillError: the file is missing, damaged or another run's.
@@ -128,7 +128,7 @@ class Run:
         return student, info
 
     def student_metadata(self) -> dict[str, Any]:
-        """Return what the student's file says of its origin: teacher, preprocessing, store, initial weights, run."""
+        """Return the student's origin, for its file: teacher, preprocessing, store, initial weights, run."""
         description, spec = self.description, self.description.store.spec
         return {
             "teacher": spec.teacher,
@@ -145,7 +145,7 @@ class Run:
         """Read SAM's head.
 
         Returns:
-            A safetensors file's content.
+            The content of a safetensors file.
 
         Raises:
             DistillError: the file is missing, or is not the head of the store.
@@ -181,11 +181,19 @@ class Run:
             raise DistillError(f"{error}; {mend}") from error
 
     def save_mean_embedding(self, mean_CHW: Tensor) -> None:
-        """Write the file that `mean_embedding` reads; `mean_CHW` is float32 (256, g, g) on the CPU."""
+        """Write the file that `mean_embedding` reads.
+
+        Args:
+            mean_CHW: float32 (256, g, g), on the CPU.
+        """
         save_tensors(self.path / MEAN_FILE, {MEAN_KEY: mean_CHW}, {"run_id": self.id})
 
     def unfinished(self, info: Mapping[str, Any]) -> list[str]:
-        """Return a note if the student of this metadata was saved before the run's last epoch; else an empty list."""
+        """Return a list with a warning if a student was saved before the run's last epoch, else an empty list.
+
+        Args:
+            info: the student's description, as from `student`.
+        """
         done, wanted = info.get("epoch"), self.description.options["epochs"]
         return [f"the run isn't finished: epoch {done} of {wanted}"] if (done or 0) < wanted else []
 
@@ -201,20 +209,20 @@ class Run:
         return decode_lines(self.path / METRICS_FILE, self._lines())
 
     def _lines(self) -> list[bytes]:
-        """Return the complete lines of metrics.jsonl, without newlines: a kill may leave half of the last one."""
+        """Return the complete lines of metrics.jsonl, without newlines: a kill may leave a partial last line."""
         try:
             return (self.path / METRICS_FILE).read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
 
     def last(self, kind: str) -> dict[str, Any] | None:
-        """Return the newest line of one kind, or None."""
+        """Return the newest line of one kind (see `history`), or None."""
         return next((line for line in reversed(self.history()) if line["kind"] == kind), None)
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of a finished run as `distill` returned it, or None.
 
-        It is the last line of metrics.jsonl. A damaged one, as a power cut may leave it, counts as none: the run
+        It is the last line of metrics.jsonl. A damaged last line, as after a power cut, counts as none: the run
         resumes from its checkpoint and writes it again.
         """
         try:
@@ -225,7 +233,7 @@ class Run:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json; DistillError when it is missing, damaged or of another format."""
+    """Read config.json; DistillError if it is missing, damaged or of another format."""
     try:
         config = read_checksummed(folder / CONFIG_FILE)
     except DistillError as error:
@@ -240,7 +248,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_split(folder: Path, sha256: str) -> Split:
-    """Read split.json; DistillError when it is missing, damaged, or doesn't have this SHA-256."""
+    """Read split.json; DistillError if it is missing, damaged, or doesn't have this SHA-256."""
     file = folder / SPLIT_FILE
     mend = "run distill again, which restores it"
     try:
@@ -261,18 +269,18 @@ def split_sha256(split: Split) -> str:
 def open_or_create_run(
     folder: Path, description: RunDescription, split: Split, head: bytes | None, *, restart: bool
 ) -> Iterator[Run]:
-    """Lock a folder for this process, and yield the run in it: the one that is there, or a new one.
+    """Lock a folder for this process, and yield the existing run in it, or a new one.
 
-    The run that is there resumes only if `identity` and `data` are the same. Its resolved settings stay; the split
-    and the head are written again from the store where they were damaged. A run that was begun with other settings
-    but never saved a checkpoint is replaced by the new one.
+    An existing run resumes only if `identity` and `data` are the same. It keeps its resolved settings; a damaged
+    split or head is written again from the arguments. A run with other settings that never saved a checkpoint is
+    replaced by the new one.
 
     Args:
         folder: the run's folder.
-        description: content of config.json if the run is new; its `split_sha256` is that of `split`.
+        description: content of config.json for a new run; its `split_sha256` is that of `split`.
         split: rows for training and for validation.
-        head: SAM's head as safetensors, None where the store has none.
-        restart: rename the run that is there to NAME.old-N, beside the folder, and begin a new one.
+        head: content of the head's safetensors file; None if the store has none.
+        restart: rename an existing run's folder to NAME.old-N and begin a new run.
 
     Raises:
         RunLocked: another process trains in the folder.
@@ -297,7 +305,7 @@ def open_or_create_run(
 
 
 def _refuse_other_content(folder: Path) -> None:
-    """Refuse a file, and a folder that holds something else than a run."""
+    """Refuse a path that is a file, or a folder that holds something other than a run."""
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / CONFIG_FILE).exists():
@@ -318,9 +326,10 @@ def _set_aside(folder: Path) -> None:
 
 
 def _resume_or_clear(folder: Path, description: RunDescription) -> None:
-    """Check that the run in the folder is the one asked for, and update where store and images lie now.
+    """Check that the run in the folder has the same settings, and update the paths of store and images.
 
-    A run of other settings is cleared away if it never saved anything, else refused with each difference.
+    A run of other settings is deleted if it never saved anything; otherwise it is refused, with a list of the
+    differences.
     """
     # JSON, not the typed description: keys that this version doesn't know stay in the file.
     config, wanted = _read_config(folder), description.to_json()
@@ -345,12 +354,12 @@ def _resume_or_clear(folder: Path, description: RunDescription) -> None:
 
 
 def _has_learned(folder: Path) -> bool:
-    """Return True if a checkpoint or a student was saved; an image may have stopped the run before its first step."""
+    """Return True if a checkpoint or a student was saved; a run that failed before its first step has neither."""
     return any((folder / name).exists() for name in (CHECKPOINT_FILE, PREVIOUS_FILE, STUDENT_FILE))
 
 
 def _clear(folder: Path) -> None:
-    """Delete the files of a run; config.json last, so that a kill leaves either the run or no run."""
+    """Delete the files of a run, config.json last: after a kill the folder is either still a run or no run."""
     for path in (folder / METRICS_FILE, *folder.glob(EVENTS), folder / CONFIG_FILE):
         path.unlink(missing_ok=True)
     logger.info("the run in %s was begun differently and never saved anything: replaced by a new one", folder)
@@ -374,7 +383,7 @@ def _restore_from_store(folder: Path, split: Split, head: bytes | None) -> None:
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a folder for one trainer; the lock of a dead process falls away by itself.
+    """Lock a folder for one trainer; the lock ends with the process that holds it.
 
     Raises:
         RunLocked: another process holds the lock.
@@ -404,7 +413,7 @@ def point_latest(folder: Path) -> None:
     RUNS.mkdir(exist_ok=True)
     if os.path.lexists(LATEST) and not LATEST.is_symlink():
         raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
-    # One temporary name for each folder, which the caller has locked: the rerun replaces what a kill leaves.
+    # The temporary name depends on the folder, which the caller has locked: the next start replaces a leftover link.
     draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
     draft.unlink(missing_ok=True)
     draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))

@@ -27,8 +27,8 @@ class Recorder:
     Args:
         folder: the run's folder.
         keep_bytes: length of metrics.jsonl at the checkpoint being resumed. These lines are kept and their
-            checksums verified; what a killed session logged after them is cut off and will be logged again.
-        next_step: first step of this session; TensorBoard hides older points from it on.
+            checksums verified; lines after them, by a killed session, are removed and will be logged again.
+        next_step: first step of this session; TensorBoard discards earlier sessions' points from this step on.
 
     Raises:
         DistillError: the lines to keep are missing or damaged.
@@ -62,7 +62,15 @@ class Recorder:
         self._file.close()
 
     def line(self, kind: str, values: dict[str, Any]) -> None:
-        """Append a line of one kind; if it has a `step`, its numbers also become points of TensorBoard's curves."""
+        """Append a line; if it has a `step`, its numbers also become points of TensorBoard's curves.
+
+        Args:
+            kind: "train", "val", "train_eval" or "result".
+            values: JSON values by name, finite; dictionaries may be nested.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
         self._file.write(encode_line({"kind": kind, **values}))
         self._file.flush()
         if "step" in values:
@@ -83,14 +91,14 @@ class Recorder:
 
 
 class Meter:
-    """Meter of losses and times that doesn't make a GPU wait: losses stay on the device until they are asked for.
+    """Meter of losses and times without GPU synchronisation: losses stay on the device until `fetch`.
 
     Args:
-        state: gets losses (in `log.window`) and times (in `throughput`).
-        loader: says how long it was waited for.
+        state: progress to update: losses in `log.window`, times in `throughput`.
+        loader: loader whose `waited` seconds are counted.
 
     Attributes:
-        last_loss: the newest loss that was fetched, or None.
+        last_loss: the newest loss fetched, or None.
     """
 
     def __init__(self, state: TrainState, loader: Loader) -> None:
@@ -101,15 +109,20 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Start to count time in the training loop and the wait for data in it."""
+        """Start counting time in the training loop, and the wait for data in it."""
         self._clock, self._waited = time.perf_counter(), self._loader.waited
 
     def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Keep a step's loss and gradient norm, scalars on the device, without waiting for them."""
+        """Record a step without waiting for the device.
+
+        Args:
+            loss: the batch's loss, a float32 scalar on the device.
+            grad_norm: norm of the gradient before clipping, a float32 scalar on the device.
+        """
         self._unfetched.append(torch.stack([loss, grad_norm]))
 
     def fetch(self) -> None:
-        """Wait for the device, and add the losses and the time until now to the state.
+        """Wait for the device, and add the recorded losses and the time since the last call to the state.
 
         Raises:
             DistillError: a loss or a gradient is not finite, so that training can't continue.
@@ -125,7 +138,7 @@ class Meter:
         for loss, norm in values:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise DistillError(
-                    f"the loss is {loss} and the gradient's norm {norm} by step {self.state.step}: start over with "
+                    f"the loss is {loss} and the gradient norm {norm} by step {self.state.step}: start over with "
                     "a lower --lr"
                 )
             self.state.log.window.append((loss, norm))
@@ -144,13 +157,13 @@ class Meter:
         }
 
     def images_per_second(self) -> float:
-        """Return images per second in the training loop, over all sessions; steps not yet fetched count as done."""
+        """Return images per second in the training loop over all sessions, steps not yet fetched included."""
         unfetched = time.perf_counter() - self._clock if self._unfetched else 0.0
         done = self.state.throughput
         return done.images / (done.seconds + unfetched) if done.images else 0.0
 
     def count_elapsed(self) -> None:
-        """Add the time since the last call, validation included, to the state."""
+        """Add the seconds since the last call, validation included, to `throughput.elapsed`."""
         now = time.perf_counter()
         self.state.throughput.elapsed += now - self._elapsed_at
         self._elapsed_at = now
@@ -173,4 +186,4 @@ class Progress:
     images_per_second: float
     """Rate in the training loop, over all sessions."""
     eta_seconds: float
-    """Time left, training alone."""
+    """Estimated time left in the training loop, in seconds."""

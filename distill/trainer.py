@@ -55,17 +55,17 @@ BATCH_NORM_MOMENTUM = 0.1
 class Trainer:
     """Trainer of one student, or of its head alone, on the embeddings of a store.
 
-    The loop doesn't wait for a GPU except where it logs, saves or validates. With several processes, each has its own
-    trainer and all of them call the same methods; rank 0's alone writes.
+    The loop synchronises with a GPU only where it logs, saves or validates. With several processes, each has its own
+    trainer and all of them call the same methods; only rank 0 writes files.
 
     Args:
-        config: options of this start; those that decide what is learned are the run's.
-        run: the folder to train in.
-        student: an encoder on the device of `compute`.
-        loader: of the store's rows.
-        compute: device, precision, and as `batch_size` the micro-batch.
-        objective: its head, if any, on the same device; None is the decoupled one.
-        processes: those that train together; None is this one alone.
+        config: options given at this start; `DistillConfig.identity` equals the run's.
+        run: folder to train in.
+        student: encoder on the device of `compute`.
+        loader: loader of the rows in the run's split.
+        compute: device, precision, and the micro-batch size as `batch_size`.
+        objective: training objective; its head, if it has one, is on the device of `compute`. None: decoupled.
+        processes: processes that train together; None: this process alone.
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class Trainer:
         """Train to the last epoch, from the last checkpoint if there is one.
 
         Args:
-            stop: asked for after each step and each batch of an evaluation.
-            progress: called as often, for display.
+            stop: stop request, checked after each step and before each batch of an evaluation.
+            progress: callback for display, called at the same points.
 
         Returns:
-            The run's result, as `distill` returns it.
+            The run's result, with the keys that `distill` documents.
 
         Raises:
-            DistillInterrupted: a stop was asked for; a checkpoint was saved before.
-            DistillError: a loss or a gradient is not finite, or there is no checkpoint where one should be.
+            DistillInterrupted: a stop was requested; a checkpoint has been saved.
+            DistillError: a loss or a gradient is not finite, or the run has a student but no checkpoint.
         """
         self.stop, self.progress = stop, progress
         self.resume()
@@ -137,13 +137,13 @@ class Trainer:
             return self.finish()
 
     def train_epoch(self) -> None:
-        """Train on the batches of the current epoch that are still to do."""
+        """Train on the remaining batches of the current epoch."""
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
         batches = split_batches(order, self.config.batch_size)[self.state.batch :]
         micro_batches = [
             self.processes.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
         ]
-        # An encoder that isn't trained keeps its batch norms' statistics, too.
+        # A frozen encoder keeps the running statistics of its batch norms too.
         self.student.train(self.objective.trains_encoder)
         self.loader.epoch = self.state.epoch
         self.meter.start()
@@ -159,7 +159,7 @@ class Trainer:
 
         Args:
             rows: all rows of the batch, in every process.
-            micro_batches: this process's share of the batch; their gradients are accumulated.
+            micro_batches: this process's share of the batch, over which gradients are accumulated.
         """
         config, state = self.config, self.state
         rate = learning_rate(state.step, self.steps, config.lr, config.warmup)
@@ -188,7 +188,7 @@ class Trainer:
         state.throughput.images += len(rows)
 
     def forward(self, batch: Batch) -> MicroBatch:
-        """Return a micro-batch on the device, with the student's embeddings of it."""
+        """Run the student on a loader's batch, and return it as a micro-batch on the device."""
         trains, state = self.objective.trains_encoder, self.state
         if trains:
             frozen = state.step >= self.config.freeze_norm * self.steps
@@ -199,7 +199,7 @@ class Trainer:
         return make_micro_batch(batch, student_BCHW, teacher_BCHW, generator)
 
     def after_step(self, *, last: bool) -> None:
-        """Log, report progress, save and stop, each if it is due; `last` is the last step of an epoch."""
+        """Log, report progress, save and stop where each is due; `last` is True after the last step of an epoch."""
         if last or self.state.batch % self.log_every == 0:
             line = {"epoch": self.state.epoch + 1, "step": self.state.step, **self.learning_rates()}
             self.log("train", {**line, **self.meter.take_window()})
@@ -208,7 +208,7 @@ class Trainer:
         self.save_or_stop(due)
 
     def learning_rates(self) -> dict[str, float]:
-        """Return the rates of the last step: `lr` of the encoder, `lr_head` of the head, whichever are trained."""
+        """Return the learning rates of the last step: `lr` if the encoder is trained, `lr_head` if the head is."""
         rates = {"lr": self.optimizer.param_groups[0]["lr"]} if self.objective.trains_encoder else {}
         if self.objective.head is not None:
             rates["lr_head"] = self.optimizer.param_groups[-1]["lr"]
@@ -224,9 +224,9 @@ class Trainer:
             self.state.best = BestEpoch(epoch=epoch, score=score)
 
     def evaluate(self, rows: Iterable[int], phase: str) -> dict[str, Any]:
-        """Return the metrics of the student as it is; save and stop when asked to.
+        """Return the student's metrics over `rows`; on a stop request, save a checkpoint and stop.
 
-        An evaluation that is stopped leaves nothing in the state, so the checkpoint is that of its beginning.
+        An unfinished evaluation changes nothing in the state, so the checkpoint resumes at its beginning.
         """
 
         def before_batch() -> None:
@@ -236,16 +236,16 @@ class Trainer:
         return self.validation.measure(rows, before_batch)
 
     def finish(self) -> dict[str, Any]:
-        """Measure the student on training rows and write the run's result, which is returned."""
+        """Measure the student on training rows; write and return the run's result."""
         state, config = self.state, self.config
-        # The first rows of an epoch that is never trained: a random choice that is the same every time.
+        # The first rows of the epoch after the last one: a random sample that is reproducible.
         rows = sorted(epoch_order(self.run.split.train, config.seed, config.epochs)[:TRAIN_EVAL_ROWS])
         metrics = self.evaluate(rows, "evaluate")
         self.log("train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics})
         return self.processes.broadcast(self.write_result() if self.processes.is_main else None)
 
     def write_result(self) -> dict[str, Any]:
-        """Log the result durably and delete the last checkpoint but one, which is no longer needed."""
+        """Log the result durably and delete previous.pt, which is no longer needed."""
         state = self.state
         assert self.recorder is not None
         val = self.run.last("val")
@@ -284,7 +284,7 @@ class Trainer:
             self.state = self.processes.broadcast_training(self.trained, self.optimizer, self.state)
 
     def load_checkpoint(self) -> None:
-        """Load the last checkpoint, if there is one, and write the files again that a kill after it may have lost."""
+        """Load the last checkpoint, if any, and write again the files that a kill after it may have prevented."""
         checkpoints = self.run.checkpoints
         if not checkpoints.exist():
             if self.run.student_path.exists():
@@ -301,9 +301,10 @@ class Trainer:
             self.save_student()
 
     def save_or_stop(self, due: bool) -> None:
-        """Save a checkpoint if it is due or a stop is asked for; then raise DistillInterrupted for the stop.
+        """Save a checkpoint if it is due or a stop was requested; raise DistillInterrupted after a stop request.
 
-        The processes agree on both. None ends before rank 0 has saved, since torchrun then ends the others.
+        The processes agree on both. No process exits before rank 0 has saved: torchrun kills the others when one
+        exits.
         """
         signum, due_now = self.processes.all_reduce_max(
             self.stop.signum or 0, int(due and self.processes.is_main)
@@ -320,7 +321,7 @@ class Trainer:
         )
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint; metrics that were logged before it are durable first."""
+        """Save a checkpoint, after making the metrics logged so far durable."""
         self.meter.fetch()
         self.meter.count_elapsed()
         self.reduce_mean()
@@ -330,7 +331,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def save_student(self) -> None:
-        """Write the student, and its head if that is trained, as of the last complete epoch."""
+        """Write the student of the last complete epoch, with its head if that is trained."""
         if not self.processes.is_main:
             return
         head = self.objective.head
@@ -349,14 +350,14 @@ class Trainer:
         )
 
     def save_mean(self) -> None:
-        """Write the mean of the training rows' embeddings, which skill is measured against."""
+        """Write the mean of the training rows' embeddings, the baseline of skill."""
         self.reduce_mean()
         if self.processes.is_main:
             self.write_mean()
         self.processes.barrier()
 
     def reduce_mean(self) -> None:
-        """Move the sum of the embeddings that the processes have seen in the first epoch to rank 0."""
+        """During the first epoch, add the processes' sums of embeddings into rank 0's."""
         state = self.state
         if state.epoch == 0:
             state.embeddings.rows = self.processes.reduce_sum(state.embeddings.sum_CHW, state.embeddings.rows)
@@ -368,7 +369,7 @@ class Trainer:
         )
 
     def gather_label_faults(self) -> None:
-        """Move the images whose annotations were broken or empty to rank 0, which reports them."""
+        """Collect the images with broken or empty annotations of all processes in rank 0, which reports them."""
         labels = self.loader.labels
         if labels is None:
             return
@@ -378,7 +379,7 @@ class Trainer:
             labels.empty |= empty
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
-        """Append a line to the run's metrics, in rank 0."""
+        """Append a line to the run's metrics; ranks other than 0 do nothing."""
         if self.recorder is not None:
             self.recorder.line(kind, values)
 
@@ -403,10 +404,10 @@ class Trainer:
 
 
 def fill_gradients(module: nn.Module) -> None:
-    """Give trained parameters that a step didn't use a gradient of 0.
+    """Set the gradient of trained parameters that a step didn't use to 0.
 
-    AdamW skips parameters without a gradient, but a process can't know whether the others used one. With zeros such
-    parameters decay, and their moments fade, with any number of processes.
+    AdamW skips parameters without a gradient, but a process can't know whether the others used one. With zeros,
+    weight decay and the decay of the moments apply equally with any number of processes.
     """
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -414,10 +415,10 @@ def fill_gradients(module: nn.Module) -> None:
 
 
 class BatchNorms:
-    """Batch norms of a student in training: the statistics that they normalise with, and how they average them.
+    """Control of a student's batch norms in training: source of their statistics, and momentum.
 
     Args:
-        student: may have none.
+        student: encoder, with or without batch norms.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -426,13 +427,14 @@ class BatchNorms:
     def prepare(self, micro_steps: int, *, frozen: bool) -> None:
         """Set the batch norms up for a forward pass in training.
 
-        A micro-batch of two images normalises each by the other. That is noise that a student, which is evaluated
-        with fixed statistics, needn't learn to bear. Wu and Johnson find fixed statistics best for the end of
-        training with small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
+        In a micro-batch of two images, the statistics of each depend on the other: noise that is absent in
+        evaluation, where statistics are fixed. Wu and Johnson find fixed statistics best for the end of training with
+        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
 
         Args:
             micro_steps: number of the forward pass, from 1.
-            frozen: normalise with the running statistics and keep them, instead of with the micro-batch's.
+            frozen: True normalises with the running statistics and doesn't update them; False uses those of the
+                micro-batch.
         """
         for module in self._modules:
             module.train(not frozen)
@@ -440,7 +442,7 @@ class BatchNorms:
 
 
 def batch_norm_momentum(micro_steps: int) -> float:
-    """Return the momentum that makes running statistics plain averages at first, moving averages later.
+    """Return the momentum max(0.1, 1 / micro_steps): plain means at first, moving averages later.
 
     With a constant momentum of 0.1 the statistics of a short run would still hold much of their initial 0 and 1: 35%
     after ten forward passes.

@@ -1,6 +1,6 @@
-"""Labels from annotations: objects of each image, drawn for a training step and resized to the masks compared.
+"""Labels from annotations: objects drawn from each image for a training step, resized to the masks compared.
 
-Shape suffixes: H and W rows and columns of an image's mask, Q objects drawn of one image (q those that it had),
+Shape suffixes: H and W rows and columns of an image's mask, Q objects drawn of one image (q of them exist),
 M side of the masks compared, over the encoder's square.
 """
 
@@ -30,34 +30,38 @@ Masks = npt.NDArray[np.bool_]
 def mask_side(image_size: int) -> int:
     """Return the side in pixels of the masks compared in training, M, for an encoder's square of `image_size` pixels.
 
-    It is half the square's, 256 at most, which is what SAM's head gives at 1024.
+    It is half the square's side, at most 256, the side of the masks that SAM's head predicts at 1024.
     """
     return min(image_size // 2, LARGEST_MASK_SIDE)
 
 
 def count_annotated(root: Path, records: Iterable[ImageRecord]) -> int:
-    """Return how many of the images have a JSON file beside them, usable or not."""
+    """Count the images that have a JSON file beside them, usable or not.
+
+    Args:
+        root: folder of the images.
+        records: records of the images.
+    """
     files = AnnotationFiles(root)
     return sum(files.has_file(record.key) for record in records)
 
 
 class Labels:
-    """Reader of SA-1B's JSON files beside the images, which draws objects of each image, others in every epoch.
+    """Reader of SA-1B's JSON files beside the images, which draws other objects of an image in every epoch.
 
-    An image's annotations are read when its turn comes. Annotations that can't be used are reported once, in a
-    warning that names the image, which then has no objects; they are read again in the next epoch, as they may be
-    usable then. Threads may share an instance.
+    Annotations are read again in each epoch. If they can't be used, the image has no objects in that epoch; a
+    warning, once per image, names it. Threads may share an instance.
 
     Args:
         root: folder of the images.
         image_size: side of the encoder's square in pixels.
-        objects: most objects drawn of an image, Q.
-        seed: of the drawing, together with epoch and row.
+        objects: largest number of objects drawn per image, Q.
+        seed: seed of the drawing, together with epoch and row.
 
     Attributes:
-        side: of the masks, M, in pixels.
-        broken: keys of the images whose annotations can't be used, with the reason.
-        empty: keys of the images whose annotations have no object.
+        side: side of the masks in pixels, M.
+        broken: reason by key, for images whose annotations can't be used.
+        empty: keys of images whose annotations contain no object.
     """
 
     def __init__(self, root: Path, image_size: int, objects: int, seed: int) -> None:
@@ -71,6 +75,10 @@ class Labels:
 
     def draw(self, record: ImageRecord, epoch: int) -> Masks | None:
         """Draw up to `objects` objects of an image.
+
+        Args:
+            record: the image.
+            epoch: number of the epoch, from 0.
 
         Returns:
             bool (q, M, M), masks over the encoder's square, none of them empty; None if the image has no annotations.
@@ -88,7 +96,12 @@ class Labels:
         return self._choose(annotations, record.row, epoch)
 
     def mark_broken(self, key: str, reason: str) -> None:
-        """Add an image to `broken`, with a warning the first time."""
+        """Add an image to `broken`, with a warning the first time.
+
+        Args:
+            key: the image's key in the store.
+            reason: sentence that names the image and says what is wrong, for the warning.
+        """
         with self._lock:
             if key in self.broken:
                 return
@@ -105,24 +118,24 @@ class Labels:
             if place == self.objects:
                 break
             masks_QMM[place] = to_square_mask(annotations.mask(int(index)), self.side)
-            # An object smaller than a pixel of this mask can't be prompted for.
+            # An object too small to cover a pixel of this mask can't be prompted for: its place is reused.
             place += bool(masks_QMM[place].any())
         return masks_QMM[:place]
 
 
 def to_square_mask(mask_HW: Masks, side: int) -> Masks:
-    """Return an image's mask resized to (side, side) over the encoder's square.
+    """Resize an image's mask to (side, side) over the encoder's square.
 
     Args:
         mask_HW: bool (H, W), over the image.
-        side: of the result, M, in pixels.
+        side: side of the result in pixels, M.
 
     Returns:
         bool (M, M), True where the mask covers at least half of a pixel. The image is in the top-left corner.
     """
     height, width = mask_HW.shape
     longest = max(height, width)
-    # Only the image's part of the square is resized: a panorama can be thousands of times as long as high.
+    # Only the image's part of the square is resized: a panorama may be thousands of times as wide as high.
     rows, columns = ceil(height * side / longest), ceil(width * side / longest)
     reach = (columns * longest / side, rows * longest / side)
     canvas = Image.new("L", (min(longest, ceil(reach[0])), min(longest, ceil(reach[1]))))

@@ -39,12 +39,12 @@ class AnnotatedObjects:
     masks_BQMM: Tensor
     """bool (B, Q, M, M), masks over the encoder's square."""
     known_BQ: Tensor
-    """bool (B, Q), places that hold an object."""
+    """bool (B, Q), True for places that hold an object."""
     annotated_B: Tensor
-    """bool (B,), images that have annotations at all; on the CPU and never pinned."""
+    """bool (B,), True for images with an annotation file; on the CPU and never pinned."""
 
     def to(self, device: torch.device) -> AnnotatedObjects:
-        """Return the same with the masks on a device; copies from pinned memory don't wait."""
+        """Return a copy with masks and `known_BQ` on a device; copies from pinned memory are asynchronous."""
         return replace(
             self,
             masks_BQMM=self.masks_BQMM.to(device, non_blocking=True),
@@ -54,7 +54,7 @@ class AnnotatedObjects:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Rows of a store with their images, on the CPU (pinned where the loader was asked to)."""
+    """Rows of a store with their images, on the CPU (in pinned memory if the loader has `pin_memory`)."""
 
     rows: list[int]
     """Row numbers of the B images."""
@@ -63,34 +63,34 @@ class Batch:
     sizes_B2: Tensor
     """int64 (B, 2), height and width in pixels of the image on its canvas."""
     valid_BHW: Tensor
-    """bool (B, g, g), cells of the embedding whose centre is image."""
+    """bool (B, g, g), True for cells of the embedding whose centre lies in the image."""
     values_BCHW: Tensor
-    """(B, 256, g, g) in the store's dtype."""
+    """Stored embeddings, (B, 256, g, g) in the store's dtype."""
     scales_BC: Tensor | None
-    """float32 (B, 256) of an int8 store, by which its values are multiplied; else None."""
+    """float32 (B, 256), factors of the values of an int8 store; else None."""
     objects: AnnotatedObjects | None = None
     """Objects drawn from annotations; None where no labels are read."""
 
 
 class Loader:
-    """Loader of batches in the order asked for; its threads prepare the next ones meanwhile.
+    """Loader of batches in a given order; threads prepare the next batches ahead.
 
-    Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most two images a
+    Threads, not processes: decoding, hashing and reading all release the interpreter's lock. At most two images per
     thread, or one batch, are prepared beyond the batch in use. An image's SHA-256 is checked on first use, its length
     on every use.
 
     Args:
-        store: open for reading.
-        records: of the rows that may be asked for.
-        image_root: folder of the images; None takes them from the store, which has to keep them.
-        workers: threads.
-        pin_memory: put batches into pinned memory, from which copies to a GPU don't wait.
-        labels: draws objects for the batches that ask for masks, others in each `epoch`.
+        store: store open for reading.
+        records: records of all rows that will be loaded.
+        image_root: folder of the images; None: the images that the store keeps.
+        workers: number of threads.
+        pin_memory: put batches into pinned memory, for asynchronous copies to a GPU.
+        labels: source of annotated objects, for batches with masks; None: no annotations.
 
     Attributes:
-        records: by row.
-        epoch: number of the epoch that objects are drawn for; set it before `batches`.
-        waited: seconds that the consumer has spent waiting for data, over all batches so far.
+        records: records by row.
+        epoch: number of the epoch, from 0, for which objects are drawn; set it before `batches`.
+        waited: seconds that the consumer has waited for data so far.
     """
 
     def __init__(
@@ -125,11 +125,18 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; images that they have not begun are dropped."""
+        """Stop the threads and cancel the images not yet begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def valid(self, rows: Sequence[int]) -> Tensor:
-        """Return the cells whose centre is image, bool (B, g, g), from the manifest alone."""
+        """Return the valid cells of some rows from the manifest alone, without reading images.
+
+        Args:
+            rows: row numbers of the B images.
+
+        Returns:
+            bool (B, g, g), True for cells whose centre lies in the image.
+        """
         cells = [valid_cells(self._resized_size(row), self._image_size) for row in rows]
         return torch.stack([torch.from_numpy(cell) for cell in cells])
 
@@ -141,9 +148,9 @@ class Loader:
             with_masks: add objects from annotations, if the loader has labels.
 
         Raises:
-            ImageError: an image, named, is missing or not the one that the store knows.
+            ImageError: an image is missing or differs from the precomputed one; the message names it.
             StoreDamaged: a row's embedding or kept image is damaged.
-            DistillError: an image, named, doesn't decode as it did when it was precomputed.
+            DistillError: an image doesn't decode as it did in precompute; the message names it.
         """
         coming = iter(row_lists)
         labels = self.labels if with_masks else None
@@ -152,7 +159,7 @@ class Loader:
             self._top_up(pending, coming, labels)
             while pending:
                 batch, futures = pending.popleft()
-                # Before waiting, or threads would be idle while the last of them fills this batch.
+                # Before waiting: otherwise threads would be idle while the last one finishes this batch.
                 self._top_up(pending, coming, labels)
                 start = time.perf_counter()
                 try:
@@ -207,7 +214,7 @@ class Loader:
         )
 
     def _empty_embeddings(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Return empty values and scales to read into; pinned or not, they start at a page of memory."""
+        """Return uninitialised values and scales to read into; pinned or not, they are page-aligned."""
         if not self._pin_memory:
             stored = self._store.reader.empty_batch(rows)
             scales_BC = None if stored.scales is None else torch.from_numpy(stored.scales)
@@ -269,7 +276,11 @@ class Loader:
 
 
 def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] = DistillError) -> None:
-    """Refuse a store whose embeddings belong to other pixels than this version makes of an image.
+    """Refuse a store that was made with another preprocessing than this version's.
+
+    Args:
+        store: store open for reading.
+        refusal: exception class to raise.
 
     Raises:
         refusal: the store's preprocessing recipe is not this version's.
@@ -287,13 +298,16 @@ def image_root(
     *,
     refusal: type[MobileSamError] = DistillError,
 ) -> Path | None:
-    """Return the folder of the store's images, absolute; None if the images kept in the store are to be used.
+    """Find the folder of a store's images.
 
     Args:
-        store: names the folder that it was made from.
-        asked: folder that the user gives; it goes before all others, kept images included.
-        last: folder in which the images were last used, if one is known; it goes before the store's.
+        store: store; its spec names the folder that it was made from.
+        asked: folder given by the user; takes precedence over all others, kept images included.
+        last: folder in which the images were last used, if known; takes precedence over the store's folder.
         refusal: exception class for a folder that doesn't exist.
+
+    Returns:
+        The absolute path; None if the images that the store keeps are to be used.
 
     Raises:
         refusal: there is no such folder.

@@ -1,6 +1,6 @@
-"""Sampler: the split into training and validation rows, the order of an epoch, and its cut into batches.
+"""Sampler: the split into training and validation rows, the order of rows in an epoch, and batches.
 
-All of it is pure: the split depends on the contents of the images, the order on seed and epoch.
+All functions are pure: the split depends on the contents of the images, the order on seed and epoch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ class Split:
 
 
 def split_rows(sha256_by_row: Mapping[int, str], val_fraction: float) -> Split:
-    """Split rows by the SHA-256 of their image file, read as a fraction of 1: below `val_fraction` is validation.
+    """Split rows by the SHA-256 of their image file.
 
-    Copies of one file share their hash and so their side. An image's side never depends on the other images, unless
-    a side would be empty: then the distinct image nearest to the threshold changes sides.
+    The first 64 bits of the hash, as a fraction of 2^64, are compared with `val_fraction`: below it the row is for
+    validation. Copies of a file are in the same part. An image's part doesn't depend on other images, unless a part
+    would be empty: then the distinct image nearest to the threshold is moved.
 
     Args:
         sha256_by_row: hexadecimal SHA-256 of each row's image file.
-        val_fraction: threshold between 0 and 1, on the first 64 bits of the hash.
+        val_fraction: threshold between 0 and 1.
 
     Raises:
-        DistillError: there are no two distinct images.
+        DistillError: there are fewer than two distinct images.
     """
     position = {digest: int(digest[:16], 16) / 2**64 for digest in set(sha256_by_row.values())}
     if len(position) < 2:
@@ -53,10 +54,15 @@ def split_rows(sha256_by_row: Mapping[int, str], val_fraction: float) -> Split:
 
 
 def epoch_order(rows: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """Return a permutation of `rows` that differs by seed and epoch and is the same on every machine.
+    """Return a permutation of `rows` that depends on seed and epoch and is the same on every machine.
 
     It sorts raw PCG64 integers: numpy keeps the streams of its bit generators stable between versions, which
     it doesn't promise for Generator.permutation.
+
+    Args:
+        rows: row numbers.
+        seed: seed of the run, 0 or more.
+        epoch: number of the epoch, from 0.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     order = np.argsort(bits.random_raw(len(rows)), kind="stable")
@@ -64,5 +70,13 @@ def epoch_order(rows: Sequence[int], seed: int, epoch: int) -> list[int]:
 
 
 def split_batches(rows: Sequence[int], size: int) -> list[list[int]]:
-    """Cut `rows` into lists of `size`; the last one may be shorter, none is dropped."""
+    """Cut rows into consecutive batches.
+
+    Args:
+        rows: row numbers, in order.
+        size: rows per batch, 1 or more.
+
+    Returns:
+        Lists of `size` rows; the last one may be shorter. No row is dropped.
+    """
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]

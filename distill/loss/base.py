@@ -1,7 +1,7 @@
 """Interface of a training objective: a loss, and the choice of the weights that it trains.
 
 An objective gets a batch as micro-batches. The losses of a batch's micro-batches add up to the batch's loss, so the
-micro-batch size affects only memory, what batch norms average over, and which prompts are drawn.
+micro-batch size affects only memory, the images that batch norms average over, and the prompts drawn.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid (g x g), 2 (height, width).
 """
@@ -22,7 +22,7 @@ from ..config import DistillConfig
 from ..data.loader import AnnotatedObjects, Batch
 
 HEAD_LR_SHARE = 0.1
-"""Share of the learning rate for a head that is trained: it starts as the teacher's, which was trained for long."""
+"""Learning rate of a trained head, relative to the encoder's: it starts from the teacher's fully trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +32,23 @@ class BatchTotals:
     elements: int
     """Embedding values that the MSE averages over; see `loss_elements`."""
     images: int
+    """Number of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Embeddings of B images that go through the student together, on the device."""
+    """Embeddings of the B images of one forward pass, on the device."""
 
     student_BCHW: Tensor
     """float32 (B, 256, g, g), with gradients where the encoder is trained."""
     teacher_BCHW: Tensor
     """float32 (B, 256, g, g)."""
     valid_BHW: Tensor
-    """bool (B, g, g), cells whose centre is image."""
+    """bool (B, g, g), True for cells whose centre lies in the image, not in the padding."""
     sizes_B2: Tensor
     """int64 (B, 2) on the CPU: height and width in pixels of the image in the encoder's square."""
     generator: torch.Generator
-    """Random numbers of this micro-batch alone, drawn on the CPU."""
+    """Generator of this micro-batch alone, on the CPU; see `micro_batch_generator`."""
     objects: AnnotatedObjects | None = None
     """Objects from annotations; None where no annotations are read."""
 
@@ -58,10 +59,10 @@ def make_micro_batch(
     """Return a loader's batch as a micro-batch on the device of its embeddings.
 
     Args:
-        batch: on the CPU; copies from pinned memory don't wait.
+        batch: batch of a loader, on the CPU; copies from pinned memory are asynchronous.
         student_BCHW: float32 (B, 256, g, g), with gradients where the encoder is trained.
         teacher_BCHW: float32 (B, 256, g, g), on the same device.
-        generator: on the CPU; see `micro_batch_generator`.
+        generator: generator on the CPU; see `micro_batch_generator`.
     """
     device = teacher_BCHW.device
     return MicroBatch(
@@ -75,10 +76,17 @@ def make_micro_batch(
 
 
 def micro_batch_generator(seed: int, epoch: int, row: int) -> torch.Generator:
-    """Return the generator of the micro-batch whose first row is `row`.
+    """Return the random number generator of a micro-batch.
 
-    It depends on the three numbers alone, so a micro-batch gets the same prompts in whichever process and whenever
-    it is computed, after a resume too.
+    It depends only on the arguments, so a micro-batch gets the same prompts in every process and after a resume.
+
+    Args:
+        seed: seed of the run, 0 or more.
+        epoch: number of the epoch, from 0.
+        row: first row of the micro-batch.
+
+    Returns:
+        A generator on the CPU.
     """
     words = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
@@ -88,12 +96,19 @@ class Objective(ABC):
     """Training objective; `head` is None unless it trains SAM's head, with the student or instead of it."""
 
     trains_encoder = True
+    """False if the encoder is frozen."""
     head: SamHead | None = None
+    """SAM's head, if it is trained."""
 
     @classmethod
     @abstractmethod
     def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
-        """Build the objective with its heads, if it has any, on `device`.
+        """Build the objective with its heads, if it has any.
+
+        Args:
+            config: options of the run.
+            store: store with SAM's head, which the objectives that compare masks need.
+            device: device of the heads.
 
         Raises:
             DistillError, StoreDamaged: it needs the store's head, which is missing or can't be used.
@@ -101,8 +116,16 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, micro_batch: MicroBatch, totals: BatchTotals) -> Tensor:
-        """Return the micro-batch's share of the batch's loss: a float32 scalar with gradients."""
+        """Compute the micro-batch's share of the batch's loss.
+
+        Args:
+            micro_batch: embeddings, and objects from annotations where these are used.
+            totals: denominators of the whole batch.
+
+        Returns:
+            A float32 scalar with gradients.
+        """
 
     def trained(self, student: nn.Module) -> nn.Module:
-        """Return the module that a checkpoint has to hold: the student, with the head if that is trained."""
+        """Return the module that checkpoints save: the student, with the head if that is trained."""
         return student if self.head is None else nn.ModuleDict({"student": student, "head": self.head})

@@ -1,11 +1,11 @@
 """Objectives that compare masks: semi-coupled, coupled, decoder finetuning (MobileSAM, sections 3.2 and 3.3).
 
-SAM's head makes masks of the student's embedding for prompts drawn at random. The masks that they should be are the
-teacher's, which the store's head makes of the stored embedding, or those of annotations.
+SAM's head decodes the student's embedding for prompts drawn at random. The target masks are the teacher's, which the
+store's head decodes from the stored embedding, or those of annotations.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid, Q objects drawn of one image,
-P prompts (one an object, B * Q of them), T mask tokens of a prompt (SAM's single mask, then its three), M side of the
-masks compared, h and w rows and columns of low-resolution masks (4g), 2 (height, width), 1 one.
+P prompts (one per object, B * Q of them), T mask tokens of a prompt (SAM's single mask, then its three), M side of
+the masks compared, h and w rows and columns of low-resolution masks (4g), 2 (height, width), 1 one.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class MaskOptions:
 
     mask_loss: MaskLoss
     objects: int
-    """Objects of each image that are prompted in a step; an image's loss is the mean over those that it has."""
+    """Objects prompted per image and step; an image's loss is the mean over its objects, which may be fewer."""
     mse_weight: float
-    """Weight of the decoupled loss that is added; 0 leaves it out."""
+    """Weight of the decoupled loss added; 0 leaves it out."""
     region: str
     """Region of the decoupled loss: "all" or "valid"."""
 
     @classmethod
     def from_config(cls, config: DistillConfig) -> Self:
-        """Return the options about masks of a configuration."""
+        """Return the mask options of a configuration."""
         weights = MaskLossWeights(focal=config.focal_weight, dice=config.dice_weight, iou=config.iou_weight)
         return cls(
             mask_loss=MaskLoss(rounds=config.rounds, boxes=config.boxes, weights=weights),
@@ -60,8 +60,8 @@ class MaskObjective(Objective):
     """Base of the objectives that compare masks; the subclasses differ in the weights that they train.
 
     Args:
-        teacher_head: the store's head on the device, frozen; it makes the teacher's masks.
-        options: see `MaskOptions`.
+        teacher_head: the store's head on the device, frozen; it decodes the teacher's masks.
+        options: weights and counts of the mask loss.
     """
 
     def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
@@ -70,12 +70,7 @@ class MaskObjective(Objective):
 
     @classmethod
     def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
-        """Build the objective with the store's head on `device`.
-
-        Raises:
-            DistillError: the store has no mask decoder, or a file that isn't one.
-            StoreDamaged: the file is not what was stored.
-        """
+        """See `Objective.from_config`."""
         if not store.head_path.exists():
             raise DistillError(
                 f"{store.path} has no mask decoder, which the objective {config.objective} needs: "
@@ -84,7 +79,7 @@ class MaskObjective(Objective):
         return cls(store_head(store, device), MaskOptions.from_config(config))
 
     def loss(self, micro_batch: MicroBatch, totals: BatchTotals) -> Tensor:
-        """Return the micro-batch's share of the batch's loss: masks, and the weighted MSE of embeddings."""
+        """Compute mask loss and weighted embedding MSE. See `Objective.loss`."""
         options = self.options
         head = self.teacher_head if self.head is None else self.head
         student_BCHW = micro_batch.student_BCHW
@@ -105,11 +100,11 @@ class MaskObjective(Objective):
 
 
 class SemiCoupled(MaskObjective):
-    """Training of the student alone, through a head that stays as it is."""
+    """Objective that trains the student alone, through a frozen head."""
 
 
 class Coupled(MaskObjective):
-    """Training of student and head together."""
+    """Objective that trains student and head together."""
 
     def __init__(self, teacher_head: SamHead, options: MaskOptions) -> None:
         super().__init__(teacher_head, options)
@@ -117,23 +112,23 @@ class Coupled(MaskObjective):
 
 
 class DecoderFinetuning(Coupled):
-    """Training of the head alone, for a student that is finished."""
+    """Objective that trains the head alone, for a finished student."""
 
     trains_encoder = False
 
 
 def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) -> PromptedObjects:
-    """Return `count` objects of each image: those of its annotations where it has them, else the teacher's.
+    """Return `count` objects per image: from its annotations where it has them, else from the teacher.
 
-    Where an image has fewer, places are left without an object and weigh 0; the objects that it has weigh 1 together.
+    If an image has fewer, the remaining places are empty with weight 0; an image's weights add up to 1.
 
     Args:
         teacher_head: the store's head, on the device of the micro-batch.
-        micro_batch: its generator draws the points of the teacher's masks.
-        count: objects of each image, Q; with annotations, the Q that the loader drew.
+        micro_batch: embeddings and annotated objects; its generator draws the points for the teacher's masks.
+        count: objects per image, Q; with annotations, the loader's Q.
 
     Returns:
-        B * Q objects, those of one image next to each other.
+        B * Q objects; those of one image are adjacent.
     """
     device = micro_batch.teacher_BCHW.device
     side = mask_side(teacher_head.image_size)
@@ -141,7 +136,7 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
     valid_BMM = valid_pixels(sizes_B2, teacher_head.image_size, side)
     image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
     annotated = micro_batch.objects
-    # annotated_B is on the CPU, so that a GPU isn't waited for.
+    # annotated_B is on the CPU, so that this test doesn't synchronise with a GPU.
     if annotated is not None and bool(annotated.annotated_B.all()):
         masks_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_BMM[image_P]
     else:
@@ -160,18 +155,18 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
 
 @torch.no_grad()
 def teacher_masks(head: SamHead, emb_PCHW: Tensor, valid_PMM: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the teacher's mask for a point of each image, every pixel of the image as likely.
+    """Decode the teacher's mask for one random point per prompt, drawn uniformly from the image's pixels.
 
-    Of SAM's three masks it is the one with the highest predicted IoU.
+    Of SAM's three masks, the one with the highest predicted IoU is chosen.
 
     Args:
-        head: the teacher's, on the device of the embeddings.
+        head: the teacher's head, on the device of the embeddings.
         emb_PCHW: float32 (P, 256, g, g), the stored embedding of each prompt's image.
-        valid_PMM: bool (P, M, M), pixels that are image.
-        generator: on the CPU.
+        valid_PMM: bool (P, M, M), True for pixels of the image, not of the padding.
+        generator: generator on the CPU.
 
     Returns:
-        bool (P, M, M) over the encoder's square, empty where the teacher sees no object at the point.
+        bool (P, M, M) over the encoder's square; empty where the teacher finds no object at the point.
     """
     side = valid_PMM.shape[-1]
     prompts = point_prompts(valid_PMM, head.image_size, generator)
@@ -183,14 +178,14 @@ def teacher_masks(head: SamHead, emb_PCHW: Tensor, valid_PMM: Tensor, generator:
 
 
 def valid_pixels(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
-    """Return which pixels of a mask over the encoder's square are image: those whose centre lies in it.
+    """Return a mask of the pixels whose centre lies in the image, not in the padding of the encoder's square.
 
-    `valid_cells` is the same for the embedding's grid. The first row and column always count.
+    `valid_cells` does the same for the embedding's grid. The first row and column are always valid.
 
     Args:
         sizes_B2: int64 (B, 2), height and width in pixels of each image in the encoder's square.
         image_size: side of the encoder's square in pixels.
-        side: of the mask, M.
+        side: side of the mask in pixels, M.
 
     Returns:
         bool (B, M, M), on the device of `sizes_B2`.
@@ -202,7 +197,11 @@ def valid_pixels(sizes_B2: Tensor, image_size: int, side: int) -> Tensor:
 
 
 def store_head(store: EmbeddingStore, device: torch.device) -> SamHead:
-    """Return the store's prompt encoder and mask decoder on `device`, float32, frozen.
+    """Return the store's prompt encoder and mask decoder, float32, frozen.
+
+    Args:
+        store: open for reading.
+        device: device of the head.
 
     Raises:
         StoreDamaged: the file is not what was stored.
@@ -220,7 +219,7 @@ def store_head(store: EmbeddingStore, device: torch.device) -> SamHead:
 
 
 def trainable_head(head: SamHead) -> SamHead:
-    """Return a copy of a head whose parameters take gradients."""
+    """Return a copy of a head with trainable parameters."""
     return deepcopy(head).requires_grad_(True)
 
 

@@ -1,6 +1,6 @@
 """Decoupled objective: mean squared error between the student's and the stored embedding (MobileSAM, section 3.2).
 
-The mask decoder takes no part in it. The other objectives can add the same error to their masks' loss.
+It doesn't involve the mask decoder. The other objectives can add it to their mask loss.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid (g x g).
 """
@@ -30,11 +30,11 @@ class Decoupled(Objective):
 
     @classmethod
     def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
-        """Build the objective; neither the store nor the device matters to it."""
+        """See `Objective.from_config`; `store` and `device` are not used."""
         return cls(config.loss_region)
 
     def loss(self, micro_batch: MicroBatch, totals: BatchTotals) -> Tensor:
-        """Return the micro-batch's share of the batch's MSE."""
+        """See `Objective.loss`."""
         return decoupled_loss(
             micro_batch.student_BCHW,
             micro_batch.teacher_BCHW,
@@ -51,18 +51,18 @@ def decoupled_loss(
 
     Args:
         student_BCHW: (B, C, g, g), any float dtype.
-        teacher_BCHW: of the same shape, on the same device.
-        valid_BHW: bool (B, g, g), True where a cell's centre is image.
-        elements: `loss_elements` of the WHOLE batch, so that the losses and gradients of its micro-batches, whatever
-            their lengths, add up to those of the batch.
-        region: "all" or "valid".
+        teacher_BCHW: (B, C, g, g), any float dtype, on the same device.
+        valid_BHW: bool (B, g, g), True for cells whose centre lies in the image, not in the padding.
+        elements: `loss_elements` of the WHOLE batch, so that the losses and gradients of its micro-batches, of any
+            lengths, add up to those of the batch.
+        region: "all" (every cell) or "valid" (cells of the image).
 
     Returns:
         A float32 scalar with gradients.
     """
     error_BCHW = student_BCHW.float() - teacher_BCHW.float()
     if region == "valid":
-        # Before squaring, and not by a product: a cell that doesn't count must not leak NaN into the gradient.
+        # Before squaring, and not by a product: a NaN in a cell that isn't valid must not reach the gradient.
         error_BCHW = torch.where(valid_BHW[:, None], error_BCHW, error_BCHW.new_zeros(()))
     return error_BCHW.square().sum() / elements
 
@@ -71,8 +71,8 @@ def loss_elements(valid_BHW: Tensor, channels: int, region: str) -> int:
     """Return the number of embedding values that the loss of these images averages over.
 
     Args:
-        valid_BHW: bool (B, g, g), True where a cell's centre is image.
-        channels: of the embedding.
+        valid_BHW: bool (B, g, g), True for cells whose centre lies in the image.
+        channels: number of channels of the embedding, C.
         region: "all" counts every cell (the paper), "valid" only the valid ones.
     """
     cells = valid_BHW.numel() if region == "all" else int(valid_BHW.sum())

@@ -1,8 +1,8 @@
-"""Mask loss: focal, dice and predicted-IoU loss of masks, over several rounds of prompts an object (SAM, appendix A).
+"""Mask loss: focal, dice and predicted-IoU loss over several rounds of prompts per object (SAM, appendix A).
 
-Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid or of a mask, P prompts (one an
-object), p some of them, T mask tokens of a prompt (SAM's single mask, then its three), M side of the masks compared,
-h and w rows and columns of low-resolution masks (4g), 1 one.
+Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid or of a mask, P prompts (one
+per object), p some of them, T mask tokens of a prompt (SAM's single mask, then its three), M side of the masks
+compared, h and w rows and columns of low-resolution masks (4g), 1 one.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ FOCAL_ALPHA = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class MaskLossWeights:
-    """Weights of the terms: focal : dice is 20 : 1 and the IoU's squared error counts 1, as SAM was trained."""
+    """Weights of the loss terms; the defaults are those of SAM's training (appendix A)."""
 
     focal: float = 20.0
     dice: float = 1.0
     iou: float = 1.0
+    """Weight of the squared error of the predicted IoU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedObjects:
-    """P objects in B images, on one device; each is prompted for."""
+    """P objects to prompt for in B images, on one device."""
 
     masks_PMM: Tensor
-    """bool (P, M, M), each object over its image's square."""
+    """bool (P, M, M), each object's mask over the encoder's square."""
     image_P: Tensor
-    """int64 (P,), index of its image in the batch."""
+    """int64 (P,), index of the object's image in the batch."""
     valid_BMM: Tensor
-    """bool (B, M, M), pixels of each square that are image."""
+    """bool (B, M, M), True for pixels of the image, not of the padding."""
     weight_P: Tensor
     """float32 (P,), weight of an object's loss; 0 for a place without an object."""
 
@@ -54,16 +55,18 @@ class PromptedObjects:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskLoss:
-    """Loss of the masks that SAM's head makes of an embedding, for prompts about known objects.
+    """Loss of the masks that SAM's head predicts from an embedding, for prompts about known objects.
 
-    A share `boxes` of the objects is prompted by a box first, the others by a point. Then come `rounds` - 1
-    corrections: a point from where the answer was wrong, with the answer as mask prompt. A single point is ambiguous:
-    it is answered by SAM's three masks, of which the best counts, and by its single mask as well, which verify
-    compares; every other prompt is answered by the single mask.
+    An object's first prompt is a box or a point. Each further round adds a point drawn from the error region of the
+    predicted mask, with that mask as mask prompt. A single point is ambiguous: the losses of SAM's three masks, of
+    which the best counts, and of its single mask, which verify compares, are averaged. For every other prompt the
+    single mask is used.
     """
 
     rounds: int = 2
+    """Prompts per object."""
     boxes: float = 0.25
+    """Probability that an object's first prompt is a box, 0 to 1."""
     weights: MaskLossWeights = field(default_factory=MaskLossWeights)
 
     def __call__(
@@ -74,13 +77,12 @@ class MaskLoss:
         Args:
             head: SAM's head, on the device of the embedding.
             emb_BCHW: float32 (B, 256, g, g).
-            objects: of these images.
-            generator: on the CPU.
+            objects: objects in these images.
+            generator: generator on the CPU.
 
         Returns:
-            Two float32 scalars: the objects' losses, averaged over rounds, and the IoU of the mask that the head
-            itself picks for each object's first prompt, both summed over objects by their weights. The first has
-            gradients.
+            Two float32 scalars, weighted sums over objects: the loss, averaged over rounds, with gradients; and the
+            true IoU of the mask with the highest predicted IoU for the first prompt.
         """
         by_box_P = torch.rand(len(objects.image_P), generator=generator) < self.boxes
         loss, picked = emb_BCHW.new_zeros(()), emb_BCHW.new_zeros(())
@@ -102,7 +104,7 @@ class MaskLoss:
         *,
         by_box: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Compute what `__call__` does, for objects that are all prompted by a box first, or all by a point."""
+        """Compute the results of `__call__` for objects whose first prompts are all boxes, or all points."""
         emb_PCHW = _select_images(emb_BCHW, objects.image_P)
         masks_PMM, valid_PMM = objects.masks_PMM, objects.valid_BMM[objects.image_P]
         first_prompts = box_prompts if by_box else point_prompts
@@ -120,7 +122,7 @@ class MaskLoss:
             if round_ == 0:
                 picked = (best_iou_P * objects.weight_P).sum()
             if round_ + 1 < self.rounds:
-                # No gradient goes through a prompt.
+                # Prompts take no gradient.
                 rows = torch.arange(len(best_P), device=best_P.device)
                 answers_PMM = logits_PTMM.detach()[rows, best_P] > 0
                 answers_P1hw = logits_PThw.detach()[rows, best_P][:, None]
@@ -132,9 +134,9 @@ class MaskLoss:
     def _answer_losses(
         self, logits_PTMM: Tensor, iou_PT: Tensor, masks_PMM: Tensor, valid_PMM: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each prompt's loss, the token that the head trusts most (int64) and its true IoU, (P,) each.
+        """Return each prompt's loss, the token with the highest predicted IoU (int64), and its true IoU, (P,) each.
 
-        T is 1 or 4. With 4 the loss is the mean of the single mask's and the best of the three's.
+        T is 1 or 4. With 4 the loss is the mean of the single mask's and of the three masks'.
         """
         single_P, true_PT = prompt_losses(
             logits_PTMM[:, :1], iou_PT[:, :1], masks_PMM, valid_PMM, self.weights
@@ -153,18 +155,18 @@ def prompt_losses(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each prompt and the true IoU of its candidate masks.
 
-    Only the mask loss of the best candidate counts, so that an ambiguous prompt may have several answers; every
-    candidate's predicted IoU is compared with its true one, since that is what chooses among them.
+    Only the mask loss of the best candidate counts, so that the candidates of an ambiguous prompt may differ. The IoU
+    term averages over all candidates, since the predicted IoUs choose among them.
 
     Args:
-        logits_PTHW: (P, T, H, W), float.
-        iou_PT: (P, T), the IoUs that the head predicts.
-        masks_PHW: bool (P, H, W), the true masks.
+        logits_PTHW: float (P, T, H, W), mask logits.
+        iou_PT: float (P, T), predicted IoUs.
+        masks_PHW: bool (P, H, W), target masks.
         valid_PHW: bool (P, H, W), pixels that count.
-        weights: of the terms.
+        weights: weights of the terms.
 
     Returns:
-        (P,) with gradients in the dtype of the logits, and float32 (P, T) without.
+        Losses (P,) in the dtype of the logits, with gradients; true IoUs, float32 (P, T), without.
     """
     mask_PT = weights.focal * focal_loss(logits_PTHW, masks_PHW, valid_PHW)
     mask_PT = mask_PT + weights.dice * dice_loss(logits_PTHW, masks_PHW, valid_PHW)
@@ -177,19 +179,19 @@ def focal_loss(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Ten
     """Return the mean focal loss over the pixels that count (arXiv 1708.02002, alpha 0.25 and gamma 2).
 
     Args:
-        logits_PTHW: (P, T, H, W), float.
-        masks_PHW: bool (P, H, W), the true masks.
+        logits_PTHW: float (P, T, H, W), mask logits.
+        masks_PHW: bool (P, H, W), target masks.
         valid_PHW: bool (P, H, W), pixels that count.
 
     Returns:
         (P, T) in the dtype of the logits, with gradients.
     """
     targets_P1HW = masks_PHW[:, None].to(logits_PTHW.dtype)
-    # In terms of the logit of the right answer: cross entropy is softplus(-z), 1 - p is sigmoid(-z).
+    # z is the logit of the true class: cross entropy is softplus(-z), and 1 - p is sigmoid(-z).
     right_PTHW = logits_PTHW * (2 * targets_P1HW - 1)
     cross_PTHW = F.softplus(-right_PTHW)
     alpha_P1HW = (1 - FOCAL_ALPHA) + (2 * FOCAL_ALPHA - 1) * targets_P1HW
-    # The square is gamma.
+    # The exponent 2 is gamma.
     loss_PTHW = alpha_P1HW * torch.sigmoid(-right_PTHW).square() * cross_PTHW
     counted_P1HW = valid_PHW[:, None].to(loss_PTHW.dtype)
     return (loss_PTHW * counted_P1HW).sum(dim=(2, 3)) / counted_P1HW.sum(dim=(2, 3))
@@ -198,7 +200,13 @@ def focal_loss(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Ten
 def dice_loss(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Tensor:
     """Return 1 - dice coefficient of the probabilities (arXiv 1606.04797, smoothed by 1 pixel).
 
-    Args and result as for `focal_loss`.
+    Args:
+        logits_PTHW: float (P, T, H, W), mask logits.
+        masks_PHW: bool (P, H, W), target masks.
+        valid_PHW: bool (P, H, W), pixels that count.
+
+    Returns:
+        (P, T) in the dtype of the logits, with gradients.
     """
     counted_P1HW = valid_PHW[:, None].to(logits_PTHW.dtype)
     probabilities_PTHW = torch.sigmoid(logits_PTHW) * counted_P1HW
@@ -210,9 +218,15 @@ def dice_loss(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Tens
 
 @torch.no_grad()
 def mask_iou(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Tensor:
-    """Return the IoU of the masks (logits above 0) with the true ones, float32 (P, T); 1 for two empty masks.
+    """Return the IoU of the masks (logits above 0) with the targets.
 
-    Args as for `focal_loss`.
+    Args:
+        logits_PTHW: float (P, T, H, W), mask logits.
+        masks_PHW: bool (P, H, W), target masks.
+        valid_PHW: bool (P, H, W), pixels that count.
+
+    Returns:
+        float32 (P, T); 1 for two empty masks.
     """
     answers_PTHW = (logits_PTHW > 0) & valid_PHW[:, None]
     truth_P1HW = (masks_PHW & valid_PHW)[:, None]
@@ -224,13 +238,14 @@ def mask_iou(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Tenso
 def _select_images(emb_BCHW: Tensor, image_P: Tensor) -> Tensor:
     """Return the embedding of each prompt's image, (P, C, H, W)."""
     if emb_BCHW.device.type == "cpu":
-        # Its backward pass takes 0.01 s for 16 prompts at 1024, an index's 0.3 s; on GPUs it isn't deterministic.
+        # The backward pass of index_select takes 0.01 s for 16 prompts at 1024, that of indexing 0.3 s; but on GPUs
+        # index_select isn't deterministic.
         return emb_BCHW.index_select(0, image_P)
     return emb_BCHW[image_P]
 
 
 def _enlarge(logits_PThw: Tensor, side: int) -> Tensor:
-    """Return logits at the size at which masks are compared, (P, T, side, side)."""
+    """Resize logits to the size at which masks are compared, (P, T, side, side)."""
     if logits_PThw.shape[-1] == side:
         return logits_PThw
     return F.interpolate(logits_PThw, (side, side), mode="bilinear", align_corners=False)

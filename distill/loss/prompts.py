@@ -3,7 +3,7 @@
 Random numbers come from a generator on the CPU, a few for each prompt, so that a seed gives the same prompts on every
 device.
 
-Shape suffixes: P prompts (one an object), N points of a prompt, H and W rows and columns of a mask, M side of a
+Shape suffixes: P prompts (one per object), N points of a prompt, H and W rows and columns of a mask, M side of a
 square one, h and w rows and columns of low-resolution masks (4g), L positions of a flattened mask or of one of its
 axes, 1 one, 2 (x, y), 4 (x0, y0, x1, y1).
 """
@@ -20,16 +20,16 @@ from ...sam.modeling.decode_prompts import Prompts
 BOX_NOISE = 0.1
 """Standard deviation of the position of each side of a box, as a share of the box's length in that direction."""
 BOX_NOISE_PIXELS = 20
-"""The most that a side of a box moves, in pixels of a square of 1024."""
+"""Largest shift of a box's side, in pixels of a square of 1024."""
 
 
 def point_prompts(regions_PMM: Tensor, image_size: int, generator: torch.Generator) -> Prompts:
-    """Return prompts of one foreground point each, drawn from its region, every pixel as likely.
+    """Return prompts of one foreground point each, drawn uniformly from the prompt's region.
 
     Args:
-        regions_PMM: bool (P, M, M) over the encoder's square; an empty one gives its top-left pixel.
+        regions_PMM: bool (P, M, M) over the encoder's square; an empty region gives its top-left pixel.
         image_size: side of the encoder's square in pixels.
-        generator: on the CPU.
+        generator: generator on the CPU.
     """
     pixels_P2 = uniform_pixel(regions_PMM, generator)
     return Prompts.of_points(pixels_to_square(pixels_P2, image_size, regions_PMM.shape[-1]))
@@ -41,7 +41,7 @@ def box_prompts(masks_PMM: Tensor, image_size: int, generator: torch.Generator) 
     Args:
         masks_PMM: bool (P, M, M) over the encoder's square.
         image_size: side of the encoder's square in pixels.
-        generator: on the CPU.
+        generator: generator on the CPU.
     """
     side = masks_PMM.shape[-1]
     boxes_P4 = noisy_box(masks_PMM, generator, BOX_NOISE_PIXELS * side / 1024)
@@ -57,16 +57,16 @@ def corrected_prompts(
     image_size: int,
     generator: torch.Generator,
 ) -> Prompts:
-    """Return the prompts with one more point, drawn from where the answer is wrong, and the answer as mask prompt.
+    """Return the prompts with one more point, drawn from the error region, and the predicted mask as mask prompt.
 
     Args:
-        prompts: that were answered.
+        prompts: prompts of the last round.
         masks_PMM: bool (P, M, M), the objects' masks over the encoder's square.
-        answers_PMM: bool (P, M, M), the answers.
-        answers_P1hw: float32 (P, 1, 4g, 4g), the answers' low-resolution logits, detached.
-        valid_PMM: bool (P, M, M), pixels that are image.
+        answers_PMM: bool (P, M, M), the masks predicted for `prompts`.
+        answers_P1hw: float32 (P, 1, 4g, 4g), low-resolution logits of the predicted masks, detached.
+        valid_PMM: bool (P, M, M), True for pixels of the image, not of the padding.
         image_size: side of the encoder's square in pixels.
-        generator: on the CPU.
+        generator: generator on the CPU.
     """
     pixels_P2, labels_P = correction_pixel(masks_PMM, answers_PMM, valid_PMM, generator)
     points_P2 = pixels_to_square(pixels_P2, image_size, masks_PMM.shape[-1])
@@ -79,11 +79,11 @@ def corrected_prompts(
 
 
 def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a pixel of each region, every one of its pixels as likely.
+    """Draw one pixel of each region uniformly.
 
     Args:
         regions_PHW: bool (P, H, W). An empty region gives (0, 0); test `any` first where that may happen.
-        generator: on the CPU.
+        generator: generator on the CPU.
 
     Returns:
         int64 (P, 2), x and y.
@@ -103,13 +103,13 @@ def uniform_pixel(regions_PHW: Tensor, generator: torch.Generator) -> Tensor:
 def correction_pixel(
     masks_PHW: Tensor, answers_PHW: Tensor, valid_PHW: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return a pixel at which each answer is wrong; where an answer is right everywhere, one of the object.
+    """Draw one wrong pixel of each predicted mask; where a mask has no error, one pixel of the object.
 
     Args:
         masks_PHW: bool (P, H, W), the objects' masks.
-        answers_PHW: bool (P, H, W), the answers.
-        valid_PHW: bool (P, H, W), pixels that are image; an error outside them doesn't count.
-        generator: on the CPU.
+        answers_PHW: bool (P, H, W), the predicted masks.
+        valid_PHW: bool (P, H, W), True for pixels of the image; errors elsewhere don't count.
+        generator: generator on the CPU.
 
     Returns:
         int64 (P, 2), x and y, and int64 (P,), 1 where the pixel belongs to the object, else 0.
@@ -122,12 +122,14 @@ def correction_pixel(
 
 
 def noisy_box(masks_PHW: Tensor, generator: torch.Generator, noise_pixels: float) -> Tensor:
-    """Return a box around each mask, its sides moved at random.
+    """Return a box around each mask, with noise on each side.
+
+    The noise is normal, with a standard deviation of `BOX_NOISE` times the box's length in that direction.
 
     Args:
         masks_PHW: bool (P, H, W).
-        generator: on the CPU; a side moves by a normal deviate of a tenth of the box's length in that direction.
-        noise_pixels: the most that a side moves, in pixels of the mask.
+        generator: generator on the CPU.
+        noise_pixels: largest shift of a side, in pixels of the mask.
 
     Returns:
         float32 (P, 4), x0 y0 x1 y1 within the mask; whole numbers are borders of pixels.
@@ -149,12 +151,15 @@ def noisy_box(masks_PHW: Tensor, generator: torch.Generator, noise_pixels: float
 
 
 def pixels_to_square(pixels: Tensor, image_size: int, side: int) -> Tensor:
-    """Return the centres of a mask's pixels in coordinates of the encoder's square, float32.
+    """Return the centres of a mask's pixels in coordinates of the encoder's square.
 
     Args:
-        pixels: x and y of any shape, whole numbers.
-        image_size: side of the encoder's square in pixels; SAM counts their centres as whole numbers.
-        side: of the mask in pixels.
+        pixels: column or row indices in a tensor of any shape, integers.
+        image_size: side of the encoder's square in pixels; in SAM's coordinates, whole numbers are pixel centres.
+        side: side of the mask in pixels.
+
+    Returns:
+        float32, in the shape of `pixels`.
     """
     return (pixels.float() + 0.5) * (image_size / side) - 0.5
 
@@ -162,6 +167,12 @@ def pixels_to_square(pixels: Tensor, image_size: int, side: int) -> Tensor:
 def borders_to_square(boxes_P4: Tensor, image_size: int, side: int) -> Tensor:
     """Return boxes of a mask in coordinates of the encoder's square, as `pixels_to_square` does for pixels.
 
-    A box's whole numbers are borders of pixels; SAM counts centres as whole numbers, also for boxes.
+    Args:
+        boxes_P4: float32 (P, 4), x0 y0 x1 y1 in pixels of the mask; whole numbers are borders of pixels.
+        image_size: side of the encoder's square in pixels.
+        side: side of the mask in pixels.
+
+    Returns:
+        float32 (P, 4), x0 y0 x1 y1; whole numbers are pixel centres, as SAM has them for boxes too.
     """
     return boxes_P4 * (image_size / side) - 0.5

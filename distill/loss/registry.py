@@ -1,7 +1,7 @@
 """Registry of training objectives, by the names that `--objective` takes.
 
-To add one, write a subclass of `Objective` (base.py) and enter it here, and its name in `OBJECTIVES` of
-`distill/config.py`: options are checked, and the help is printed, without loading torch.
+To add one, write a subclass of `Objective` (base.py), enter it here, and add its name to `OBJECTIVES` of
+`distill/config.py`, a second list that serves to check options and print the help without loading torch.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def build_objective(config: DistillConfig, store: EmbeddingStore, device: torch.
 
     Args:
         config: options of the run.
-        store: holds SAM's head, which the objectives that compare masks need.
-        device: of the heads.
+        store: store with SAM's head, which the objectives that compare masks need.
+        device: device of the heads.
 
     Raises:
-        DistillError: it needs the store's head, and there is none or it isn't a SAM head.
+        DistillError: the objective needs the store's head, which is missing or isn't a SAM head.
         StoreDamaged: the store's head is not what was stored.
     """
     return OBJECTIVES[config.objective].from_config(config, store, device)

@@ -1,12 +1,13 @@
-"""Metrics of embeddings: each number's one definition, accumulated in float64.
+"""Metrics of embeddings, accumulated in float64.
 
-Every number exists twice: over all cells of the grid, and as `_valid` over the cells whose centre is image. s is the
-student's embedding, t the teacher's.
+Every metric has two values: over all cells of the grid, and, with the suffix `_valid`, over the cells whose centre
+lies in the image. s is the student's embedding, t the teacher's.
 
 - mse: mean of (s - t)^2 over all elements.
-- relative_mse: sum (s - t)^2 / sum (t - t_c)^2, t_c the teacher's mean per channel over the same cells.
-- cosine: over the channels at each cell, mean over an image's cells; then mean, 5th percentile, minimum over images.
-- skill: 1 - mse / mse of always predicting the training rows' mean embedding. 0 is a constant, 1 the teacher.
+- relative_mse: sum (s - t)^2 / sum (t - t_c)^2, where t_c is the teacher's mean per channel over the same cells.
+- cosine: cosine similarity over the channels at each cell, averaged over an image's cells; then mean, 5th percentile
+  and minimum over images.
+- skill: 1 - mse / mse of always predicting the training rows' mean embedding. That constant has 0, the teacher 1.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the grid, L cells of one image, flattened.
 """
@@ -25,7 +26,7 @@ from ...store import EmbeddingStore
 from ..data.sampler import split_batches
 
 _TINY = 1e-30
-"""Least product of norms; it keeps the cosine of a zero vector at 0."""
+"""Smallest product of norms to divide by, so that the cosine of a zero vector is 0."""
 _ROWS_AT_ONCE = 8
 
 
@@ -46,7 +47,7 @@ class Metrics:
         mean_CHW: the training rows' mean embedding (256, g, g), any float dtype; None leaves skill undefined.
 
     Attributes:
-        per_image: numbers of each image, in the order in which they were added.
+        per_image: metrics of each image, in the order in which the images were added.
     """
 
     def __init__(self, mean_CHW: Tensor | None) -> None:
@@ -60,8 +61,8 @@ class Metrics:
 
         Args:
             student_BCHW: (B, 256, g, g), any float dtype, on any device.
-            teacher_BCHW: of the same shape, on the same device.
-            valid_BHW: bool (B, g, g), cells whose centre is image, at least one an image.
+            teacher_BCHW: (B, 256, g, g), any float dtype, on the same device.
+            valid_BHW: bool (B, g, g), True for cells whose centre lies in the image; at least one per image.
         """
         if self._mean_CHW is not None:
             self._mean_CHW = self._mean_CHW.to(teacher_BCHW.device)
@@ -89,13 +90,13 @@ class Metrics:
         )
 
     def merge(self, other: Metrics) -> None:
-        """Add images that another process has measured against the same mean embedding."""
+        """Add the images that another process has measured with the same mean embedding."""
         self._all.merge(other._all)
         self._valid.merge(other._valid)
         self.per_image += other.per_image
 
     def on_cpu(self) -> Metrics:
-        """Move its tensors to the CPU, ready to be sent to another process, and return itself."""
+        """Move the accumulator's tensors to the CPU in place, to send it to another process, and return it."""
         for region in (self._all, self._valid):
             region.mean_C = None if region.mean_C is None else region.mean_C.cpu()
         if self._mean_CHW is not None:
@@ -103,12 +104,12 @@ class Metrics:
         return self
 
     def result(self) -> dict[str, Any]:
-        """Return the numbers over all images.
+        """Return the metrics over all images.
 
         Returns:
-            `mse`, `relative_mse`, `cosine` {mean, p5, min} and `skill`, each also as `_valid`: plain floats. A number
-            that isn't defined is None: all of them without images, relative_mse of a teacher without spread, skill
-            without a mean embedding or where the mean embedding is exact.
+            `mse`, `relative_mse`, `cosine` {mean, p5, min} and `skill`, each also with the suffix `_valid`: plain
+            floats. An undefined metric is None: all of them without images; relative_mse if the teacher's embeddings
+            are constant; skill without a mean embedding, or if the teacher's embeddings equal it.
         """
         with_skill = self._mean_CHW is not None
         everywhere, valid = self._all.result(with_skill), self._valid.result(with_skill)
@@ -120,7 +121,7 @@ class Metrics:
 
 
 def merge(shares: Sequence[Metrics]) -> Metrics:
-    """Return the metrics over the images of all shares, the first one's images first; empty without shares."""
+    """Merge the metrics of several processes, images in the order of `shares`; empty without shares."""
     merged = Metrics(shares[0]._mean_CHW if shares else None)
     for share in shares:
         merged.merge(share)
@@ -128,19 +129,19 @@ def merge(shares: Sequence[Metrics]) -> Metrics:
 
 
 def mean_embedding(store: EmbeddingStore, rows: Sequence[int]) -> Tensor:
-    """Return the mean of stored embeddings: the constant that a student has to beat.
+    """Return the mean of stored embeddings, the baseline of skill.
 
-    A run has its training rows' mean already (`Run.mean_embedding`); this reads the store once more.
+    A run already has the mean of its training rows (`Run.mean_embedding`); this function reads the store again.
 
     Args:
-        store: open for reading.
-        rows: of the store.
+        store: store open for reading.
+        rows: committed rows of the store.
 
     Returns:
         float32 (256, g, g), summed in float64.
 
     Raises:
-        StoreDamaged: a row, named, is damaged.
+        StoreDamaged: a row is damaged; the message names it.
     """
     grid = store.spec.grid
     sum_CHW = torch.zeros(256, grid, grid, dtype=torch.float64)
@@ -150,7 +151,7 @@ def mean_embedding(store: EmbeddingStore, rows: Sequence[int]) -> Tensor:
 
 
 class _Region:
-    """Sums over all cells or over the valid ones, in float64 on the device of what is added."""
+    """Sums over all cells or over the valid ones, in float64 on the device of the added tensors."""
 
     def __init__(self) -> None:
         self.elements = 0
@@ -166,7 +167,7 @@ class _Region:
     def add(
         self, teacher_CL: Tensor, squared_CL: Tensor, constant_CL: Tensor | None, cosine_L: Tensor
     ) -> None:
-        """Add the chosen cells of one image: the teacher, squared errors, the constant, the cosine of each cell."""
+        """Add one image's cells: teacher's embedding, squared errors, mean embedding, cosine of each cell."""
         channels, cells = teacher_CL.shape
         self.squared += float(squared_CL.sum())
         if constant_CL is not None:
@@ -199,7 +200,7 @@ class _Region:
         self.cells += cells
 
     def result(self, with_skill: bool) -> dict[str, Any]:
-        """Return the four numbers of these cells; None where they aren't defined."""
+        """Return the four metrics of these cells; None where undefined."""
         cosine: dict[str, float | None] = {"mean": None, "p5": None, "min": None}
         if self.cosines:
             values = np.asarray(self.cosines, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Evaluation of a student on rows of a store: by itself, and as the validation of a training run.
+"""Evaluation of a student on rows of a store: standalone, and as validation in training.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the image's canvas or of the embedding's grid,
 2 (height, width).
@@ -37,7 +37,7 @@ class ComputeSettings:
     """Device and arithmetic of a student's forward passes, in training and in evaluation."""
 
     device: torch.device
-    """Device that the student is on."""
+    """Device of the student."""
     precision: str
     """"float32" or "bfloat16" (autocast); resolved, never "auto"."""
     batch_size: int
@@ -50,13 +50,13 @@ class ComputeSettings:
 
 
 def embed(student: nn.Module, batch: Batch, compute: ComputeSettings) -> tuple[Tensor, Tensor]:
-    """Compute the student's embeddings of a batch, and bring the teacher's to the same device.
+    """Compute the student's embeddings of a batch, and copy the teacher's to the same device.
 
-    Copies from pinned memory don't wait for the device. Gradients are recorded as the caller has set it.
+    Copies from pinned memory are asynchronous. The caller decides whether gradients are recorded.
 
     Args:
-        student: an encoder on the device of `compute`, its weights in the memory format of `compute`.
-        batch: from a loader, on the CPU.
+        student: encoder on the device of `compute`, its weights in the memory format of `compute`.
+        batch: batch of a loader, on the CPU.
         compute: device, precision and memory format.
 
     Returns:
@@ -84,15 +84,15 @@ def evaluate_batches(
     on_embeddings: OnEmbeddings | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Metrics:
-    """Measure a student over batches. It is put into evaluation mode and left in it.
+    """Measure a student over batches. The student is set to evaluation mode and stays in it.
 
     Args:
-        student: an encoder on the device of `compute`.
-        batches: from a loader.
+        student: encoder on the device of `compute`.
+        batches: batches of a loader.
         compute: device, precision and memory format.
-        mean_embedding: (256, g, g), which skill is measured against; None leaves skill out.
+        mean_embedding: float (256, g, g), the baseline of skill; None leaves skill undefined.
         on_embeddings: called for each batch with its embeddings on the device.
-        on_batch: called after each batch with the number of images so far.
+        on_batch: called after each batch with the number of images done so far.
 
     Returns:
         Metrics of all batches, on the device.
@@ -123,17 +123,17 @@ def evaluate(
     """Measure a student against the stored embeddings of some rows.
 
     Args:
-        student: an encoder on the device of `compute`; its weights are put into the memory format of `compute`.
-        store: the teacher's embeddings.
+        student: encoder on the device of `compute`; its weights are converted to the memory format of `compute`.
+        store: store of the teacher's embeddings, open for reading.
         rows: committed rows of the store.
         image_root: folder that the store's keys are relative to; None: the images that the store keeps.
         compute: device, precision, batch size, memory format, decoding threads.
-        mean_embedding: (256, g, g), which skill is measured against; None leaves skill out.
+        mean_embedding: float (256, g, g), the baseline of skill; None leaves skill undefined.
         on_embeddings: called for each batch with its embeddings on the device.
-        on_image: called after each batch with the numbers of images done and in all.
+        on_image: called after each batch with the number of images done and the total.
 
     Returns:
-        The metrics over all rows, and each row's own in the order of `rows`.
+        The metrics over all rows (`Metrics.result`), and those of each row in the order of `rows`.
 
     Raises:
         ImageError: an image is missing or not the one that was precomputed.
@@ -162,16 +162,16 @@ def evaluate(
 class Validation:
     """Validation of a student in training, by all processes together.
 
-    It measures embeddings and, for an objective that compares masks, masks as well, as `verify` does. Each process
-    has its own instance and measures its share of the batches; `measure` is called in all of them.
+    It computes the metrics of embeddings and, for an objective that compares masks, also mIoU, as `verify` does. Each
+    process has its own instance and measures its share of the batches; all of them must call `measure`.
 
     Args:
-        student: an encoder on the device of `compute`.
-        loader: of the validation rows at least.
-        run: holds the mean embedding that skill is measured against.
-        objective: decides whether masks are compared, through its heads.
+        student: encoder on the device of `compute`.
+        loader: loader of at least the validation rows.
+        run: run with the mean embedding, the baseline of skill.
+        objective: objective whose heads decode the masks, if it compares masks.
         compute: device, precision, batch size and memory format.
-        processes: that share the work.
+        processes: processes that share the work.
     """
 
     def __init__(
@@ -191,9 +191,9 @@ class Validation:
         """Measure the student over `rows`.
 
         Args:
-            rows: of all processes together.
-            before_batch: called before each batch, equally often in every process, so it may exchange something with
-                the others. An exception of it ends the measurement.
+            rows: rows for all processes together.
+            before_batch: called before each batch, equally often in every process, so that it may use collectives. An
+                exception that it raises ends the measurement.
 
         Returns:
             The metrics over all rows, the same in every process; with `miou`, `miou_min`, `prompts` and
@@ -218,9 +218,13 @@ class Validation:
         return self.processes.broadcast(numbers if self.processes.is_main else None)
 
     def score(self, metrics: dict[str, Any]) -> float:
-        """Return the distance of the student from its goal; less is better.
+        """Return the score by which epochs are compared; less is better.
 
-        It is 1 - mIoU for an objective that compares masks (1 where mIoU is undefined), else `mse_valid`.
+        Args:
+            metrics: result of `measure`.
+
+        Returns:
+            1 - mIoU for an objective that compares masks (1 if mIoU is undefined), else `mse_valid`.
         """
         if isinstance(self.objective, MaskObjective):
             return 1.0 if metrics["miou"] is None else 1 - float(metrics["miou"])
@@ -234,14 +238,14 @@ class Validation:
         )
 
     def _merged(self, masks: MaskComparison) -> dict[str, Any]:
-        """Return the comparison of all processes in the first one, nothing in the others."""
+        """Return the merged comparison of all processes in rank 0, an empty dictionary in the others."""
         for ious, empty in self.processes.gather((masks.ious, masks.empty))[1:]:
             masks.merge(ious, empty)
         return masks.result() if self.processes.is_main else {}
 
 
 def _in_rounds(batches: Iterator[Batch], rounds: int, before_batch: Callable[[], None]) -> Generator[Batch]:
-    """Call `before_batch` `rounds` times, each time followed by the next batch as long as there is one."""
+    """Call `before_batch` `rounds` times, and yield the next batch, if there is one, after each call."""
     for _ in range(rounds):
         before_batch()
         yield from islice(batches, 1)

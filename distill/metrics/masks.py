@@ -1,7 +1,7 @@
-"""Metric of masks (mIoU): student's masks against the teacher's, both through SAM's head, for a grid of points.
+"""Mask metric (mIoU): the student's masks against the teacher's, both decoded by SAM's head, for a grid of points.
 
-Source: MobileSAM's protocol (arXiv 2306.14289), which compares both models' masks for the same prompts. One mask a
-prompt, threshold 0, original resolution; two empty masks count 1.
+Source: MobileSAM's protocol (arXiv 2306.14289), which compares both models' masks for the same prompts. One mask per
+prompt, threshold 0, original resolution; the IoU of two empty masks is 1.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid or of a mask at the image's
 original size, P prompts (one point each), p some of them, 1 one, 2 (x, y).
@@ -25,14 +25,14 @@ from ...store import ImageRecord
 Floats = npt.NDArray[np.floating]
 
 POINTS_PER_SIDE = 4
-"""Points of an image in each direction, unless something else is asked for."""
+"""Default number of grid points in each direction."""
 
 
 def grid_points(points_per_side: int, size: tuple[int, int]) -> Floats:
     """Return the centres of points_per_side x points_per_side equal parts of an image, row by row.
 
     Args:
-        points_per_side: points in each direction.
+        points_per_side: number of points in each direction.
         size: height and width of the image in pixels.
 
     Returns:
@@ -46,16 +46,16 @@ def grid_points(points_per_side: int, size: tuple[int, int]) -> Floats:
 def intersection_and_union(
     one_PHW: Tensor, other_PHW: Tensor
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Count the pixels that are in both masks, and those that are in either, for each of P pairs.
+    """Count the pixels in the intersection and in the union of each of P pairs of masks.
 
     Args:
         one_PHW: bool (P, H, W).
         other_PHW: bool (P, H, W), on the same device.
 
     Returns:
-        int64 (P,) each.
+        Intersections and unions in pixels, int64 (P,) each.
     """
-    # One by one: over dimensions, count_nonzero takes twenty times as long on a CPU.
+    # Pair by pair: count_nonzero with dimensions takes twenty times as long on a CPU.
     pairs = list(zip(one_PHW, other_PHW, strict=True))
     intersection = [int(torch.count_nonzero(one_HW & other_HW)) for one_HW, other_HW in pairs]
     union = [int(torch.count_nonzero(one_HW | other_HW)) for one_HW, other_HW in pairs]
@@ -63,25 +63,33 @@ def intersection_and_union(
 
 
 def iou(intersection_P: npt.NDArray[np.int64], union_P: npt.NDArray[np.int64]) -> Floats:
-    """Return the intersection over union of P pairs of masks, float64 (P,); 1 for two empty masks."""
+    """Return the intersection over union of P pairs of masks.
+
+    Args:
+        intersection_P: int64 (P,), pixels in both masks.
+        union_P: int64 (P,), pixels in either mask.
+
+    Returns:
+        float64 (P,), 0 to 1; 1 for two empty masks.
+    """
     return np.where(union_P > 0, intersection_P / np.maximum(union_P, 1), 1.0)
 
 
 class MaskComparison:
     """Accumulator of the IoU between the student's masks and the teacher's, image by image.
 
-    The prompts of an image are the points of `grid_points`, each by itself, as foreground.
+    Each point of `grid_points` is one prompt, a foreground point.
 
     Args:
-        head: the teacher's head; it also makes the student's masks, unless there is a `student_head`.
-        records: by row, of the rows that may be compared.
-        points_per_side: points in each direction.
+        head: the teacher's head; it also decodes the student's masks, unless `student_head` is given.
+        records: records by row, for all rows that will be compared.
+        points_per_side: number of points in each direction.
         student_head: head that was trained for the student.
 
     Attributes:
         ious: float64 (P,) for each image, in the order in which the images were added; NaN if an embedding isn't
             finite.
-        empty: number of empty masks of "teacher" and "student".
+        empty: number of empty masks, by "teacher" and "student".
     """
 
     def __init__(
@@ -102,7 +110,7 @@ class MaskComparison:
         """Add a batch.
 
         Args:
-            rows: of the store, whose embeddings these are.
+            rows: row numbers of the B images in the store.
             student_BCHW: float32 (B, 256, g, g), on the head's device.
             teacher_BCHW: float32 (B, 256, g, g), on the head's device.
         """
@@ -134,33 +142,43 @@ class MaskComparison:
         original_size: tuple[int, int],
         resized_size: tuple[int, int],
     ) -> Iterator[list[Tensor]]:
-        """Yield the masks of some points at a time: the teacher's and the student's, bool (p, H, W) each.
+        """Decode both models' masks for all points, a few points at a time.
 
         Args:
             teacher_1CHW: float32 (1, 256, g, g), on the head's device.
             student_1CHW: float32 (1, 256, g, g), on the head's device.
-            points_P2: x and y in pixels of the original image.
-            original_size: height and width of the image, and of the masks.
-            resized_size: height and width of its part of the encoder's square.
+            points_P2: float (P, 2), x and y in pixels of the original image.
+            original_size: height and width in pixels of the image, and of the masks.
+            resized_size: height and width in pixels of the image in the encoder's square.
+
+        Yields:
+            The teacher's and the student's masks, bool (p, H, W) each.
         """
         pairs = [(self.head, teacher_1CHW), (self.student_head, student_1CHW)]
         return mask_chunks(pairs, points_P2, original_size, resized_size)
 
     def merge(self, ious: Sequence[Floats], empty: Mapping[str, int]) -> None:
-        """Add the `ious` and `empty` of another comparison of the same kind."""
+        """Add the images of another comparison with as many points.
+
+        Args:
+            ious: float64 (P,) per image, as the attribute `ious`.
+            empty: number of empty masks, by "teacher" and "student".
+        """
         self.ious.extend(ious)
         for name, count in empty.items():
             self.empty[name] += count
 
     @property
     def per_image(self) -> list[float]:
-        """Each image's mean over its points; NaN where an embedding isn't finite."""
+        """Mean IoU of each image over its points; NaN if an embedding isn't finite."""
         return [float(ious_P.mean()) for ious_P in self.ious]
 
     def result(self) -> dict[str, Any]:
-        """Return `miou`, `miou_min` (over images), `prompts` (of an image) and `empty_masks`, as in verify's result.
+        """Return the metrics over all images, as in verify's result.
 
-        The first two are None where an image's mean is NaN.
+        Returns:
+            `miou` (mean over images) and `miou_min` (minimum), None if any image's mean is NaN; `prompts` (number per
+            image); `empty_masks` (by "teacher" and "student").
         """
         per_image = np.array(self.per_image)
         return {

@@ -1,4 +1,4 @@
-"""timm's networks as students: DeiT-Tiny, and any that gives feature maps of stride 16 or 32.
+"""timm's networks as students: DeiT-Tiny, and any network with feature maps of stride 16 or 32.
 
 Shape suffixes: B images, C channels, H and W rows and columns of an image or feature map, N tokens. S is the side of
 the encoder's square in pixels.
@@ -23,13 +23,13 @@ from ...sam.preprocess import PATCH
 DEIT_TINY = "deit_tiny_patch16_224"
 STRIDES = (16, 32)
 MAX_BUFFER_BYTES = 64 << 20
-"""Most that a network may keep beside its weights (positions, masks): more than any needs at 1024 pixels."""
+"""Largest total size of a network's non-persistent buffers (positions, masks): more than any needs at 1024 pixels."""
 
 
 class DeiT(nn.Module):
     """Plain ViT of patch 16 with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
 
-    DeiT-Tiny (arXiv 2012.12877) without its class token; the position table is that of S's grid.
+    DeiT-Tiny (arXiv 2012.12877) without its class token; the position table has the size of the embedding's grid.
     """
 
     def __init__(self, image_size: int) -> None:
@@ -54,8 +54,8 @@ class TimmStudent(nn.Module):
     grid of the embedding; the sum goes through the rest of the neck.
 
     Args:
-        name: timm's, without weights' tag.
-        image_size: S in pixels.
+        name: timm's name of the network, without a tag for weights.
+        image_size: side of the encoder's square in pixels, S.
     """
 
     def __init__(self, name: str, image_size: int) -> None:
@@ -63,10 +63,10 @@ class TimmStudent(nn.Module):
         self.name, self.image_size = name, image_size
         found = _create_features(name, image_size).feature_info
         indices = _deepest(name, found.reduction(), found.out_indices)
-        # Built for these maps alone, without the layers after them.
+        # Built again for these maps alone, without the layers after them.
         self.backbone = _create_features(name, image_size, out_indices=tuple(indices.values()))
         widths = self.backbone.feature_info.channels()
-        # Networks without this attribute give channels first.
+        # Networks without this attribute return channels first.
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         self.laterals = nn.ModuleDict(
             {str(stride): neck_projection(width) for stride, width in zip(indices, widths, strict=True)}
@@ -87,7 +87,7 @@ class TimmStudent(nn.Module):
 
 
 def build_deit_tiny(image_size: int) -> nn.Module:
-    """Return DeiT-Tiny with SAM's neck.
+    """Build DeiT-Tiny with SAM's neck, for images of `image_size` pixels.
 
     Raises:
         DistillError: timm isn't installed, or the size isn't a positive multiple of 16.
@@ -98,10 +98,14 @@ def build_deit_tiny(image_size: int) -> nn.Module:
 
 
 def build_timm(name: str, image_size: int) -> nn.Module:
-    """Return timm's network `name` with SAM's neck, built without memory first as a trial.
+    """Build one of timm's networks with SAM's neck, after a trial on the meta device.
+
+    Args:
+        name: timm's name of the network, without a tag for weights.
+        image_size: side of the encoder's square in pixels.
 
     Raises:
-        DistillError: the network gives no maps of stride 16 or 32, or doesn't take images of that size; or timm
+        DistillError: the network has no feature maps of stride 16 or 32, or doesn't take images of that size; or timm
             isn't installed or has no such network.
     """
     _check_size(image_size)
@@ -149,9 +153,9 @@ def _timm() -> ModuleType:
 
 
 def _constructor(name: str) -> Callable[..., Any]:
-    """Return timm's own constructor.
+    """Return timm's own constructor of a network.
 
-    timm's registry would return another package's where one has registered under that name.
+    timm's registry would return the constructor of another package that registered the same name.
     """
     constructor: Callable[..., Any] = getattr(_timm().models, name)
     return constructor
@@ -169,9 +173,9 @@ def _check_pixels(pixels_BCHW: Tensor, image_size: int, name: str) -> None:
 
 
 def _create_features(name: str, image_size: int, **options: Any) -> Any:
-    """Return the network as a list of feature maps.
+    """Build timm's network with a list of feature maps as output.
 
-    Only the constructor itself tells whether it takes the image size, by refusing it.
+    The image size is passed if the constructor accepts it, which only a trial shows.
     """
     create = _constructor(name)
     options = {"pretrained": False, "features_only": True, **options}
@@ -184,7 +188,7 @@ def _create_features(name: str, image_size: int, **options: Any) -> Any:
 
 
 def _deepest(name: str, reductions: list[int], indices: tuple[int, ...]) -> dict[int, int]:
-    """Return {stride: index of the deepest map that has it}, by increasing index."""
+    """Return the index of the deepest map of each stride in STRIDES, {stride: index}, by increasing index."""
     found = {stride: index for index, stride in zip(indices, reductions, strict=True) if stride in STRIDES}
     if not found:
         strides = ", ".join(map(str, dict.fromkeys(reductions)))
@@ -195,7 +199,7 @@ def _deepest(name: str, reductions: list[int], indices: tuple[int, ...]) -> dict
 
 
 def _disable_dropout(network: nn.Module) -> None:
-    """Switch off dropout: a student is fitted to embeddings as they are, so dropping at random is only noise."""
+    """Switch off dropout: in regression to fixed embeddings it would only add noise."""
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -213,7 +217,7 @@ def _check_backbone(name: str, image_size: int) -> None:
             extra = sum(b.nbytes for key, b in student.named_buffers() if key not in saved)
     except DistillError:
         raise
-    # Constructors and forward passes of a hundred authors: whatever they raise, the network is unfit for this size.
+    # timm's networks have many authors: any exception means that the network can't be used at this size.
     except Exception as error:  # noqa: BLE001
         reason = (str(error).strip().splitlines() or [""])[0][:120] or type(error).__name__
         raise DistillError(

@@ -28,14 +28,14 @@ from ..loss.masks import PromptedObjects
 from .registry import STUDENTS, StudentInfo, build_student, outline_student, student_info
 
 FORWARDS = 5
-"""Calls whose median is reported, after one that isn't counted."""
+"""Number of timed calls, whose median is reported; one untimed call comes before them."""
 
 MEASURED_SIZE = 256
 """Largest image size in pixels at which memory is measured; the result is scaled by the area."""
 
 MEMORY_SHARE = 0.8
-"""Share of the free memory that the default micro-batch may fill: the rest is for weights, AdamW's moments (70 MB for
-TinyViT) and fragmentation."""
+"""Share of the free memory for the default micro-batch; the rest is for weights, AdamW's moments (70 MB for TinyViT)
+and fragmentation."""
 
 
 def students_table(
@@ -49,14 +49,13 @@ def students_table(
     Args:
         names: registry names or `timm:NAME`; all of `STUDENTS` if empty.
         image_size: side of the encoder's square in pixels.
-        device: on which they are timed, as `--device` takes it.
+        device: device of the timing, as for `--device`.
         precision: "float32", "bfloat16" (autocast) or "auto".
 
     Returns:
         Rows with the keys `name`, `summary`, `parameters`, `macs` (multiply-accumulates of convolutions, matrix
         products and attention for one image), `milliseconds` (one image in evaluation mode on `device`: the median of
-        five after one that isn't counted), `error`. Where a student can't be built, `error` says why and the numbers
-        are None.
+        five after an untimed one), `error`. If a student can't be built, `error` says why and the numbers are None.
 
     Raises:
         DistillError: `image_size` isn't a positive multiple of 16.
@@ -95,7 +94,7 @@ def count_macs(student: nn.Module, image_size: int) -> int:
     """Return the multiply-accumulates of one image.
 
     Args:
-        student: on the meta device (`outline_student`).
+        student: encoder on the meta device (`outline_student`).
         image_size: side of the encoder's square in pixels.
     """
     pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
@@ -105,12 +104,12 @@ def count_macs(student: nn.Module, image_size: int) -> int:
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, limit: float = math.inf) -> float:
-    """Return the time of a call in seconds: the median of five after one that isn't counted.
+    """Return the time of a call in seconds: the median of five calls after an untimed one.
 
     Args:
-        call: is repeated; a GPU is waited for after each.
-        device: that the call computes on.
-        limit: in seconds. Where six calls together would take longer, fewer are made, at least two.
+        call: function to time.
+        device: device that it computes on; a GPU is synchronised with after each call.
+        limit: seconds after which no further call is made; at least two are made.
     """
     seconds: list[float] = []
     while len(seconds) < 1 + FORWARDS and (len(seconds) < 2 or sum(seconds) < limit):
@@ -130,16 +129,16 @@ def default_micro_batch(
     device: torch.device,
     masks: MaskOptions | None = None,
 ) -> int:
-    """Return the number of images in a forward pass of training.
+    """Return the default number of images in a forward pass of training.
 
-    On a GPU as many as its free memory holds; on a CPU 2, or 1 where masks leave no memory for 2.
+    On a GPU, as many as fit its free memory; on a CPU 2, or 1 if masks leave no memory for 2.
 
     Args:
-        info: student.
-        batch_size: effective batch, which the result doesn't exceed.
+        info: the student's registry entry.
+        batch_size: largest result; this process's share of the batch.
         image_size: side of the encoder's square in pixels.
         precision: "float32" or "bfloat16".
-        device: of the training.
+        device: device of the training.
         masks: options of an objective that compares masks, else None.
     """
     if device.type == "cuda":
@@ -159,11 +158,20 @@ def default_micro_batch(
 def measure_training_bytes(
     info: StudentInfo, image_size: int, precision: str, device: torch.device | str = "cpu"
 ) -> int:
-    """Measure the memory in bytes that one training image takes at 1024 x 1024 pixels beside the weights, at least 1.
+    """Measure the memory of activations for one training image at 1024 x 1024 pixels.
 
-    It is what autograd keeps for the backward pass, by two and by three images of at most 256 x 256 pixels: their
-    difference is without weights and their casts. It is scaled by the area. For tiny_vit this agrees with the
-    process's peak memory within 10%.
+    It is the memory that autograd keeps for the backward pass of three images minus that of two, which leaves out
+    weights and their casts. Images of at most 256 x 256 pixels are measured, and the result is scaled by the area.
+    For tiny_vit this agrees with the process's peak memory within 10%.
+
+    Args:
+        info: the student's registry entry.
+        image_size: side of the encoder's square in pixels.
+        precision: "float32" or "bfloat16".
+        device: device to measure on.
+
+    Returns:
+        Bytes, at least 1.
     """
     size = min(image_size, MEASURED_SIZE)
     with torch.random.fork_rng():
@@ -173,9 +181,16 @@ def measure_training_bytes(
 
 
 def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
-    """Measure the memory in bytes that one training image's masks take at 1024 x 1024 beside the head, at least 1.
+    """Measure the memory of the mask loss for one training image at 1024 x 1024 pixels, without the head's weights.
 
-    Measured and scaled as in `measure_training_bytes`, by the difference of twice the objects and once.
+    Measured and scaled as in `measure_training_bytes`, as the difference of twice the objects and once.
+
+    Args:
+        options: options of the objective; `objects` are prompted.
+        image_size: side of the encoder's square in pixels.
+
+    Returns:
+        Bytes, at least 1.
     """
     size = min(image_size, MEASURED_SIZE)
     with torch.random.fork_rng(devices=[]):
@@ -241,7 +256,7 @@ def _kept_bytes(forward: Callable[[], None]) -> int:
     nothing = torch.empty(0)
 
     def keep(saved: Tensor) -> Tensor:
-        # Held, so that no other storage gets its address.
+        # A reference is held, so that no other storage gets the same address.
         storage = saved.untyped_storage()
         storages[storage.data_ptr()] = storage
         return nothing

@@ -1,7 +1,7 @@
 """Initial weights of a student, from a file: ImageNet's, MobileSAM's, or an earlier student's.
 
-Four naming schemes are tried on the file's keys, and the one that fits most of the parameters is taken. Tables of
-positions for another size are resized.
+Four naming schemes are tried on the file's keys, and the one that matches most of the parameters is used. Position
+tables of another size are resized.
 
 Shape suffixes: K attention heads (1 for a ViT's table), L positions of a square table, C channels.
 """
@@ -41,19 +41,19 @@ logger = logging.getLogger(__name__)
 WRAPPERS = ("model", "state_dict")
 NECK_PREFIXES = ("neck.", "laterals.")
 MIN_SHARE = 0.5
-"""Least share of the encoder's parameters, without the neck, that a file must have; one with fewer is another
-network's."""
+"""Smallest share of the encoder's parameters, without the neck, that a file must have; one with fewer belongs to
+another network."""
 MAX_SIDE = 256
-"""Largest side of a table that is resized: four times SAM's grid. A file may claim any size."""
+"""Largest side of a position table that is resized: four times SAM's grid. A file may claim any size."""
 BACKBONE_PREFIX = "backbone."
 
 Naming = Callable[[str], Iterable[str]]
-"""Naming scheme: returns the student's keys that a file's key may stand for, the likeliest first."""
+"""Naming scheme: returns the student's keys that may correspond to a file's key, the likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Weights that a file has for a student."""
+    """Initial weights for a student, read from a file."""
 
     path: Path
     sha256: str
@@ -63,7 +63,7 @@ class InitialWeights:
     taken: list[str]
     """Keys of the student that get weights from the file."""
     resized: list[str]
-    """Those of them whose table of positions was resized."""
+    """Those of the taken keys whose position table was resized."""
     left: list[str]
     """Keys of the student that keep their new weights."""
     unused: list[str]
@@ -73,7 +73,7 @@ class InitialWeights:
     tensors: dict[str, Tensor] = field(repr=False)
     """Weights by key of the student, in the student's dtypes."""
     head: dict[str, Tensor] | None = field(repr=False, default=None)
-    """SAM's head, float32, if the file is of a student that was trained with it, or in mobile_sam.pt's format."""
+    """SAM's head, float32, if the file is of a student trained together with it, or in mobile_sam.pt's format."""
 
     def report(self) -> dict[str, Any]:
         """Return JSON values for the run's description.
@@ -98,7 +98,7 @@ class InitialWeights:
         }
 
     def apply(self, student: nn.Module) -> None:
-        """Load the weights into a student of the name and size that they were read for, and log which."""
+        """Load the weights into a student of the name and image size they were read for, and log a summary."""
         student.load_state_dict(self.tensors, strict=False)
         report = self.report()
         taken = report["taken"]
@@ -123,14 +123,13 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
 
     Args:
         path: file in torch's format (a flat state dict, or one under `model` or `state_dict`) or of safetensors, or a
-            folder with a student. Its keys are named as in mobile_sam.pt, TinyViT's releases, timm, or a student,
-            whichever fit most of the parameters.
-        student: name in the registry.
-        image_size: side of the student's square in pixels; tables of positions are resized to it.
+            folder with a student. Its keys are named as in mobile_sam.pt, TinyViT's releases, timm, or a student.
+        student: name in the registry, or `timm:NAME`.
+        image_size: side of the student's square in pixels; position tables are resized for it.
 
     Raises:
-        DistillError: the file is missing or damaged, has less than half of the encoder's parameters, or one of those
-            isn't finite.
+        DistillError: the file is missing or damaged, has less than half of the encoder's parameters, or has values
+            that aren't finite.
         CheckpointError: a file in torch's format is damaged or holds objects other than tensors.
     """
     path = student_path(path) if Path(path).is_dir() else Path(path)
@@ -190,7 +189,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by any writer; one that carries our SHA-256 is checked against it."""
+    """Return the tensors of a safetensors file from any program; a file with mobilesam's SHA-256 is checked."""
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > MAX_HEADER:
         raise DistillError(
@@ -208,7 +207,7 @@ def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """Result of one naming scheme: tensors and the file's keys, by the student's keys, and why others don't fit."""
+    """Result of one naming scheme: tensors and the file's keys, by the student's keys, and reasons for mismatches."""
 
     naming: str
     tensors: dict[str, Tensor]
@@ -250,17 +249,17 @@ def _check_share(path: Path, student: str, parameters: Mapping[str, int], match:
 
 
 def _image_encoder(key: str) -> list[str]:
-    """Keys of mobile_sam.pt and of students' own files, where the encoder is a part of SAM."""
+    """Translate keys of mobile_sam.pt and of student files, where the encoder is a part of SAM."""
     return [key.removeprefix(ENCODER_PREFIX)] if key.startswith(ENCODER_PREFIX) else []
 
 
 def _plain(key: str) -> list[str]:
-    """Keys of TinyViT's releases, and of a student's bare state dict."""
+    """Translate keys of TinyViT's releases and of a student's bare state dict: they are the same."""
     return [key]
 
 
 def _timm_tiny_vit(key: str) -> list[str]:
-    """Keys of timm's TinyViT, in which a downsampling belongs to the stage after it.
+    """Translate keys of timm's TinyViT, where a downsampling belongs to the stage after it.
 
     A convolution is `conv` there, not `c`.
     """
@@ -271,10 +270,10 @@ def _timm_tiny_vit(key: str) -> list[str]:
 
 
 def _timm(key: str) -> list[str]:
-    """Keys of timm's networks, for the backbone of a student.
+    """Translate keys of timm's networks, for the backbone of a student.
 
-    timm rebuilds a network that gives feature maps: its sequences' children become children of the whole (`layer.0`
-    is `layer_0`), or the whole becomes a child.
+    timm rebuilds a network for feature maps: the children of its sequences become children of the whole (`layer.0`
+    is `layer_0`), or the network becomes a child of a wrapper (`model`, `body`).
     """
     flattened = key.replace(".", "_", 1)
     return [BACKBONE_PREFIX + name for name in (key, flattened, f"model.{key}", f"body.{key}")]
@@ -299,16 +298,17 @@ def _match_keys(naming: Naming, theirs: Iterable[str], wanted: Mapping[str, Any]
 
 
 def resize_table(key: str, table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
-    """Return a learned table of positions resized bicubically as timm does, float32.
+    """Resize a learned position table bicubically, as timm does.
 
     Args:
-        key: of the table. TinyViT's `attention_biases` are (heads, side * side). A ViT's `pos_embed` is (1, tokens,
-            width): class and distillation tokens come first, of which only as many are kept as are wanted.
-        table: from the file.
+        key: the table's key in the student. TinyViT's `attention_biases` are (heads, side * side). A ViT's
+            `pos_embed` is (1, tokens, width), class and distillation tokens first; the student's number of them is
+            kept.
+        table: tensor of the file.
         wanted: shape in the student.
 
     Returns:
-        A tensor of shape `wanted`; None if `key` is no table or its shape can't be resized.
+        float32 of shape `wanted`; None if `key` is no position table or its shape can't be resized.
     """
     if key.endswith("attention_biases") and table.ndim == len(wanted) == 2:
         if table.shape[0] != wanted[0] or not _side(table.shape[1]) or not _side(wanted[1]):
@@ -328,7 +328,7 @@ def _resize_tokens(table: Tensor, wanted: tuple[int, ...]) -> Tensor | None:
 
 
 def _resize_square(table_KLC: Tensor, side: int) -> Tensor:
-    """Resize square tables to side * side positions."""
+    """Resize square position tables to side * side positions."""
     old = _side(table_KLC.shape[1])
     maps = table_KLC.float().transpose(1, 2).unflatten(2, (old, old))
     maps = F.interpolate(maps, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
@@ -336,18 +336,18 @@ def _resize_square(table_KLC: Tensor, side: int) -> Tensor:
 
 
 def _side(cells: int) -> int:
-    """Return the side of a square of so many cells; 0 if they make no square or one larger than MAX_SIDE."""
+    """Return the side of a square of `cells` cells; 0 if there is none, or it exceeds MAX_SIDE."""
     side = math.isqrt(max(cells, 0))
     return side if side * side == cells and side <= MAX_SIDE else 0
 
 
 def _prefix_tokens(tokens: int) -> int | None:
-    """Return the number of tokens before a square of positions: none, class, or class and distillation token."""
+    """Return the number of tokens before a square of positions: 0, 1 (class) or 2 (class, distillation), or None."""
     return next((prefix for prefix in range(3) if _side(tokens - prefix)), None)
 
 
 def _whole_head(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return SAM's head of a file in mobile_sam.pt's format, float32; None unless it is complete."""
+    """Return SAM's head from a file in mobile_sam.pt's format, float32; None unless it is complete."""
     shapes = head_shapes()
     if any(key not in state or state[key].shape != shape for key, shape in shapes.items()):
         return None

@@ -1,6 +1,6 @@
-"""Registry of students: encoders that can take the teacher's place, by the names that `--student` takes.
+"""Registry of students: encoders that replace the teacher's, by the names that `--student` takes.
 
-To add one, write its network (or a builder of it) and one entry in STUDENTS.
+To add one, write its network (or a function that builds it) and one entry in STUDENTS.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class StudentInfo:
     summary: str
     """One line for the table of students."""
     build: Callable[[int], nn.Module]
-    """Takes the image size S in pixels and returns an encoder of normalised pixels (B, 3, S, S) to embeddings
+    """Takes the image size S in pixels and returns an encoder from normalised pixels (B, 3, S, S) to embeddings
     (B, 256, S/16, S/16), its weights drawn from torch's global generator. Raises DistillError if timm is needed and
     isn't installed, or if the backbone doesn't take images of that size."""
     training_bytes: Mapping[str, int] | None = None
-    """Memory in bytes that one training image takes at 1024 x 1024 beside the weights, by precision; it scales with
-    the area. None: it is measured when it is needed (`measure_training_bytes`)."""
+    """Memory of activations in bytes for one training image at 1024 x 1024, by precision; it scales with the area.
+    None: measured when needed (`measure_training_bytes`)."""
 
 
 STUDENTS: Mapping[str, StudentInfo] = {
@@ -66,7 +66,7 @@ STUDENTS: Mapping[str, StudentInfo] = {
 
 
 def student_info(name: str) -> StudentInfo:
-    """Return the registry's entry, or one made for `timm:NAME`.
+    """Return the registry's entry, or a new one for `timm:NAME`.
 
     A `timm:` name is looked up in timm's own list; nothing is downloaded.
 
@@ -92,12 +92,12 @@ def student_info(name: str) -> StudentInfo:
 
 
 def build_student(name: str, image_size: int, seed: int) -> nn.Module:
-    """Return a new student on the CPU, its weights drawn from `seed`; torch's global generator is left as it was.
+    """Build a student with random weights on the CPU; torch's global generator is restored afterwards.
 
     Args:
-        name: of the registry, or `timm:NAME`.
+        name: name in the registry, or `timm:NAME`.
         image_size: side of the encoder's square in pixels, S.
-        seed: of the weights.
+        seed: seed of the weights.
 
     Returns:
         An encoder of normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16).
@@ -112,7 +112,11 @@ def build_student(name: str, image_size: int, seed: int) -> nn.Module:
 
 
 def outline_student(info: StudentInfo, image_size: int) -> nn.Module:
-    """Return a student on torch's meta device: names, shapes and types of its weights, without their memory.
+    """Build a student on torch's meta device: names, shapes and dtypes of its weights, without their memory.
+
+    Args:
+        info: the student's registry entry.
+        image_size: side of the encoder's square in pixels.
 
     Raises:
         DistillError: see `StudentInfo.build`.

@@ -1,6 +1,6 @@
-"""Student file: a safetensors file from which a student rebuilds itself; also students in mobile_sam.pt's format.
+"""Student file: a safetensors file with weights and the metadata to rebuild a student; also mobile_sam.pt's format.
 
-A student file, like every tensor file of a run, carries a SHA-256 of its metadata, names, types, shapes and bytes.
+A student file, like every tensor file of a run, carries a SHA-256 of its metadata, names, dtypes, shapes and bytes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MODEL_FILE = "model.safetensors"
 FORMAT = "mobilesam student 1"
 
 TRAINED_HEAD = "trained_head"
-"""Key of a student's description which says that its file holds a head that was trained with it."""
+"""Key in a student's description, true if the file holds a head that was trained with the student."""
 
 MEND = "put back a whole copy, or run distill again"
 
 MAX_HEADER = 1 << 20
-"""Largest header that is read, in bytes: thirty times TinyViT's. The format allows 100 MB."""
+"""Largest header accepted, in bytes: thirty times TinyViT's. The format allows 100 MB."""
 
 _DIGEST_KEY = "sha256"
 _CHUNK = 1 << 20
@@ -52,17 +52,17 @@ def save_student(
     info: Mapping[str, Any],
     head: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a student's weights and what rebuilds it into one file, atomically and durably.
+    """Write a student's weights, and the metadata to rebuild it, into one file, atomically and durably.
 
     The keys are mobile_sam.pt's, `image_encoder.*`, so that student.safetensors and sam_head.safetensors together
     have that file's keys.
 
     Args:
         student: encoder, on any device.
-        path: of the file.
-        name: of the student in the registry, or `timm:NAME`.
+        path: file to create or replace.
+        name: the student's name in the registry, or `timm:NAME`.
         image_size: side of the student's square in pixels.
-        info: more to remember, as JSON values: which teacher, which run.
+        info: further JSON values to save, such as teacher and run.
         head: SAM's head (keys `prompt_encoder.*` and `mask_decoder.*`); with it the file is a whole SAM.
     """
     metadata = {
@@ -84,12 +84,12 @@ def load_student(
 
     Args:
         path: student's file, or the folder of a run or an export.
-        device: of the student.
+        device: device of the student.
         image_size: side of the student's square in pixels, for a file in mobile_sam.pt's format, which is a tiny_vit
-            and doesn't tell its image size; None is 1024. Ignored for other files.
+            and doesn't record its image size; None: 1024. Ignored for other files.
 
     Returns:
-        The student, and its description: `student`, `image_size`, and what it was saved with.
+        The student, and its description: `student`, `image_size`, and the `info` that it was saved with.
 
     Raises:
         DistillError: the file is missing, damaged (its SHA-256 differs) or not a student, its weights don't fit the
@@ -116,7 +116,7 @@ def load_student(
 
 
 def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
-    """Return the head in a student's own file, keyed as in SAM's checkpoints, on the CPU; None if it holds none.
+    """Return the head in a student's own file, keyed as in SAM's checkpoints, on the CPU; None if it has none.
 
     Call `load_student` with `path` first: it checks the file.
 
@@ -133,11 +133,11 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
 def trained_head(path: Path | str) -> dict[str, Tensor] | None:
     """Return the head that was trained with a student, from its own file, float32, keyed as in SAM's checkpoints.
 
-    A file in mobile_sam.pt's format doesn't tell whether its head was trained with its encoder: its head is returned.
-    The file's bytes are not checked here; `load_student` and `read_initial` do that.
+    A file in mobile_sam.pt's format doesn't record whether its head was trained with its encoder: its head is
+    returned. The file's SHA-256 is not checked here; `load_student` and `read_initial` do that.
 
     Returns:
-        The head; None if the student goes with the teacher's head, or the file is no student's.
+        The head; None if the student uses the teacher's head, or the file is not a student file.
 
     Raises:
         DistillError: the file is damaged.
@@ -171,7 +171,7 @@ def student_path(path: Path | str) -> Path:
 
 
 def lacks_image_size(path: Path | str) -> bool:
-    """Return True if a student's file is in mobile_sam.pt's format, which doesn't tell the image size.
+    """Return True if a student's file is in mobile_sam.pt's format, which doesn't record the image size.
 
     Raises:
         DistillError: there is no such file, or it can't be read.
@@ -188,7 +188,13 @@ class Header:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors (contiguous, on the CPU) and metadata, with their SHA-256, atomically and durably."""
+    """Write tensors and metadata as safetensors, with their SHA-256, atomically and durably.
+
+    Args:
+        path: file to create or replace.
+        tensors: tensors by name, contiguous, on the CPU.
+        metadata: strings by name, without `sha256`.
+    """
     tensors, metadata = dict(tensors), dict(metadata)
     data = save(tensors, metadata)
     length = int.from_bytes(data[:8], "little")
@@ -197,10 +203,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def check_tensors(path: Path) -> Header:
-    """Check a file's SHA-256 over metadata, names, types, shapes and bytes, a megabyte at a time.
+    """Check a file's SHA-256 over metadata, names, dtypes, shapes and bytes, reading a megabyte at a time.
 
     Raises:
-        DistillError: the file is damaged or carries no SHA-256; the message has no mend, which the caller adds.
+        DistillError: the file is damaged or carries no SHA-256; the caller adds a remedy to the message.
         OSError: it can't be read.
     """
     with open(path, "rb") as file:
@@ -220,10 +226,10 @@ def check_tensors(path: Path) -> Header:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that `check_tensors` has checked, on the CPU.
+    """Load the tensors of a safetensors file to the CPU; call `check_tensors` first to verify the bytes.
 
     Raises:
-        DistillError: its tensors can't be what its header says.
+        DistillError: header and content don't match.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
@@ -234,7 +240,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _mend_added(file: Path) -> Iterator[None]:
-    """Say in errors about the file's content what to do; turn an OSError into a DistillError."""
+    """Add a remedy to errors about the file's content; turn an OSError into a DistillError."""
     try:
         yield
     except OSError as error:
@@ -246,7 +252,7 @@ def _mend_added(file: Path) -> Iterator[None]:
 def _outline(file: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the named student's weights by their keys in a file, on the meta device.
 
-    The error that it can't be built here says nothing about another copy of the file, which wouldn't help.
+    If the student can't be built, the error doesn't suggest another copy of the file, which wouldn't help.
     """
     try:
         student = outline_student(student_info(info["student"]), info["image_size"])
@@ -283,7 +289,7 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         )
     except (KeyError, ValueError, RecursionError) as error:
         raise DistillError(f"{file} has damaged metadata ({str(error)[:100]})") from error
-    # The size decides how large an encoder is built: a forged one must not reach that.
+    # Checked before the encoder is built: a forged size could ask for a huge one.
     if not (16 <= image_size <= 16384) or image_size % 16 or not isinstance(info, dict):
         raise DistillError(f"{file} has damaged metadata (image size {image_size})")
     return {**info, "student": name, "image_size": image_size}
@@ -306,7 +312,7 @@ def _check_names(file: Path, name: str, header: Header, wanted: Mapping[str, tup
 def _check_values(
     file: Path, name: str, tensors: Mapping[str, Tensor], encoder: Mapping[str, torch.dtype]
 ) -> None:
-    """Refuse other types, which load_state_dict would convert silently, and values that aren't finite."""
+    """Refuse other dtypes, which load_state_dict would convert silently, and values that aren't finite."""
     for key, got in tensors.items():
         wanted = encoder.get(key, torch.float32)
         if got.dtype != wanted:
@@ -333,7 +339,7 @@ def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
 
 
 def _digest(header: Mapping[str, Any], data: Iterable[bytes | memoryview]) -> str:
-    """Return the SHA-256 of the header, whatever the order of its keys, and of all bytes after it."""
+    """Return the SHA-256 of the header, its keys sorted, and of all bytes after it."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
     sha256 = hashlib.sha256(text.encode() + b"\n")
     for chunk in data:

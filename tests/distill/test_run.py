@@ -165,7 +165,7 @@ def test_failed_rows_are_left_out_with_a_warning(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         distill(options(make_store(images, failed=[1, 4]), epochs=1, student=small))
-    assert "the 4 rows that are done; 0 are pending, 2 failed" in caplog.text
+    assert "the 4 finished rows; 0 are pending, 2 failed" in caplog.text
     run = Run.open()
     assert run.description.counts == {"done": 4, "failed": 2, "pending": 0}
     assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]
@@ -183,7 +183,7 @@ def test_a_store_that_failed_its_audit_is_warned_of_before_training(
         store.record_audits([Audit(row=0, cosine=0.3, relative_mse=2.0)])
     with caplog.at_level(logging.WARNING):
         distill(options(path, epochs=1, student=small))
-    assert "1 of its audited rows are not what the teacher computes" in caplog.text
+    assert "1 audited rows differ from the teacher's embeddings" in caplog.text
 
 
 def test_moved_images_are_named_and_found_again(
@@ -234,7 +234,7 @@ def test_a_student_that_cannot_be_compiled_says_so(
 
     monkeypatch.setattr("mobilesam.distill.trainer.Trainer.fit", failing)
     with pytest.raises(
-        DistillError, match=r"can't translate tiny_vit here \(no C\+\+ compiler\); leave out --compile"
+        DistillError, match=r"can't compile tiny_vit here \(no C\+\+ compiler\); leave out --compile"
     ):
         distill(options(store, compile=True))
 
