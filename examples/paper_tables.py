@@ -129,9 +129,9 @@ def _way_table(groups: Sequence[Group]) -> list[str]:
 
 
 def _control_table(control: Sequence[Group], own: Sequence[Group]) -> list[str]:
-    told = [("embeddings of other pictures", group) for group in control]
-    told += [("its own embeddings", group) for group in own]
-    rows = [[text, *_ours(group, _length(group))] for text, group in told]
+    labelled = [("embeddings of other pictures", group) for group in control]
+    labelled += [("its own embeddings", group) for group in own]
+    rows = [[text, *_ours(group, _length(group))] for text, group in labelled]
     return _table(["trained on", "batch / epochs / iterations", "mIoU", "lowest", "highest"], rows)
 
 
@@ -231,8 +231,8 @@ def _verdict(low: Spread, high: Spread) -> str:
     freedom = int(error**4 / spread + 1e-9) if spread else len(T_QUANTILES)
     if abs(difference) <= T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * error:
         return f"too close to tell, the standard error being {error:.4f}"
-    told = "the same order" if difference > 0 else "the opposite order"
-    return f"{told}, at {abs(difference) / error:.1f} standard errors" if error else told
+    verdict = "the same order" if difference > 0 else "the opposite order"
+    return f"{verdict}, at {abs(difference) / error:.1f} standard errors" if error else verdict
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 from faults.damage.corruption import bits, byte_classes, cut, flip, lengths, swap, zero
-from faults.damage.damaged_stores import DamagedStores, mend, named, shard
+from faults.damage.damaged_stores import DamagedStores, named, repair_store, shard
 from faults.fault_log import FaultLog
 from faults.recovery import missing_rows, wrong_reads
 from small_store import HEAD, compute, embeddings, make_spec
@@ -172,7 +172,7 @@ def test_a_folder_in_place_of_a_file_is_never_deleted(
         inspect_store(path, repair=True)
     assert (path / file / "precious").read_text() == "mine"
     shutil.rmtree(path / file)
-    mend(path, "int8")
+    repair_store(path, "int8")
     lost = missing_rows(path, undisturbed)
     fault_log.record(
         call="folder",

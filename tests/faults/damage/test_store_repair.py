@@ -123,7 +123,7 @@ def test_a_lost_manifest_is_an_error_and_the_store_has_to_be_made_again(
     run()
     lost = missing_rows(store, undisturbed)
     fault_log.record(
-        call="delete", ordinal=0, file=str(MANIFEST), phase="manifest, then the store anew", fired=True,
+        call="delete", ordinal=0, file=str(MANIFEST), phase="manifest, then the store again", fired=True,
         lost=len(lost), wrong=len(wrong),
     )  # fmt: skip
     assert (wrong, lost) == ([], [])

@@ -265,7 +265,7 @@ def test_the_command_line_reports_a_full_or_read_only_disk_with_exit_code_3(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can run as another user")
 def test_without_permission_nothing_is_written_and_nothing_lost(fault_log: FaultLog) -> None:
-    """As another user, commands that read work and those that write are refused."""
+    """Commands of another user: reads work, writes are refused."""
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
     # Other users cannot enter pytest's own folders.
     with tempfile.TemporaryDirectory() as name:

@@ -237,7 +237,7 @@ def test_a_pending_photo_that_changed_is_embedded_as_it_is_now(
     undisturbed = Snapshot.of(tmp_path / "again.zarr")
     wrong, lost = wrong_reads(store, undisturbed), missing_rows(store, undisturbed)
     fault_log.record(
-        call="photo", ordinal=0, file="4.png", phase=f"before precompute goes on, {change.__name__}", fired=True,
+        call="photo", ordinal=0, file="4.png", phase=f"before precompute resumes, {change.__name__}", fired=True,
         lost=len(lost), wrong=len(wrong), role="coordinator",
     )  # fmt: skip
     assert (wrong, lost) == ([], [])

@@ -89,7 +89,7 @@ class DamagedStores:
         wrong = wrong_reads(path, intact.undisturbed)
         unreadable = missing_rows(path, intact.undisturbed)
         problems = found_problems(path)
-        mend(path, dtype)
+        repair_store(path, dtype)
         wrong += wrong_reads(path, intact.undisturbed)
         lost = missing_rows(path, intact.undisturbed)
         self._fault_log.record(
@@ -113,19 +113,19 @@ def found_problems(path: Path) -> list[dict[str, Any]]:
         return [{"kind": "error", "message": str(error), "file": None, "shard": None, "row": None}]
 
 
-def mend(path: Path, dtype: str) -> None:
+def repair_store(path: Path, dtype: str) -> None:
     """Follow the messages: repair and compute what is pending, or else write the store again."""
     try:
         left = inspect_store(path, repair=True)["problems"]
-        beyond = [problem["message"] for problem in left if problem["kind"] != "head"]
+        unrepaired = [problem["message"] for problem in left if problem["kind"] != "head"]
     except StoreError as error:
-        beyond = [str(error)]
-    if beyond:
+        unrepaired = [str(error)]
+    if unrepaired:
         assert any(
-            mend in message
-            for mend in ("make the store again", "precompute again", "back")
-            for message in beyond
-        ), beyond
+            remedy in message
+            for remedy in ("make the store again", "precompute again", "back")
+            for message in unrepaired
+        ), unrepaired
         shutil.rmtree(path)
         new_store(path, dtype)
         return

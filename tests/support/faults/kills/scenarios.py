@@ -112,12 +112,12 @@ def _extend(cluster: FaultCluster) -> Scenario:
 def _retry(cluster: FaultCluster) -> Scenario:
     """Retry two failed images of different shards, whose files are intact again."""
     photos = draw_pictures(cluster.new_folder() / "photos")
-    whole = {name: (photos / name).read_bytes() for name in ("1.png", "6.png")}
-    for name, data in whole.items():
+    intact = {name: (photos / name).read_bytes() for name in ("1.png", "6.png")}
+    for name, data in intact.items():
         (photos / name).write_bytes(data[: len(data) // 2])
     store = _prepared(cluster, None)
     cluster.precompute(store, photos=photos)
-    for name, data in whole.items():
+    for name, data in intact.items():
         (photos / name).write_bytes(data)
     return _scenario("retry", cluster, store, ("--retry-failed",), photos)
 
