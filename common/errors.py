@@ -46,11 +46,11 @@ class StoreDamaged(StoreError):
     """Bytes on disk are not those that were committed."""
 
 
-REPAIR_METADATA = "put it back with mobilesam inspect STORE --repair"
+REPAIR_METADATA = "restore it with mobilesam inspect STORE --repair"
 """Mend of damage to a zarr.json, or to the manifest's copy of one."""
-REPAIR_SHARDS = "take damaged shards out with mobilesam inspect STORE --repair, and compute them again"
+REPAIR_SHARDS = "remove damaged shards with mobilesam inspect STORE --repair, and compute them again"
 """Mend of damage to shard files, or to their rows in the manifest."""
-REPLACE_MANIFEST = "put a whole copy of it back, or make the store again in another place"
+REPLACE_MANIFEST = "restore an intact copy of it, or make the store again elsewhere"
 """Mend of damage to the manifest itself, which repair can't undo."""
 
 

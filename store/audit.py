@@ -16,9 +16,9 @@ class Tolerance:
     """Limits of the audit of one row."""
 
     cosine: float
-    """Least cosine, over the 256 channels of a cell, mean over cells."""
+    """Least cosine over the 256 channels of a cell, mean over cells."""
     relative_mse: float
-    """Largest relative MSE, against the fresh embedding's own mean per channel."""
+    """Largest squared error relative to the fresh embedding's variance about its mean per channel."""
 
     def missed_by(self, audit: Audit) -> bool:
         """Return True if the audit lies outside the limits; NaN does."""
@@ -37,11 +37,11 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
 )
 """Limits by (dtype stored, precision of the arithmetic).
 
-Largest values measured with vit_nano on a CPU, batches of 3 in two threads against single images in one: 9 example
-photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only); then a plain white image, the worst case of relative_mse,
-since its embedding varies little from cell to cell:
+Largest differences measured with vit_nano on a CPU, between batches of 3 in two threads and single images in one
+thread: 9 example photos at 256 pixels, 4 at 1024 (bfloat16 at 256 only). The last column is a plain white image, the
+worst case of relative_mse, since its embedding varies little from cell to cell:
 
-| stored, computed in | 1 - cosine | relative_mse | of the white image |
+| stored, computed in | 1 - cosine | relative_mse | relative_mse of the white image |
 |---|---|---|---|
 | float32, float32 | 0 | 0 | 0 |
 | float16, float32 | 2.2e-8 | 2.4e-7 | 2.7e-6 |
@@ -51,21 +51,35 @@ since its embedding varies little from cell to cell:
 
 The limits are about ten times the worst value, to leave room for deeper teachers (ViT-B in bfloat16: 1 - cosine
 6e-5), other processors, other orders of addition. Errors that they detect, by the same measurements (in brackets the
-cosine of the photo in which the error shows least): in every store another photo (0.29), red for blue (0.987), a mean
-off by 0.1 in the normalisation (0.997), two channels of 256 exchanged (0.9992); in float32 and float16 from float32
-also weights off by 2% (0.9998) and noise of 1% (0.99995).
+cosine of the photo whose embedding changes least): in every store a wrong photo (0.29), red and blue swapped (0.987),
+a mean off by 0.1 in the normalisation (0.997), two channels of 256 swapped (0.9992); in float32 and float16 stores
+computed in float32 also weights off by 2% (0.9998) and noise of 1% (0.99995).
 """
 
 
 def tolerance(dtype: str, precision: str) -> Tolerance:
-    """Return the limits for a store of this dtype, computed in this precision (as resolved, never "auto")."""
+    """Return the audit limits of a store.
+
+    Args:
+        dtype: type of the stored embeddings, one of `DTYPES`.
+        precision: precision that the teacher computed in, one of `PRECISIONS`; never "auto".
+
+    Raises:
+        KeyError: another dtype or precision.
+    """
     return TOLERANCES[dtype, precision]
 
 
 def audit_summary(audits: Sequence[Audit], limits: Tolerance) -> dict[str, Any] | None:
-    """Summarise audits as plain JSON values: `rows, cosine_min, relative_mse_max, tolerance`; None without any.
+    """Summarise audits as plain JSON values.
 
-    The minimum or maximum is None where an audit gave no number: JSON has no NaN.
+    Args:
+        audits: audits of one store.
+        limits: tolerance of that store.
+
+    Returns:
+        `rows` audited, `cosine_min`, `relative_mse_max`, and the limits as `tolerance`; None without audits. The
+        minimum or maximum is None if an audit is not finite, since JSON has no NaN.
     """
     if not audits:
         return None

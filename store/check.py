@@ -27,17 +27,18 @@ from .writer import partial_files, unlisted_shards
 from .zarr_metadata import changed_documents
 
 GROUP_SHARDS = 32
-"""Shards that are read between two reports of progress; a thread holds one row of one of them in memory."""
+"""Shards that are read between two reports of progress; each thread holds one row in memory."""
 
 LOOKS = 20
 LOOK_SECONDS = 0.1
-"""A live writer's documents are read up to `LOOKS` times, so many seconds apart, before they count as damaged."""
+"""While a writer is alive, a changed zarr.json is read up to `LOOKS` more times, `LOOK_SECONDS` apart, before it
+counts as damaged: the writer may be extending the store."""
 
 SHOWN_ERRORS = 10
-"""Most lines of SQLite's own check that a problem quotes."""
+"""Most lines of SQLite's integrity check that a problem's message quotes."""
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with rows read and rows committed."""
+"""Function called with the number of rows checked so far, and the number of committed rows in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +57,24 @@ class InspectedStore:
 
 
 def quick_problems(store: InspectedStore) -> list[Problem]:
-    """Return the problems of documents, head and audits, which take no long reading."""
+    """Return the problems of the zarr.json files, the head and the audits, which are found without reading shards."""
     return [*_document_problems(store), *_head_problems(store), *_audit_problems(store)]
 
 
 def full_problems(store: InspectedStore, progress: ProgressCallback | None) -> list[Problem]:
-    """Return all problems; each committed shard is read whole. None but the manifest's own where that is damaged."""
+    """Check everything; every committed shard is read whole, in threads.
+
+    Args:
+        store: store to check.
+        progress: called after each `GROUP_SHARDS` shards; None to report nothing.
+
+    Returns:
+        All problems; only the manifest's own if the manifest is damaged as a whole, since files can't be compared
+        with it then.
+
+    Raises:
+        StoreError: files can't be read for a reason other than damage, such as permissions.
+    """
     found = _manifest_problems(store.manifest, store.spec.shard_size)
     if manifest_is_damaged(found):
         return found
@@ -72,7 +85,7 @@ def full_problems(store: InspectedStore, progress: ProgressCallback | None) -> l
 
 
 def manifest_is_damaged(problems: Sequence[Problem]) -> bool:
-    """Return True if the manifest is damaged as a whole, so that comparing files with it would be noise, or worse."""
+    """Return True if the manifest is damaged as a whole, so that no file can be compared with it."""
     return any(problem.kind == "listing" and problem.shard is None for problem in problems)
 
 
@@ -96,7 +109,7 @@ def _shard_findings(store: InspectedStore, progress: ProgressCallback | None) ->
 
 
 def _check_committed(store: InspectedStore, shard: int) -> list[Finding]:
-    """Return what is wrong with a shard; the same commit of it was listed before and after its files were read."""
+    """Return the problems of a shard. If it was committed again while its files were read, check it again."""
     while listing := shard_listing(store.manifest, shard, store.spec.shard_size):
         found = check_shard(store.path, store.spec, listing)
         if not found:
@@ -108,8 +121,8 @@ def _check_committed(store: InspectedStore, shard: int) -> list[Finding]:
 
 
 def _name_owners(store: InspectedStore, findings: Sequence[Finding]) -> list[Problem]:
-    """Return the findings' problems. Where a row holds whole bytes that aren't its own, its message names the row of
-    this store that is listed with their checksum, if there is one."""
+    """Return the findings' problems. If a row holds intact bytes of another row of this store, its message names that
+    row, which is found by its checksum."""
     owners: dict[str, Mapping[int, int]] = {}
     for array, column in (("embeddings", "crc32c"), ("scales", "scales_crc32c")):
         wanted = sorted(
@@ -135,9 +148,9 @@ def _name_owners(store: InspectedStore, findings: Sequence[Finding]) -> list[Pro
 
 
 def _orphan_problems(store: InspectedStore) -> list[Problem]:
-    """Return the files that nothing lists; none while there is a live writer, who may be working on them."""
+    """Return the files of no committed shard; none while a writer is alive, since it may be writing them."""
     found = list(_orphans(store)) if store.writer() is None else []
-    # A writer may have come, and gone, meanwhile.
+    # A writer may have started, and ended, meanwhile.
     if not found or store.writer() is not None:
         return []
     committed = store.manifest.committed_shards()
@@ -152,13 +165,13 @@ def _orphans(store: InspectedStore) -> Iterator[Problem]:
     with explain_os_errors(store.path):
         for path in partial_files(store.path, store.spec.layouts):
             yield Problem(
-                kind="orphan", message="a file that was cut short, and that nothing lists", file=str(path)
+                kind="orphan", message="a partial file left by an interrupted attempt", file=str(path)
             )
         committed = store.manifest.committed_shards()
         for shard, path in unlisted_shards(store.path, store.spec.layouts, committed):
             yield Problem(
                 kind="orphan",
-                message="a shard's file, though the shard isn't listed",
+                message="the file of a shard that is not committed",
                 file=str(path),
                 shard=shard,
             )
@@ -177,7 +190,7 @@ def _document_problems(store: InspectedStore) -> Iterator[Problem]:
         yield Problem(kind="metadata", message=str(error), file=str(store.manifest.path))
         return
     for name in changed:
-        message = "it is not as written: other Zarr readers may be misled, or find no store"
+        message = "its content was changed: other Zarr readers may be misled, or find no store"
         yield Problem(kind="metadata", message=message, file=str(store.path / name))
 
 
@@ -203,8 +216,8 @@ def _audit_problems(store: InspectedStore) -> Iterator[Problem]:
         yield Problem(
             kind="audit",
             message=f"a fresh run of the teacher gave cosine {audit.cosine:.6f} and relative MSE "
-            f"{audit.relative_mse:.3g}, past {limits.cosine:g} and {limits.relative_mse:g}: make the store again "
-            "with --precision float32 or a finer --dtype",
+            f"{audit.relative_mse:.3g}, outside the limits {limits.cosine:g} and {limits.relative_mse:g}: make the "
+            "store again with --precision float32 or a finer --dtype",
             shard=audit.row // store.spec.shard_size,
             row=audit.row,
             key=os.fsdecode(rows[0][0]) if rows else None,
@@ -215,9 +228,9 @@ def _audit_problems(store: InspectedStore) -> Iterator[Problem]:
 
 
 def _manifest_problems(manifest: Manifest, shard_size: int) -> list[Problem]:
-    """Return what is wrong with the manifest's tables as a whole, reading all of them.
+    """Return the problems of the manifest's tables as a whole, reading all of them.
 
-    A problem without a shard can't be mended by recomputing.
+    A problem without a shard can't be repaired by recomputing shards.
     """
     try:
         found = [*_database_problems(manifest), *_image_problems(manifest)]
@@ -231,7 +244,7 @@ def _manifest_problem(manifest: Manifest, message: str, shard: int | None = None
 
 
 def integrity_errors(manifest: Manifest) -> list[str]:
-    """Return what SQLite finds wrong with the database, reading all of it."""
+    """Return the errors that SQLite's integrity check reports, up to `SHOWN_ERRORS`; it reads the whole database."""
     lines = [line for (line,) in manifest.query(f"PRAGMA integrity_check({SHOWN_ERRORS})")]
     return [] if lines == ["ok"] else lines
 
@@ -239,17 +252,19 @@ def integrity_errors(manifest: Manifest) -> list[str]:
 def _database_problems(manifest: Manifest) -> Iterator[Problem]:
     lines = integrity_errors(manifest)
     if lines:
-        yield _manifest_problem(manifest, f"SQLite finds it damaged ({'; '.join(lines)}): {REPLACE_MANIFEST}")
+        yield _manifest_problem(manifest, f"SQLite reports damage ({'; '.join(lines)}): {REPLACE_MANIFEST}")
 
 
 def _image_problems(manifest: Manifest) -> Iterator[Problem]:
-    """Check that rows have no gap, and that every set of images has the keys that were appended."""
+    """Check that the row numbers have no gap, and that every set of images still has the keys that were appended."""
     manifest.row_count()
     for first, rows, *chosen, digest in manifest.query(
         'SELECT first_row, rows, fraction, seed, "limit", sources, checkpoint, digest FROM extensions'
     ):
         if not isinstance(first, int) or not isinstance(rows, int):
-            yield _manifest_problem(manifest, f"a set of images has no rows: {REPLACE_MANIFEST}")
+            yield _manifest_problem(
+                manifest, f"the row numbers of a set of images are missing: {REPLACE_MANIFEST}"
+            )
             continue
         keys = KeysDigest((first, *chosen))
         count = 0
@@ -261,7 +276,7 @@ def _image_problems(manifest: Manifest) -> Iterator[Problem]:
         if count != rows or keys.value() != digest:
             yield _manifest_problem(
                 manifest,
-                f"the {rows:,} keys from row {first:,} on are not those that were listed: {REPLACE_MANIFEST}",
+                f"the {rows:,} keys from row {first:,} on are not those that were appended: {REPLACE_MANIFEST}",
             )
 
 
@@ -271,7 +286,9 @@ def _stray_problems(manifest: Manifest, shard_size: int) -> Iterator[Problem]:
         "SELECT DISTINCT row / ?1 FROM results WHERE row / ?1 NOT IN (SELECT shard FROM shards)",
         (shard_size,),
     ):
-        yield _manifest_problem(manifest, "rows of this shard have results, though it isn't listed", shard)
+        yield _manifest_problem(
+            manifest, "rows of this shard have results, though the shard is not listed", shard
+        )
     for (shard,) in manifest.query(
         "SELECT shard FROM shards WHERE shard < 0 OR shard * ? >= (SELECT sum(rows) FROM extensions)",
         (shard_size,),

@@ -22,21 +22,21 @@ from .records import ImageRecord, KeptImage, Problem, ProblemKind
 from .spec import StoreSpec
 
 FAILING_DISK = {errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENXIO, errno.ENODATA}
-"""Errors about this one file's blocks, rather than about permissions or too many open files."""
+"""Error numbers that mean damage to this one file's blocks; others, such as permissions, don't."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardListing:
-    """Content of the manifest about one committed shard."""
+    """Manifest's entries about one committed shard."""
 
     shard: int
     attempt: str
     rows: range
-    """As committed; empty where the shard's own fields can't be read."""
+    """Rows that the shard was committed with; empty if the shard's own fields can't be read."""
     records: tuple[ImageRecord, ...]
-    """Those of the rows that are as committed."""
+    """Records of the rows whose checksums are right."""
     problems: tuple[Problem, ...]
-    """Damage to the other rows and to the shard's own fields."""
+    """Damage to the other rows, and to the shard's own fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,24 @@ class Finding:
 
     problem: Problem
     foreign: tuple[str, int] | None = None
-    """Array and checksum of the bytes, where a row holds whole bytes that aren't its own."""
+    """Name of the array and crc32c of the bytes, if a row holds intact bytes that are not its own."""
 
 
 def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListing | None:
-    """Read the listing of a shard and compare its checksums; None when the shard isn't committed (any more)."""
+    """Read a shard's entries in the manifest, and verify their checksums.
+
+    Args:
+        manifest: manifest of the store.
+        shard: number of the shard.
+        shard_size: rows of a full shard.
+
+    Returns:
+        The listing, with damage to the manifest among its `problems`; None if the shard is not committed, or no
+        longer.
+
+    Raises:
+        StoreError: the manifest can't be read for a reason other than damage.
+    """
     first = shard * shard_size
     try:
         with manifest.snapshot():
@@ -89,14 +102,22 @@ def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListi
 
 
 def check_shard(store: Path, spec: StoreSpec, listing: ShardListing) -> list[Finding]:
-    """Return everything that is wrong with a committed shard.
+    """Check the files of a committed shard against its listing.
+
+    Args:
+        store: path of the store.
+        spec: description of the store.
+        listing: the shard's entries in the manifest, as `shard_listing` reads them.
+
+    Returns:
+        All problems found, those of the listing first.
 
     Raises:
-        StoreError: files can't be read for a reason that is no damage to them, such as permissions.
+        StoreError: files can't be read for a reason other than damage, such as permissions.
     """
     found = [Finding(problem=problem) for problem in listing.problems]
     if any(problem.row is None for problem in listing.problems):
-        return found  # how many rows there should be is not known
+        return found  # the number of rows that there should be is not known
     for layout in spec.layouts:
         path = store / layout.name / layout.file_name(listing.shard)
         found += ArrayCheck(path, layout, listing).findings()
@@ -113,16 +134,16 @@ class FileCheck(ABC):
         self._listing = listing
 
     def findings(self) -> list[Finding]:
-        """Return everything that is wrong with the file.
+        """Return all problems of the file.
 
         Raises:
-            StoreError: it can't be read for a reason that is no damage to it, such as permissions.
+            StoreError: it can't be read for a reason other than damage, such as permissions.
         """
         with explain_os_errors(self._path):
             try:
                 descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             except (FileNotFoundError, NotADirectoryError):
-                return [self._of_file("missing", f"the file is missing, with {self._images()}")]
+                return [self._of_file("missing", f"the file is missing: {self._images()} are lost")]
             except OSError as error:
                 if error.errno not in FAILING_DISK:
                     raise
@@ -140,14 +161,14 @@ class FileCheck(ABC):
 
     @abstractmethod
     def _examine(self, descriptor: int) -> Iterator[Finding]:
-        """Yield what is wrong with the open file. May raise OSError."""
+        """Yield the problems of the open file. May raise OSError."""
 
     def _short(self, size: int, expected: int) -> Finding:
         message = f"the file has {size:,} bytes instead of {expected:,}: {self._images()} are lost"
         return self._of_file("short", message)
 
     def _zeros(self) -> Finding:
-        return self._of_file("zeros", f"the file is nothing but zero bytes: {self._images()} are lost")
+        return self._of_file("zeros", f"the file holds only zero bytes: {self._images()} are lost")
 
     def _images(self) -> str:
         count = sum(record.status == "done" for record in self._listing.records)
@@ -214,13 +235,15 @@ class ArrayCheck(FileCheck):
             record = done.get(slot)
             if record is None:
                 if offset != EMPTY or length != EMPTY:
-                    message = "the file holds a row here, though the manifest lists none that is done"
+                    message = "the file holds a row here, though the manifest does not list it as done"
                     yield self._of_row("listing", message, first + slot)
             elif (offset, length) != (
                 slot * self._layout.stride,
                 self._layout.payload_bytes + CHECKSUM_BYTES,
             ):
-                message = "the manifest lists the row, but the file's index does not have it in its place"
+                message = (
+                    "the manifest lists the row as done, but the file's index does not list it at its offset"
+                )
                 yield self._of_row("listing", message, record.row, record.key)
             else:
                 yield from self._compare_row(descriptor, offset, record, payload)
@@ -235,17 +258,17 @@ class ArrayCheck(FileCheck):
             if not _is_finite(payload.view(self._layout.dtype)):
                 yield self._of_row("not-finite", "it holds NaN or infinite values", record.row, record.key)
         elif computed == listed:
-            message = "the bytes are whole, but the checksum behind them is damaged"
+            message = "the bytes are intact, but the checksum stored behind them is damaged"
             yield self._of_row("checksum", message, record.row, record.key)
         elif computed == stored:
-            message = "the bytes are whole, but not those that were committed for this row"
+            message = "the bytes are intact, but not those that were committed for this row"
             yield self._of_row(
                 "identity", message, record.row, record.key, foreign=(self._layout.name, computed)
             )
         elif not payload.any():
-            yield self._of_row("zeros", "there are zero bytes in its place", record.row, record.key)
+            yield self._of_row("zeros", "its bytes are all zero", record.row, record.key)
         else:
-            message = "the bytes are not those that were written: their checksum is another"
+            message = "the bytes are not those that were written: their checksum differs"
             yield self._of_row("checksum", message, record.row, record.key)
 
 
@@ -263,7 +286,7 @@ class TarCheck(FileCheck):
             if record.status == "done" and record.kept is not None
         ]
         size, expected = os.fstat(descriptor).st_size, tar_bytes(image for _, image in kept)
-        # Where a row's listing is damaged, the length of its image isn't known; every tar has an end.
+        # If a row's listing is damaged, the length of its image isn't known; but every tar has its end blocks.
         if size < len(END) or (size != expected and not self._listing.problems):
             yield self._short(size, expected)
         elif kept and _is_zero(descriptor, size):
@@ -272,23 +295,23 @@ class TarCheck(FileCheck):
             for record, image in kept:
                 yield from self._compare(descriptor, record, image)
             if os.pread(descriptor, len(END), size - len(END)) != END:
-                yield self._of_file("checksum", "the tar's end is damaged, though its images may be whole")
+                yield self._of_file("checksum", "the tar's end is damaged, though its images may be intact")
 
     def _compare(self, descriptor: int, record: ImageRecord, image: KeptImage) -> Iterator[Finding]:
         block = header(record.row, self._kind, image.bytes)
         filled = image.bytes + padding(image.bytes)
         found = os.pread(descriptor, BLOCK + filled, image.offset - BLOCK)
         if crc32c(found[BLOCK : BLOCK + image.bytes]) != image.crc32c:
-            message = "the image kept of it is not the one that was written: its checksum is another"
+            message = "its kept image is not the one that was written: its checksum differs"
         elif found[:BLOCK] != block or any(found[BLOCK + image.bytes :]):
-            message = "the image kept of it is whole, but what the tar has around it is damaged"
+            message = "its kept image is intact, but its header or padding in the tar is damaged"
         else:
             return
         yield self._of_row("checksum", message, record.row, record.key)
 
 
 def _is_zero(descriptor: int, size: int) -> bool:
-    """Return True if an open file of `size` bytes is nothing but zero bytes."""
+    """Return True if an open file of `size` bytes holds only zero bytes."""
     piece = 1 << 20
     return not any(os.pread(descriptor, piece, start).strip(b"\0") for start in range(0, size, piece))
 
@@ -297,7 +320,7 @@ def _is_finite(values: np.ndarray) -> bool:
     if values.dtype.kind != "f":
         return True
     if values.dtype.itemsize == 2:
-        # isfinite converts float16 value by value; its exponent says the same five times as fast.
+        # isfinite converts float16 value by value; testing the exponent is five times as fast.
         exponent = np.uint16(0x7C00)
         return bool(((values.view(np.uint16) & exponent) != exponent).all())
     return bool(np.isfinite(values).all())

@@ -1,4 +1,4 @@
-"""Draft of a new store: made beside its place and moved there whole, so that no half-made store is ever seen."""
+"""Draft of a new store: made in a folder beside the store's path and renamed to it once it is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def refuse_taken(path: Path) -> None:
     if (path / MANIFEST).exists():
         raise StoreError(f"{path} holds a store already: resume it, or give another --out")
     if path.is_symlink() and not path.exists():
-        raise StoreError(f"{path} is a link to {path.readlink()}, which is not there: make that folder first")
+        raise StoreError(
+            f"{path} is a link to {path.readlink()}, which does not exist: make that folder first"
+        )
     raise StoreError(f"{path} exists and is no mobilesam store: give another --out, or remove it")
 
 
@@ -41,7 +43,7 @@ def draft_of(path: Path) -> Iterator[Path]:
     Drafts that killed processes left are removed first.
 
     Raises:
-        StoreError: the place is taken, before the context or at its end, or can't be written.
+        StoreError: something is at the path, before the context or at its end, or the folder can't be written.
     """
     refuse_taken(path)
     # A link stays a link: the store is made on the disk that it points to.
@@ -66,7 +68,7 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Remove drafts that killed processes left beside the place. Other names are other people's files."""
+    """Remove drafts that killed processes left beside the store's path. Files with other names are not ours."""
     for draft in place.parent.iterdir():
         if not draft.name.startswith(place.name) or not _DRAFT_NAME.fullmatch(draft.name[len(place.name) :]):
             continue

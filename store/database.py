@@ -1,4 +1,4 @@
-"""The manifest's SQLite file: schema, opening, rows as records, their checksums, SQLite's errors in words."""
+"""The manifest's SQLite file: schema, opening, rows as records, their checksums, SQLite's errors explained."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ SELECT row, key, size, "offset", reason, sha256, bytes, height, width, resized_h
 """
 
 SELECT_RECORDS = f"{_SELECT} FROM images LEFT JOIN results USING (row)"
-"""Every row, in the columns that `decode_record` takes."""
+"""SELECT of every row, in the columns that `decode_record` takes."""
 
 SELECT_COMMITTED = f"{_SELECT} FROM results CROSS JOIN images USING (row)"
-"""Rows of committed shards, likewise. SQLite keeps the order of a CROSS JOIN, so that few failed rows are found by
-their index."""
+"""SELECT of the rows of committed shards, in the same columns. SQLite keeps the order of a CROSS JOIN, so that a few
+failed rows are found by their index."""
 
 
 # ---- opening
 
 
 def create(path: Path) -> None:
-    """Make an empty manifest."""
+    """Create an empty manifest file at the path."""
     with explain_sqlite_errors(path), closing(sqlite3.connect(path)) as connection:
         connection.executescript(_SCHEMA)
 
@@ -71,9 +71,13 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
     A reader changes nothing on disk, with one exception: a transaction of a killed writer has to be rolled back
     before anything can be read, which takes write access once.
 
+    Args:
+        path: SQLite file.
+        writable: open for writing; the caller holds the store's lock.
+
     Raises:
         StoreDamaged: the file is missing, or its tables are not a manifest's.
-        StoreError: another version's schema, or the file can't be opened.
+        StoreError: another version made the schema, or the file can't be opened.
     """
     if not path.is_file():
         raise StoreDamaged(
@@ -90,7 +94,7 @@ def connect(path: Path, *, writable: bool) -> sqlite3.Connection:
 
 
 def _open(path: Path, mode: str, writable: bool) -> sqlite3.Connection:
-    # A URI, so that the mode can be given; the path's own '?' and '#' are escaped by as_uri.
+    # Only a URI can name the mode; as_uri escapes '?' and '#' in the path.
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
         uri=True,
@@ -111,8 +115,8 @@ def _open(path: Path, mode: str, writable: bool) -> sqlite3.Connection:
 
 
 def _remove_journal(connection: sqlite3.Connection) -> None:
-    """Remove the journal of a transaction that was killed before it changed anything. SQLite rolls back and removes
-    all other journals by itself, but leaves such a one until the next transaction."""
+    """Remove the journal of a transaction that was killed before it changed anything. SQLite keeps such a journal
+    until the next transaction; it rolls back and removes all others by itself."""
     connection.execute("BEGIN IMMEDIATE")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")
@@ -127,7 +131,7 @@ def _refuse_other_schemas(path: Path, connection: sqlite3.Connection) -> None:
         other = "an earlier" if version < SCHEMA_VERSION else "a later"
         raise StoreError(
             f"{path} was made by {other} version of mobilesam (its schema is {version}, this program's "
-            f"{SCHEMA_VERSION}): read it with that version, or precompute again into another place"
+            f"{SCHEMA_VERSION}): read it with that version, or precompute a new store elsewhere"
         )
     if schema != _expected_schema():
         raise StoreDamaged(f"{path} is damaged (its tables are not as they were made): {REPLACE_MANIFEST}")
@@ -148,7 +152,7 @@ def _expected_schema() -> dict[str, str]:
 
 
 def decode_record(fields: tuple) -> ImageRecord:
-    """Return the record in a row of `SELECT_RECORDS` or `SELECT_COMMITTED`.
+    """Return the record of one row that `SELECT_RECORDS` or `SELECT_COMMITTED` gave.
 
     Raises:
         StoreDamaged: the row's checksum is not that of its fields.
@@ -158,7 +162,7 @@ def decode_record(fields: tuple) -> ImageRecord:
      crc, scales_crc, *kept) = content  # fmt: skip
     if not isinstance(key, bytes) or (committed and row_digest(tuple(content)) != digest):
         raise StoreDamaged(
-            f"the manifest's row {row} is damaged (its checksum is not that of its fields): take its shard out with "
+            f"the manifest's row {row} is damaged (its checksum is not that of its fields): remove its shard with "
             "mobilesam inspect STORE --repair, and compute it again"
         )
     return ImageRecord(
@@ -179,7 +183,7 @@ def decode_record(fields: tuple) -> ImageRecord:
 
 
 def encode_result(result: RowResult) -> tuple:
-    """Return the columns of the table `results`, all but the digest."""
+    """Return the result as the columns of the table `results`, without the last, the digest."""
     kept = result.kept
     return (
         result.row,
@@ -194,7 +198,7 @@ def encode_result(result: RowResult) -> tuple:
     )
 
 
-# ---- checksums of the manifest's own content: SQLite has none, and reads a flipped bit in a value as the value
+# ---- checksums of the manifest's own content: SQLite has none, so that a flipped bit in a value would go unnoticed
 
 
 def row_digest(fields: tuple) -> int:
@@ -206,12 +210,21 @@ def row_digest(fields: tuple) -> int:
 
 
 def shard_digest(fields: tuple, rows: Iterable[int]) -> int:
-    """Return the crc32c of a committed shard: its own fields, and its rows' digests in row order."""
+    """Return the crc32c of a committed shard's entries.
+
+    Args:
+        fields: the shard's columns in `shards` (shard, rows, done, failed, attempt).
+        rows: `row_digest` of each of its rows, in row order.
+    """
     return crc32c(ascii((fields, tuple(rows))).encode("ascii"))
 
 
 class KeysDigest:
-    """SHA-256 of a set of images as appended: how it was chosen, then every key in row order."""
+    """SHA-256 of a set of images as appended: the rule that chose it, then every key in row order.
+
+    Args:
+        fields: first row, then the columns of `extensions` from fraction to checkpoint.
+    """
 
     def __init__(self, fields: tuple) -> None:
         self._hash = hashlib.sha256(ascii(fields).encode("ascii"))
@@ -230,11 +243,14 @@ class KeysDigest:
 
 @contextmanager
 def explain_sqlite_errors(path: Path) -> Iterator[None]:
-    """Raise SQLite's errors inside the context as the store's, with the mend.
+    """Raise SQLite's errors inside the context as store errors that say what to do.
+
+    Args:
+        path: SQLite file, named in the messages.
 
     Raises:
         StoreDamaged: the file's content is not what SQLite or the schema expects.
-        StoreError: everything else: no room, no permission, a lock, a failing disk, a value that the schema refuses.
+        StoreError: any other error: disk full, no permission, a lock, a failing disk, a value refused by the schema.
     """
     try:
         yield
@@ -244,25 +260,26 @@ def explain_sqlite_errors(path: Path) -> Iterator[None]:
             raise StoreError(f"no room left on the disk of {path}: free some and run again") from error
         if code == sqlite3.SQLITE_READONLY:
             raise StoreError(
-                f"{path} can't be written, and needs to be: a writer was killed in a transaction, or this is "
-                "one; check permissions and run again"
+                f"{path} can't be written, but has to be, even by a reader after a writer was killed in a "
+                "transaction: check its permissions and run again"
             ) from error
         if code == sqlite3.SQLITE_CANTOPEN:
             raise StoreError(f"{path} can't be opened: check its permissions") from error
         if code == sqlite3.SQLITE_BUSY:
             raise StoreError(
-                f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it"
+                f"{path} stayed locked for {BUSY_SECONDS:.0f} s: another process holds it; "
+                "run again once that has ended"
             ) from error
         if code in (sqlite3.SQLITE_ERROR, None):
             raise StoreDamaged(f"{path} is damaged ({error}): {REPLACE_MANIFEST}") from error
         raise StoreError(f"{path}: {error}; check the disk and run again") from error
     except sqlite3.IntegrityError as error:
-        raise StoreError(f"{path} refuses what it was given ({error}): nothing was changed") from error
+        raise StoreError(f"{path} refuses the new rows ({error}): nothing was changed") from error
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise StoreDamaged(f"{path} is damaged ({error}): {REPLACE_MANIFEST}") from error
 
 
 def _code(error: sqlite3.Error) -> int | None:
-    """Return SQLite's primary result code; None for an error of Python's module, as for text that is not UTF-8."""
+    """Return SQLite's primary result code; None for an error raised by Python itself (text not in UTF-8)."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF

@@ -1,7 +1,7 @@
 """Kept images: resized images beside their embeddings, one tar a shard, which any tar program opens.
 
-A member is an image file, named by its row. Its encoding is its writer's business; here it is bytes, verified by the
-checksum that the manifest lists.
+A member is an image file, named by its row. This module treats it as bytes of any encoding, and verifies it by
+the checksum in the manifest.
 """
 
 from __future__ import annotations
@@ -24,17 +24,37 @@ END = bytes(2 * BLOCK)
 
 
 def tar_path(store: Path, shard: int) -> Path:
-    """Return the path of a shard's images."""
+    """Return the path of the tar of a committed shard's images.
+
+    Args:
+        store: path of the store.
+        shard: number of the shard.
+    """
     return store / FOLDER / f"{shard}.tar"
 
 
 def partial_tar_path(store: Path, shard: int, attempt: str) -> Path:
-    """Return the path at which one attempt at a shard writes its images before it is committed."""
+    """Return the path of the tar that one attempt at a shard writes, before the shard is committed.
+
+    Args:
+        store: path of the store.
+        shard: number of the shard.
+        attempt: name of the attempt, unique in the store.
+    """
     return store / FOLDER / f"{shard}.tar.{attempt}.partial"
 
 
 def header(row: int, kind: str, size: int) -> bytes:
-    """Return the block before a member of `size` bytes: the same for equal rows, whoever writes it, and when."""
+    """Make the tar header of one image. It holds no owner and no time: equal arguments give equal bytes.
+
+    Args:
+        row: row of the image, which names the member.
+        kind: file type of the image, without a dot; the member's suffix.
+        size: length of the image file in bytes.
+
+    Returns:
+        One block of `BLOCK` bytes.
+    """
     member = tarfile.TarInfo(f"{row:012d}.{kind}")
     member.size = size
     return member.tobuf(tarfile.USTAR_FORMAT)
@@ -54,19 +74,19 @@ def read_kept(path: Path, key: str, row: int, kept: KeptImage) -> bytes:
     """Read one image from its tar.
 
     Args:
-        path: of the tar.
-        key: of the image, for messages.
-        row: of the image, for messages.
-        kept: place and checksum, as the manifest lists them.
+        path: path of the tar.
+        key: key of the image, for messages.
+        row: row of the image, for messages.
+        kept: offset, length and checksum, from the manifest.
 
     Raises:
-        StoreDamaged: the bytes aren't those that were committed.
+        StoreDamaged: the bytes are not those that were committed.
         OSError: the tar can't be read.
     """
     with open(path, "rb", buffering=0) as tar:
         data = os.pread(tar.fileno(), kept.bytes, kept.offset)
     if len(data) != kept.bytes or crc32c(data) != kept.crc32c:
         raise StoreDamaged(
-            f"{path}, row {row} ({key!r}): the image kept there is not the one that was committed; {REPAIR_SHARDS}"
+            f"{path}, row {row} ({key!r}): the kept image is not the one that was committed; {REPAIR_SHARDS}"
         )
     return data

@@ -1,7 +1,7 @@
 """`mobilesam inspect`: description of a store, its check or repair, the result as lines, the command that resumes it.
 
 Without a check only the manifest and a few small files are read, and nothing heavy is imported: it answers within a
-second, however many rows there are.
+second for any number of rows.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def inspect_store(
     Args:
         path: folder of the store.
         check: read everything, in threads.
-        repair: check everything, as the store's only writer, and mend what is damaged.
-        progress: called with rows read and rows committed.
+        repair: check everything, as the store's only writer, and repair what is damaged.
+        progress: called with rows checked so far and rows committed in all.
 
     Returns:
-        Plain JSON values. `problems` holds those that take no long reading to find; all with `check`; those that are
-        left with `repair`.
+        Plain JSON values. `problems` holds the problems that are found without reading shards; with `check`, all
+        problems; with `repair`, those that remain.
 
     Raises:
         StoreNotFound: there is no store at the path.
@@ -93,10 +93,10 @@ def _opened(path: Path, *, writable: bool) -> Iterator[InspectedStore]:
 
 
 def _spec(path: Path, manifest: Manifest) -> StoreSpec:
-    """Return the spec that the manifest was made with, from whichever copy is whole.
+    """Return the spec that the manifest was made with, from the manifest or from zarr.json if the former is damaged.
 
     Raises:
-        StoreDamaged: zarr.json is whole, and another store's.
+        StoreDamaged: zarr.json is intact, and another store's.
     """
     try:
         spec = manifest.spec()
@@ -140,7 +140,7 @@ def _description(store: InspectedStore) -> dict[str, Any]:
 
 
 def _bytes_on_disk(store: InspectedStore) -> int:
-    """Return the length of all the store's files together."""
+    """Return the bytes of all files of the store together."""
     folders = [store.path, store.path / PRIVATE, *(store.path / layout.name for layout in store.spec.layouts)]
     if store.spec.kept_images is not None:
         folders.append(store.path / FOLDER)
@@ -156,7 +156,7 @@ def _file_bytes(folder: Path) -> int:
             return 0  # reported as a problem elsewhere
         with entries:
             for entry in entries:
-                # A writer may have renamed or removed it meanwhile.
+                # A writer may have renamed or removed the file meanwhile.
                 with suppress(FileNotFoundError):
                     if entry.is_file(follow_symlinks=False):
                         total += entry.stat(follow_symlinks=False).st_size
@@ -204,15 +204,15 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"subset        {chosen}{limit}"
     yield f"image root    {shown(result['image_root'])}"
     if result["kept_images"] is not None:
-        yield f"kept images   {result['kept_images']}, resized: training and verifying need no other"
+        yield f"kept images   {result['kept_images']}, resized: training and verifying need no others"
     yield f"written with  {', '.join(f'{name} {version}' for name, version in result['versions'].items())}"
     yield f"audit         {_audit(result['audit'])}"
     if result["writer"]:
-        yield f"writer        process {result['writer']['pid']} on {result['writer']['host']}, at work now"
+        yield f"writer        process {result['writer']['pid']} on {result['writer']['host']}, is writing now"
 
 
 def _steps(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the recipe between a file and the teacher, one line a step."""
+    """Yield the preprocessing recipe, one line per step."""
     for step, how in recipe.items():
         details = (
             [f"{name} {value}" for name, value in how.items()] if isinstance(how, Mapping) else [str(how)]
@@ -222,7 +222,7 @@ def _steps(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
-        return "no image was embedded again yet"
+        return "no image has been embedded again yet"
     limits = audit["tolerance"]
     cosine, error = (
         "not a number" if audit[name] is None else format(audit[name], form)
@@ -267,13 +267,13 @@ def _shown_problems(title: str, problems: list[Mapping[str, Any]], store: Path) 
 
 def _command_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if result["command"] and result["repaired"] is not None:
-        yield "Compute again what was taken out with"
+        yield "Compute the removed shards again with"
         yield f"  {result['command']}"
     elif result["command"]:
         yield "Resume with"
         yield f"  {result['command']}"
     if result["problems"] and result["repaired"] is None and result["checked"]:
-        yield "Take out what is damaged with mobilesam inspect STORE --repair"
+        yield "Remove what is damaged with mobilesam inspect STORE --repair"
 
 
 def _inside(file: str, store: Path) -> str:
@@ -285,7 +285,7 @@ def _inside(file: str, store: Path) -> str:
 
 
 def _precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> str:
-    """Return the command that computes the pending rows, with the options last given that the store doesn't hold."""
+    """Return the command that computes the pending rows. Options that the spec doesn't hold are those last given."""
     words = ["mobilesam", "precompute", "--images", *(selection.sources or (spec.image_root,))]
     words += ["--out", str(store), "--teacher", spec.teacher]
     if selection.checkpoint is not None:
@@ -298,12 +298,12 @@ def _precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> s
 
 
 def _quoted(words: Sequence[str]) -> str:
-    """Join words into one line that a shell splits into the same words, whatever their bytes."""
+    """Join words into one line that a shell splits into the same words, even if they are not printable."""
     return " ".join(shlex.quote(word) if word.isprintable() else _ansi_quoted(word) for word in words)
 
 
 def _ansi_quoted(word: str) -> str:
-    """Return a word as $'...', for newlines and bytes that are not UTF-8, which can't be printed as they are."""
+    """Return a word as $'...', for newlines and bytes that are not UTF-8, which can't be printed unescaped."""
     escaped = re.sub(
         rb"[^ -&(-\[\]-~]",  # all but printable ASCII without ' and \
         lambda match: b"\\%03o" % match[0][0],

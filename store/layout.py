@@ -24,7 +24,7 @@ ALIGNMENT = 4096
 """Bytes; O_DIRECT needs file offsets at multiples of the device's block size, at most 4096 in practice."""
 
 PRIVATE = Path("embeddings") / "mobilesam"
-"""Our own files' folder: inside an array's, into which Zarr readers don't look."""
+"""Folder of mobilesam's own files; inside an array's folder, where Zarr readers don't look."""
 
 MANIFEST = PRIVATE / "manifest.sqlite"
 HEAD = PRIVATE / "sam_head.safetensors"
@@ -36,35 +36,56 @@ CHANNELS = 256
 EMPTY = np.uint64(2**64 - 1)
 """Offset, and length, in the index of a slot without a row."""
 PIXELS_PER_CELL = 16
-"""Side of the square of input pixels that one cell of the embedding's grid stands for."""
+"""Side, in input pixels, of the square that one cell of the embedding's grid covers."""
 
 
 def crc32c(data: np.ndarray | bytes) -> int:
-    """Return the checksum of an array's or a string's bytes (Castagnoli, as Zarr's codec `crc32c` stores it)."""
+    """Return the CRC-32C (Castagnoli) of an array's or a string's bytes, as Zarr's codec `crc32c` stores it."""
     return int(google_crc32c.value(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data))
 
 
 def shard_of(row: int, shard_size: int) -> int:
-    """Return the shard that holds `row`."""
+    """Return the number of the shard that holds a row.
+
+    Args:
+        row: number of the row, from 0.
+        shard_size: rows of a full shard.
+    """
     return row // shard_size
 
 
 def rows_of(shard: int, shard_size: int, rows: int) -> range:
-    """Return the rows of a shard in a store of `rows` rows; fewer than `shard_size` in the last one."""
+    """Return the rows of a shard.
+
+    Args:
+        shard: number of the shard, from 0.
+        shard_size: rows of a full shard.
+        rows: rows of the store.
+
+    Returns:
+        Range of `shard_size` rows; fewer in the store's last shard.
+    """
     return range(shard * shard_size, min((shard + 1) * shard_size, rows))
 
 
 def shard_count(rows: int, shard_size: int) -> int:
-    """Return the number of shards that hold `rows` rows."""
+    """Return the number of shards of a store.
+
+    Args:
+        rows: rows of the store.
+        shard_size: rows of a full shard.
+    """
     return math.ceil(rows / shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayLayout:
-    """One array of the store: an item per row, `shard_size` rows to a file."""
+    """One array of the store: one item per row, `shard_size` rows per file."""
 
     name: str
+    """Name of the array and of its folder in the store."""
     item_shape: tuple[int, ...]
+    """Shape of one row."""
     dtype: np.dtype
     shard_size: int
 
@@ -108,12 +129,12 @@ class ArrayLayout:
 
 
 def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLayout, ...]:
-    """Return the layouts of a store's arrays: `embeddings`, and `scales` beside it when embeddings are int8.
+    """Return the layouts of a store's arrays: `embeddings`, and `scales` too if embeddings are int8.
 
     Args:
         dtype: one of `DTYPES`.
         image_size: side of the encoder's square in pixels.
-        shard_size: rows of a shard.
+        shard_size: rows of a full shard.
     """
     grid = image_size // PIXELS_PER_CELL
     embeddings = ArrayLayout(
@@ -130,7 +151,7 @@ def array_layouts(dtype: str, image_size: int, shard_size: int) -> tuple[ArrayLa
 
 def local_path(path: Path | str) -> Path:
     """Return the path as a Path; StoreError for a URL, since stores are local folders."""
-    # A Path has already made one slash of the two in s3://bucket.
+    # Path has already turned s3://bucket into s3:/bucket.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise StoreError(
             f"{path}: stores on object storage are not supported yet; give a folder, or mount it"

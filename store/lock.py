@@ -21,11 +21,11 @@ _NETWORK_FILE_SYSTEMS = (
 class WriterLock:
     """Lock of a store's writer, held from `acquire` to `release`; the kernel releases it when its process dies.
 
-    The owner file (host, pid) exists for people: it names a live writer in the refusal. Where flock may not
-    reach other hosts (network file systems), an owner file left by another host is refused too.
+    The owner file (host, pid) lets a refusal name the live writer. On network file systems, where flock may not
+    reach other hosts, an owner file left by another host counts as a held lock.
 
     Args:
-        folder: of the store's private files.
+        folder: folder of the store's private files (`layout.PRIVATE`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,8 +37,8 @@ class WriterLock:
         """Take the lock.
 
         Raises:
-            StoreLocked: names the process that holds it, or may hold it from another host.
-            StoreError: the lock's file can't be made.
+            StoreLocked: another process holds it, or may hold it from another host; the message names the process.
+            StoreError: the lock file can't be made.
         """
         with explain_os_errors(self._lock_path):
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -50,8 +50,8 @@ class WriterLock:
         self._descriptor = descriptor
 
     def live_owner(self) -> dict[str, Any] | None:
-        """Return host and pid (None where not known) of the process that holds the lock, or may hold it from another
-        host; None when nobody does. Needs no write access."""
+        """Return `host` and `pid` (None if unknown) of the process that holds the lock, or may hold it from another
+        host; None if no process does. Needs no write access."""
         with explain_os_errors(self._lock_path):
             try:
                 descriptor = os.open(self._lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -78,7 +78,7 @@ class WriterLock:
         owner = self._owner()
         if self._may_be_held_elsewhere(owner):
             raise StoreLocked(
-                f"{self._describe(owner)} may be writing to this store (a lock need not reach over "
+                f"{self._describe(owner)} may be writing to this store (locks may not work across hosts on "
                 f"this file system): if that process has ended, delete {self._owner_path}"
             )
         with explain_os_errors(self._owner_path):
@@ -115,7 +115,8 @@ class WriterLock:
 
 
 def _flock_soon(descriptor: int) -> bool:
-    """Take the lock; return False if it stays held. A process that only looks whether it is held holds it briefly."""
+    """Take the lock; return False if it stays held. It is tried for a moment, since `live_owner` of another process
+    holds it briefly."""
     for wait in (0.01, 0.04, 0.1, 0.2, None):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +129,7 @@ def _flock_soon(descriptor: int) -> bool:
 
 
 def _on_network(path: Path) -> bool:
-    """Return True if the file lies on a file system that other hosts may share (by /proc/self/mountinfo)."""
+    """Return True if the file is on a file system that other hosts may share, by /proc/self/mountinfo."""
     target = str(path.resolve())
     best, kind = "", ""
     try:

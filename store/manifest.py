@@ -1,7 +1,7 @@
-"""The manifest: which rows exist, in SQLite inside the store, read by anyone and written by one process.
+"""The manifest: SQLite database inside the store that lists its rows, read by anyone and written by one process.
 
-A row's image stands in the table `images` for good. What a worker found out about it stands in `results` exactly as
-long as its shard stands in `shards`: committing and withdrawing a shard are one transaction each.
+A row's image stays in the table `images` for ever. Its result, as a worker computed it, is in `results` exactly as
+long as its shard is in `shards`: committing and withdrawing a shard are one transaction each.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from .spec import StoreSpec, spec_digest
 from .zarr_metadata import document_names
 
 PAGE_KEYS = 10_000
-"""Keys read at once where all of them are gone through."""
+"""Keys read at a time when all keys are scanned."""
 
 
 class Manifest:
     """Manifest open for reading. Safe to use from several threads; one statement or transaction at a time.
+
+    Args:
+        path: SQLite file.
 
     Raises:
         StoreDamaged: the file is missing, or is not a manifest.
@@ -53,7 +56,7 @@ class Manifest:
         self._connection = database.connect(path, writable=self._WRITABLE)
 
     def close(self) -> None:
-        """Close the connection once the statement of any other thread has ended; the object can't be used again."""
+        """Close the connection, once other threads' statements have ended; the object can't be used afterwards."""
         with self._mutex:
             self._connection.close()
 
@@ -72,12 +75,21 @@ class Manifest:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Let the queries inside see one state, whatever a writer does; it waits to commit until they are done."""
+        """Let all queries in the context see the same state; a writer can't commit until the context ends."""
         with self._transaction("BEGIN"):
             yield
 
     def query(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
-        """Return all rows of a SELECT."""
+        """Return all rows of a SELECT.
+
+        Args:
+            statement: SQL text, with placeholders.
+            values: of the placeholders.
+
+        Raises:
+            StoreDamaged: the database is damaged.
+            StoreError: it can't be read.
+        """
         with self._mutex, explain_sqlite_errors(self.path):
             return self._connection.execute(statement, values).fetchall()
 
@@ -100,7 +112,7 @@ class Manifest:
         """Return the manifest's copy of the spec.
 
         Raises:
-            StoreDamaged: the copy is not as written.
+            StoreDamaged: the copy was changed.
             StoreError: another version wrote it.
         """
         meta = dict(self.query("SELECT name, value FROM meta"))
@@ -111,19 +123,17 @@ class Manifest:
                 f"{self.path} is damaged: its copy of the spec is unreadable; {REPAIR_METADATA}"
             ) from error
         if spec_digest(value) != meta.get("spec_sha256"):
-            raise StoreDamaged(
-                f"{self.path} is damaged: its copy of the spec is not as written; {REPAIR_METADATA}"
-            )
+            raise StoreDamaged(f"{self.path} is damaged: its copy of the spec was changed; {REPAIR_METADATA}")
         spec = StoreSpec.from_json(value)
         self.refuse_foreign(spec)
         return spec
 
     def documents(self, spec: StoreSpec) -> dict[str, bytes]:
-        """Return every zarr.json of the store as it must be, by its path in the store, the group's last.
+        """Return the manifest's copy of every zarr.json, by its path in the store, the group's last.
 
         Raises:
-            StoreDamaged: a copy is not as written, or they are not those of a store with this spec. Their checksums
-                don't cover their names, by which they are written to disk.
+            StoreDamaged: a copy was changed, or their names are not those of a store with this spec. The names are
+                checked since the copies' checksums don't cover them, though they say where to write each copy.
         """
         found = self.query("SELECT name, content, sha256 FROM documents ORDER BY length(name) DESC, name")
         names, expected = {name for name, _, _ in found}, document_names(spec)
@@ -136,7 +146,7 @@ class Manifest:
         for name, content, sha256 in found:
             if not isinstance(content, bytes) or hashlib.sha256(content).digest() != sha256:
                 raise StoreDamaged(
-                    f"{self.path} is damaged: its copy of {name} is not as written; {REPAIR_METADATA}"
+                    f"{self.path} is damaged: its copy of {name} was changed; {REPAIR_METADATA}"
                 )
         return {name: content for name, content, _ in found}
 
@@ -160,7 +170,7 @@ class Manifest:
         return Counts(done=done, failed=failed, pending=self.row_count() - done - failed)
 
     def committed_shards(self) -> dict[int, int]:
-        """Return every committed shard, ascending, with the number of rows that it was committed with."""
+        """Return the number of rows of each committed shard, by shard, ascending."""
         committed = dict(self.query("SELECT shard, rows FROM shards ORDER BY shard"))
         if not all(isinstance(shard, int) for shard in committed):
             raise StoreDamaged(f"{self.path} is damaged (a shard has no number): {REPLACE_MANIFEST}")
@@ -192,7 +202,7 @@ class Manifest:
                 last = key
 
     def selections(self) -> list[Selection]:
-        """Return the rules by which the first set of images and each extension were chosen, in order."""
+        """Return the selections of the first set of images and of each extension, in order."""
         found = self.query(
             'SELECT fraction, seed, "limit", sources, checkpoint FROM extensions ORDER BY first_row'
         )
@@ -216,11 +226,11 @@ class Manifest:
         """Return records in row order.
 
         Args:
-            status: of the rows wanted; None for every status.
-            rows: range to look in; None for all rows.
+            status: return only rows of this status; None for every status.
+            rows: return only rows in this range; None for all rows.
 
         Raises:
-            StoreDamaged: a row is not as it was committed.
+            StoreDamaged: a row is not as committed.
         """
         select, where, values = SELECT_RECORDS, ["1"], []
         if status == "pending":
@@ -235,7 +245,8 @@ class Manifest:
         return [decode_record(fields) for fields in found]
 
     def checksums(self, rows: range) -> dict[int, tuple[int, int | None]]:
-        """Return the crc32c of the payload, and of the scales if there are any, of every done row in the range."""
+        """Return the crc32c of the embedding, and of its scales (None except in int8 stores), of every done row in
+        the range, by row."""
         found = self.query(
             "SELECT row, crc32c, scales_crc32c FROM results WHERE row >= ? AND row < ? AND reason IS NULL",
             (rows.start, rows.stop),
@@ -258,13 +269,21 @@ class Manifest:
 
 
 class ManifestWriter(Manifest):
-    """Manifest open for writing, by the holder of the store's lock alone. Every change is one transaction."""
+    """Manifest open for writing, only by the holder of the store's lock. Every change is one transaction."""
 
     _WRITABLE = True
 
     @classmethod
     def create(cls, path: Path, spec: StoreSpec) -> ManifestWriter:
-        """Make an empty manifest of the store that `spec` describes."""
+        """Make an empty manifest, and open it.
+
+        Args:
+            path: place of the SQLite file; nothing is there.
+            spec: description of the store, of which the manifest keeps a copy.
+
+        Raises:
+            StoreError: it can't be written.
+        """
         database.create(path)
         manifest = cls(path)
         manifest.restore_spec(spec)
@@ -281,12 +300,12 @@ class ManifestWriter(Manifest):
         selection: Selection,
         documents: Callable[[int], Mapping[str, bytes]],
     ) -> range:
-        """Give the images the next rows, in the order given.
+        """Append the images as the next rows, in the order given.
 
         Args:
-            images: read once, while they are inserted.
+            images: iterated once, while they are inserted.
             selection: rule by which they were chosen.
-            documents: returns every zarr.json of a store of so many rows.
+            documents: function of the store's number of rows that returns every zarr.json, by its path in the store.
 
         Returns:
             The images' rows.
@@ -298,7 +317,7 @@ class ManifestWriter(Manifest):
             selection.fraction,
             selection.seed,
             selection.limit,
-            # Text in SQLite is UTF-8, paths need not be; JSON escapes what isn't.
+            # Text in SQLite is UTF-8, paths need not be; JSON escapes bytes that are not.
             json.dumps(selection.sources),
             None if selection.checkpoint is None else json.dumps(selection.checkpoint),
         )
@@ -323,7 +342,7 @@ class ManifestWriter(Manifest):
         return range(first, row)
 
     def relist(self, images: Iterable[ImageRef]) -> None:
-        """Update size and offset of pending rows, found by key."""
+        """Update size and offset of the pending rows that have these images' keys."""
         with self._change() as connection:
             connection.executemany(
                 'UPDATE images SET size = ?1, "offset" = ?2 WHERE key = ?3 AND (size, "offset") IS NOT (?1, ?2) '
@@ -332,7 +351,16 @@ class ManifestWriter(Manifest):
             )
 
     def commit_shard(self, shard: int, attempt: str, results: Sequence[RowResult]) -> None:
-        """List a shard that is not committed yet, and all its rows: `results` has one for each, in order."""
+        """List a shard, which is not committed yet, and the results of all its rows.
+
+        Args:
+            shard: number of the shard.
+            attempt: name of the attempt that wrote its files.
+            results: one for each row of the shard, in order.
+
+        Raises:
+            StoreError: the shard is listed already, or the manifest can't be written; nothing was changed.
+        """
         failed = sum(result.reason is not None for result in results)
         shard_fields = (shard, len(results), len(results) - failed, failed, attempt)
         with self._change() as connection:
@@ -353,14 +381,19 @@ class ManifestWriter(Manifest):
             )
 
     def withdraw_shard(self, shard: int, rows: range) -> None:
-        """Remove a shard from the list: its rows are pending again, their audits deleted."""
+        """Remove a shard from the list: its rows are pending again, and their audits are deleted.
+
+        Args:
+            shard: number of the shard; one that is not committed is ignored.
+            rows: range of the shard's rows.
+        """
         with self._change() as connection:
             connection.execute("DELETE FROM shards WHERE shard = ?", (shard,))
             for table in ("results", "audits"):
                 connection.execute(f"DELETE FROM {table} WHERE row >= ? AND row < ?", (rows.start, rows.stop))
 
     def record_audits(self, audits: Sequence[Audit]) -> None:
-        """Keep audits of done rows, each in place of an earlier one of its row; StoreError for any other row."""
+        """Record audits of done rows, each replacing an earlier one of its row; StoreError for other rows."""
         with self._change() as connection:
             for audit in audits:
                 kept = connection.execute(
@@ -368,9 +401,7 @@ class ManifestWriter(Manifest):
                     (audit.cosine, audit.relative_mse, audit.row),
                 ).rowcount
                 if not kept:
-                    raise StoreError(
-                        f"row {audit.row} of {self.path} is not done: it can't have been audited"
-                    )
+                    raise StoreError(f"row {audit.row} of {self.path} is not done, so it can't be audited")
 
     # ---- repair
 
@@ -385,7 +416,7 @@ class ManifestWriter(Manifest):
             connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta.items())
 
     def restore_documents(self, documents: Mapping[str, bytes]) -> None:
-        """Keep these copies of zarr.json files in place of all others."""
+        """Replace the manifest's copies of the zarr.json files by these, which are keyed by path in the store."""
         with self._change() as connection:
             _replace_documents(connection, documents)
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import numpy as np
 
 LEVELS = 127
-"""Steps on either side of zero."""
+"""Quantisation levels on either side of zero."""
 
 
 def quantize(emb_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Round one image's embedding to int8, where value = int8 x scale.
+    """Quantise one image's embedding to int8, so that value = int8 x scale.
 
     The largest magnitude of a channel maps to 127 (clipping it instead is worse for SAM's embeddings); a channel
     that is zero throughout gets scale 0.
 
     Args:
-        emb_CHW: float32, finite.
+        emb_CHW: float32 (C, H, W), finite.
 
     Returns:
         int8 values (C, H, W) in [-127, 127], and float32 scales (C,).
@@ -31,5 +31,13 @@ def quantize(emb_CHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(values_BCHW: np.ndarray, scales_BC: np.ndarray) -> np.ndarray:
-    """Return the float32 embeddings (B, C, H, W) of int8 values and their float32 scales."""
+    """Restore embeddings from int8.
+
+    Args:
+        values_BCHW: int8 (B, C, H, W).
+        scales_BC: float32 (B, C).
+
+    Returns:
+        float32 (B, C, H, W).
+    """
     return values_BCHW.astype(np.float32) * scales_BC[:, :, None, None]

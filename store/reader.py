@@ -1,8 +1,8 @@
-"""Shard files being read: indexes, rows by number through the system's cache or past it, each verified three ways.
+"""Shard files being read: indexes, and rows by number, through the page cache or past it, each verified.
 
 A row is one positioned read: zarr-python's fancy indexing on sharded arrays is a hundred times slower (zarr-python
-issue 3829). It is handed out only when three checksums agree: that of its bytes, the one stored behind them, and the
-manifest's. The first two prove the bytes, the third that they are this row's.
+issue 3829). It is returned only if three checksums agree: that of its bytes, the one stored behind them, and the
+manifest's. The first two prove that the bytes are intact, the third that they belong to this row.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from .quantize import dequantize
 from .spec import StoreSpec
 
 O_DIRECT = getattr(os, "O_DIRECT", 0)
-"""0 where the system has none."""
+"""Flag of `open` for reading past the page cache; 0 on systems without it."""
 
 OPEN_SHARDS = 128
 """Most shards whose files are held open; the usual limit of a process is 1024 descriptors."""
 
 READS_IN_FLIGHT = 4
-"""Rows of a batch that are read at a time: a disk serves several requests together faster than in turn."""
+"""Rows of a batch that are read at the same time: a disk serves concurrent requests faster than sequential ones."""
 
 CACHED_SHARE = 0.5
-"""Share of the machine's memory. A store larger than that is read past the system's cache, which would not hold it
-until the next epoch, while copying into it costs half of the reading."""
+"""Share of the machine's memory. A larger store is read past the page cache, which could not keep it until the next
+epoch, while copying into the cache takes half of the reading time."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class DirectReader:
     """Reader of one store's rows by number. Safe to use from several threads; opens nothing before the first read.
 
     Args:
-        path: of the store.
-        spec: of the store.
-        manifest: of the store; it has the rows' checksums.
-        direct: read past the system's cache; None to decide by the store's size and the machine's memory.
+        path: path of the store.
+        spec: description of the store.
+        manifest: manifest of the store, which has the rows' checksums.
+        direct: read past the page cache; None to decide by the store's size and the machine's memory.
     """
 
     def __init__(
@@ -81,12 +81,19 @@ class DirectReader:
         self._pool: ThreadPoolExecutor | None = None
 
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
-        """Read rows in the order given; see `EmbeddingStore.read`.
+        """Read rows in the order given, each verified.
+
+        Args:
+            rows: numbers of B done rows; any of them may be repeated.
+            out: batch to fill, as `empty_batch(B)` makes it; None for a new one.
+
+        Returns:
+            `out`, or the new batch: values (B, 256, g, g) in the store's dtype, in int8 stores with scales (B, 256).
 
         Raises:
-            StoreDamaged: names the file, row and key of whatever is not as committed.
+            StoreDamaged: a row is not as committed; the message names its file, number and key.
             StoreError: a row isn't done, or can't be read.
-            ValueError: `out` is not for these rows of this store.
+            ValueError: `out` has other shapes or dtypes, or is not contiguous and writable.
         """
         batch = self.empty_batch(len(rows)) if out is None else out
         arrays = self._arrays(batch, len(rows))
@@ -95,13 +102,13 @@ class DirectReader:
             self._read_row(*places[0])
         elif places:
             futures = [self._threads().submit(self._read_row, row, items) for row, items in places]
-            wait(futures)  # all of them: no thread writes into the batch after the return
+            wait(futures)  # all of them, so that no thread writes into the batch after the return
             for future in futures:
                 future.result()
         return batch
 
     def empty_batch(self, rows: int) -> StoredBatch:
-        """Return an uninitialised batch for so many rows, page-aligned, so that reads past the cache need no copy."""
+        """Return an uninitialised batch of `rows` rows, page-aligned: reads past the page cache need no copy."""
         arrays = [aligned_empty((rows, *layout.item_shape), layout.dtype) for layout in self._layouts]
         return StoredBatch(arrays[0], arrays[1] if len(arrays) > 1 else None)
 
@@ -114,7 +121,7 @@ class DirectReader:
                 self._pool = None
 
     def _arrays(self, batch: StoredBatch, rows: int) -> list[np.ndarray]:
-        """Return the arrays of a batch, one for each of the store's; ValueError if they are not for so many rows."""
+        """Return a batch's arrays, one for each of the store's; ValueError unless they hold `rows` rows."""
         arrays = [array for array in (batch.values, batch.scales) if array is not None]
         wanted = [((rows, *layout.item_shape), layout.dtype) for layout in self._layouts]
         if [(array.shape, array.dtype) for array in arrays] != wanted or not all(
@@ -131,7 +138,7 @@ class DirectReader:
             return self._pool
 
     def _reads_past_cache(self) -> bool:
-        """Return the setting asked for, else True if the system's cache can't keep the store until the next epoch."""
+        """Return the setting given, else True if the page cache can't keep the store until the next epoch."""
         if self._direct is None:
             rows = self._manifest.row_count()
             size = sum(layout.stride for layout in self._layouts) * rows
@@ -140,7 +147,7 @@ class DirectReader:
         return self._direct
 
     def forget(self, shard: int) -> None:
-        """Close a shard whose file or listing has changed."""
+        """Close a shard's files after its files or listing have changed."""
         with self._mutex:
             self._shards.pop(shard, None)
 
@@ -173,7 +180,7 @@ class DirectReader:
         try:
             self._read_items(row, items)
         except StoreError:
-            # A writer may have committed the shard again since it was opened, or be doing so just now.
+            # A writer may have committed the shard again since it was opened, or may be committing it now.
             self.forget(shard_of(row, self._spec.shard_size))
             self._read_items(row, items)
 
@@ -187,7 +194,7 @@ class DirectReader:
             raise StoreError(f"row {row} of {self._path} is not done (its image is pending or failed)")
         offset, length = shard.index[row % layout.shard_size]
         if offset == EMPTY or length != layout.payload_bytes + CHECKSUM_BYTES:
-            raise self._damage(shard, row, "its index does not list the row")
+            raise self._damage(shard, row, "the file's index does not list the row")
         payload = out.reshape(-1).view(np.uint8)
         with explain_os_errors(shard.path):
             stored = shard.read(int(offset), payload)
@@ -195,10 +202,10 @@ class DirectReader:
             raise self._damage(shard, row, "the file is too short")
         computed = crc32c(payload)
         if computed != stored:
-            raise self._damage(shard, row, "the checksum behind the row is not that of its bytes")
+            raise self._damage(shard, row, "the checksum stored behind the row is not that of its bytes")
         if computed != shard.checksums[row]:
             raise self._damage(
-                shard, row, "the bytes are whole, but not those that were committed for this row"
+                shard, row, "the bytes are intact, but not those that were committed for this row"
             )
 
     def _damage(self, shard: ShardFile, row: int, fact: str) -> StoreDamaged:
@@ -210,10 +217,10 @@ class ShardFile:
     """Shard file of one array, open for reading: its index, and the bytes of rows.
 
     Args:
-        path: of the file.
-        layout: of the array.
+        path: path of the file.
+        layout: layout of the array.
         checksums: the manifest's crc32c of every done row, by row.
-        direct: read rows past the system's cache where the file system and the layout (whole pages) allow it.
+        direct: read rows past the page cache if the file system and the layout (rows of whole pages) allow it.
 
     Raises:
         StoreDamaged: the file is missing or its index is damaged.
@@ -239,10 +246,14 @@ class ShardFile:
         self.direct = direct and layout.payload_bytes % ALIGNMENT == 0 and self._set_direct(True)
 
     def read(self, offset: int, payload: np.ndarray) -> int | None:
-        """Read the bytes at `offset` into `payload` (uint8), and return the checksum stored behind them.
+        """Read one row's bytes.
+
+        Args:
+            offset: byte of the file at which the row begins.
+            payload: uint8 (bytes of a row,), filled with the row.
 
         Returns:
-            The checksum; None when the file is too short.
+            The checksum stored behind the row; None if the file is too short.
 
         Raises:
             OSError: as the system raises it.
@@ -253,13 +264,13 @@ class ShardFile:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-            # A file system that agreed to read past its cache and then didn't, or the end of a short file.
+            # The file system accepted O_DIRECT, but refuses to read so; or the end of a short file.
             self.direct = False
             self._set_direct(False)
         return read_chunk(self._descriptor, offset, payload)
 
     def _read_past_cache(self, offset: int, payload: np.ndarray) -> int | None:
-        """Read likewise in whole pages: the checksum's page goes to a buffer of its own."""
+        """Read a row as `read` does, in whole pages: the page with the checksum goes to a buffer of its own."""
         aligned = is_aligned(payload)
         place = payload if aligned else _scratch.take("row", len(payload))
         page = _scratch.take("checksum", ALIGNMENT)
@@ -271,7 +282,7 @@ class ShardFile:
         return int.from_bytes(page[:CHECKSUM_BYTES].tobytes(), "little")
 
     def _set_direct(self, on: bool) -> bool:
-        """Switch reading past the cache on or off; return True if it is on now."""
+        """Switch reading past the page cache on or off; return True if it is on now."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & ~O_DIRECT
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | O_DIRECT if on else flags)
@@ -280,21 +291,44 @@ class ShardFile:
         return on and O_DIRECT != 0
 
     def __del__(self) -> None:
-        # By now no thread reads from it any more. There is no descriptor when opening failed.
+        # No thread reads from it any more. There is no descriptor if opening failed.
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
 
 def read_chunk(descriptor: int, offset: int, payload: np.ndarray) -> int | None:
-    """Read the bytes at `offset` of an open file into `payload` (uint8), and return the checksum stored behind them;
-    None when the file is too short."""
+    """Read one row of an open shard file, through the page cache.
+
+    Args:
+        descriptor: of the file.
+        offset: byte of the file at which the row begins.
+        payload: uint8 (bytes of a row,), filled with the row.
+
+    Returns:
+        The checksum stored behind the row; None if the file is too short.
+
+    Raises:
+        OSError: as the system raises it.
+    """
     behind = bytearray(CHECKSUM_BYTES)
     count = read_fully(descriptor, [payload.data, memoryview(behind)], offset)
     return int.from_bytes(behind, "little") if count == len(payload) + CHECKSUM_BYTES else None
 
 
 def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-    """Call preadv until the buffers are full or the file ends; return the number of bytes read."""
+    """Call preadv until the buffers are full or the file ends: one call may read less.
+
+    Args:
+        descriptor: of the file.
+        buffers: memory to fill, in order; the list is consumed.
+        offset: byte of the file at which to begin.
+
+    Returns:
+        Number of bytes read.
+
+    Raises:
+        OSError: as the system raises it.
+    """
     total = 0
     while buffers:
         count = os.preadv(descriptor, buffers, offset + total)
@@ -309,9 +343,13 @@ def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-    """Return an uninitialised array, C-contiguous, whose first byte lies at a multiple of `ALIGNMENT`.
+    """Return an uninitialised C-contiguous array whose address is a multiple of `ALIGNMENT`.
 
-    Reads past the system's cache need such memory.
+    Reads past the page cache need such memory.
+
+    Args:
+        shape: shape of the array.
+        dtype: type of its elements.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
@@ -320,7 +358,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
 
 
 def is_aligned(array: np.ndarray) -> bool:
-    """Return True if an array's first byte lies at a multiple of `ALIGNMENT`."""
+    """Return True if an array's address is a multiple of `ALIGNMENT`."""
     return array.ctypes.data % ALIGNMENT == 0
 
 
@@ -331,7 +369,15 @@ class Scratch(threading.local):
         self._memory: dict[str, mmap.mmap] = {}
 
     def take(self, use: str, size: int) -> np.ndarray:
-        """Return `size` bytes (uint8) for one use; they overlap what an earlier call gave for the same use."""
+        """Return this thread's buffer for one use.
+
+        Args:
+            use: name of the use; a buffer overlaps the one that an earlier call with the same name returned.
+            size: length in bytes.
+
+        Returns:
+            uint8 (size,), page-aligned, with any content.
+        """
         if len(self._memory.get(use, b"")) < size:
             self._memory[use] = mmap.mmap(-1, math.ceil(size / ALIGNMENT) * ALIGNMENT)
         return np.frombuffer(self._memory[use], np.uint8)[:size]

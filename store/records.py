@@ -1,4 +1,4 @@
-"""Values that the manifest keeps and the checks give: images' results and records, audits, selections, problems."""
+"""Records of the manifest and of the checks: results of images, audits, selections, problems."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KeptImage:
 class RowResult:
     """Outcome of one image on a worker, committed with its shard.
 
-    A failed image has a `reason` and no checksum; its hash and sizes are there if they were known before it failed.
+    A failed image has a `reason` and no checksum; its hash and sizes are set if they were known before it failed.
     """
 
     row: int
@@ -50,7 +50,7 @@ class RowResult:
     original_size: tuple[int, int] | None = None
     """(height, width) in pixels, EXIF orientation applied."""
     resized_size: tuple[int, int] | None = None
-    """(height, width) in pixels as the teacher saw it, without padding."""
+    """(height, width) in pixels after resizing for the teacher, without padding."""
     crc32c: int | None = None
     """Checksum of the row's bytes in `embeddings`."""
     scales_crc32c: int | None = None
@@ -102,7 +102,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Rule by which a set of images was chosen, and the options that gave it, for a command that continues."""
+    """Rule by which a set of images was chosen, and the options that a command needs to resume the work."""
 
     fraction: float
     """Share of the images that the subset rule keeps."""
@@ -111,9 +111,9 @@ class Selection:
     limit: int | None
     """Most images; None for no limit."""
     sources: tuple[str, ...] = ()
-    """Absolute paths of the folders and tars that were named."""
+    """Absolute paths of the folders and tars that --images named."""
     checkpoint: str | None = None
-    """Absolute path of the teacher's file, if one was named."""
+    """Absolute path of the teacher's file, if --checkpoint named one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,19 +122,20 @@ class Audit:
 
     row: int
     cosine: float
-    """Over the 256 channels of a cell, mean over cells."""
+    """Cosine over the 256 channels of a cell, mean over cells; -1 if undefined."""
     relative_mse: float
-    """Against the fresh embedding's own mean per channel."""
+    """Squared error relative to the fresh embedding's variance about its mean per channel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Something in a store that is not as committed.
 
-    Kinds: "missing" (a shard's file), "short" (a file of another length), "zeros" (where bytes should be),
-    "checksum", "identity" (whole bytes, but not those listed), "not-finite" (NaN or infinity), "unreadable" (the
-    disk fails), "listing" (the manifest contradicts itself or the files), "orphan" (a file that nothing lists),
-    "metadata" (a zarr.json), "head", "audit" (a row out of tolerance).
+    Kinds: "missing" (a shard's file), "short" (a file of another length), "zeros" (only zero bytes), "checksum"
+    (bytes that differ from their checksum), "identity" (intact bytes, but not those committed for the row),
+    "not-finite" (NaN or infinity), "unreadable" (the disk fails), "listing" (the manifest contradicts itself or the
+    files), "orphan" (a file of no committed shard), "metadata" (a zarr.json), "head" (SAM's prompt encoder and mask
+    decoder), "audit" (a row out of tolerance).
     """
 
     kind: ProblemKind

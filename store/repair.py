@@ -1,4 +1,4 @@
-"""Repair: withdraw what is damaged so that it is recomputed, remove what nothing lists, restore metadata."""
+"""Repair: withdraw damaged shards so that they are recomputed, remove unlisted files, restore metadata."""
 
 from __future__ import annotations
 
@@ -34,23 +34,27 @@ class Repair:
     rewritten: tuple[str, ...]
     """Files rewritten, by their path in the store."""
     problems: tuple[Problem, ...]
-    """Problems that were mended."""
+    """Problems that were repaired."""
     left: tuple[Problem, ...]
-    """Problems that were not."""
+    """Problems that remain."""
 
 
 def repair_store(store: InspectedStore, progress: ProgressCallback | None) -> Repair:
-    """Check everything and mend what is damaged; what is whole is never touched. The caller holds the writer's lock.
+    """Check everything and repair what is damaged; intact shards are never touched.
 
-    A repair may be interrupted anywhere and run again: shards are withdrawn before their files are removed, so that
-    the worst that is left is a file that nothing lists.
+    The caller holds the writer's lock. A repair may be interrupted anywhere and run again: shards are withdrawn
+    before their files are removed, so that an interruption leaves at worst files that are not listed.
 
     Args:
-        store: with a writable manifest.
-        progress: called with rows read and rows committed.
+        store: store with a writable manifest.
+        progress: called with rows checked so far and rows committed in all; None to report nothing.
 
     Returns:
-        What was done and what is left: everything, and nothing was done, where the manifest itself is damaged.
+        The changes, and the problems that remain. If the manifest is damaged beyond its indexes, nothing is changed
+        and all problems remain.
+
+    Raises:
+        StoreError: a file can't be read, removed or written.
     """
     manifest = store.manifest
     assert isinstance(manifest, ManifestWriter), "only the store's writer repairs it"
@@ -98,7 +102,7 @@ def _withdraw(manifest: ManifestWriter, problems: Sequence[Problem], shard_size:
 
 
 def _remove_files(store: InspectedStore, shards: Sequence[int], problems: Sequence[Problem]) -> list[str]:
-    """Remove the files of withdrawn shards, and what nothing lists."""
+    """Remove the files of withdrawn shards, and unlisted files."""
     places = [
         store.path / layout.name / layout.file_name(shard)
         for shard in shards
@@ -116,7 +120,7 @@ def _remove_files(store: InspectedStore, shards: Sequence[int], problems: Sequen
 
 
 def _rewrite_documents(store: InspectedStore, manifest: ManifestWriter) -> list[str]:
-    """Restore every zarr.json that isn't as written, and the manifest's own copies of them and of the spec."""
+    """Restore every zarr.json that was changed, and the manifest's own copies of them and of the spec."""
     try:
         manifest.spec()
     except StoreDamaged:

@@ -18,7 +18,7 @@ def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
     """Encode SAM's prompt encoder and mask decoder as safetensors.
 
     Args:
-        tensors: by name; keys `prompt_encoder.*`, `mask_decoder.*`.
+        tensors: weights by name: `prompt_encoder.*`, `mask_decoder.*`.
 
     Returns:
         The file's bytes, the same for equal tensors in any order, and their SHA-256 in hex.
@@ -30,10 +30,17 @@ def encode_head(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, str]:
 
 
 def read_head(path: Path, sha256: str) -> bytes:
-    """Read the file.
+    """Read the file of SAM's prompt encoder and mask decoder.
+
+    Args:
+        path: safetensors file.
+        sha256: hash that it must have, in hex.
+
+    Returns:
+        The file's bytes.
 
     Raises:
-        StoreDamaged: it is missing, or not the one with this SHA-256.
+        StoreDamaged: it is missing, or has another hash.
         StoreError: it can't be read.
     """
     try:
@@ -49,7 +56,17 @@ def read_head(path: Path, sha256: str) -> bytes:
 
 
 def write_head(path: Path, data: bytes, sha256: str) -> None:
-    """Write the file whole; StoreMismatch, and nothing is written, unless it is the one with this SHA-256."""
+    """Write the file of SAM's prompt encoder and mask decoder, atomically.
+
+    Args:
+        path: safetensors file to write or replace.
+        data: its bytes, as `encode_head` makes them.
+        sha256: hash that they must have, in hex.
+
+    Raises:
+        StoreMismatch: the bytes have another hash; nothing is written.
+        StoreError: the file can't be written.
+    """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise StoreMismatch(

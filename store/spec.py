@@ -1,4 +1,4 @@
-"""Description of a store: written once, never changed, compared before anything is added."""
+"""Description of a store: written once, never changed, compared with the settings asked for before rows are added."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ class StoreSpec:
     """
 
     store_id: str
-    """Random name, the same in zarr.json and manifest."""
+    """Random identifier, the same in zarr.json and manifest."""
     teacher: str
     """Name of the teacher, as in the registry."""
     checkpoint: str | None
     """File name of the teacher's checkpoint; None for an embedded teacher."""
     checkpoint_sha256: str
+    """SHA-256 of the checkpoint; of the package's weights for an embedded teacher."""
     head_sha256: str
     """SHA-256 of the safetensors file with SAM's prompt encoder and mask decoder."""
     image_size: int
@@ -54,21 +55,21 @@ class StoreSpec:
     positions_interpolated: bool
     """True if the teacher's position tables were resampled for `image_size`."""
     preprocessing: Mapping[str, Any]
-    """Recipe between a file and the teacher's input, by step."""
+    """Preprocessing from an image file to the teacher's input: parameters by step."""
     dtype: str
     """Type of the stored embeddings, one of `DTYPES`."""
     precision: str
-    """Arithmetic of the teacher as resolved, one of `PRECISIONS`, never "auto"."""
+    """Precision that the teacher computed in, one of `PRECISIONS`, never "auto"."""
     shard_size: int
-    """Rows of a shard."""
+    """Rows of a full shard."""
     kept_images: str | None = None
     """File type (such as "webp") of the resized images kept beside their embeddings; None if none are kept."""
     subset: Mapping[str, Any]
     """Fraction and seed that chose the first set of images."""
     image_root: str
-    """Absolute folder that keys are relative to."""
+    """Absolute path of the folder that keys are relative to."""
     versions: Mapping[str, str]
-    """Versions of the programs that wrote the store, by name."""
+    """Versions of mobilesam, Python and the packages that made the store, by name."""
 
     def __post_init__(self) -> None:
         for good, message in (
@@ -117,7 +118,7 @@ class StoreSpec:
                 f"the store has format {version!r}, this program reads format {FORMAT_VERSION}: "
                 "use the version that wrote it"
             )
-        # Stores written before images could be kept lack the field; their manifests' copies hold the rest.
+        # Stores from before images could be kept lack this field.
         value = {"kept_images": None, **value}
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
@@ -129,15 +130,23 @@ class StoreSpec:
             return cls(**{name: value[name] for name in names})
         except TypeError as error:
             raise StoreDamaged(
-                f"the store's attributes make no sense ({error}): zarr.json is damaged; {REPAIR_METADATA}"
+                f"the store's attributes are invalid ({error}): zarr.json is damaged; {REPAIR_METADATA}"
             ) from error
 
     def refuse_differences(self, path: Path, wanted: Mapping[str, Any]) -> None:
-        """Raise StoreMismatch, naming each difference, if a setting in `wanted` is neither None nor the store's."""
+        """Refuse settings that differ from the store's.
+
+        Args:
+            path: path of the store, for the message.
+            wanted: settings asked for, by field name; None for any value.
+
+        Raises:
+            StoreMismatch: settings differ; the message names each of them.
+        """
         lines = self.differences(wanted)
         if lines:
             raise StoreMismatch(
-                f"{path} was made with other settings ({'; '.join(lines)}): ask for the store's settings, or give "
+                f"{path} was made with other settings ({'; '.join(lines)}): give the same settings, or "
                 "another --out"
             )
 

@@ -1,4 +1,4 @@
-"""`EmbeddingStore`: a store as one object, opened for reading by anyone, for writing by one process at a time."""
+"""`EmbeddingStore`: a store on disk, open for reading by anyone or for writing by one process at a time."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from .writer import partial_files, partial_path
 from .zarr_metadata import documents_of, read_spec, write_documents
 
 RELISTED_BY_KEY = 100_000
-"""Pending rows up to which their keys are kept in memory, rather than looked up for every image of a listing."""
+"""Most pending rows whose keys are held in memory; with more, each listed image is looked up in the manifest."""
 
 
 class EmbeddingStore:
     """Teacher embeddings of a set of images, one image a row; see `open` and `create`.
 
-    A shard is either committed, verified and listed, or it is recomputed. Use as a context manager, or `close`.
-    `manifest` answers what the store lists: `store.manifest.counts()`, `.records()`, `.selections()`. `reader` reads
-    rows and makes the batches that `read` fills.
+    A shard is either committed (its files are in place and listed in the manifest), or pending and computed again as
+    a whole. Use as a context manager, or call `close`. `manifest` lists the rows: `store.manifest.counts()`,
+    `.records()`, `.selections()`. `reader` reads rows, and makes the batches that `read` fills.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class EmbeddingStore:
 
         Args:
             path: folder of the store.
-            writable: take the writer's lock, remove what killed attempts left, finish an interrupted extension.
-            direct_io: read rows past the system's cache (O_DIRECT) where the file system can; None to do so in stores
-                of more than half of the machine's memory, which the cache would not keep.
+            writable: take the writer's lock, remove killed attempts' partial files, finish an interrupted extension.
+            direct_io: read rows past the page cache (O_DIRECT) if the file system can; None to do so in stores larger
+                than half of the machine's memory, which the cache could not keep.
 
         Raises:
             StoreNotFound: there is no store at the path.
-            StoreDamaged: the manifest is missing, damaged or another store's, or zarr.json is not as written.
+            StoreDamaged: the manifest is missing, damaged or another store's, or zarr.json was changed.
             StoreLocked: another process writes to the store.
         """
         path = local_path(path)
@@ -101,17 +101,17 @@ class EmbeddingStore:
     ) -> EmbeddingStore:
         """Make a store with a pending row for every image, and open it for writing.
 
-        It is made beside its place and moved there whole, so that no half-made store is ever seen.
+        It is made in a folder beside `path`, which is renamed once it is complete: no half-made store is ever seen.
 
         Args:
-            path: place of the store: nothing, or an empty folder.
+            path: folder to make; nothing is there, or an empty folder.
             spec: description of the store.
             images: one for each row, in order.
             selection: rule by which the images were chosen.
             head: SAM's prompt encoder and mask decoder, as `encode_head` makes them.
 
         Raises:
-            StoreError: the place is taken.
+            StoreError: something is at the path already, or it can't be written.
         """
         path = local_path(path)
         with draft_of(path) as draft:
@@ -122,7 +122,7 @@ class EmbeddingStore:
         return cls.open(path, writable=True)
 
     def close(self) -> None:
-        """Close the files and release the lock; a writer removes what unfinished attempts left."""
+        """Close the files and release the lock; a writer removes the partial files of unfinished attempts."""
         self.reader.close()
         self.manifest.close()
         if self._lock:
@@ -158,7 +158,7 @@ class EmbeddingStore:
         return self.path / HEAD
 
     def read_head(self) -> bytes:
-        """Return the content of `head_path`; StoreDamaged when it is not what was stored."""
+        """Return the content of `head_path`; StoreDamaged if it is missing or was changed."""
         return read_head(self.head_path, self.spec.head_sha256)
 
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
@@ -171,18 +171,17 @@ class EmbeddingStore:
             out: batch to fill, as `reader.empty_batch(B)` makes it; None for a new one.
 
         Returns:
-            The rows as stored, (B, 256, g, g) in the store's dtype, with int8's scales (B, 256).
+            The rows as stored: values (B, 256, g, g) in the store's dtype, in int8 stores with scales (B, 256).
 
         Raises:
-            StoreDamaged: names the file, row and key of whatever is not as committed.
+            StoreDamaged: a row is not as committed; the message names its file, number and key.
             StoreError: a row isn't done, or can't be read.
             ValueError: `out` has other shapes or dtypes.
         """
         return self.reader.read(rows, out)
 
     def read_image(self, row: int) -> bytes:
-        """Read the image file that is kept of a done row, verified against the manifest; safe to call from several
-        threads.
+        """Read the kept image file of a done row, verified by the manifest's checksum. Safe from several threads.
 
         Raises:
             StoreDamaged: the image is not the one that was committed.
@@ -192,7 +191,7 @@ class EmbeddingStore:
         try:
             return self._read_image(row)
         except StoreError:
-            # A writer may have committed the shard again between the listing and the file.
+            # A writer may have committed the shard again after its record was read.
             return self._read_image(row)
 
     def _read_image(self, row: int) -> bytes:
@@ -215,11 +214,11 @@ class EmbeddingStore:
         return [audit for audit in self.manifest.audits() if limits.missed_by(audit)]
 
     def shard_rows(self, shard: int) -> range:
-        """Return the rows that a shard holds, given how many the store has now."""
+        """Return the rows of a shard, given the store's current number of rows."""
         return rows_of(shard, self.spec.shard_size, self.manifest.row_count())
 
     def pending_shards(self) -> list[int]:
-        """Return the shards to compute, ascending: those that aren't committed."""
+        """Return the shards that are not committed, ascending."""
         committed = self.manifest.committed_shards()
         return [
             shard
@@ -238,7 +237,7 @@ class EmbeddingStore:
             results: one for each of the shard's rows, in order.
 
         Raises:
-            StoreError: the attempt's files aren't whole; the shard stays pending.
+            StoreError: the attempt's files are incomplete, or can't be moved; the shard stays pending.
         """
         manifest = self._manifest_writer()
         rows = self.shard_rows(shard)
@@ -260,7 +259,7 @@ class EmbeddingStore:
         self.reader.forget(shard)
 
     def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:
-        """Return (path, place, length in bytes when whole) of each file of an attempt."""
+        """Return (partial path, final path, expected bytes) of each file of an attempt."""
         moves = [
             (
                 partial_path(self.path, layout, shard, attempt),
@@ -276,26 +275,37 @@ class EmbeddingStore:
         return moves
 
     def withdraw(self, shards: Iterable[int]) -> None:
-        """Remove shards from the list before they are recomputed; their rows are pending from then on."""
+        """Remove shards from the list so that they are recomputed; their rows become pending."""
         manifest = self._manifest_writer()
         for shard in shards:
             manifest.withdraw_shard(shard, self.shard_rows(shard))
             self.reader.forget(shard)
 
     def record_audits(self, audits: Sequence[Audit]) -> None:
-        """Keep audits of done rows; StoreError for any other row.
+        """Record audits of done rows; StoreError for a row that is not done.
 
         An audit replaces an earlier one of its row, and is deleted when its shard is withdrawn.
         """
         self._manifest_writer().record_audits(audits)
 
     def restore_head(self, data: bytes) -> None:
-        """Write the head again; StoreMismatch unless it is the one that the store was made with."""
+        """Write the file of SAM's head again; StoreMismatch unless it is the one that the store was made with."""
         self._manifest_writer()
         write_head(self.head_path, data, self.spec.head_sha256)
 
     def extend(self, images: Sequence[ImageRef], selection: Selection) -> range:
-        """Append rows for more images, and return their range. A short last shard is withdrawn, since it grows."""
+        """Append rows for more images. A last shard that is not full is withdrawn first, since it grows.
+
+        Args:
+            images: images that the store lacks, one for each new row, in order.
+            selection: rule by which they were chosen.
+
+        Returns:
+            The new rows.
+
+        Raises:
+            StoreError: a key is listed already, or the store can't be written.
+        """
         manifest = self._manifest_writer()
         first = manifest.row_count()
         short = first % self.spec.shard_size
@@ -309,8 +319,8 @@ class EmbeddingStore:
     def relist(self, images: Iterable[ImageRef]) -> None:
         """Update size and offset of pending images from a new listing.
 
-        Files may have been replaced, and tars written again, since the rows were given out. Committed rows and
-        unknown keys are left alone.
+        Files may have been replaced, and tars rewritten, since the rows were appended. Committed rows and unknown
+        keys are left alone.
         """
         manifest = self._manifest_writer()
         pending = [self.shard_rows(shard) for shard in self.pending_shards()]

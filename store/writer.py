@@ -1,4 +1,4 @@
-"""Shard files being written by workers, beside their places, without lock or manifest; what interrupted writing left.
+"""Shard files being written by workers, under partial names, without lock or manifest; leftovers of killed writers.
 
 Shape suffixes: C channels, H and W rows and columns of an embedding.
 """
@@ -24,7 +24,7 @@ _DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
 _TAR = re.compile(r"(0|[1-9]\d*)\.tar")
 _PARTIAL_TAR = re.compile(r"\d+\.tar\.[^.]+\.partial")
 _PRIVATE = re.compile(r"(writer\.json|sam_head\.safetensors)\.[0-9a-f]{8}\.partial")
-"""Names of the files that a writer makes, which no other file of a store may be taken for."""
+"""Names of a writer's temporary and final files; files with other names are never touched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,11 @@ class StoredRow:
     """Checksums of a row as written."""
 
     crc32c: int
-    """Of the embedding's bytes."""
+    """Checksum of the embedding's bytes."""
     scales_crc32c: int | None
-    """Of its scales' bytes, in int8 stores."""
+    """Checksum of its scales' bytes; None except in int8 stores."""
     kept: KeptImage | None
-    """Place and checksum of its image, in stores that keep images."""
+    """Place and checksum of its image; None in stores that keep no images."""
 
 
 class ShardWriter:
@@ -46,10 +46,10 @@ class ShardWriter:
 
     Args:
         store: path of the store.
-        layouts: of the store's arrays, `embeddings` first.
+        layouts: layouts of the store's arrays, `embeddings` first.
         shard: number of the shard.
-        attempt: name of this attempt, different from every other attempt's.
-        slots: rows that the shard has, failed ones included.
+        attempt: name of this attempt, unique in the store.
+        slots: rows of the shard, failed ones included.
         kept_images: file type of the kept images; None in stores that keep none.
     """
 
@@ -88,9 +88,12 @@ class ShardWriter:
         """Write one row in the store's dtype; one thread at a time.
 
         Args:
-            slot: place in the shard, from 0.
+            slot: position of the row in the shard, from 0.
             emb_CHW: float32 (256, g, g).
-            image: content of the file to keep, in stores that keep images.
+            image: content of the image file to keep; None in stores that keep no images.
+
+        Returns:
+            The row's checksums, and the place of its image.
 
         Raises:
             ValueError: another shape, or a value that is NaN or infinite before or after the conversion.
@@ -122,7 +125,7 @@ class ShardWriter:
         return kept
 
     def finish(self) -> None:
-        """Write the indexes and make the files durable; the coordinator may then commit them."""
+        """Write the indexes and sync the files to disk; the coordinator may then commit them."""
         ends = [(layout.encode_index(self._present), self._slots * layout.stride) for layout in self._layouts]
         if self._kept_images is not None:
             ends.append((END, self._kept_end))
@@ -151,12 +154,19 @@ class ShardWriter:
 
 
 def partial_path(store: Path, layout: ArrayLayout, shard: int, attempt: str) -> Path:
-    """Return the path at which one attempt at a shard writes an array before it is committed."""
+    """Return the path of the file that one attempt at a shard writes for an array, before the shard is committed.
+
+    Args:
+        store: path of the store.
+        layout: layout of the array.
+        shard: number of the shard.
+        attempt: name of the attempt, unique in the store.
+    """
     return store / layout.name / f"{layout.file_name(shard)}.{attempt}.partial"
 
 
 def _encode(emb_CHW: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """Return the row's item in every array of the store."""
+    """Return the row as each array of the store holds it: the embedding, in int8 stores also its scales."""
     if not np.isfinite(emb_CHW).all():
         raise ValueError("the teacher gave NaN or infinite values")
     if dtype == np.int8:
@@ -165,7 +175,7 @@ def _encode(emb_CHW: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
         values_CHW = np.ascontiguousarray(emb_CHW, dtype=dtype)
     if not np.isfinite(values_CHW).all():
         raise ValueError(
-            f"the teacher's values reach {np.abs(emb_CHW).max():.4g}, past {dtype.name}'s range: "
+            f"the teacher's values reach {np.abs(emb_CHW).max():.4g}, beyond {dtype.name}'s range: "
             "store them as float32"
         )
     return (values_CHW,)
@@ -193,11 +203,18 @@ def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: i
             pending[0] = pending[0][written:]
 
 
-# ---- what interrupted writing left
+# ---- leftovers of interrupted writers
 
 
 def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]:
-    """Yield the files that interrupted writing left in a store; a live writer may still be writing them."""
+    """Yield the partial files in a store.
+
+    An interrupted writer left them, unless a live one is still writing them.
+
+    Args:
+        store: path of the store.
+        layouts: layouts of the store's arrays.
+    """
     yield from _matching(store, _DOCUMENT)
     yield from _matching(store / PRIVATE, _PRIVATE)
     yield from _matching(store / FOLDER, _PARTIAL_TAR)
@@ -210,8 +227,18 @@ def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]
 def unlisted_shards(
     store: Path, layouts: Sequence[ArrayLayout], listed: Container[int]
 ) -> Iterator[tuple[int, Path]]:
-    """Yield the shard files, with their number, that are in their place but not listed: a writer was killed before it
-    listed them, or the shard was withdrawn."""
+    """Yield the shard files under their final names whose shard is not committed.
+
+    A writer was killed between moving and listing them, or the shard was withdrawn.
+
+    Args:
+        store: path of the store.
+        layouts: layouts of the store's arrays.
+        listed: numbers of the committed shards.
+
+    Returns:
+        Pairs of the shard's number and the file's path.
+    """
     for layout in layouts:
         zeros = r"\.0" * len(layout.item_shape)
         for path in _matching(store / layout.name, re.compile(rf"c\.(0|[1-9]\d*){zeros}")):
@@ -224,7 +251,7 @@ def unlisted_shards(
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> Iterator[Path]:
-    """Yield the files of a folder whose whole name matches. Other names are other people's files."""
+    """Yield the files of a folder whose full name matches. Files with other names are not ours."""
     try:
         entries = os.scandir(folder)
     except FileNotFoundError:

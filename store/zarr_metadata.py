@@ -1,4 +1,4 @@
-"""The Zarr v3 documents (zarr.json) of a store: made by zarr-python, written durably by us, read for the spec."""
+"""Zarr v3 metadata documents (zarr.json) of a store: made by zarr-python, written atomically, read for the spec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DIMENSIONS = ("row", "channel", "y", "x")
 
 
 def exists(path: Path | str) -> bool:
-    """Return True if there is a mobilesam store at the path, whole or damaged."""
+    """Return True if there is a mobilesam store at the path, intact or damaged."""
     try:
         read_spec(local_path(path))
     except StoreNotFound:
@@ -32,7 +32,7 @@ def read_spec(store: Path) -> StoreSpec:
 
     Raises:
         StoreNotFound: there is no store at the path.
-        StoreDamaged: there is one, but its document is not whole.
+        StoreDamaged: there is one, but its document is missing or damaged.
         StoreError: the document can't be read, or another version wrote it.
     """
     path = store / DOCUMENT
@@ -44,7 +44,7 @@ def read_spec(store: Path) -> StoreSpec:
     except OSError as error:
         raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path} is damaged (no JSON): {REPAIR_METADATA}") from error
+        raise StoreDamaged(f"{path} is damaged (not JSON): {REPAIR_METADATA}") from error
     except (KeyError, TypeError, IndexError) as error:
         raise _no_store(store, f"its {DOCUMENT} has no attribute {ATTRIBUTE}") from error
     return StoreSpec.from_json(attributes)
@@ -64,15 +64,23 @@ def document_names(spec: StoreSpec) -> set[str]:
 
 
 def documents_of(spec: StoreSpec, rows: int) -> dict[str, bytes]:
-    """Make every zarr.json of a store of `rows` rows, by its path in the store, the group's last."""
+    """Make every zarr.json of a store.
+
+    Args:
+        spec: description of the store.
+        rows: rows of the store.
+
+    Returns:
+        Content by path in the store, such as "embeddings/zarr.json"; the group's last.
+    """
     arrays = {layout.name: _array_document(layout, rows) for layout in spec.layouts}
     documents = {f"{name}/{DOCUMENT}": document for name, document in arrays.items()}
     return documents | {DOCUMENT: _group_document(spec, arrays)}
 
 
 def _group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
-    """Make the root group's zarr.json: the spec among its attributes, and the arrays' documents consolidated, without
-    which xarray warns on opening."""
+    """Make the root group's zarr.json, with the spec among its attributes and the arrays' documents as consolidated
+    metadata, without which xarray warns on opening."""
     import zarr
 
     documents: dict[str, Any] = {}
@@ -87,8 +95,8 @@ def _group_document(spec: StoreSpec, arrays: Mapping[str, bytes]) -> bytes:
 
 
 def _array_document(layout: ArrayLayout, rows: int) -> bytes:
-    """Make an array's zarr.json for `rows` rows: shards of whole rows, crc32c on every row, absence reads as NaN
-    (as 0 in int8, where the row's scales read as NaN)."""
+    """Make an array's zarr.json for `rows` rows: shards of whole rows, a crc32c behind every row. Missing rows read
+    as NaN; in int8 as 0, with scales that read as NaN."""
     import zarr
     from zarr.codecs import Crc32cCodec
 
@@ -110,12 +118,28 @@ def _array_document(layout: ArrayLayout, rows: int) -> bytes:
 
 
 def changed_documents(store: Path, documents: Mapping[str, bytes]) -> list[str]:
-    """Return the names of the documents that are not on disk as they should be."""
+    """Return the names of the documents that are missing on disk or have another content.
+
+    Args:
+        store: path of the store.
+        documents: expected content by path in the store.
+
+    Raises:
+        OSError: a document can't be read.
+    """
     return [name for name, content in documents.items() if not _holds(store / name, content)]
 
 
 def write_documents(store: Path, documents: Mapping[str, bytes]) -> None:
-    """Write every document to its place, in the order given; one that is there already is left alone."""
+    """Write the documents that are missing or have another content, each atomically, in the order given.
+
+    Args:
+        store: path of the store.
+        documents: content by path in the store.
+
+    Raises:
+        OSError: a document can't be written.
+    """
     for name in changed_documents(store, documents):
         path = store / name
         path.parent.mkdir(exist_ok=True)

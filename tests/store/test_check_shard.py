@@ -60,7 +60,7 @@ def test_a_missing_shard_is_one_problem(store: EmbeddingStore) -> None:
     shard_file(store, 1).unlink()
     (problem,) = inspect_store(store.path, check=True)["problems"]
     assert (problem["kind"], problem["shard"], problem["file"]) == ("missing", 1, str(shard_file(store, 1)))
-    assert problem["message"] == "the file is missing, with 2 images"
+    assert problem["message"] == "the file is missing: 2 images are lost"
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, -1])

@@ -64,7 +64,7 @@ def test_a_link_to_an_empty_folder_stays_a_link_and_the_store_is_made_behind_it(
 
 def test_a_link_that_leads_nowhere_is_named_with_its_goal(tmp_path: Path) -> None:
     (tmp_path / "store.zarr").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(StoreError, match=r"is a link to .*unmounted, which is not there"):
+    with pytest.raises(StoreError, match=r"is a link to .*unmounted, which does not exist"):
         _create(tmp_path / "store.zarr")
 
 

@@ -84,7 +84,7 @@ def test_a_missing_manifest_is_an_error(full_store: EmbeddingStore) -> None:
 
 def test_a_manifest_of_an_earlier_version_says_so(store: EmbeddingStore) -> None:
     run_sql(store, "PRAGMA user_version = 0")
-    with pytest.raises(StoreError, match=r"made by an earlier version .* precompute again") as caught:
+    with pytest.raises(StoreError, match=r"made by an earlier version .* precompute a new store") as caught:
         EmbeddingStore.open(store.path)
     assert not isinstance(caught.value, StoreDamaged)
     run_sql(store, "PRAGMA user_version = 9")

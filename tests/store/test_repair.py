@@ -346,7 +346,7 @@ def test_the_lines_of_a_repair_say_what_was_done_and_what_to_do(damaged: Embeddi
     assert "repair        3 shards withdrawn, 7 files removed, 0 rewritten" in lines
     assert lines[-3:] == [
         "check         whole",
-        "Compute again what was taken out with",
+        "Compute the removed shards again with",
         f"  mobilesam precompute --images /photos --out {damaged.path} --teacher vit_nano",
     ]
     assert any(

@@ -50,7 +50,7 @@ def test_values_that_float16_cannot_hold_are_refused(new_store: NewStore, bad: f
     emb_CHW[3, 2, 1] = bad
     with (
         ShardWriter(store.path, store.spec.layouts, 0, "attempt", 3) as writer,
-        pytest.raises(ValueError, match=r"NaN or infinite|past float16's range"),
+        pytest.raises(ValueError, match=r"NaN or infinite|beyond float16's range"),
     ):
         writer.add(0, emb_CHW)
 

@@ -154,7 +154,7 @@ def test_a_store_that_lost_its_group_document_is_damaged_rather_than_none(
     document = full_store.path / "zarr.json"
     document.unlink() if content is None else document.write_bytes(content)
     with pytest.raises(
-        StoreDamaged, match=r"with a manifest, .*: put it back with mobilesam inspect STORE --repair"
+        StoreDamaged, match=r"with a manifest, .*: restore it with mobilesam inspect STORE --repair"
     ):
         EmbeddingStore.open(full_store.path)
     with pytest.raises(StoreDamaged):
