@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .prompts import ImagePrompts
 
 MAX_IMAGE_SIZE = 16384
-"""Pixels, on a side of the encoder's input."""
+"""Largest side of the encoder's input in pixels."""
 
 TORCH, ENCODER, DECODER, FOLDER = "torch", "encoder", "decoder", "folder"
 """Kinds of exports."""
@@ -48,7 +48,7 @@ def _head_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentConfig:
-    """All options of one segmentation, checked where they are made.
+    """All options of one segmentation, checked on construction.
 
     Points (x, y) and boxes (x0, y0, x1, y1) are those of `ImagePrompts`. Points and a single box mean one object.
 
@@ -108,11 +108,11 @@ class SegmentConfig:
             f"--out {self.out} is neither PNG nor JPEG: end its name in {', '.join(FORMATS)}",
         )
         self._check_places()
-        _ = self.prompts  # made, and so checked
+        _ = self.prompts  # checked on construction
 
     @property
     def prompts(self) -> ImagePrompts:
-        """All prompts, checked."""
+        """All prompts of the request."""
         from .prompts import ImagePrompts
 
         return ImagePrompts(
@@ -141,7 +141,7 @@ class SegmentConfig:
         require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)
 
     def _check_places(self) -> None:
-        """Refuse to write over a file that is read, or to write two outputs to one place."""
+        """Refuse to overwrite an input, or to write two outputs to one path."""
         taken = {
             "the image": self.image,
             "--student": self.student,
@@ -158,20 +158,20 @@ class SegmentConfig:
         for name, path in (("--out", self.out), ("--rle", self.rle)):
             self._require(
                 path is None or self.masks is None or path.resolve().parent != self.masks.resolve(),
-                f"{name} {path} is in --masks {self.masks}, which holds masks alone: give another folder",
+                f"{name} {path} is in --masks {self.masks}, which holds only masks: give another folder",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """All options of one export, checked where they are made.
+    """All options of one export, checked on construction.
 
-    `out` chooses by its name what to make: `.pt` or `.pth` is student and head in mobile_sam.pt's format,
-    `...encoder.onnx` and `...decoder.onnx` are the two halves for onnxruntime; a name without a suffix, or a folder
-    that exists, is all of them with a model card.
+    The name of `out` determines the kind of export: `.pt` or `.pth` is student and head in mobile_sam.pt's format,
+    `...encoder.onnx` and `...decoder.onnx` are the two halves for onnxruntime; a name without a suffix, or an
+    existing folder, is all of them with a model card.
 
     Raises:
-        PredictError: `out` is none of these or a file that is read, or the image size is out of range.
+        PredictError: `out` is none of these or an input file, or the image size is out of range.
     """
 
     student: Path | None = _student_option()

@@ -1,4 +1,4 @@
-"""SAM's head for a student: the order of the places it is taken from, and reading it out of each kind of file.
+"""SAM's head for a student: the order in which places are searched, and reading a head from each kind of file.
 
 A head is SAM's prompt encoder and mask decoder, the tensors `prompt_encoder.*` and `mask_decoder.*`. It can be in
 
@@ -33,18 +33,19 @@ _MEND = "give --head with the store that it learned from, or with a SAM or Mobil
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedHead:
-    """A head's tensors, and where they came from."""
+    """Tensors of a head, and their source."""
 
     state: Mapping[str, Tensor]
     """float32 on the CPU, by their keys in SAM's checkpoints."""
     source: str
-    """The file, or the store."""
+    """Path of the file or store."""
     teacher: str | None = None
-    """The teacher's name, and the SHA-256 of its checkpoint: known for a store's head only."""
+    """The teacher's name; known for a store's head only."""
     checkpoint_sha256: str | None = None
+    """SHA-256 of the teacher's checkpoint; known for a store's head only."""
 
     def build(self, image_size: int) -> SamHead:
-        """Build the module for encoders of `image_size` pixels; DistillError where the tensors don't fit."""
+        """Build the module for encoders of `image_size` pixels; DistillError if the tensors don't fit."""
         try:
             return build_head(self.state, image_size)
         except CheckpointError as error:
@@ -57,7 +58,7 @@ def find_head(
     """Find the head for a student's file: the first of these that exists.
 
     1. `given`, by the user.
-    2. The head in the student's own file, where it was trained with the student, or the file is in mobile_sam.pt's
+    2. The head in the student's own file, if it was trained with the student, or if the file is in mobile_sam.pt's
        format.
     3. The head of the run that the file belongs to, copied from its store.
     4. The head in the student's own file, if it is the teacher's.
@@ -66,12 +67,12 @@ def find_head(
 
     Args:
         file: the student's file, already checked by `load_student`.
-        run: the run that the file belongs to, or None.
-        given: a file or store that `read_head_file` takes.
-        fallback: likewise.
+        run: run that the file belongs to, or None.
+        given: file or store for `read_head_file`.
+        fallback: file or store for `read_head_file`.
 
     Raises:
-        HeadNotFound: there is none.
+        HeadNotFound: there is no head.
         DistillError, CheckpointError, StoreError: the head is missing or damaged.
     """
     if given is not None:
@@ -93,7 +94,7 @@ def find_head(
 
 
 def read_head_file(path: Path) -> LoadedHead:
-    """Read the head out of a store, a safetensors file or a checkpoint in torch's format; other tensors are ignored.
+    """Read the head from a store, a safetensors file or a checkpoint in torch's format; other tensors are ignored.
 
     Raises:
         DistillError, CheckpointError, StoreError: there is no head, or the file is missing or damaged.
@@ -113,15 +114,17 @@ def read_head_file(path: Path) -> LoadedHead:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Return True if the content is safetensors: a JSON object after 8 bytes of length. The file's name decides where
-    the content is neither that nor torch's."""
+    """Return True if the content is safetensors: a JSON object after 8 bytes of length.
+
+    If the content is neither that nor torch's format, the file's name decides.
+    """
     with _readable(path), path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" or (path.suffix == ".safetensors" and not in_torch_format(start))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the head's tensors alone, by mmap; a file written by `save_student` is checked against its SHA-256."""
+    """Read only the head's tensors, by mmap; the SHA-256 of a file written by `save_student` is checked."""
     with _readable(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
@@ -136,7 +139,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
-    """Decode the safetensors in `data`, the content of `path`, whose SHA-256 was checked."""
+    """Decode safetensors in memory, the content of `path`, whose SHA-256 has been checked."""
     with _intact(path):
         return _only_head(load(data), path)
 
@@ -160,7 +163,7 @@ def _intact(path: Path) -> Iterator[None]:
 
 
 def _only_head(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the head's part of `state` as float32; refuse values that are no weights."""
+    """Return the head's part of `state` as float32; refuse integers and values that aren't finite."""
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     if not head:
         raise DistillError(f"{path} holds no mask decoder; {_MEND}")

@@ -24,8 +24,8 @@ from ..common.errors import PredictError, shown
 from .outputs import Outputs, check_writable, is_partial
 
 SOFTWARE = "mobilesam"
-"""Written into each PNG's text, so that a folder of someone's numbered pictures isn't taken for masks of an earlier
-run."""
+"""Value of the text field "Software" of each PNG, by which masks of an earlier run are recognised: other numbered
+pictures must not be deleted."""
 
 _MASK_NAME = re.compile(r"\d{3,}\.png")
 
@@ -39,24 +39,29 @@ class Mask:
     counts: str
     """COCO's compressed runs."""
     predicted_iou: float | None
-    """SAM's own estimate of the mask's quality; None where it isn't finite."""
+    """SAM's own estimate of the mask's IoU; None if it isn't finite."""
     stability_score: float | None
-    """IoU of the masks at logits above 1 and above -1, 0 to 1; None where both are empty."""
+    """IoU of the masks at logits above 1 and above -1, 0 to 1; None if both are empty."""
     point_coords: Sequence[Sequence[float]]
-    """x, y of each point on the object that SAM was given."""
+    """x, y in pixels of each foreground point of the prompt."""
     crop_box: Sequence[float]
-    """x, y, width and height of the part of the image that SAM was given."""
+    """x, y, width and height in pixels of the part of the image that the mask was predicted from."""
 
     @classmethod
     def from_pixels(cls, pixels_HW: npt.NDArray[np.bool_], **fields: Any) -> Mask:
-        """Encode a mask given as bool (H, W), true inside; `fields` are all but `size` and `counts`."""
+        """Encode a mask given as pixels.
+
+        Args:
+            pixels_HW: bool (H, W), True inside the mask.
+            fields: all fields of the mask but `size` and `counts`.
+        """
         runs = coco.encode(np.asfortranarray(pixels_HW, dtype=np.uint8))
         height, width = pixels_HW.shape
         return cls(size=(height, width), counts=runs["counts"].decode("ascii"), **fields)
 
     @property
     def segmentation(self) -> dict[str, Any]:
-        """COCO's compressed RLE with its counts as text: JSON values that pycocotools takes."""
+        """COCO's compressed RLE as JSON values, `size` and `counts`, which pycocotools decodes."""
         return {"size": list(self.size), "counts": self.counts}
 
     @property
@@ -66,7 +71,7 @@ class Mask:
 
     @property
     def bbox(self) -> list[int]:
-        """x, y, width and height in pixels of the smallest box around the mask; zeros where it is empty.
+        """x, y, width and height in pixels of the mask's bounding box; zeros if it is empty.
 
         COCO's convention. SamAutomaticMaskGenerator's boxes are one pixel narrower and lower than the mask.
         """
@@ -78,7 +83,7 @@ class Mask:
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """Return an 8-bit grey PNG: 255 inside the mask, else 0."""
+    """Encode a mask as an 8-bit greyscale PNG: 255 inside, 0 outside."""
     text = PngInfo()
     text.add_text("Software", SOFTWARE)
     buffer = io.BytesIO()
@@ -87,14 +92,14 @@ def encode_mask(mask: Mask) -> bytes:
 
 
 def encode_rle(masks: Sequence[Mask], file_name: str, original_size: tuple[int, int]) -> bytes:
-    """Return the masks of one image in the JSON layout of SA-1B, which pycocotools reads.
+    """Encode the masks of one image in the JSON layout of SA-1B, whose RLE pycocotools decodes.
 
     The image has no `image_id`. `predicted_iou` and `stability_score` are null where they are undefined.
 
     Args:
-        masks: in order; a mask's `id` is its index.
-        file_name: the image's, without its folder.
-        original_size: height and width of the image.
+        masks: masks in order; a mask's `id` is its index.
+        file_name: the image's file name, without its folder.
+        original_size: height and width of the image in pixels.
     """
     height, width = original_size
     annotations = [
@@ -120,10 +125,14 @@ def mask_name(index: int) -> str:
 
 
 def check_masks_folder(path: Path, option: str = "--masks") -> None:
-    """Refuse a folder that masks can't be written to, or that holds other files than masks of an earlier run.
+    """Refuse a folder that can't be written to, or that holds files other than masks of an earlier run.
+
+    Args:
+        path: folder of the masks; may not exist yet.
+        option: option of the command line that names it, for messages.
 
     Raises:
-        PredictError: names `option` and the first of the other files.
+        PredictError: the folder is refused; the message names the first of the other files, if there are any.
     """
     with explain_os_errors(path, PredictError, option):
         if not path.exists():
@@ -140,7 +149,13 @@ def check_masks_folder(path: Path, option: str = "--masks") -> None:
 
 
 def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str = "--masks") -> list[Path]:
-    """Add a PNG file for each mask, in the folder `path`, to `outputs`.
+    """Write the masks as PNG files 000.png, 001.png, ... in a folder, through `outputs`.
+
+    Args:
+        outputs: output files of the command; the caller commits them.
+        path: folder that passed `check_masks_folder`; made if it doesn't exist.
+        masks: masks in order.
+        option: option of the command line that names the folder, for messages.
 
     Returns:
         The files of an earlier run in that folder, for `outputs.commit` to remove.
@@ -157,7 +172,7 @@ def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str =
 
 
 def _is_ours(file: Path) -> bool:
-    """Return True if an earlier run wrote the file: a mask, or a temporary file left by a kill."""
+    """Return True if an earlier run wrote the file: a mask, or a temporary file left behind by a kill."""
     if is_partial(file):
         return file.is_file()
     if not _MASK_NAME.fullmatch(file.name) or not file.is_file():

@@ -1,10 +1,10 @@
-"""A student or a teacher as a whole SAM, ready to be prompted.
+"""Loading of a student or a teacher as a whole SAM, ready for prompts.
 
 `load_model` takes a student in any of these forms, recognised by content, not by name:
 
-- None: the run that started last, runs/latest;
+- None: the latest run, runs/latest;
 - a run's folder, or the student.safetensors in it;
-- an export's folder, or the model.safetensors in it, which has a head of its own;
+- an export's folder, or the model.safetensors in it, which includes a head;
 - a student.safetensors without its run;
 - a file in mobile_sam.pt's format, a tiny_vit with its head.
 
@@ -35,27 +35,27 @@ from .head_source import LoadedHead, find_head
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A whole SAM, and what its files say of it."""
+    """Whole SAM with its metadata."""
 
     sam: Sam
-    """segment_anything's class, in evaluation mode, float32, on `device`; `SamPredictor` takes it."""
+    """segment_anything's class, in evaluation mode, float32, on `device`; for `SamPredictor`."""
     student: str
     """The encoder's name in the registry of students, or the teacher's name."""
     file: Path | None
-    """The file that the encoder was read from; None for the teacher that comes with this package."""
+    """File of the encoder; None for the teacher that is part of this package."""
     run: Run | None
-    """The run that the file belongs to."""
+    """Run that the file belongs to; None without a run."""
     info: Mapping[str, Any]
-    """The description in the student's file (`teacher`, `run`, ...); empty for a file in mobile_sam.pt's format."""
+    """Description in the student's file (`teacher`, `run`, ...); empty for a file in mobile_sam.pt's format."""
     head_source: str
-    """The file or store that the head came from."""
+    """File or store of the head."""
     device: torch.device
     notes: tuple[str, ...] = ()
-    """Warnings for whoever uses the masks, one sentence each."""
+    """Warnings for users of the masks, one sentence each."""
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the padded square that the encoder takes."""
+        """Side in pixels of the encoder's padded square."""
         return self.sam.image_encoder.img_size
 
 
@@ -70,19 +70,20 @@ def load_model(
     """Load a student as a whole SAM.
 
     Args:
-        student: a run's or an export's folder, a student's file, or a file in mobile_sam.pt's format; None is
+        student: folder of a run or an export, a student's file, or a file in mobile_sam.pt's format; None:
             runs/latest.
-        head: a store, or a file with `prompt_encoder.*` and `mask_decoder.*` among its tensors: sam_head.safetensors,
+        head: store, or file with `prompt_encoder.*` and `mask_decoder.*` among its tensors: sam_head.safetensors,
             model.safetensors, or any SAM checkpoint. None: the head in the student's own file, or in its run or
             folder.
-        fallback_head: likewise, used where neither the student's file nor its folder has a head.
-        device: auto, cpu, cuda or cuda:i.
-        image_size: in pixels, for a file in mobile_sam.pt's format, which doesn't record it (1024 where None).
+        fallback_head: store or file as for `head`, used if neither the student's file nor its folder has a head.
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        image_size: side of the encoder's square in pixels, for a file in mobile_sam.pt's format, which doesn't record
+            it (None: 1024); for other files it must agree with the recorded size.
 
     Raises:
         HeadNotFound: no head was found.
         DistillError, CheckpointError, StoreError: a file is missing or damaged, the head doesn't fit, or the student
-            takes another image size.
+            has another image size.
     """
     target = resolve_device(device)
     encoder, info, file, run = _open_student(student, target, image_size)
@@ -103,7 +104,7 @@ def load_model(
 
 
 class _Student(NamedTuple):
-    """Encoder that was read from a student's file, before its head is found."""
+    """Encoder from a student's file, before its head is found."""
 
     encoder: nn.Module
     info: Mapping[str, Any]  # as `load_student` returns it
@@ -123,7 +124,7 @@ def _open_student(student: Path | str | None, device: torch.device, image_size: 
 
 
 def _find_run(student: Path | str | None) -> Run | None:
-    """Return the run that `student` belongs to, or None if it isn't a run's folder nor the student in one."""
+    """Return the run if `student` is a run's folder or the student's file in one, else None."""
     if student is None:
         return Run.open()
     path = Path(student)
@@ -158,10 +159,11 @@ def load_teacher_model(
     """Load a teacher as a whole SAM.
 
     Args:
-        teacher: its name in the registry of teachers.
-        checkpoint: its file; None: the file in the cache, downloaded if it isn't there (see `find_checkpoint`).
-        device: auto, cpu, cuda or cuda:i.
-        image_size: side in pixels of the padded square; positions are interpolated where it isn't the trained one.
+        teacher: name in the registry of teachers.
+        checkpoint: checkpoint's file; None: the file in the cache, downloaded if missing (see `find_checkpoint`).
+        device: "auto", "cpu", "cuda" or "cuda:i".
+        image_size: side of the encoder's square in pixels; position tables are interpolated if it isn't the size of
+            the teacher's training.
         download: called with (bytes done, bytes in total) during a download.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Output files of a command: checked before any long work, and written together, each of them whole."""
+"""Output files of a command: checked before any long work, then written together and atomically."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def check_file(path: Path, option: str) -> None:
     """Refuse a file that can't be created or replaced.
 
     Args:
-        path: the file that will be written.
-        option: the command line's option that named it, for the message.
+        path: file to be written later.
+        option: option of the command line that names it, for messages.
 
     Raises:
         PredictError: it is a folder or a device, or its folder is missing or can't be written to.
@@ -34,7 +34,15 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Create a file in `folder` and remove it; PredictError where the folder is missing or refuses."""
+    """Check that files can be created in a folder, by creating one and removing it.
+
+    Args:
+        folder: folder of the output.
+        option: option of the command line that names it, for messages.
+
+    Raises:
+        PredictError: the folder is missing, or no file can be created in it.
+    """
     with explain_os_errors(folder, PredictError, option):
         if not folder.is_dir():
             raise PredictError(f"{option}: there is no folder {shown(str(folder))}; make it first")
@@ -44,14 +52,14 @@ def check_writable(folder: Path, option: str) -> None:
 
 
 class Outputs:
-    """Files that are written under temporary names, and renamed together by `commit`.
+    """Output files that are written under temporary names, and renamed together by `commit`.
 
-    A context manager: on the way out, temporary files that weren't committed are removed, and after an error also the
-    folders that were made for them. All methods raise PredictError when a file can't be written.
+    A context manager: on exit, temporary files that weren't committed are removed, and after an error also the
+    folders made by `make_folder`, if empty. All methods raise PredictError if a file can't be written.
     """
 
     def __init__(self) -> None:
-        # Temporary file, its place, the option that named it.
+        # Temporary file, final path, option that names it.
         self._written: list[tuple[Path, Path, str]] = []
         self._made: list[Path] = []
 
@@ -67,15 +75,25 @@ class Outputs:
                     folder.rmdir()
 
     def make_folder(self, path: Path, option: str) -> None:
-        """Make a folder if it doesn't exist."""
+        """Make a folder if it doesn't exist.
+
+        Args:
+            path: the folder; its parent must exist.
+            option: option of the command line that names it, for messages.
+        """
         with explain_os_errors(path, PredictError, option):
             if not path.is_dir():
                 path.mkdir()
                 self._made.append(path)
 
     def add(self, path: Path, data: bytes, option: str) -> None:
-        """Write `data` durably under a temporary name in the folder of `path`."""
-        # A link stays one: its target is replaced.
+        """Write a file durably under a temporary name in the folder of `path`.
+
+        Args:
+            path: final path; of a symbolic link, the target is replaced.
+            data: content.
+            option: option of the command line that names the file, for messages.
+        """
         path = path.resolve()
         partial = _partial(path.parent)
         self._written.append((partial, path, option))
@@ -85,7 +103,7 @@ class Outputs:
             os.fsync(file.fileno())
 
     def commit(self, stale: Iterable[Path] = ()) -> None:
-        """Rename every file to its place, and remove those in `stale` that weren't replaced."""
+        """Rename every file to its final path, and remove the `stale` files that weren't replaced."""
         for partial, path, option in self._written:
             with explain_os_errors(path, PredictError, option):
                 os.replace(partial, path)
@@ -101,7 +119,7 @@ class Outputs:
 
 
 def is_partial(path: Path) -> bool:
-    """Return True if the name is that of a temporary file, which a killed command may leave behind."""
+    """Return True if the file's name is that of a temporary file, as a killed command may leave behind."""
     return _PARTIAL_NAME.fullmatch(path.name) is not None
 
 

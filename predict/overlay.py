@@ -23,17 +23,17 @@ Bools = npt.NDArray[np.bool_]
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
-    # Full resolution for colours too: contours are a pixel or two wide.
+    # No chroma subsampling: contours are a pixel or two wide.
     ".jpg": ("JPEG", {"quality": 92, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 92, "subsampling": 0}),
 }
-"""Pillow's format and options, by the end of a picture's name."""
+"""Pillow's format and options by file suffix."""
 
 MAX_JPEG_SIDE = 65_500
-"""Pixels; limit of libjpeg."""
+"""Largest side of a JPEG in pixels, a limit of libjpeg."""
 
 OPACITY = 0.45
-"""Share of a mask's colour in its pixels, 0 to 1."""
+"""Opacity of a mask's colour, 0 to 1."""
 FIRST_HUE = 0.58
 GOLDEN_RATIO = 0.618034
 GREEN, RED, WHITE = (0, 170, 60), (220, 20, 40), (255, 255, 255)
@@ -44,13 +44,13 @@ LARGE = 800
 def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -> Rgb:
     """Draw masks and prompts over a photo.
 
-    Where masks overlap the smaller one is on top, blended with the photo alone. Points on the object are green,
-    others red; a box has its mask's colour.
+    Where masks overlap, the smaller one is on top and hides the others. Foreground points are green, background
+    points red; a box has its mask's colour.
 
     Args:
         image_HWC: uint8 RGB (H, W, 3); not changed.
-        masks: of the photo's size; the index of a mask chooses its colour.
-        prompts: inside the photo.
+        masks: masks of the photo's size; a mask's index determines its colour.
+        prompts: prompts inside the photo.
 
     Returns:
         uint8 RGB (H, W, 3).
@@ -70,7 +70,7 @@ def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -
 def mask_colour(index: int) -> tuple[int, int, int]:
     """Return a saturated RGB colour, 0 to 255, for the mask with this index.
 
-    Hues in steps of the golden ratio stay far apart.
+    Hues in steps of the golden ratio are far apart.
     """
     red, green, blue = colorsys.hsv_to_rgb((FIRST_HUE + index * GOLDEN_RATIO) % 1, 0.88, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -87,10 +87,10 @@ def _draw_mask(canvas_HWC: Rgb, image_HWC: Rgb, mask: Mask, colour: tuple[int, i
 
 
 def contour(inside_HW: Bools, line: int) -> Bools:
-    """Return the pixels of a mask that are at most `line` steps up, down, left or right from its outside.
+    """Return the pixels of a mask within `line` steps up, down, left or right of its outside.
 
     Args:
-        inside_HW: bool (H, W), true inside the mask; what lies beyond the array is outside.
+        inside_HW: bool (H, W), True inside the mask; everything beyond the array is outside.
         line: width of the contour in pixels.
 
     Returns:
@@ -104,7 +104,7 @@ def contour(inside_HW: Bools, line: int) -> Bools:
 
 
 def _draw_box(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], line: int) -> None:
-    """Draw the outline of a box inwards, and a white line inside it that sets it off from its mask's colour."""
+    """Draw a box's outline inside its border, and a white line inside that, for contrast with the mask."""
     x0, y0, x1, y1 = box
     x0, y0 = min(x0, canvas_HWC.shape[1] - 1), min(y0, canvas_HWC.shape[0] - 1)
     inside = canvas_HWC[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
@@ -130,11 +130,19 @@ def _draw_point(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> 
 
 
 def check_format(suffix: str, original_size: tuple[int, int]) -> None:
-    """Refuse, with PredictError, a picture of (height, width) pixels that is too large for the format of `suffix`."""
+    """Refuse a picture that is too large for its file format.
+
+    Args:
+        suffix: suffix of the file's name, one of FORMATS in upper or lower case.
+        original_size: height and width in pixels.
+
+    Raises:
+        PredictError: a JPEG would have a side above MAX_JPEG_SIDE.
+    """
     height, width = original_size
     if FORMATS[suffix.lower()][0] == "JPEG" and max(height, width) > MAX_JPEG_SIDE:
         raise PredictError(
-            f"a JPEG can't hold {width} x {height} pixels, {MAX_JPEG_SIDE:,} a side at most: end --out in .png"
+            f"a JPEG can't hold {width} x {height} pixels, at most {MAX_JPEG_SIDE:,} on a side: end --out in .png"
         )
 
 
@@ -143,7 +151,7 @@ def encode_picture(rgb_HWC: Rgb, suffix: str) -> bytes:
 
     Args:
         rgb_HWC: uint8 RGB (H, W, 3).
-        suffix: end of the file's name, one of FORMATS in upper or lower case.
+        suffix: suffix of the file's name, one of FORMATS in upper or lower case.
 
     Returns:
         The file's content.

@@ -1,4 +1,4 @@
-"""Masks that a SAM gives for an image and prompts, and the seconds they took.
+"""Prediction of masks for an image and prompts by a SAM, with the seconds that it took.
 
 Shape suffixes: H, W rows and columns of an image or mask, C channels, N points of one prompt, T mask tokens of a
 prompt (SAM's single mask, or its three), 2 (x, y), 4 (x0, y0, x1, y1).
@@ -21,41 +21,41 @@ from .mask_files import Mask
 from .prompts import ImagePrompts, ObjectPrompt
 
 STABILITY_OFFSET = 1.0
-"""Distance in logits from the threshold; SamAutomaticMaskGenerator's default."""
+"""Offset from the mask threshold in logits; SamAutomaticMaskGenerator's default."""
 
 POINTS_AT_ONCE = 64
-"""SamAutomaticMaskGenerator's default."""
+"""Largest number of points decoded together; SamAutomaticMaskGenerator's default."""
 
 PIXELS_AT_ONCE = 2**26
-"""Points at once times pixels of the image: 64 points on a photo of a megapixel. A point has three masks of logits,
-so these take 800 MB; at 64 points whatever the photo, 12 megapixels would take 10 GB."""
+"""Largest product of points decoded together and pixels of the image: 64 points on a photo of a megapixel. A point
+has three masks of logits, 800 MB in all; with 64 points for any photo, 12 megapixels would take 10 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Masks of an image, and the seconds they took."""
+    """Masks of an image, and the seconds that they took."""
 
     masks: list[Mask]
-    """In the order of the boxes; for everything by area, the largest first."""
+    """Masks in the order of the boxes; for everything by area, the largest first."""
     embedding_seconds: float
-    """Resizing, normalising and the image encoder."""
+    """Time for resizing, normalising and the image encoder."""
     mask_seconds: float
-    """Prompt encoder, mask decoder, and turning its logits into masks."""
+    """Time for prompt encoder, mask decoder, and turning logits into masks."""
 
 
 def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -> Prediction:
     """Segment an image.
 
-    One point alone is ambiguous: of SAM's three masks the one with the highest predicted IoU is taken. For other
-    prompts it is SAM's single mask. Everything is SamAutomaticMaskGenerator with its defaults.
+    For a single point, which is ambiguous, the one of SAM's three masks with the highest predicted IoU is chosen; for
+    other prompts SAM's single mask. Everything is segmented by SamAutomaticMaskGenerator with its defaults.
 
     Args:
-        sam: the `sam` of a `Model`.
+        sam: SAM, such as the `sam` of a `Model`.
         image_HWC: uint8 RGB (H, W, 3).
-        prompts: inside the image.
+        prompts: prompts inside the image.
 
     Returns:
-        One mask for each object; for everything as many as are found.
+        One mask for each object; for everything, as many masks as are found.
     """
     predictor = _TimedPredictor(sam)
     start = time.perf_counter()
@@ -73,9 +73,16 @@ def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -
 
 
 def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0) -> float | None:
-    """Return the IoU of the masks at `threshold` + 1 and - 1, 0 to 1; None where both are empty.
+    """Return the IoU of the masks at `threshold` + 1 and at `threshold` - 1.
 
     Source: `calculate_stability_score` in segment_anything/utils/amg.py, whose sums overflow beyond 32,767 columns.
+
+    Args:
+        logits_HW: float (H, W), mask logits.
+        threshold: logit above which a pixel is inside the mask.
+
+    Returns:
+        0 to 1; None if both masks are empty.
     """
     either = int((logits_HW > threshold - STABILITY_OFFSET).sum())
     both = int((logits_HW > threshold + STABILITY_OFFSET).sum())
@@ -83,7 +90,7 @@ def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0)
 
 
 class _TimedPredictor(SamPredictor):
-    """SamPredictor that adds up the seconds of its embeddings."""
+    """SamPredictor that adds up the time of its image embeddings."""
 
     seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""Prompts as a user gives them: points and boxes in pixels of the image as it is seen, or everything in it.
+"""Prompts of a user: points and boxes in pixels of the displayed image, or everything in it.
 
 Shape suffixes: N points of one prompt, 2 (x, y), 4 (x0, y0, x1, y1).
 """
@@ -21,10 +21,11 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePrompts:
-    """All prompts for one image, checked where they are made.
+    """All prompts for one image, checked on construction.
 
-    Coordinates are pixels of the original image, its EXIF orientation applied; x to the right, y down, (0, 0) the
-    first pixel. All points together mean one object, with the box if there is one. Several boxes mean an object each.
+    Coordinates are pixels of the original image after its EXIF orientation is applied; x to the right, y down, (0, 0)
+    the top-left pixel. All points together, with a single box if given, mean one object. Several boxes mean one
+    object each.
 
     Raises:
         PredictError: prompts contradict each other, a number isn't finite, or a box is empty.
@@ -79,7 +80,7 @@ class ImagePrompts:
         )
         require(
             bool(points or boxes),
-            f"{negative} negative points alone say what is not meant: give a --point or --box with them",
+            f"{negative} negative points alone select no object: give a --point or --box with them",
             PredictError,
         )
         require(
@@ -90,12 +91,15 @@ class ImagePrompts:
         )
 
     def check_inside(self, original_size: tuple[int, int]) -> None:
-        """Refuse prompts that aren't inside an image of `original_size` (height, width).
+        """Refuse prompts outside the image.
 
-        A point lies on a pixel: 0 <= x < width. A box's sides may lie on the image's edge: 0 <= x0 < x1 <= width.
+        A point must lie on a pixel, 0 <= x < width. A box may touch the image's edge, 0 <= x0 < x1 <= width.
+
+        Args:
+            original_size: height and width of the image in pixels.
 
         Raises:
-            PredictError: names the first such prompt, and the image's size.
+            PredictError: a prompt is outside; the message names the first one and the image's size.
         """
         height, width = original_size
         outside = f"outside the image, which is {width} x {height} pixels"
@@ -130,16 +134,16 @@ class ImagePrompts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ObjectPrompt:
-    """Prompt for one object, in the arrays that `SamPredictor.predict` takes."""
+    """Prompt for one object, as arrays for `SamPredictor.predict`."""
 
     coords_N2: npt.NDArray[np.float64] | None
-    """x and y of each point; None without any."""
+    """x and y of each point in pixels; None without points."""
     labels_N: npt.NDArray[np.int64] | None
-    """1 for a point on the object, 0 for one that isn't."""
+    """1 for a foreground point, 0 for a background point; None without points."""
     box_4: npt.NDArray[np.float64] | None
-    """x0, y0, x1, y1."""
+    """x0, y0, x1, y1 in pixels; None without a box."""
     ambiguous: bool
-    """One point alone, which may mean an object, a part, or a part of that: SAM gives three masks."""
+    """True for a single point, which may mean an object, a part or a subpart: SAM predicts three masks."""
 
 
 def _joined(numbers: Sequence[float]) -> str:

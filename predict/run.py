@@ -25,24 +25,24 @@ from .predictor import Prediction, predict
 
 
 def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[str, Any]:
-    """Segment one image in float32, draw the masks over it, and write the files asked for.
+    """Segment one image in float32, draw the masks over it, and write the output files.
 
-    Everything that can be refused is refused before the model is loaded. Existing files are replaced whole: all of
-    them, or none when one can't be written.
+    Invalid options and outputs are refused before the model is loaded. Either all existing files are replaced, or, if
+    one can't be written, none.
 
     Args:
-        config: the request.
+        config: all options.
         download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
 
     Returns:
         The object that `--json` prints: `image`, `original_size` (height, width), `student` (its name; None for a
         teacher), `teacher`, `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
-        `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height, `predicted_iou`, `stability_score`,
-        `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks are in the order of the boxes;
-        for everything by area, the largest first.
+        `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height in pixels, `predicted_iou`,
+        `stability_score`, `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks are in the
+        order of the boxes; for everything by area, the largest first.
 
     Raises:
-        PredictError: a prompt lies outside the image, an output can't be written, or memory runs out.
+        PredictError: a prompt lies outside the image, an output can't be written, or there isn't enough memory.
         ImageError, DistillError, StoreError, SamError: the image, the model or the store is missing or damaged.
     """
     _check_outputs(config)
@@ -66,7 +66,7 @@ def _check_outputs(config: SegmentConfig) -> None:
 
 
 def _read_image(path: Path) -> npt.NDArray[np.uint8]:
-    # Reading a pipe or a device might never end.
+    # Reading from a pipe or a device might never end.
     if path.exists() and not path.is_file():
         raise ImageError(f"{shown(str(path))} is not a regular file: give an image's file")
     try:
@@ -76,7 +76,7 @@ def _read_image(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _check_resized(path: Path, original_size: tuple[int, int], image_size: int) -> None:
-    """Refuse an image so thin that a side of it vanishes when it is resized."""
+    """Refuse an image so thin that one side would be 0 pixels after resizing."""
     try:
         resized_size(*original_size, image_size)
     except ImageError as error:
@@ -112,7 +112,7 @@ def _predict(model: Model, image_HWC: npt.NDArray[np.uint8], config: SegmentConf
 
 def _is_out_of_memory(error: Exception) -> bool:
     by_name = type(error).__name__ == "OutOfMemoryError"
-    # torch has no exception class for a CPU's memory.
+    # torch has no exception class for exhausted CPU memory.
     return by_name or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -160,7 +160,7 @@ def _result(
 
 
 ROWS = 20
-"""Masks that are listed; everything may find hundreds."""
+"""Largest number of masks listed; everything may find hundreds."""
 
 
 def segment_lines(result: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""An export's folder: its files, their description in model.json, and replacing an older export."""
+"""Folder of an export: its files, their description in model.json, replacement of an older export."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CARD_FILE = "README.md"
 FILES = (TORCH_FILE, MODEL_FILE, ENCODER_FILE, DECODER_FILE, CARD_FILE, DESCRIPTION_FILE)
 
 MAX_DESCRIPTION = 1 << 20
-"""Bytes of model.json that are read to recognise an older export."""
+"""Largest number of bytes of model.json read to recognise an older export."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that an export can't be written to, or that holds anything but an older export.
+    """Refuse a folder that can't be written to, or that holds anything other than an older export.
 
     Raises:
-        PredictError: names the first of the other files, or the reason.
+        PredictError: the folder is refused; the message gives the reason, or the first of the other files.
     """
     if not folder.exists():
         if folder.is_symlink():
@@ -69,10 +69,14 @@ def _is_export(folder: Path) -> bool:
 
 
 def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
-    """Export everything into a folder that passed `check_folder`.
+    """Write all files of an export into a folder.
 
-    All files are renamed to their places together, after the ONNX files were checked. Files of an older export that
-    this student has no counterpart of are removed.
+    All files are renamed to their final names together, after the ONNX files were checked. Files of an older export
+    that this one doesn't replace are removed.
+
+    Args:
+        model: model to export, on the CPU.
+        folder: folder that passed `check_folder`; made if it doesn't exist.
 
     Returns:
         `files` (name -> `bytes`, `sha256`), `checks` (ONNX file -> comparison with torch), `left_out` (file ->
@@ -122,7 +126,7 @@ def _write(folder: Path, content: Mapping[str, bytes]) -> None:
 
 
 def describe_file(data: bytes) -> dict[str, Any]:
-    """Return a file's length in bytes and hex SHA-256."""
+    """Return a file's size in bytes and hexadecimal SHA-256, as `bytes` and `sha256`."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -131,7 +135,7 @@ def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
     state = model.sam.state_dict()
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     kept = {key: known[key] for key in ("data", "metrics") if known[key] is not None}
-    # save_student writes one file by itself; here it is one of several that are renamed together.
+    # save_student renames its file at once; here it must be renamed together with others.
     with (
         explain_os_errors(Path(gettempdir()), PredictError, "a temporary file"),
         TemporaryDirectory(prefix="mobilesam-") as folder,
@@ -143,7 +147,7 @@ def _safetensors(model: Model, known: Mapping[str, Any]) -> bytes:
 
 
 def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
-    """Return what is recorded of the model as JSON values, None for what isn't, and warnings for its users."""
+    """Return the model's description as JSON values, None where nothing is recorded, and warnings for its users."""
     info, warnings = model.info, list(model.notes)
     metrics, data = _object(info.get("metrics")), _object(info.get("data"))
     if model.run is not None:
@@ -169,7 +173,7 @@ def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
         "teacher": None
         if teacher is None
         else {"name": teacher, "checkpoint_sha256": info.get("checkpoint_sha256")},
-        # The name without its folders: an export that is passed on doesn't show the paths of this machine.
+        # The name without its folders: an export must not show paths of this machine.
         "head": Path(model.head_source).name,
         "data": data,
         "metrics": metrics,
@@ -182,12 +186,12 @@ def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
 
 
 def _object(value: Any) -> dict[str, Any] | None:
-    """Return `value` if it is a JSON object, else None: a student's file from elsewhere may hold anything."""
+    """Return `value` if it is a JSON object, else None: a student file from elsewhere may hold anything."""
     return value if isinstance(value, dict) else None
 
 
 def _metrics(model: Model) -> dict[str, Any] | None:
-    """Return the metrics on held-out images of the epoch that the student was saved in; None if there are none."""
+    """Return the validation metrics of the epoch in which the student was saved; None if there are none."""
     assert model.run is not None
     lines = [line for line in model.run.history() if line["kind"] == "val"]
     found = next((line for line in reversed(lines) if line["step"] == model.info.get("step")), None)

@@ -62,11 +62,11 @@ from.
 
 
 def model_card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
-    """Return the README.md of an export's folder.
+    """Return the content of README.md in an export's folder.
 
     Args:
-        description: the object of model.json without `files`; None in it is shown as "not recorded".
-        warnings: notes for the model's users, one sentence each.
+        description: object of model.json without `files`; None in it is shown as "not recorded".
+        warnings: warnings for users of the model, one sentence each.
 
     Returns:
         Markdown.
@@ -88,7 +88,7 @@ def model_card(description: Mapping[str, Any], warnings: Sequence[str]) -> str:
 
 
 def _text(value: object) -> str:
-    """Return one line of at most 200 characters without Markdown or HTML: the value comes from a student's file."""
+    """Return at most 200 characters on one line, with Markdown and HTML escaped: student files aren't trusted."""
     if value is None:
         return UNKNOWN
     return shown(str(value))[:200].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

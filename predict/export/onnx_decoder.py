@@ -1,7 +1,7 @@
-"""SAM's prompt encoder and mask decoder as one ONNX file, up to masks in the photo's own resolution.
+"""SAM's prompt encoder and mask decoder as one ONNX file, with masks upscaled to the photo's resolution.
 
 Inputs and outputs have the names of segment_anything's SamOnnxModel (utils/onnx.py), but the file takes several
-prompts at once, and gives all four masks of each.
+prompts at once, and returns all four masks of each.
 
 Shape suffixes: P prompts, p mask inputs (one for all prompts, or P), N points of one prompt, T mask tokens of a
 prompt (SAM's single mask, then its three), C channels, H, W rows and columns of an image, map or mask, h, w those of
@@ -32,14 +32,15 @@ from .onnx_graph import (
 )
 
 LIMIT = 1e-3
-"""Largest difference from torch allowed, relative to the output's greatest magnitude."""
+"""Largest difference from torch allowed, relative to the output's largest magnitude."""
 
 ROUNDING = 20
-"""Multiple of torch's own float32 error, measured against float64, that is allowed where it is more than LIMIT. A
-trained head amplifies rounding little; an untrained one a thousand times more, in torch as in onnxruntime."""
+"""The limit is raised to this multiple of torch's own float32 error, measured against float64, if that is above
+LIMIT. A trained head amplifies rounding errors little; an untrained one a thousand times more, in torch and in
+onnxruntime."""
 
 UPSCALE_LIMIT = 1e-5
-"""Largest relative difference allowed for the upscaling of masks alone, which amplifies nothing with any weights."""
+"""Largest relative difference allowed for the upscaling of masks alone, which amplifies no rounding errors."""
 
 INPUTS = (
     "image_embeddings",
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
             point_labels: (P, N): 1 on the object, 0 off it, 2 and 3 a box's top left and bottom right corner, -1
                 padding.
             mask_input: (p, 1, 4g, 4g), logits.
-            has_mask_input: (1,), 0 where `mask_input` is to be ignored.
+            has_mask_input: (1,), 0 to ignore `mask_input`.
             orig_im_size: (2,), height and width of the photo.
 
         Returns:
@@ -113,7 +114,7 @@ class Decoder(nn.Module):
         return self._upscale(low_PThw, orig_im_size), iou_PT, low_PThw
 
     def _embed_points(self, coords_PN2: Tensor, labels_PN: Tensor) -> Tensor:
-        """Compute PromptEncoder's `_embed_points` and `_embed_boxes`, without their writes into parts of a tensor."""
+        """Compute PromptEncoder's `_embed_points` and `_embed_boxes` without in-place assignments."""
         positions_PNC = self.prompt_encoder.pe_layer._pe_encoding((coords_PN2 + 0.5) / self.image_size)
         labels_PN1 = labels_PN[..., None]
         padding_C = self.prompt_encoder.not_a_point_embed.weight
@@ -128,9 +129,9 @@ class Decoder(nn.Module):
         return torch.where(has_mask_1 > 0, given_pCHW, none_1C11)
 
     def _upscale(self, low_PThw: Tensor, original_2: Tensor) -> Tensor:
-        """Resample masks as `Sam.postprocess_masks` does: to the square, cropped of its padding, to the photo.
+        """Resample masks as `Sam.postprocess_masks` does: upscale to the square, crop padding, resize to the photo.
 
-        Each step is linear along each axis, so that together they are one matrix for each axis.
+        Each step is linear along each axis, so that their product is one matrix for each axis.
         """
         resized_2, original_2 = self.resized(original_2), original_2.long()
         rows_Hh = self._resampling(original_2[0], resized_2[0])
@@ -141,19 +142,19 @@ class Decoder(nn.Module):
         """Return the photo's height and width after resizing, int64 (2,), equal to `resized_size`."""
         # In double precision, as Python computes it: float32 may round to another integer.
         original_2 = original_2.double()
-        # A tensor as the numerator: for a number torch multiplies by the reciprocal, which rounds twice.
+        # A tensor as the numerator: with a number, torch multiplies by the reciprocal, which rounds twice.
         scale = torch.full_like(original_2, self.image_size) / original_2.max()
         return (original_2 * scale + 0.5).long()
 
     def _resampling(self, original: Tensor, resized: Tensor) -> Tensor:
-        """Return the matrix (original side, 4g) that takes low-resolution masks to the photo along one axis."""
+        """Return the matrix (original side, 4g) that resamples low-resolution masks to the photo along one axis."""
         side = original.item()
         torch._check(side >= 1)
         dtype = self.upscale_Sw.dtype
         step = resized.to(dtype) / original.to(dtype)
         centres = ((torch.arange(side, dtype=dtype, device=original.device) + 0.5) * step - 0.5).clamp(min=0)
         first = torch.minimum(centres.long(), resized - 1)
-        # Beyond the resized image is padding, which is cropped: the image's last row is repeated there.
+        # The padding beyond the resized image is cropped: there the image's last row is repeated.
         second = torch.minimum(first + 1, resized - 1)
         share_H1 = (centres - first)[:, None]
         return self.upscale_Sw[first] * (1 - share_H1) + self.upscale_Sw[second] * share_H1
@@ -172,11 +173,11 @@ def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
     several, on photos larger and smaller than the encoder's square.
 
     Args:
-        model: on the CPU.
+        model: model on the CPU.
         name: the file's name, for messages.
 
     Raises:
-        PredictError: torch can't export it, or it doesn't compute what SamPredictor computes.
+        PredictError: torch can't export the head, or the outputs differ from SamPredictor's.
     """
     decoder = Decoder(model.sam).eval()
     proto = to_onnx(
@@ -207,7 +208,7 @@ def _example(size: int) -> dict[str, Tensor]:
 def _compare(
     sam: Sam, decoder: Decoder, session: Session, cases: Sequence[Mapping[str, Tensor]]
 ) -> tuple[float, float]:
-    """Return the greatest relative difference from SamPredictor over all cases, and the limit for it."""
+    """Return the largest relative difference from SamPredictor over all cases, and the limit for it."""
     exact = copy.deepcopy(decoder).double()
     predictor = SamPredictor(sam)
     difference, limit = 0.0, LIMIT
@@ -222,7 +223,7 @@ def _compare(
 
 
 def _compare_upscaling(sam: Sam, session: Session, cases: Sequence[Mapping[str, Tensor]]) -> float:
-    """Return the greatest relative difference of masks from Sam's upscaling of the same low-resolution masks."""
+    """Return the largest relative difference of masks from Sam's upscaling of the same low-resolution masks."""
     difference = 0.0
     for inputs in cases:
         masks, _, low = session.run(inputs)
@@ -262,7 +263,7 @@ def _original_size(inputs: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _predict_torch(predictor: SamPredictor, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the file's three outputs as SamPredictor computes them, for the single mask and then for the three."""
+    """Compute the file's three outputs with SamPredictor, the single mask first, then the three masks."""
     predictor.features = inputs["image_embeddings"]
     original = _original_size(inputs)
     predictor.original_size = original

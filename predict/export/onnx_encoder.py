@@ -15,8 +15,8 @@ from ..model import Model
 from .onnx_graph import OnnxFile, Session, check_difference, relative_difference, serialize, to_onnx
 
 LIMIT = 1e-4
-"""Largest difference from torch allowed, relative to the embedding's greatest magnitude. The same float32 arithmetic
-in another order gives 2e-6 on every kind of student, measured."""
+"""Largest difference from torch allowed, relative to the embedding's largest magnitude. The same float32 arithmetic
+in another order gives 2e-6 for every kind of student (measured)."""
 
 INPUT, OUTPUT = "pixels", "image_embeddings"
 BATCHES = (1, 3)
@@ -34,11 +34,11 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
     `image_embeddings`, float32 (B, 256, S/16, S/16).
 
     Args:
-        model: on the CPU.
+        model: model on the CPU.
         name: the file's name, for messages.
 
     Raises:
-        PredictError: torch can't export it, or it doesn't compute what torch computes.
+        PredictError: torch can't export the encoder, or the outputs differ from torch's.
     """
     encoder, size = model.sam.image_encoder, model.image_size
     proto = to_onnx(
@@ -62,12 +62,12 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
 
 
 def synthetic_pixels(batch: int, size: int, seed: int = 0) -> Tensor:
-    """Generate pictures with a photo's smooth parts, edges and grain, in three aspect ratios.
+    """Generate pictures with smooth areas, edges and noise, like photos, in three aspect ratios.
 
     Args:
-        batch: number of pictures.
-        size: side S of the encoder's square in pixels.
-        seed: of the random numbers; equal seeds give equal pictures.
+        batch: number of pictures, B.
+        size: side of the encoder's square in pixels, S.
+        seed: seed of the random numbers; equal seeds give equal pictures.
 
     Returns:
         float32 (B, 3, S, S), normalised and padded.

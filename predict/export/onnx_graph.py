@@ -24,18 +24,18 @@ from ..model import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
 MAX_BYTES = 2**31 - 2**20
-"""Largest size of an ONNX file's weights: without further files it is one protobuf message, which ends at 2 GiB."""
+"""Largest size in bytes of an ONNX file's weights: a protobuf message is limited to 2 GiB."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OnnxFile:
-    """Content of an ONNX file, and how it compared with torch."""
+    """Content of an ONNX file, and result of its comparison with torch."""
 
     data: bytes
     max_relative_difference: float
-    """Greatest difference of an output from torch's, over the output's greatest magnitude."""
+    """Largest difference of an output from torch's, relative to the output's largest magnitude."""
     limit: float
-    """Largest such difference allowed."""
+    """Largest relative difference allowed."""
 
     def check(self) -> dict[str, float]:
         """Return the comparison as JSON values."""
@@ -43,7 +43,7 @@ class OnnxFile:
 
 
 def check_tools() -> None:
-    """Refuse, with PredictError, an installation without the packages that an ONNX export and its check need."""
+    """Raise PredictError if packages that an ONNX export and its check need aren't installed."""
     missing = [name for name in TOOLS if not _importable(name)]
     if missing:
         raise PredictError(
@@ -65,13 +65,14 @@ def to_onnx(
     dynamic: Mapping[str, Mapping[int, str]],
     what: str,
 ) -> Any:
-    """Convert a network by torch.export.
+    """Convert a network to ONNX by torch.export.
 
     Args:
-        network: in evaluation mode, on the CPU.
-        inputs: name -> an example, in the order of the network's arguments; an axis that may vary is 2 or more long.
-        outputs: names, in order.
-        dynamic: input -> axis -> the name of a length that may vary; equal names are equal lengths.
+        network: network in evaluation mode, on the CPU.
+        inputs: example tensors by input name, in the order of the network's arguments; dynamic axes have length 2 or
+            more.
+        outputs: names of the outputs, in order.
+        dynamic: names of the dynamic axes, by input and axis; axes of the same name have the same length.
         what: description of the network, for messages.
 
     Returns:
@@ -83,12 +84,12 @@ def to_onnx(
     size = sum(value.nbytes for value in network.state_dict().values())
     if size > MAX_BYTES:
         raise PredictError(
-            f"{what} has {size:,} bytes of weights, an ONNX file holds {MAX_BYTES:,} at most: give a smaller student"
+            f"{what} has {size:,} bytes of weights, an ONNX file holds at most {MAX_BYTES:,}: give a smaller student"
         )
     dims = {name: torch.export.Dim(name) for axes in dynamic.values() for name in axes.values()}
     shapes = [{axis: dims[name] for axis, name in dynamic.get(key, {}).items()} or None for key in inputs]
     try:
-        # For other attention backends torch.export records strides that their decomposition for ONNX doesn't keep.
+        # With other attention backends torch.export records strides that the decomposition for ONNX doesn't keep.
         with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             program = torch.onnx.export(
                 network,
@@ -99,7 +100,7 @@ def to_onnx(
                 dynamic_shapes=tuple(shapes),
                 verbose=False,
             )
-    # A student may be any of timm's networks, and the exporter may fail on one with any exception.
+    # A student may be any of timm's networks, for which the exporter may raise any exception.
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise PredictError(f"torch can't export {what} to ONNX: {reason[0][:200]}") from error
@@ -116,13 +117,13 @@ def _quiet() -> Iterator[None]:
 
 
 def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:
-    """Return the file's content: `proto` with metadata, and without traces of the machine that made it.
+    """Return the file's content: `proto` with metadata, and without paths of this machine.
 
     Args:
         proto: an onnx.ModelProto; changed in place.
-        part: which half of the model it is, for the metadata.
-        model: what the metadata describes.
-        description: inputs and outputs, in words; becomes the file's doc string.
+        part: name of the half of the model, for the metadata.
+        model: model that the metadata describes.
+        description: description of inputs and outputs; becomes the file's doc string.
     """
     from onnx import helper
 
@@ -135,7 +136,7 @@ def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:
 
 
 def _metadata(model: Model) -> dict[str, str]:
-    """Return the file's metadata as strings: names as they are, other values as JSON."""
+    """Return the file's metadata as strings: names unchanged, other values as JSON."""
     known = {key: model.info[key] for key in ("teacher", "checkpoint_sha256") if key in model.info}
     return {
         "format": "mobilesam onnx 1",
@@ -159,7 +160,12 @@ def versions() -> dict[str, str]:
 
 
 def rename_axes(proto: Any, names: Mapping[str, str]) -> None:
-    """Rename variable lengths in place: name given by torch -> name that says what the length is."""
+    """Rename dynamic axes of all inputs, outputs and values.
+
+    Args:
+        proto: an onnx.ModelProto; changed in place.
+        names: new names by the names that torch has given.
+    """
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
@@ -178,15 +184,20 @@ class Session:
         self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the network on name -> tensor, and return its outputs in order."""
+        """Run the network on tensors by input name, and return its outputs in order."""
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
         return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the greatest absolute difference over the greatest magnitude in `wanted`.
+    """Return the largest absolute difference, relative to the largest magnitude in `wanted`.
 
-    Infinite where shapes differ or a number isn't finite.
+    Args:
+        found: tensor to check.
+        wanted: reference of the same shape.
+
+    Returns:
+        The relative difference; infinite if shapes differ or a value isn't finite.
     """
     if found.shape != wanted.shape:
         return float("inf")
@@ -196,9 +207,18 @@ def relative_difference(found: Tensor, wanted: Tensor) -> float:
 
 
 def check_difference(name: str, difference: float, limit: float) -> None:
-    """Refuse, with PredictError, the file `name` when its relative difference from torch is above the limit."""
+    """Refuse an ONNX file that differs too much from torch.
+
+    Args:
+        name: the file's name, for the message.
+        difference: relative difference of its outputs from torch's.
+        limit: largest difference allowed.
+
+    Raises:
+        PredictError: the difference is above the limit.
+    """
     if difference > limit:
         raise PredictError(
-            f"{name} computes something else than torch does: a relative difference of {difference:.2g}, "
-            f"{limit:.2g} at most; it was not written. Another version of torch or onnxruntime may do better"
+            f"{name} differs from torch: its relative difference is {difference:.2g}, the limit {limit:.2g}; "
+            "it was not written. Another version of torch or onnxruntime may do better"
         )

@@ -1,4 +1,4 @@
-"""`mobilesam export`: check the request, load the model, make the files, compare them with torch, write them."""
+"""`mobilesam export`: check the request, load the model, convert it, compare with torch, write the files."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from .torch_export import export_torch, size_warning
 def export(config: ExportConfig) -> dict[str, Any]:
     """Export a student with its head.
 
-    Everything that can be refused is refused before the model is loaded. Files are written whole, all of them or
-    none, after the ONNX files were compared with torch in onnxruntime.
+    Invalid options and outputs are refused before the model is loaded. Either all files are written or none, after
+    the ONNX files were compared with torch in onnxruntime.
+
+    Args:
+        config: all options.
 
     Returns:
         The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `teacher`, `head`, `files` (name ->

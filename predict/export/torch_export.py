@@ -16,7 +16,7 @@ from ..model import Model
 UPSTREAM_STUDENT = "tiny_vit"
 UPSTREAM_IMAGE_SIZE = 1024
 CLASSES = 1000
-"""ImageNet's: upstream's TinyViT has a classifier, which SAM never uses but strict loading requires."""
+"""Number of ImageNet's classes: upstream's TinyViT has a classifier, unused in SAM but required by strict loading."""
 
 
 def export_torch(model: Model) -> bytes:
@@ -34,7 +34,7 @@ def export_torch(model: Model) -> bytes:
 
 
 def unsupported_reason(student: str) -> str | None:
-    """Return the reason why a student of this name has no .pt file; None where it has one."""
+    """Return the reason why a student of this name has no .pt file; None if it has one."""
     if student == UPSTREAM_STUDENT:
         return None
     known = f"only for TinyViT-5M ({UPSTREAM_STUDENT})"
@@ -42,7 +42,7 @@ def unsupported_reason(student: str) -> str | None:
 
 
 def flat_state(sam: Sam) -> dict[str, Tensor]:
-    """Return `image_encoder.*`, `prompt_encoder.*` and `mask_decoder.*`: contiguous float32 tensors on the CPU.
+    """Return the tensors `image_encoder.*`, `prompt_encoder.*` and `mask_decoder.*`, float32 on the CPU, contiguous.
 
     Batch norms' counters stay int64, as in upstream's file. The classifier is filled with constants: linear weights
     and biases 0, norm weights 1.
@@ -59,10 +59,10 @@ def flat_state(sam: Sam) -> dict[str, Tensor]:
 
 
 def size_warning(model: Model) -> str | None:
-    """Return the warning that a .pt file needs where the student wasn't trained at 1024 pixels; None where it was."""
+    """Return a warning for a .pt file if the student wasn't trained at 1024 pixels, else None."""
     if model.image_size == UPSTREAM_IMAGE_SIZE:
         return None
     return (
-        f"MobileSAM's own code runs at {UPSTREAM_IMAGE_SIZE} pixels always; this student was trained at "
+        f"MobileSAM's own code always runs at {UPSTREAM_IMAGE_SIZE} pixels; this student was trained at "
         f"{model.image_size} and may do worse there: mobilesam loads it with --image-size {model.image_size}"
     )

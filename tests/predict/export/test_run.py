@@ -83,7 +83,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
 def test_people_are_told_what_was_made(run: Path, toy: Path, tmp_path: Path) -> None:
     lines = "\n".join(export_lines(export(ExportConfig(student=run, out=tmp_path / "out"))))
     assert (
-        f"note: model.pt: MobileSAM's own code runs at 1024 pixels always; this student was trained at {IMAGE_SIZE}"
+        f"note: model.pt: MobileSAM's own code always runs at 1024 pixels; this student was trained at {IMAGE_SIZE}"
         in lines
     )
     assert re.search(r"encoder\.onnx +4 bytes  within 1\.0e-06 of torch", lines)
