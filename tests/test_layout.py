@@ -71,6 +71,12 @@ def test_rooms_import_downwards_only(room: str) -> None:
         assert outside <= MAY_IMPORT[room], path
 
 
+def test_the_map_says_who_may_import_whom() -> None:
+    table = (ROOT / "docs" / "ARCHITECTURE.md").read_text().split("## Rooms")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]*)\|", table, re.MULTILINE)
+    assert {room: set(re.findall(r"\w+", others)) for room, others in rows} == MAY_IMPORT
+
+
 def test_nobody_imports_the_command_line() -> None:
     assert _rooms_imported(ROOT / "cli.py") <= MAY_IMPORT["cli"]
     for room in ROOMS:
