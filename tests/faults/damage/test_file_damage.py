@@ -95,10 +95,11 @@ class StoppedRun:
 
 @pytest.fixture(scope="module")
 def paused(tmp_path_factory: pytest.TempPathFactory, scheduler: str) -> Iterator[StoppedRun]:
+    folder, threads = Path.cwd(), torch.get_num_threads()
     torch.set_num_threads(1)
-    before = Path.cwd()
     yield StoppedRun(tmp_path_factory.mktemp("runs"), scheduler)
-    os.chdir(before)
+    torch.set_num_threads(threads)
+    os.chdir(folder)
 
 
 def parts(run: Path) -> dict[str, bytes | None]:
