@@ -53,7 +53,11 @@ def legacy(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def _config(legacy: Path, **changes: Any) -> DistillConfig:
-    given = {"store": legacy / "store.zarr", "images": legacy / "photos", "init": legacy / "zeros.safetensors"}
+    given = {
+        "store": legacy / "store.zarr",
+        "images": legacy / "photos",
+        "init": legacy / "zeros.safetensors",
+    }
     return DistillConfig(**(given | BASE | changes))
 
 

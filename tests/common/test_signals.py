@@ -21,7 +21,7 @@ from mobilesam.common.signals import StopFlag, starting_processes, stopped_by_si
 def stop_request() -> Iterator[StopFlag]:
     """Yield a flag whose second signal unwinds the stack, as in precompute."""
     stop = StopFlag(second_kills=False)
-    with stopped_by_signals(stop, PrecomputeInterrupted, "run the same command to go on"):
+    with stopped_by_signals(stop, PrecomputeInterrupted, "run the same command to resume"):
         yield stop
 
 

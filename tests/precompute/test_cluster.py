@@ -92,7 +92,7 @@ def test_a_worker_that_dies_while_it_releases_its_teacher_costs_nothing(
 
     monkeypatch.setattr("distributed.Client.unregister_worker_plugin", closed)
     assert run(scheduler=scheduler)["done"] == 7
-    assert "could not be told to release the teacher" in caplog.text
+    assert "could not be asked to release the teacher" in caplog.text
 
 
 @contextmanager

@@ -313,7 +313,7 @@ def test_a_run_whose_images_all_fail_ends_with_a_warning(run: Run, photos: Path,
     assert (result["images"], result["done"], result["failed"]) == (7, 0, 7)
     assert (result["audit"], result["out_of_tolerance"]) == (None, False)
     assert listener.messages[-1].startswith(
-        "WARNING: none of this run's 7 images could be embedded, the first: 0-admiral.png: "
+        "WARNING: none of this run's 7 images could be embedded; the first: 0-admiral.png: "
     )
 
 

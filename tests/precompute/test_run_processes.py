@@ -62,7 +62,7 @@ def test_an_interrupted_run_resumes_where_it_was(
     output, errors = process.communicate()
     assert process.returncode == code, errors
     assert output == ""
-    match = re.search(r"interrupted: (\d+) of 7 images are committed; run the same command to go on", errors)
+    match = re.search(r"interrupted: (\d+) of 7 images are committed; run the same command to resume", errors)
     assert match, errors
     assert "Traceback" not in errors
     before = shard_files(out)

@@ -70,7 +70,7 @@ def test_a_shard_that_ran_beside_the_deadly_one_is_not_blamed(
         (record,) = store.manifest.records("failed")
     assert (record.key, record.reason) == ("2-coffee.png", supervision.KILLED_REASON)
     assert [message for message in listener.messages if "workers died" in message] == [
-        "workers died under shard 1: looking for the image among 3",
-        "workers died under shard 0: looking for the image among 3",
+        "workers died under shard 1: looking for the image among its 3",
+        "workers died under shard 0: looking for the image among its 3",
     ]
     assert not any("retrying" in message for message in listener.messages)

@@ -184,6 +184,6 @@ def test_a_signal_ends_the_run_while_a_worker_hangs(photos: Path, tmp_path: Path
     process = _started(photos, tmp_path / "store.zarr", tmp_path, how)
     process.terminate()
     assert process.wait() == 143
-    assert "run the same command to go on" in (tmp_path / "errors").read_text()
+    assert "run the same command to resume" in (tmp_path / "errors").read_text()
     _wait_until_gone(tmp_path)
     assert not list((tmp_path / "tmp").glob("*mobilesam-*"))

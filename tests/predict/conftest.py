@@ -30,7 +30,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def mobile_sam_pt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file in mobile_sam.pt's format, written by upstream's classes; its random weights give lively masks."""
+    """A file in mobile_sam.pt's format, written by upstream's classes; random weights, masks with many edges."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mobile_sam

@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 Options = Callable[..., DistillConfig]
 
 
-def lively(network: nn.Module, seed: int = 3) -> dict[str, Tensor]:
+def random_state_dict(network: nn.Module, seed: int = 3) -> dict[str, Tensor]:
     """Return a state of small numbers, none of them an initial value."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -73,7 +73,7 @@ def upstream_tiny_vit(image_size: int = 224, windows: tuple[int, ...] = (7, 7, 1
 @pytest.fixture(scope="module")
 def tiny_vit_state() -> dict[str, Tensor]:
     """MobileSAM's encoder under upstream's own names, classifier included."""
-    return lively(upstream_tiny_vit())
+    return random_state_dict(upstream_tiny_vit())
 
 
 def test_mobile_sams_encoder_is_taken_whole(tmp_path: Path, tiny_vit_state: dict[str, Tensor]) -> None:
@@ -127,7 +127,7 @@ def test_a_teachers_checkpoint_may_not_be_wrapped(tmp_path: Path) -> None:
 def test_timms_tiny_vit_computes_in_ours_what_it_computes_in_timm(tmp_path: Path) -> None:
     # By timm's own function: upstream, imported above, registers its network under the same name.
     theirs = timm.models.tiny_vit_5m_224(num_classes=10)
-    theirs.load_state_dict(lively(theirs))
+    theirs.load_state_dict(random_state_dict(theirs))
     theirs.eval()
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     initial = read_initial(tmp_path / "model.safetensors", "tiny_vit", 64)
@@ -150,7 +150,7 @@ def test_timms_tiny_vit_computes_in_ours_what_it_computes_in_timm(tmp_path: Path
 def test_attention_biases_of_another_window_are_resized_as_timm_does(tmp_path: Path) -> None:
     from timm.layers import resize_rel_pos_bias_table_levit
 
-    state = lively(upstream_tiny_vit(384, (12, 12, 24, 12)))
+    state = random_state_dict(upstream_tiny_vit(384, (12, 12, 24, 12)))
     torch.save({"model": state}, tmp_path / "tiny_vit_384.pth")
     initial = read_initial(tmp_path / "tiny_vit_384.pth", "tiny_vit", 64)
     assert len(initial.resized) == 10
@@ -163,7 +163,7 @@ def test_attention_biases_of_another_window_are_resized_as_timm_does(tmp_path: P
 
 
 def deit_state(seed: int = 5) -> dict[str, Tensor]:
-    return lively(timm.create_model("deit_tiny_patch16_224", num_classes=7), seed)
+    return random_state_dict(timm.create_model("deit_tiny_patch16_224", num_classes=7), seed)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -174,7 +174,7 @@ def test_deits_positions_are_resized_as_timm_does_and_its_tokens_dropped(
     from timm.layers import resample_abs_pos_embed
 
     name = "deit_tiny_distilled_patch16_224" if distilled else "deit_tiny_patch16_224"
-    state = lively(timm.create_model(name))
+    state = random_state_dict(timm.create_model(name))
     torch.save({"model": state}, tmp_path / "deit.pth")
     initial = read_initial(tmp_path / "deit.pth", "deit_tiny", image_size)
     student = started(initial, "deit_tiny", image_size)
@@ -193,7 +193,7 @@ def test_deits_positions_are_resized_as_timm_does_and_its_tokens_dropped(
 
 def test_deit_with_imagenets_weights_computes_the_patches_that_timm_computes(tmp_path: Path) -> None:
     theirs = timm.create_model("deit_tiny_patch16_224", num_classes=0, class_token=False, global_pool="")
-    theirs.load_state_dict(lively(theirs))
+    theirs.load_state_dict(random_state_dict(theirs))
     torch.save(theirs.state_dict(), tmp_path / "deit.pth")
     ours = started(read_initial(tmp_path / "deit.pth", "deit_tiny", 224), "deit_tiny", 224)
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -210,7 +210,7 @@ BACKBONES = ["resnet18", "mobilenetv3_small_100", "convnext_atto", "tiny_vit_5m_
 def test_timms_weights_give_timms_feature_maps(tmp_path: Path, backbone: str) -> None:
     size = 224
     theirs = getattr(timm.models, backbone)()
-    theirs.load_state_dict(lively(theirs))
+    theirs.load_state_dict(random_state_dict(theirs))
     theirs.eval()
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     initial = read_initial(tmp_path / "model.safetensors", f"timm:{backbone}", size)
@@ -232,7 +232,7 @@ def test_timms_weights_give_timms_feature_maps(tmp_path: Path, backbone: str) ->
 
 
 def test_a_vits_class_token_stays_where_the_student_has_one(tmp_path: Path) -> None:
-    state = lively(timm.create_model("vit_tiny_patch16_224"))
+    state = random_state_dict(timm.create_model("vit_tiny_patch16_224"))
     torch.save(state, tmp_path / "vit.pth")
     initial = read_initial(tmp_path / "vit.pth", "timm:vit_tiny_patch16_224", 64)
     student = started(initial, "timm:vit_tiny_patch16_224", 64).state_dict()
@@ -262,7 +262,7 @@ def test_half_precision_is_taken_as_float32(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_refused_with_the_numbers(tmp_path: Path) -> None:
-    save_file(lively(timm.create_model("resnet18")), tmp_path / "resnet.safetensors")
+    save_file(random_state_dict(timm.create_model("resnet18")), tmp_path / "resnet.safetensors")
     with pytest.raises(DistillError, match=r"fits no tiny_vit: 0 of the 5,071,124 .* can be taken") as caught:
         read_initial(tmp_path / "resnet.safetensors", "tiny_vit", 64)
     assert "patch_embed.seq.0.c.weight is missing" in str(caught.value)

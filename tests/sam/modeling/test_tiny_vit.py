@@ -38,7 +38,7 @@ def upstream_tiny_vit(variant: str, image_size: int) -> torch.nn.Module:
     )
 
 
-def lively_state(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+def random_state_dict(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A state in which every tensor matters: no zeros, no ones, positive variances."""
     generator = torch.Generator().manual_seed(3)
     state = {}
@@ -86,7 +86,7 @@ def pair(image_size: int, variant: str = "5m") -> tuple[torch.nn.Module, TinyViT
 @functools.cache  # drawing weights that are replaced at once takes longest here
 def _pair(image_size: int, variant: str) -> tuple[torch.nn.Module, TinyViT]:
     theirs = any_size(upstream_tiny_vit(variant, image_size))
-    state = lively_state(theirs)
+    state = random_state_dict(theirs)
     theirs.load_state_dict(state)
     ours = TinyViT(image_size, variant)
     ours.load_state_dict(without_classifier(state))
@@ -141,7 +141,7 @@ def test_other_sizes_and_variants_equal_upstreams_own_forward(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_upstream_computes_the_same_from_our_weights(variant: str) -> None:
     ours = TinyViT(128, variant)
-    ours.load_state_dict(lively_state(ours))
+    ours.load_state_dict(random_state_dict(ours))
     theirs = any_size(upstream_tiny_vit(variant, 128))
     classifier = {key: v for key, v in theirs.state_dict().items() if key.startswith(CLASSIFIER_PREFIXES)}
     theirs.load_state_dict({**ours.state_dict(), **classifier}, strict=True)
