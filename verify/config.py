@@ -22,15 +22,15 @@ from ..common.errors import VerifyError as VerifyError
 
 SPLITS = ("val", "train", "all")
 MOST_POINTS = 64
-"""On a side: more than 4,096 prompts an image are a mistake."""
+"""Largest number of points in each direction: more than 4,096 prompts per image are taken for a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """All options of one verification, checked where they are made.
+    """All options of one verification, checked on construction.
 
     With `precision` "auto", the precision of training, the numbers agree with the trainer's. The thresholds apply to
-    the headline metrics: mean cosine and skill over valid cells, and the masks' mean IoU.
+    the headline metrics: mean cosine and skill over valid cells, and the mean IoU of masks.
 
     Raises:
         VerifyError: a value is outside its range, or options contradict each other.
@@ -75,7 +75,7 @@ class VerifyConfig:
 
     @property
     def thresholds(self) -> dict[str, float | None]:
-        """Threshold name -> value, None where it wasn't set."""
+        """Thresholds by name; None if not set."""
         return {"min_cosine": self.min_cosine, "min_skill": self.min_skill, "min_miou": self.min_miou}
 
     def _require(self, good: bool, name: str, wanted: str) -> None:

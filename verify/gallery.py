@@ -1,4 +1,4 @@
-"""Worst and best images of a verification, as panels of pictures for the report.
+"""Gallery of the worst and the best images of a verification: panels of pictures for the report.
 
 Shape suffixes: C channels, H and W rows and columns, g side of the embedding's grid, P prompts of one point each, p
 some of them, 1 one image, 2 (x, y).
@@ -34,12 +34,12 @@ from .rendering.images import (
 
 
 def worst_and_best(scores: Sequence[float | None], count: int = 6) -> tuple[list[int], list[int]]:
-    """Return the positions of the lowest and of the highest scores, the most extreme first; none is in both.
+    """Return the indices of the lowest and of the highest scores, the most extreme first; no index is in both lists.
 
     Args:
-        scores: of images; one that is None or NaN (the image has no valid cell) is in neither list.
-        count: largest length of each list. Of fewer than twice as many scores the lower half (rounded up) and the
-            upper half are taken.
+        scores: scores of images; an undefined score (None or NaN) is in neither list.
+        count: largest length of each list. If there are fewer than 2 * `count` scores, the lower half (rounded up)
+            and the upper half are returned.
     """
     defined = [i for i, score in enumerate(scores) if score is not None and score == score]
     ranked = sorted(defined, key=lambda i: (scores[i], i))
@@ -50,17 +50,22 @@ def worst_and_best(scores: Sequence[float | None], count: int = 6) -> tuple[list
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image with the teacher's and the student's embedding of it."""
+    """One image with its embeddings by teacher and student."""
 
     key: str
+    """The image's key in the store."""
     photo_HWC: npt.NDArray[np.uint8]
-    """RGB, without padding, at the size that the encoders take."""
+    """uint8 RGB (H, W, 3), the image in the encoder's square, without padding."""
     valid_gg: npt.NDArray[np.bool_]
+    """bool (g, g), True for cells whose centre lies in the image."""
     teacher_CHW: npt.NDArray[np.floating]
+    """float32 (256, g, g)."""
     student_CHW: npt.NDArray[np.floating]
+    """float32 (256, g, g)."""
     metrics: Mapping[str, Any]
     """`cosine`, `cosine_valid`, `mse`, `mse_valid` of this image."""
     masks: PointMasks | None = None
+    """Masks of some points; None if masks weren't compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +76,10 @@ class Panel:
     size: tuple[int, int]
     """Height and width of the photo in pixels."""
     pictures: Mapping[str, str]
-    """`photo`, `teacher`, `student` (embeddings as colours) and `error` -> data URI."""
+    """Data URIs of `photo`, `teacher`, `student` (embeddings as colours) and `error`."""
     metrics: Mapping[str, float]
     error_max: float
-    """Largest 1 - cosine of a valid cell."""
+    """Largest 1 - cosine over the valid cells."""
     masks: MaskPanel | None
 
 
@@ -87,13 +92,21 @@ class Gallery:
     explained: float
     """Share of the teacher's variance that the colours show, 0 to 1."""
     error_top: float
-    """1 - cosine at which the error scale ends."""
+    """Upper end of the error scale, as 1 - cosine."""
     error_bar: str
-    """Colours of the error scale from 0 to `error_top`: a data URI of a picture one pixel high."""
+    """Colour bar of the error scale from 0 to `error_top`: data URI of a picture one pixel high."""
 
 
 def build_gallery(worst: Sequence[Sample], best: Sequence[Sample]) -> Gallery | None:
-    """Fit the colours and the error scale to all samples, and paint their panels; None without any."""
+    """Fit the colours and the error scale to all samples, and paint their panels.
+
+    Args:
+        worst: samples of the worst images, the worst first.
+        best: samples of the best images, the best first.
+
+    Returns:
+        The gallery; None without samples.
+    """
     samples = [*worst, *best]
     if not samples:
         return None
@@ -132,13 +145,12 @@ def load_samples(
 ) -> tuple[list[Sample], list[Sample]]:
     """Return the worst and the best images, by their cosine over valid cells, with their embeddings and masks.
 
-    They are computed a second time: to keep every embedding until all metrics are known would take the memory of the
-    whole set.
+    Embeddings and masks are computed again, since keeping those of all images would take too much memory.
 
     Args:
-        inputs: of the verification.
-        per_image: metrics in the order of the inputs' rows.
-        masks: the comparison of all rows' masks, in the same order; None leaves masks out.
+        inputs: inputs of the verification, still open.
+        per_image: metrics of each image, in the order of the inputs' rows.
+        masks: comparison of the masks of all rows, in the same order; None leaves masks out.
     """
     worst, best = worst_and_best([image.cosine_valid for image in per_image])
     chosen = [*worst, *best]
@@ -180,7 +192,7 @@ def _masks(
     student_1CHW: Tensor,
     teacher_1CHW: Tensor,
 ) -> PointMasks:
-    """Compute the masks to be shown, at the size of the photo in the encoder's square."""
+    """Compute the masks to show, at the size of the photo in the encoder's square."""
     height, width = size
     points_P2 = grid_points(comparison.points_per_side, size)
     ious_P: Floats = comparison.ious[position]

@@ -1,4 +1,4 @@
-"""Inputs of a verification: student, rows of a store, mean embedding that skill is measured against, heads for masks.
+"""Inputs of a verification: student, rows of a store, mean embedding as the baseline of skill, heads for masks.
 
 Shape suffixes: C channels, H and W rows and columns of an embedding.
 """
@@ -32,41 +32,43 @@ BATCH_SIZES = {"cpu": 2, "cuda": 16}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Student:
-    """A student's encoder, on its device, and what is known of it."""
+    """Student's encoder on its device, with its metadata."""
 
     encoder: nn.Module
     info: Mapping[str, Any]
     """Description in the student's file: `student`, `image_size`, `teacher`, `epoch`, ..."""
     file: Path
     run: Run | None
-    """None for a student's file away from its run."""
+    """Run that the file belongs to; None for a file outside a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeanEmbedding:
-    """Constant prediction that skill is measured against."""
+    """Mean embedding, the constant prediction that is the baseline of skill."""
 
     mean_CHW: Tensor
+    """float32 (256, g, g)."""
     source: str
-    """The rows that it is the mean of, in words."""
+    """Description of the rows averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """A student and a store that belong together, opened and checked. `store` is open: the caller closes it."""
+    """Student and store, opened and checked to fit together. The caller closes `store`."""
 
     student: Student
     store: EmbeddingStore
     rows: Sequence[int]
+    """Rows of the store to compare."""
     image_root: Path | None
-    """Folder of the images; None: those that the store keeps."""
+    """Folder of the images; None: the images that the store keeps."""
     mean: MeanEmbedding
     compute: ComputeSettings
     notes: list[str]
-    """Facts that a reader of the numbers has to know."""
+    """Warnings about how to read the numbers."""
 
     def subject(self) -> dict[str, Any]:
-        """Return the names of all that is compared, as plain JSON values."""
+        """Describe the comparison as plain JSON values: student, store, precision, device, notes."""
         run = self.student.run
         return {
             "student": self.student.info["student"],
@@ -90,7 +92,8 @@ def open_inputs(config: VerifyConfig) -> Inputs:
     """
     run, file = _find_student(config)
     device = resolve_device(config.device)
-    # A file that doesn't say its image size has to wait for the store; of any other, faults are reported first.
+    # A file that doesn't record its image size is loaded after the store; others before it, so that their faults are
+    # reported first.
     loaded = None if run is None and lacks_image_size(file) else _load_student(run, file, device)
     store = EmbeddingStore.open(config.store or (DEFAULT_STORE if run is None else run.store_path))
     try:
@@ -115,7 +118,7 @@ def open_inputs(config: VerifyConfig) -> Inputs:
 
 
 def _find_student(config: VerifyConfig) -> tuple[Run | None, Path]:
-    """Return the run, if there is one, and the student's file; a file in its run's folder belongs to the run."""
+    """Return the run, if any, and the student's file; a student file in a run's folder belongs to the run."""
     path = config.student
     if path is not None and not path.is_dir():
         if path.name != STUDENT_FILE or not (path.parent / CONFIG_FILE).is_file():
@@ -172,10 +175,11 @@ def _mean_embedding(run: Run | None, store: EmbeddingStore, rows: Sequence[int])
 
 
 def _compute_settings(config: VerifyConfig, run: Run | None, device: torch.device) -> ComputeSettings:
-    """Return the precision asked for, else the run's, so that the numbers are its trainer's, else the device's.
+    """Choose precision, batch size and memory format.
 
-    The memory format is the trainer's for a run. A file alone may hold the teacher itself: in float32 it is run as
-    precompute runs teachers, so that equal weights give equal numbers to the bit.
+    The precision is the requested one; for "auto" the run's, so that the numbers equal the trainer's; without a run
+    the device's. The memory format of a run is the trainer's. A file without a run may contain the teacher itself: in
+    float32 it is computed as in precompute, so that equal weights give bit-identical embeddings.
     """
     asked = config.precision
     if asked == "auto" and run is not None:
@@ -213,11 +217,15 @@ def _notes(student: Student, store: EmbeddingStore, own_store: bool) -> list[str
 
 
 def open_head(store: EmbeddingStore, device: torch.device) -> SamHead:
-    """Build the head that the store keeps, frozen, on a device.
+    """Build the store's head, frozen.
+
+    Args:
+        store: store open for reading.
+        device: device of the head.
 
     Raises:
         VerifyError: it isn't a SAM head; the message says how to continue without masks.
-        StoreDamaged: its bytes are not those that were saved.
+        StoreDamaged: the file is not what was stored.
     """
     try:
         return store_head(store, device)
@@ -226,6 +234,15 @@ def open_head(store: EmbeddingStore, device: torch.device) -> SamHead:
 
 
 def open_student_head(student: Student, image_size: int, device: torch.device) -> SamHead | None:
-    """Build the head that was trained with the student, frozen, on a device; None where it uses the teacher's."""
+    """Build the head that was trained with the student, frozen.
+
+    Args:
+        student: the student; its file has been checked by loading it.
+        image_size: side of the encoder's square in pixels.
+        device: device of the head.
+
+    Returns:
+        The head; None if the student uses the teacher's head.
+    """
     state = trained_head(student.file)  # checked when the student was loaded
     return None if state is None else build_head(state, image_size).to(device)

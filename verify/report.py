@@ -1,4 +1,4 @@
-"""Report of a verification: one self-contained HTML file, its provenance section, and writing such files."""
+"""Report of a verification, one self-contained HTML file, and the functions that all reports use to write pages."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Content of the page, free of any file or model."""
+    """Content of the page, independent of files and models."""
 
     result: Mapping[str, Any]
-    """As `verify` returns it."""
+    """Result of `verify`."""
     created: str
-    """Date and time."""
+    """Date and time in UTC, as text."""
     provenance: Mapping[str, Sequence[tuple[str, str]]]
-    """Heading -> (name, value) pairs."""
+    """(name, value) pairs by heading."""
     cosines: Sequence[float]
-    """Each image's cosine over its valid cells."""
+    """Cosine of each image, over its valid cells."""
     curves: Curves | None
-    """None for a student without its run."""
+    """Training curves; None for a student without its run."""
     gallery: Gallery | None
+    """Worst and best images; None if there are none."""
 
 
 def check_report(path: Path) -> None:
-    """Refuse, before any long work, a report that could not be written in the end.
+    """Check, before any long work, that a report can be written.
 
     Raises:
         VerifyError: matplotlib or jinja2 isn't installed, or `path` can't be created or replaced.
@@ -78,11 +79,14 @@ def _importable(name: str) -> bool:
 
 @contextmanager
 def report_errors(result: dict[str, Any], named: dict[str, Any]) -> Iterator[None]:
-    """Turn any exception in the context, in which a report is made, into one that keeps the result.
+    """Turn any exception during the writing of a report into a ReportError that carries the result.
+
+    The result may have taken hours to compute, and must not be lost with the page.
 
     Args:
-        result: of hours of comparing, which must not be lost with a page.
-        named: the result or the part of it that has the report's path; the path becomes None on failure.
+        result: result of the command.
+        named: the dictionary that has the report's path as `report`, `result` or a part of it; on failure the path
+            becomes None.
 
     Raises:
         ReportError: for any exception in the context.
@@ -95,12 +99,24 @@ def report_errors(result: dict[str, Any], named: dict[str, Any]) -> Iterator[Non
 
 
 def write_report(path: Path, data: ReportData) -> None:
-    """Render the page and write it. Raises as `write_page`."""
+    """Render the page and write it.
+
+    Args:
+        path: HTML file to create or replace.
+        data: content of the page.
+
+    Raises:
+        VerifyError: the file can't be written.
+    """
     write_page(path, render(data))
 
 
 def write_page(path: Path, html: str) -> None:
-    """Replace the file at `path` by a page as a whole: an interrupted or failed write leaves the old content.
+    """Write a page atomically: an interrupted or failed write leaves the old content.
+
+    Args:
+        path: HTML file to create or replace.
+        html: content of the file.
 
     Raises:
         VerifyError: the file can't be written.
@@ -112,7 +128,7 @@ def write_page(path: Path, html: str) -> None:
 
 
 def render(data: ReportData) -> str:
-    """Return the page as text. Names may hold anything: the template engine escapes them."""
+    """Return the page as HTML. The template engine escapes names, which may contain any characters."""
     return (
         page_environment()
         .get_template("report.html.j2")
@@ -136,7 +152,7 @@ def page_environment() -> Environment:
     """Return the template engine for the pages in `rendering`."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # Every expression passes through _printable: a name may hold a newline, or bytes that no encoding can write.
+    # Every expression passes through _printable: a name may contain a newline, or bytes that aren't valid UTF-8.
     environment = Environment(
         finalize=_printable,
         loader=FileSystemLoader(Path(__file__).parent / "rendering"),
@@ -150,7 +166,7 @@ def page_environment() -> Environment:
 
 
 def _printable(value: Any) -> Any:
-    """Escape text that isn't markup yet; return anything else unchanged."""
+    """Make plain text printable; return markup and other values unchanged."""
     return shown(value) if type(value) is str else value
 
 
@@ -158,7 +174,15 @@ Pairs = list[tuple[str, str]]
 
 
 def provenance(inputs: Inputs, split: str) -> dict[str, Pairs]:
-    """Return heading -> (name, value) pairs about student, teacher, store and comparison; `split` is its name."""
+    """Describe student, teacher, store and comparison for the report.
+
+    Args:
+        inputs: inputs of the verification, still open.
+        split: "val", "train" or "all".
+
+    Returns:
+        (name, value) pairs by heading.
+    """
     return {
         "Student": _student(inputs),
         "Teacher": _teacher(inputs),

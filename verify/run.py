@@ -1,4 +1,4 @@
-"""One verification: open the inputs, measure embeddings and masks, check the thresholds, write the report."""
+"""`mobilesam verify`: open the inputs, measure embeddings and masks, check the thresholds, write the report."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from .thresholds import audit_checks, failed_checks, run_checks, store_audit
 
 
 def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-    """Compare a student with its teacher's stored embeddings, and their masks for the same points.
+    """Compare a student's embeddings with its teacher's stored ones, and both models' masks for the same points.
 
     Args:
-        config: see `VerifyConfig`.
-        progress: called with the numbers of images done and in all.
+        config: all options.
+        progress: called with the number of images done and the total.
 
     Returns:
         The JSON object that `--json` prints:
 
-        - `images`; the metrics (see `METRICS`) over all cells, and with `_valid` after their names over valid cells.
+        - `images`, their number; the metrics (see `METRICS`) over all cells, and with `_valid` appended to their
+          names over valid cells.
         - Unless `config.points` is 0: `miou` (intersection over union of the student's and the teacher's mask, mean
-          over an image's points, then over images) and `miou_min` (the worst image's mean), both None where an
-          embedding isn't finite; `prompts`, points an image; `empty_masks`, the number of empty masks of `teacher`
-          and `student`. Two empty masks count 1, one empty mask 0.
-        - `passed`; `failed_checks`: {check, metric, value, threshold} of each. A store whose audit found embeddings
-          that are not the teacher's fails too: nothing compared with them means anything.
-        - `subject`: the names of all that was compared.
+          over an image's points, then over images) and `miou_min` (the worst image's mean), both None if an embedding
+          isn't finite; `prompts`, the number of points per image; `empty_masks`, the number of empty masks of
+          `teacher` and `student`. The IoU of two empty masks is 1, that of an empty and another mask 0.
+        - `passed`; `failed_checks`: {check, metric, value, threshold} of each. An audit of the store that is out of
+          tolerance fails too, since its embeddings are not the teacher's.
+        - `subject`: student, store, settings and notes of the comparison.
 
     Raises:
-        ReportError: only the report can't be made; the error has the result.
-        VerifyError: the inputs can't be compared, or the store's head gives no masks.
+        ReportError: only the report failed; the error carries the result.
+        VerifyError: the inputs can't be compared, or the store's head can't be used.
         StoreError, DistillError, SamError: a store or student is missing or damaged, or an image changed.
     """
     if config.report is not None:
@@ -55,7 +56,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 def _measure(
     inputs: Inputs, points: int, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], list[ImageMetrics], MaskComparison | None]:
-    """Return the metrics over all rows, those of each image, and the comparison of masks unless `points` is 0."""
+    """Return the metrics over all rows, the metrics of each image, and the comparison of masks, if `points` > 0."""
     masks = _open_masks(inputs, points) if points else None
     numbers, per_image = evaluate(
         inputs.student.encoder,
@@ -71,7 +72,7 @@ def _measure(
 
 
 def _open_masks(inputs: Inputs, side: int) -> MaskComparison:
-    """Open a comparison of masks for side x side points an image. Raises as `open_head`."""
+    """Open a comparison of masks with side x side points per image. Raises like `open_head`."""
     device = inputs.compute.device
     records = {record.row: record for record in inputs.store.manifest.records("done")}
     student_head = open_student_head(inputs.student, inputs.store.spec.image_size, device)

@@ -1,4 +1,4 @@
-"""Names and definitions of the metrics, and the tables of them that the terminal shows."""
+"""Names and definitions of the metrics, and the tables of metrics for the terminal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from .thresholds import describe, run_checks
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a result."""
+    """Metric of a result, with its label, format and definition."""
 
     label: str
     path: tuple[str, ...]
-    """Keys that lead to the number over all cells; with `_valid` after the first, to the one over valid cells.
-    Numbers about masks have the first form only."""
+    """Keys in a result of the value over all cells; with `_valid` appended to the first, of the value over valid
+    cells. Metrics of masks have only the former."""
     digits: str
-    """Format specification."""
+    """Format specification, such as ".4f"."""
     definition: str
 
     def text(self, result: Mapping[str, Any], *, valid: bool) -> str:
-        """Return the number as text, "undefined" where there is none; `valid` selects the one over valid cells."""
+        """Format the metric's value.
+
+        Args:
+            result: result of `verify`.
+            valid: True for the value over valid cells, False for that over all cells.
+
+        Returns:
+            The value as text; "undefined" if it is None or NaN.
+        """
         first, *rest = self.path
         value = result[f"{first}_valid" if valid else first]
         for part in rest:
@@ -33,7 +41,15 @@ class Metric:
 
 
 def number(value: float | None, digits: str) -> str:
-    """Return a number in the format `digits`; "undefined" for None or NaN."""
+    """Format a number.
+
+    Args:
+        value: the number.
+        digits: format specification, such as ".4f".
+
+    Returns:
+        The number as text; "undefined" for None or NaN.
+    """
     return "undefined" if value is None or value != value else format(value, digits)
 
 
@@ -97,7 +113,7 @@ MASK_METRICS = (
 
 
 def masks_compared(result: Mapping[str, Any]) -> str:
-    """Describe the prompts and the empty masks of a result; "" where no masks were compared."""
+    """Describe the prompts and the empty masks of a result of `verify`; "" if no masks were compared."""
     if "miou" not in result:
         return ""
     side = round(result["prompts"] ** 0.5)
@@ -109,10 +125,10 @@ def masks_compared(result: Mapping[str, Any]) -> str:
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return the lines that `mobilesam verify` prints: what was compared, the metrics, the checks.
+    """Return the lines that `mobilesam verify` prints: student and teacher, notes, metrics, checks.
 
     Args:
-        result: as `verify` returns it.
+        result: result of `verify`.
     """
     subject: Mapping[str, Any] = result["subject"]
     images = f"{result['images']:,} image{'' if result['images'] == 1 else 's'}"

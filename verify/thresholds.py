@@ -1,7 +1,7 @@
-"""Thresholds on the headline metrics, and the store's audits: checks, those that failed, and their texts.
+"""Checks of a result against thresholds on the headline metrics, and of the store's audits; their descriptions.
 
-A check is {check, metric, value, threshold, passed}: `check` names the threshold or is "audit", `metric` is the path
-of the number in the result.
+A check is {check, metric, value, threshold, passed}: `check` is the threshold's name or "audit", `metric` is the path
+of the number in the result, keys joined by dots.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 from ..store import EmbeddingStore, audit_summary, tolerance
 
 MINIMUMS = {"min_cosine": ("cosine_valid", "mean"), "min_skill": ("skill_valid",), "min_miou": ("miou",)}
-"""Threshold name -> path of the number in a result that it bounds: over valid cells where there is a choice."""
+"""Path in a result of the number that each threshold bounds: over valid cells where there are two numbers."""
 
 
 def run_checks(result: Mapping[str, Any], thresholds: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """Check a result against every threshold that is set.
-
-    A metric that is undefined (None or NaN) passes no threshold: an absent number must not pass for a good one.
+    """Check a result against all thresholds that are set. An undefined metric (None or NaN) fails.
 
     Args:
-        result: as `verify` returns it.
-        thresholds: name, one of MINIMUMS -> least value, None where it isn't set.
+        result: result of `verify`.
+        thresholds: smallest allowed value by name, a key of MINIMUMS; None if not set.
+
+    Returns:
+        Checks, in the order of `thresholds`.
     """
     checks = []
     for check, threshold in thresholds.items():
@@ -46,12 +47,12 @@ def run_checks(result: Mapping[str, Any], thresholds: Mapping[str, float | None]
 
 
 def store_audit(store: EmbeddingStore) -> dict[str, Any] | None:
-    """Summarise the store's audits as `audit_summary` does; None where no row was audited."""
+    """Summarise the store's audits by `audit_summary`; None if no row was audited."""
     return audit_summary(store.manifest.audits(), tolerance(store.spec.dtype, store.spec.precision))
 
 
 def audit_checks(audit: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Check a summary of audits against its tolerance; no checks where nothing was audited."""
+    """Check a summary of audits against its tolerance; no checks for None, where no row was audited."""
     if audit is None:
         return []
     cosine, error, allowed = audit["cosine_min"], audit["relative_mse_max"], audit["tolerance"]
@@ -68,17 +69,17 @@ def _audit_check(metric: str, value: float | None, threshold: float, passed: boo
 
 
 def audit_faults(store: EmbeddingStore) -> list[str]:
-    """Return a line for each way in which the store's audits are out of tolerance."""
+    """Return a line for each metric of the store's audits that is out of tolerance."""
     return [describe(check) for check in failed_checks(audit_checks(store_audit(store)))]
 
 
 def failed_checks(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the checks that failed, as they stand in the JSON output: {check, metric, value, threshold}."""
+    """Return the failed checks in the form of the JSON output: {check, metric, value, threshold}."""
     return [{k: v for k, v in check.items() if k != "passed"} for check in checks if not check["passed"]]
 
 
 def describe(check: Mapping[str, Any]) -> str:
-    """Return one line with both numbers, such as "cosine 0.8731 is below 0.9"."""
+    """Describe a check on one line with both numbers, such as "cosine 0.8731 is below 0.9"."""
     if check["check"] == "audit":
         return _describe_audit(check)
     name = check["check"].removeprefix("min_")
@@ -89,7 +90,7 @@ def describe(check: Mapping[str, Any]) -> str:
 
 
 def _describe_audit(check: Mapping[str, Any]) -> str:
-    # The limit isn't rounded as far as the value may be: 0.99999 is not 1.
+    # The threshold has more digits than the value may have: 0.99999 must not become 1.
     threshold = f"{check['threshold']:g}"
     value = "undefined" if check["value"] is None else distinguishable(check["value"], check["threshold"])[0]
     name, relation = {"cosine_min": ("cosine", "below"), "relative_mse_max": ("relative mse", "above")}[
@@ -102,9 +103,11 @@ def _describe_audit(check: Mapping[str, Any]) -> str:
 
 
 def distinguishable(value: float, threshold: float) -> tuple[str, str]:
-    """Return both numbers as text, with as many digits as it takes to tell them apart.
+    """Format two numbers with enough digits for their texts to differ, unless they are equal.
 
-    The value has at least four digits, the threshold at least six, since 0.999999 is not 1.
+    Args:
+        value: number, shown with at least four digits.
+        threshold: number, shown with at least six digits, so that 0.999999 doesn't become 1.
     """
     for digits in range(4, 17):
         texts = f"{value:.{digits}g}", f"{threshold:.{max(digits, 6)}g}"

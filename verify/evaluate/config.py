@@ -21,7 +21,8 @@ SPLITS = ("auto", "val", "all")
 MAX_IMAGE_SIZE = 4096
 DEFAULT_IMAGE_SIZE = 1024
 DISTANCES = (100, 200, 300, 400, 500)
-"""Pixels between the two points of a pair: those of the MobileSAM paper's comparison with FastSAM (its Table 6)."""
+"""Default distances in pixels between the two points of a pair, from the MobileSAM paper's comparison with FastSAM
+(Table 6)."""
 
 
 def _name_and_file(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -37,9 +38,9 @@ def _pixels(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """All options of one evaluation, checked where they are made.
+    """All options of one evaluation, checked on construction.
 
-    The images are those of `store`, which gives the teacher's embeddings too, or those of `images`. Masks are
+    The images are those of `store`, which also has the teacher's embeddings, or those of `images`. Masks are
     compared with the teacher's for points and pairs of points, and with labels for objects. `split` "auto" is "val"
     if one of the models is a run trained on the store, else "all".
 
@@ -116,7 +117,7 @@ class EvaluateConfig:
         )
         self._require(
             len(set(self.distances)) == len(self.distances),
-            f"--distances {self.distances}: one comes twice; give each once",
+            f"--distances {self.distances}: a distance is repeated; give each once",
         )
         for name, number in (("--max-objects", self.max_objects), ("--limit", self.limit)):
             self._require(number is None or number >= 1, f"{name} {number} is not at least 1")

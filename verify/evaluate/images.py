@@ -1,4 +1,4 @@
-"""Images of an evaluation, read one after the other: those of a folder or tar, or those of a store.
+"""Images of an evaluation, read one by one from a folder, a tar or a store.
 
 Shape suffixes: H and W rows and columns of an image.
 """
@@ -29,19 +29,20 @@ from ...store import EmbeddingStore, ImageRecord
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LazyImage:
-    """One image, decoded for each size when that is first asked for."""
+    """One image, decoded at each size on first use."""
 
     key: str
+    """The image's name: its path in the folder, or its key in the store."""
     data: bytes
-    """Content of the image's file; where a store's images are read without its photos, of the kept image."""
+    """Content of the image's file, or of the resized image that the store keeps."""
     original_size: tuple[int, int]
-    """Height and width of the photo, as it is displayed."""
+    """Height and width of the photo in pixels, after its EXIF orientation is applied."""
     row: int | None = None
     """Row of the store; None for a file."""
     _decoded: dict[int, DecodedImage] = field(default_factory=dict, repr=False)
 
     def resized(self, image_size: int) -> DecodedImage:
-        """Return the image with its longest side `image_size` pixels. Raises ImageError."""
+        """Return the image with its longest side resized to `image_size` pixels. Raises ImageError."""
         if image_size not in self._decoded:
             self._decoded[image_size] = load_image(self.data, image_size)
         return self._decoded[image_size]
@@ -55,7 +56,7 @@ class Images(Protocol):
     """Images in a fixed order."""
 
     root: Path | None
-    """Folder that the keys are relative to; None where there are no files."""
+    """Folder that the keys are relative to; None if the images are kept in a store."""
 
     def __len__(self) -> int: ...
 
@@ -63,7 +64,7 @@ class Images(Protocol):
         """Return the image's name."""
 
     def read(self, index: int) -> LazyImage:
-        """Read the image. Raises ImageError where it can't be used."""
+        """Read the image. Raises ImageError if it can't be used."""
 
 
 class FolderImages:
@@ -99,12 +100,12 @@ class FolderImages:
 
 
 class StoreImages:
-    """Images behind rows of a store, each checked to be the one that the teacher embedded.
+    """Images of a store's rows, each checked to be the one that the teacher embedded.
 
     Args:
-        store: an open store.
-        records: its committed rows, in the order wanted.
-        root: folder of the photos; None for the images that the store keeps.
+        store: store open for reading.
+        records: committed rows of the store, in order.
+        root: folder of the photos; None: the images that the store keeps.
     """
 
     def __init__(self, store: EmbeddingStore, records: Sequence[ImageRecord], root: Path | None) -> None:

@@ -28,11 +28,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationInputs:
-    """Models, and what their masks are compared with."""
+    """Images, models, and the references that masks are compared with."""
 
     images: Images
     labels: AnnotationFiles | CocoInstances | None
+    """Source of labelled objects; None without labels."""
     teacher: Predictor | None
+    """Predictor of the teacher's masks; None without a teacher."""
     reference: dict[str, Any] | None
     """Name and sources of the teacher, as JSON values."""
     models: Sequence[LoadedModel]
@@ -40,7 +42,7 @@ class EvaluationInputs:
     split: str
     """Rows of the store that are evaluated: "val" or "all"."""
     notes: list[str]
-    """Facts that a reader of the numbers has to know."""
+    """Warnings about how to read the numbers."""
 
     @property
     def predictors(self) -> list[Predictor]:
@@ -49,24 +51,24 @@ class EvaluationInputs:
 
     @property
     def encoder_sizes(self) -> list[int]:
-        """Sides in pixels to which images are resized for encoders, the teacher's among them."""
+        """Sides in pixels to which images are resized for the encoders, the teacher's included."""
         predictors = [*self.predictors, *([self.teacher] if self.teacher else [])]
         return [each.image_size for each in predictors if isinstance(each, EncoderPredictor)]
 
     def read_labels(self, image: LazyImage) -> Annotations | None:
-        """Return the labelled objects of an image; None where no label file covers it. Raises AnnotationError."""
+        """Return the labelled objects of an image; None if it has no labels. Raises AnnotationError."""
         return None if self.labels is None else self.labels.read(image.key, size=image.original_size)
 
 
 def open_evaluation(
     config: EvaluateConfig, stack: ExitStack, download: Progress | None = None
 ) -> EvaluationInputs:
-    """Open all inputs; the models come last, since they take longest.
+    """Open all inputs of an evaluation.
 
     Args:
-        config: see `EvaluateConfig`.
-        stack: gets the store that has to be closed.
-        download: called with the bytes of a teacher's checkpoint done and in all.
+        config: all options.
+        stack: exit stack that closes the store.
+        download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
 
     Raises:
         VerifyError: an input can't be used.
@@ -82,8 +84,8 @@ def open_evaluation(
 def _open_folder(
     config: EvaluateConfig, device: torch.device, coco: CocoInstances | None, download: Progress | None
 ) -> EvaluationInputs:
-    """Open the images of a folder or tar, and the teacher, if one is named."""
-    assert config.images is not None, "the config has a store or images"
+    """Open the images of a folder or tar, and the teacher, if one is given."""
+    assert config.images is not None, "checked by EvaluateConfig"
     images = FolderImages(config.images, config.limit)
     loader = ModelLoader(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE)
     teacher, reference = None, None
@@ -111,7 +113,7 @@ def _open_folder(
 def _open_store(
     config: EvaluateConfig, store: EmbeddingStore, device: torch.device, coco: CocoInstances | None
 ) -> EvaluationInputs:
-    """Open the images behind a store's rows; its embeddings are the teacher."""
+    """Open the images of a store's rows, with the store's embeddings as the teacher."""
     size = store.spec.image_size
     check_preprocessing(store, refusal=VerifyError)
     loader = ModelLoader(device=device, image_size=config.image_size or size, store=config.store)
@@ -158,7 +160,7 @@ def _trained_on(run: Run, store: EmbeddingStore) -> bool:
 def _records(
     config: EvaluateConfig, store: EmbeddingStore, own_runs: Sequence[Run]
 ) -> tuple[Sequence[ImageRecord], str]:
-    """Return the rows to evaluate, and the name of their split; `own_runs` were trained on the store."""
+    """Return the rows to evaluate, and the name of their split; `own_runs` are runs trained on the store."""
     records = store.manifest.records("done")
     if config.split == "val" and not own_runs:
         raise VerifyError(
@@ -173,7 +175,7 @@ def _records(
     if not records:
         counts = store.manifest.counts()
         raise VerifyError(
-            f"{store.path} has no row to look at (split {split}; {counts.done} done, {counts.pending} pending, "
+            f"{store.path} has no row to evaluate (split {split}; {counts.done} done, {counts.pending} pending, "
             f"{counts.failed} failed): run precompute to the end, or give --split all"
         )
     return records, split
@@ -189,8 +191,8 @@ def _notes(store: EmbeddingStore, own_runs: Sequence[Run], models: Sequence[Load
         store_id, run_id = model.trained_on
         if model.run is None and store_id == store.spec.store_id and run_id not in ids:
             notes.append(
-                f"{model.name} was trained on this store and comes without its run: it may have learned from images "
-                "that it is evaluated on here"
+                f"{model.name} was trained on this store and is given without its run: it may have been trained on "
+                "images that it is evaluated on here"
             )
     return notes
 
@@ -199,5 +201,6 @@ def _missing_labels(coco: CocoInstances | None, images: Images) -> list[str]:
     if coco is not None or images.root is not None:
         return []
     return [
-        "the store keeps its images, so no labels were looked for: --images DIR says where photos lie beside some"
+        "the images are read from the store, which has no labels: give the folder of photos and labels with "
+        "--images DIR"
     ]

@@ -27,26 +27,27 @@ from .predictor import Predictor
 from .sam_predictor import EncoderPredictor
 
 FASTSAM = "fastsam"
-"""Name of a model, or word before a colon, that marks a file as FastSAM's weights."""
+"""Name of a model, or prefix before a colon, by which a file is taken for FastSAM's weights."""
 
 CHECKPOINTS = tuple(name for name, info in TEACHERS.items() if not info.embedded)
-"""Teachers whose checkpoint a file of torch's format may be."""
+"""Teachers whose checkpoints are recognised among files in torch's format."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LoadedModel:
-    """A model ready to be prompted, and what is known of it."""
+    """Model ready for prompts, with its metadata."""
 
     predictor: Predictor
     kind: str
-    """A student's or teacher's name, FastSAM, or an entry point's name."""
+    """Name of the student or teacher in its registry, "FastSAM", or the entry point's name."""
     file: str | None
     sam: Model | None = None
-    """The SAM that `predictor` prompts, with its run and description; None for models of other packages."""
+    """SAM of `predictor`, with its run and description; None for models of other packages."""
     licence: str | None = None
     needs_photos: bool = False
-    """True if resized images, as a store keeps them, won't do."""
+    """True if the model needs images at their original size, not the resized ones that a store keeps."""
     notes: tuple[str, ...] = ()
+    """Warnings about how to read the model's numbers."""
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class LoadedModel:
 
     @property
     def trained_on(self) -> tuple[str | None, str | None]:
-        """Ids of the store and of the run that the model was trained in, where its file records them."""
+        """Ids of the training's store and run; None where the file doesn't record them."""
         info = {} if self.sam is None else self.sam.info
         return info.get("store_id"), info.get("run_id")
 
@@ -80,7 +81,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLoader:
-    """Loads models on one device."""
+    """Loader of models, on one device."""
 
     device: torch.device
     image_size: int
@@ -89,16 +90,16 @@ class ModelLoader:
     """Store whose head is used for a student that has none elsewhere."""
 
     def load(self, name: str, value: str) -> LoadedModel:
-        """Load a model as `--model` names it; its kind is known from its content.
+        """Load the model that `--model NAME=FILE` names; its kind is recognised by content.
 
         Args:
-            name: of the model in the evaluation; the name "fastsam" marks FastSAM's weights.
-            value: a run's or an export's folder, a student's file, a file in mobile_sam.pt's format, a SAM
-                checkpoint; "vit_nano"; "fastsam:FILE"; or an entry point of `mobilesam.predictors` with a colon and
-                a file.
+            name: name of the model in the evaluation; with the name "fastsam", the file is FastSAM's weights.
+            value: folder of a run or an export, a student's file, a file in mobile_sam.pt's format, a SAM
+                checkpoint; "vit_nano"; "fastsam:FILE"; or "PREDICTOR:FILE" with an entry point of
+                `mobilesam.predictors`.
 
         Raises:
-            VerifyError: there is no such file or entry point, or the file is no model.
+            VerifyError: there is no such file or entry point, or the file isn't a model.
             DistillError, CheckpointError, StoreError: the file is damaged or doesn't fit.
         """
         before, colon, after = value.partition(":")
@@ -127,10 +128,13 @@ class ModelLoader:
         """Load a teacher as a whole SAM.
 
         Args:
-            name: of the model in the evaluation.
-            teacher: its name in the registry.
-            file: its checkpoint; None: found, or downloaded, as precompute does it.
-            download: called with the bytes done and in all.
+            name: name of the model in the evaluation.
+            teacher: name in the registry of teachers.
+            file: checkpoint's file; None: the file in the cache, downloaded if missing.
+            download: called with (bytes done, bytes in total) during a download.
+
+        Raises:
+            SamError: the checkpoint is missing, damaged or of another architecture, or could not be downloaded.
         """
         model = load_teacher_model(
             teacher, file, device=str(self.device), image_size=self.image_size, download=download
@@ -174,15 +178,15 @@ class ModelLoader:
 
 
 def outline_encoder(kind: str, image_size: int) -> nn.Module:
-    """Return an encoder on the meta device, to be counted.
+    """Build an encoder on the meta device, for counting parameters and operations.
 
     Args:
-        kind: a student's name, or a teacher's.
-        image_size: side in pixels of the encoder's square.
+        kind: name of a student or a teacher in its registry.
+        image_size: side of the encoder's square in pixels.
     """
     architecture = TEACHERS[kind].encoder if kind in TEACHERS else None
     if isinstance(architecture, ViTConfig):
-        # SAM's own class: ours computes the same with other multiplications, and published counts are of SAM's.
+        # SAM's own class, for which counts are published: ours computes the same with other multiplications.
         with torch.device("meta"):
             return _upstream_vit(architecture, image_size)
     return outline_student(student_info("tiny_vit" if kind in TEACHERS else kind), image_size)
@@ -225,7 +229,7 @@ def _in_torch_format(path: Path) -> bool:
 
 
 def _alternatives(before: str, colon: str) -> str:
-    """Say what else could be given; for a value with a colon, which entry points are installed."""
+    """Return the end of a message with alternatives; for a value with a colon, the installed entry points."""
     if not colon:
         return f"; give a run, an export, a student's file, a SAM checkpoint, or {EMBEDDED_TEACHER}"
     names = ", ".join(sorted(installed_predictors())) or "none"

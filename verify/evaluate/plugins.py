@@ -1,4 +1,4 @@
-"""Predictors of other packages: plugins with the interface of SAM's predictor, and FastSAM through ultralytics.
+"""Predictors of other packages: plugins with the interface of SamPredictor, and FastSAM through ultralytics.
 
 Shape suffixes: P prompts, N points of one prompt, T masks of one prompt, H and W rows and columns of an image or
 mask, C channels, 2 (x, y).
@@ -28,14 +28,14 @@ from .images import LazyImage
 from .predictor import TIMING_SECONDS, Cost, Floats, PredictedMasks
 
 GROUP = "mobilesam.predictors"
-"""Group of entry points. Each is a function of a file (Path) and a device ("cpu", "cuda:0") that returns a
+"""Group of entry points. Each is a function that takes a file (Path) and a device ("cpu", "cuda:0") and returns a
 predictor."""
 
 PACKAGE, LICENCE = "ultralytics", "AGPL-3.0"
-"""Package that FastSAM runs through, and its licence."""
+"""Package that runs FastSAM, and its licence."""
 
 FASTSAM_SETTINGS = {"imgsz": 1024, "conf": 0.4, "iou": 0.9, "retina_masks": True, "verbose": False}
-"""Defaults of FastSAM's Inference.py: side in pixels, least confidence, overlap that non-maximum suppression leaves,
+"""Defaults of FastSAM's Inference.py: side in pixels, confidence threshold, IoU threshold of non-maximum suppression,
 masks at the image's resolution."""
 
 
@@ -45,34 +45,39 @@ def installed_predictors() -> Mapping[str, EntryPoint]:
 
 
 def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.device) -> PluginPredictor:
-    """Load the function that an entry point names, and have it open a file.
+    """Load an entry point's function, and call it to open a file.
 
     Args:
-        name: of the model in the evaluation.
-        point: of the group GROUP.
-        file: passed to the function, unchecked.
-        device: passed to the function as text.
+        name: name of the model in the evaluation.
+        point: entry point of the group GROUP.
+        file: file for the function, unchecked.
+        device: device, passed to the function as text.
 
     Raises:
-        VerifyError: the function raises anything, or returns no predictor.
+        VerifyError: the function raises any exception, or doesn't return a predictor.
     """
     with named(f"--model {name}: the entry point {point.name} of {GROUP}"):
         predictor = point.load()(file, str(device))
     for method in ("set_image", "predict"):
         if not callable(getattr(predictor, method, None)):
             raise VerifyError(
-                f"--model {name}: what the entry point {point.name} gives has no {method}: it has to be like "
-                "segment_anything.SamPredictor"
+                f"--model {name}: the object from entry point {point.name} has no method {method}: it must have the "
+                "interface of segment_anything.SamPredictor"
             )
     return PluginPredictor(name, predictor, device)
 
 
 class PluginPredictor:
-    """A model with the interface of `segment_anything.SamPredictor`: `set_image(image)` and `predict(...)`.
+    """Model with the interface of `segment_anything.SamPredictor`: `set_image(image)` and `predict(...)`.
 
-    `predict` is called with numpy arrays for point_coords, point_labels and box, and with multimask_output, all by
-    name; of its results the masks (T, H, W) and the scores (T,) are used. Its parameters are counted in its
-    attribute `model`, if that is a torch module.
+    `predict` is called with the keyword arguments point_coords, point_labels and box, numpy arrays or None, and
+    multimask_output; of its results the masks (T, H, W) and the scores (T,) are used. Parameters are counted in the
+    predictor's attribute `model`, if that is a torch module.
+
+    Args:
+        name: name of the model in the evaluation.
+        predictor: object with this interface.
+        device: device that it computes on.
     """
 
     multimask = True
@@ -84,7 +89,7 @@ class PluginPredictor:
         self._size = (0, 0)
 
     def set_image(self, image: LazyImage) -> bool:
-        """Pass on the image at the size of its file."""
+        """Pass the image, at the size of its file, to the predictor. See `Predictor.set_image`."""
         image_HWC = image.pixels().copy()
         self._size = image_HWC.shape[0], image_HWC.shape[1]
         with self._named("set_image"):
@@ -92,7 +97,11 @@ class PluginPredictor:
         return True
 
     def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
-        """Predict the masks of each prompt by itself. Raises VerifyError for masks or scores of another shape."""
+        """See `Predictor.predict`; prompts are predicted one by one.
+
+        Raises:
+            VerifyError: the predictor raises an exception, or returns masks or scores of another shape.
+        """
         predicted = []
         points_PN2, labels_PN, boxes_P4 = as_arrays(prompts)
         for index in range(len(prompts)):
@@ -107,7 +116,7 @@ class PluginPredictor:
         return predicted
 
     def cost(self) -> Cost:
-        """Time both calls on a grey image of 1024 x 1024."""
+        """Time both calls with a grey image of 1024 x 1024 pixels. See `Predictor.cost`."""
         image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
         point = {"point_coords": np.array([[512.0, 512.0]]), "point_labels": np.array([1]), "box": None}
         with self._named("set_image"):
@@ -143,7 +152,7 @@ class PluginPredictor:
 def as_arrays(
     prompts: Prompts,
 ) -> tuple[Floats | None, npt.NDArray[np.int64] | None, Floats | None]:
-    """Return points (P, N, 2), labels (P, N) and boxes (P, 4) as numpy arrays; None for those that are absent."""
+    """Return points (P, N, 2), labels (P, N) and boxes (P, 4) as numpy arrays; None for absent ones."""
     points_PN2, labels_PN = prompts.points_PN2.numpy(), prompts.labels_PN.numpy()
     boxes_P4 = None if prompts.boxes_P4 is None else prompts.boxes_P4.numpy()
     return (points_PN2, labels_PN, boxes_P4) if points_PN2.shape[1] else (None, None, boxes_P4)
@@ -151,7 +160,7 @@ def as_arrays(
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Turn any exception of another package's code into a VerifyError that names the code, `what`."""
+    """Turn any exception of another package's code into a VerifyError that names the code as `what`."""
     try:
         yield
     except Exception as error:
@@ -160,7 +169,14 @@ def named(what: str) -> Iterator[None]:
 
 
 def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamPredictor:
-    """Open FastSAM's weights. They are a pickle of ultralytics' classes, which can run code: ultralytics checks them.
+    """Open FastSAM's weights with ultralytics.
+
+    They are a pickle, which can run code: open only files that you trust. Checking it is left to ultralytics.
+
+    Args:
+        name: name of the model in the evaluation.
+        file: FastSAM's weights, such as FastSAM-s.pt.
+        device: device of the model.
 
     Raises:
         VerifyError: ultralytics isn't installed, there is no such file, or ultralytics can't open it.
@@ -174,7 +190,7 @@ def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamPredicto
         raise VerifyError(
             f"--model {name}: there is no file {file}; give FastSAM's weights, such as FastSAM-s.pt"
         )
-    # ultralytics would install packages that it misses, and report its use to its maker.
+    # By default ultralytics installs missing packages and sends usage statistics.
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     os.environ.setdefault("YOLO_OFFLINE", "true")
     with named(f"--model {name}: {PACKAGE}"), _stdout_to_stderr():
@@ -191,12 +207,16 @@ def _installed() -> bool:
 
 
 class FastSamPredictor:
-    """A model of ultralytics' class FastSAM.
+    """Model of ultralytics' class FastSAM.
 
-    It has no decoder for prompts. It segments everything once, and ultralytics' own prompting then chooses among
-    those
-    masks: for points the union of the masks that hold a foreground point and no background point, for a box the mask
-    whose IoU with the box is highest.
+    It has no decoder for prompts: it segments everything once, and ultralytics' own prompting then selects masks. For
+    points it is the union of the masks that contain a foreground point and no background point, for a box the mask
+    with the highest IoU with the box.
+
+    Args:
+        name: name of the model in the evaluation.
+        model: object of ultralytics' class FastSAM.
+        device: device that it computes on.
     """
 
     multimask = False
@@ -209,14 +229,14 @@ class FastSamPredictor:
         self._size = (0, 0)
 
     def set_image(self, image: LazyImage) -> bool:
-        """Segment everything in the image at the size of its file."""
+        """Segment everything in the image, at the size of its file. See `Predictor.set_image`."""
         image_HWC = image.pixels()
         self._size = image_HWC.shape[0], image_HWC.shape[1]
         self._everything = self._segment(image_HWC)
         return True
 
     def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
-        """Return for each prompt the union of the masks that ultralytics' prompting chooses."""
+        """See `Predictor.predict`; the mask is the union of the masks that ultralytics' prompting selects."""
         assert not multimask_output, "there is one mask"
         return [self._one_prompt(prompts.take(slice(index, index + 1))) for index in range(len(prompts))]
 
@@ -224,7 +244,7 @@ class FastSamPredictor:
         asked: dict[str, Any] = {}
         points_1N2, labels_1N, boxes_14 = as_arrays(prompt)
         if points_1N2 is not None and labels_1N is not None:
-            # ultralytics indexes pixels: 0.9 is pixel 0.
+            # ultralytics takes indices of pixels: 0.9 is pixel 0.
             asked = {"points": points_1N2[0].astype(np.int64), "labels": labels_1N[0]}
         elif boxes_14 is not None:
             asked = {"bboxes": boxes_14[0]}
@@ -240,7 +260,7 @@ class FastSamPredictor:
         return PredictedMasks(masks_THW=mask_HW[None], scores_T=np.ones(1))
 
     def cost(self) -> Cost:
-        """Count parameters; time everything in an image of 1024 x 1024, from pixels to masks."""
+        """Count parameters; time segmenting everything in 1024 x 1024 pixels. See `Predictor.cost`."""
         image_HWC = np.full((1024, 1024, 3), 128, dtype=np.uint8)
         seconds = median_seconds(lambda: self._segment(image_HWC), self._device, TIMING_SECONDS)
         parameters = sum(parameter.numel() for parameter in self._model.model.parameters())
@@ -254,5 +274,5 @@ class FastSamPredictor:
 
 
 def _stdout_to_stderr() -> contextlib.AbstractContextManager[Any]:
-    """Redirect ultralytics' log, since standard output is for results alone."""
+    """Redirect ultralytics' log to standard error, since standard output is for results."""
     return contextlib.redirect_stdout(sys.stderr)

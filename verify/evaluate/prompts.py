@@ -1,7 +1,7 @@
 """Prompts of an evaluation: points and pairs of points over the whole image, boxes and centres of labelled objects.
 
-Coordinates are x, y in pixels of the original image. Random draws are seeded by the seed and the image's key alone,
-so that neither the order of the images nor other images change them.
+Coordinates are x, y in pixels of the original image. Random draws depend only on the seed and the image's key, not on
+the order of images or on other images.
 
 Shape suffixes: P prompts, N points of one prompt, H and W rows and columns of a mask, L pixels of a flattened mask or
 directions of a draw, X columns of a window, 2 (x, y), 3 three directions, 1 one.
@@ -22,10 +22,10 @@ from ...sam.modeling.decode_prompts import Prompts
 Ints = npt.NDArray[np.int64]
 
 DIRECTIONS = 32
-"""Directions drawn for a pair's second point before the pair counts as not fitting into the image."""
+"""Number of directions drawn for a pair's second point; if none leads into the image, the pair is left out."""
 
 PIXELS_AT_ONCE = 1024
-"""Pixels of a mask whose distances are computed together."""
+"""Number of pixels of a mask whose distances are computed together."""
 
 
 def point_prompts(side: int, size: tuple[int, int]) -> Prompts:
@@ -36,7 +36,7 @@ def point_prompts(side: int, size: tuple[int, int]) -> Prompts:
         size: height and width of the image in pixels.
 
     Returns:
-        side * side prompts, row by row, float64.
+        side * side prompts, row by row, with float64 coordinates.
     """
     return Prompts.of_points(grid_points(side, size))
 
@@ -46,23 +46,23 @@ def pair_prompts(
 ) -> tuple[Prompts, int]:
     """Return pairs of a foreground point, as in `point_prompts`, and a background point at a distance from it.
 
-    The direction is drawn: the first of DIRECTIONS uniform ones that leads to a point of the image.
+    The direction is random: the first of DIRECTIONS uniformly drawn ones that leads to a point in the image.
 
     Args:
         side: number of parts of the image in each direction.
         size: height and width of the image in pixels.
-        distance: between the two points, in pixels.
-        seed: of the evaluation.
-        key: the image's name.
+        distance: distance between the two points in pixels.
+        seed: seed of the evaluation.
+        key: the image's key.
 
     Returns:
-        The pairs, float64, foreground point first; the number of pairs left out because no direction fits.
+        The pairs, float64, foreground point first; and the number of pairs left out because no direction fits.
     """
     height, width = size
     rng = seeded(seed, f"pair {distance:g}", key)
     pairs, left_out = [], 0
     for x, y in grid_points(side, size):
-        # The number of draws is always the same: no pair depends on which others fit.
+        # Each pair draws as many numbers, so that no pair depends on others.
         angles_L = rng.uniform(0, 2 * math.pi, DIRECTIONS)
         ends_L2 = np.stack([x + distance * np.cos(angles_L), y + distance * np.sin(angles_L)], axis=-1)
         inside_L = ((ends_L2 >= 0) & (ends_L2 <= (width - 1, height - 1))).all(axis=1)
@@ -76,13 +76,16 @@ def pair_prompts(
 
 
 def choose_objects(count: int, most: int, seed: int, key: str) -> list[int]:
-    """Choose the objects of an image to evaluate: all of `count`, or `most` drawn at random, in order.
+    """Choose the objects of an image to evaluate: all of them, or `most` drawn at random.
 
     Args:
         count: number of the image's objects.
-        most: largest number to return.
-        seed: of the evaluation.
-        key: the image's name.
+        most: largest number of objects to choose.
+        seed: seed of the evaluation.
+        key: the image's key.
+
+    Returns:
+        Indices of objects, ascending.
     """
     if count <= most:
         return list(range(count))
@@ -90,7 +93,13 @@ def choose_objects(count: int, most: int, seed: int, key: str) -> list[int]:
 
 
 def seeded(seed: int, purpose: str, key: str) -> np.random.Generator:
-    """Return a random generator that depends on these three alone, and is the same on every machine."""
+    """Return a random generator that depends only on the arguments, and is the same on every machine.
+
+    Args:
+        seed: seed of the evaluation.
+        purpose: name of what is drawn, so that different draws are independent.
+        key: the image's key.
+    """
     text = f"{seed}\0{purpose}\0".encode() + key.encode("utf-8", "surrogateescape")
     return np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(text).digest()[:16], "big")))
 
@@ -98,12 +107,12 @@ def seeded(seed: int, purpose: str, key: str) -> np.random.Generator:
 def centre_of_mask(mask_HW: npt.NDArray[np.bool_]) -> tuple[int, int]:
     """Return the pixel of a mask that is farthest from its boundary: the centre that a user would click on.
 
-    The distance is Euclidean, to the nearest pixel outside the mask; beyond the image's edge everything is outside.
-    Of several such pixels it is the first, row by row. EdgeSAM's evaluation (`get_centroid_from_mask`) uses the same
-    point with approximate distances; these are exact.
+    The distance is the exact Euclidean one to the nearest pixel outside the mask; everything beyond the image's edge
+    is outside. Of several such pixels, the first one, row by row, is returned. EdgeSAM's evaluation
+    (`get_centroid_from_mask`) uses the same point with approximate distances.
 
     Args:
-        mask_HW: with at least one pixel.
+        mask_HW: bool (H, W), with at least one pixel.
 
     Returns:
         x and y in pixels.
@@ -116,10 +125,10 @@ def centre_of_mask(mask_HW: npt.NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def _innermost(mask_HW: npt.NDArray[np.bool_]) -> tuple[int, int]:
-    """Return y and x of the pixel that `centre_of_mask` looks for, in a mask with a border of zeros.
+    """Return y and x of the pixel that `centre_of_mask` returns, in a mask with a border of zeros.
 
-    A pixel's steps to the nearest zero in eight directions bound its distance from above. Pixels are measured by
-    falling bound, until no bound reaches the greatest distance found: few of them have to be measured.
+    The steps to the nearest zero in eight directions give an upper bound of a pixel's distance. Distances are
+    computed in order of decreasing bounds, until no bound is above the largest distance found: that needs few.
     """
     down_3HW = _steps_from_above(mask_HW)
     up_3HW = _steps_from_above(mask_HW[::-1])[:, ::-1]
@@ -155,10 +164,10 @@ def _steps_from_above(mask_HW: npt.NDArray[np.bool_]) -> Ints:
 
 
 def _squared_distances(vertical_HW: Ints, places_L: Ints, bound: int) -> Ints:
-    """Return the squared distances of pixels to the nearest zero, by their places in the flattened mask.
+    """Return the squared distances of pixels, given by their indices in the flattened mask, to the nearest zero.
 
-    Each is the least, over the columns near enough, of the squared step to the column plus the squared steps up or
-    down in it. No distance may be greater than `bound`, squared pixels.
+    Each is the minimum, over the columns in reach, of the squared distance to the column plus the squared vertical
+    distance in that column. No distance may be above `bound`, in squared pixels.
     """
     width = vertical_HW.shape[1]
     reach = int(np.sqrt(bound)) + 1

@@ -1,4 +1,4 @@
-"""Report of an evaluation: one HTML file with the tables, and the masks of every model side by side.
+"""Report of an evaluation: one HTML file with the tables, and the masks of all models side by side.
 
 Shape suffixes: P prompts, N points of one prompt, T masks of one prompt, H and W rows and columns of an image or
 mask, C channels, 2 (x, y).
@@ -33,25 +33,27 @@ from .table import no_numbers, tables
 TEMPLATE = "evaluation.html.j2"
 
 MOST_SHOWN = 3
-"""Number of images on the page of the worst, and of the best."""
+"""Largest number of worst images on the page, and of best images."""
 
 CHOICE_SIDE = 512
-"""Longer side in pixels to which masks are reduced before those that differ are chosen."""
+"""Longer side in pixels to which masks are reduced for choosing those that differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """Masks of one model, or those wanted, over a photo."""
+    """Masks of one model, or the reference masks, over a photo."""
 
     name: str
+    """Name of the model or of the reference."""
     uri: str
+    """Data URI."""
     ious: Sequence[tuple[str, float]]
-    """CSS colour and IoU of each prompt; empty for the masks wanted."""
+    """CSS colour and IoU of each prompt; empty for the reference masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PanelRow:
-    """Pictures of the masks for the same prompts: those wanted, then each model's."""
+    """Pictures of the masks for the same prompts: the reference masks, then each model's."""
 
     title: str
     pictures: Sequence[Picture]
@@ -74,16 +76,16 @@ class ImagePanel:
 def write_evaluation_report(
     path: Path, result: Mapping[str, Any], inputs: EvaluationInputs, config: EvaluateConfig
 ) -> None:
-    """Predict the masks of the worst and the best images once more, and write the page.
+    """Predict the masks of the worst and the best images again, and write the page.
 
     Args:
-        path: of the HTML file.
-        result: as `evaluate_masks` returns it.
-        inputs: of the evaluation, still open.
-        config: of the evaluation.
+        path: HTML file to create or replace.
+        result: result of `evaluate_masks`.
+        inputs: inputs of the evaluation, still open.
+        config: options of the evaluation.
 
     Raises:
-        VerifyError: an image can't be read any more, or the page can't be written.
+        VerifyError: an image can't be read any longer, or the page can't be written.
     """
     worst, best = _worst_and_best(result["per_image"])
     index_of = {shown(inputs.images.key(index)): index for index in range(len(inputs.images))}
@@ -107,7 +109,7 @@ def write_evaluation_report(
 
 
 def _worst_and_best(per_image: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:
-    """Return the images of the lowest and of the highest mean over the models; an undefined one is in neither."""
+    """Return the images with the lowest and with the highest mean over models; undefined means are left out."""
     means = []
     for one in per_image:
         values = list(one["miou"].values())
@@ -121,7 +123,7 @@ def _image_panel(
 ) -> ImagePanel:
     try:
         image = inputs.images.read(index)
-    except ImageError as error:  # it was readable when it was measured
+    except ImageError as error:  # it was readable during the evaluation
         raise VerifyError(f"{shown(inputs.images.key(index))}: {error}") from error
     photo_HWC = image.pixels() if inputs.images.root is not None else image.resized(1024).pixels_HWC
     for predictor in inputs.predictors:
@@ -149,9 +151,9 @@ def _image_panel(
 def _teacher_masks(
     teacher: Predictor, config: EvaluateConfig, image: LazyImage, device: torch.device
 ) -> tuple[Prompts, Bools]:
-    """Return points whose teacher masks differ from each other, and these masks."""
+    """Return prompts of points whose teacher masks differ from each other, and these masks."""
     prompts = point_prompts(config.points, image.original_size)
-    # Reduced, since all of the masks together have thousands of times as many pixels as the photo.
+    # Reduced, since all masks together may have thousands of times as many pixels as the photo.
     step = -(-max(image.original_size) // CHOICE_SIDE)
     chosen = choose_points(_single_masks(teacher, prompts, image, device, step))
     prompts = Prompts.of_points(prompts.points_PN2[chosen, 0])
@@ -194,7 +196,7 @@ def _pictures(
     wanted_name: str,
     wanted_PHW: Bools,
 ) -> list[Picture]:
-    """Paint the masks wanted, and those that each model predicts for the same prompts of one point."""
+    """Paint the reference masks, and the masks that each model predicts for the same prompts of one point."""
     height, width = image.original_size
     points_P2 = (prompts.points_PN2[:, 0].numpy() + 0.5) / (width, height)
     pictures = [_picture(wanted_name, photo_HWC, wanted_PHW, points_P2, ())]

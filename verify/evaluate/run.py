@@ -1,4 +1,4 @@
-"""One evaluation: the masks of any number of models against the teacher's and against labels, and what models cost.
+"""`mobilesam evaluate`: masks of several models against the teacher's and against labels, and the models' cost.
 
 Shape suffixes: P prompts, H and W rows and columns of a mask.
 """
@@ -29,13 +29,13 @@ from .report import write_evaluation_report
 from .sam_predictor import prompts_at_once
 
 Progress = Callable[[int, int], None]
-"""Is called with the numbers done and in all."""
+"""Callback with the number done and the total."""
 
 Score = Callable[[PredictedMasks, Tensor], float]
-"""IoU of the predicted masks of one prompt with the mask wanted, bool (H, W)."""
+"""Function of the predicted masks of one prompt and the reference mask, bool (H, W), that returns an IoU."""
 
 ImageIous = dict[str, dict[str, list[float]]]
-"""Model -> protocol -> IoU of each prompt of one image."""
+"""IoU of each prompt of one image, by model and protocol."""
 
 
 def evaluate_masks(
@@ -44,28 +44,29 @@ def evaluate_masks(
     """Compare the masks of models with the teacher's and with labels.
 
     Args:
-        config: see `EvaluateConfig`.
-        progress: called with the numbers of images done and in all.
-        download: called with the bytes of a teacher's checkpoint done and in all.
+        config: all options.
+        progress: called with the number of images done and the total.
+        download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
 
     Returns:
         The JSON object that `--json` prints:
 
-        - `images`: number of all images; `evaluated`: of those that gave numbers; `labelled`: of those with labelled
-          objects; `failed`: {key, reason} of those that couldn't be read or whose labels are damaged.
-        - `reference`: the teacher, None without one. `left_out`: protocol -> number of pairs of points that didn't
-          fit into their images.
-        - `models`: for each its names and its cost (see `Cost`), and
+        - `images`: total number of images; `evaluated`: number of images that were compared; `labelled`: number of
+          images with labelled objects; `failed`: {key, reason} of each image that couldn't be read or whose labels
+          are damaged.
+        - `reference`: the teacher, None without one. `left_out`: number of pairs of points that didn't fit into their
+          images, by protocol.
+        - `models`: for each its names, its cost (see `Cost`), and
 
-          - `teacher`: protocol -> {miou, prompts, images}: IoU with the teacher's mask for the same prompt, SAM's
-            single mask both times, at the image's original resolution; mean over an image's prompts, then over
+          - `teacher`: {miou, prompts, images} by protocol: IoU with the teacher's mask for the same prompt, SAM's
+            single mask for both, at the image's original resolution; mean over an image's prompts, then over
             images.
           - `labels`: the same for boxes and centres of labelled objects, mean over all objects.
         - `per_image`: each image's mean IoU of protocol `point` (without it `center`), by model.
         - `split`, `points`, `device`, `seed`, `notes`, `report`.
 
     Raises:
-        ReportError: only the report can't be made; the error has the result.
+        ReportError: only the report failed; the error carries the result.
         VerifyError: a model or another input can't be used.
         StoreError, DistillError, SamError: a model or store is missing or damaged.
     """
@@ -86,7 +87,7 @@ def evaluate_masks(
 
 
 class _Evaluation:
-    """Measurements of the images so far."""
+    """Measurements of an evaluation, accumulated image by image."""
 
     def __init__(self, inputs: EvaluationInputs, config: EvaluateConfig) -> None:
         self.inputs, self.config = inputs, config
@@ -100,10 +101,10 @@ class _Evaluation:
         self.evaluated = 0
         self.labelled = 0
         self.covered = 0
-        """Number of images that labels cover, be it that they list no object."""
+        """Number of images with a label file or an entry in one, even if it lists no object."""
 
     def add(self, index: int) -> None:
-        """Measure one image. Its faults are found before any model sees it."""
+        """Measure one image. Errors in the image or its labels are found before any model is run."""
         try:
             image = self.inputs.images.read(index)
             labels = self.inputs.read_labels(image)
@@ -165,15 +166,15 @@ class _Evaluation:
         multimask_output: bool = False,
         undefined: bool = False,
     ) -> None:
-        """Add the IoUs of every model's masks for the prompts to `ious`, for each protocol by its score.
+        """Predict every model's masks for the prompts, and add their IoUs to `ious`.
 
         Args:
-            prompts: about the image that the predictors have.
-            wanted: the reference mask of each prompt, bool (H, W).
-            scores: protocol -> score.
-            ious: gets the IoUs.
-            multimask_output: ask for several masks a prompt, of the models that can give them.
-            undefined: the reference masks mean nothing, so every IoU is NaN.
+            prompts: prompts for the image that was set.
+            wanted: reference mask of each prompt, bool (H, W).
+            scores: score by protocol.
+            ious: dictionary to add the IoUs to.
+            multimask_output: predict several masks per prompt; models that can't are left out.
+            undefined: the reference masks are invalid, so that every IoU is NaN.
         """
         for predictor in self.inputs.predictors:
             if multimask_output and not predictor.multimask:
@@ -189,7 +190,7 @@ class _Evaluation:
         means: dict[str, float | None] = {}
         for name, by_protocol in ious.items():
             for protocol, ious_P in by_protocol.items():
-                # Masks of an embedding that isn't finite are empty, and two empty masks count 1.
+                # Masks of an embedding that isn't finite are empty, and the IoU of two empty masks would be 1.
                 self.totals[name].add(protocol, ious_P if finite[name] else [float("nan")] * len(ious_P))
             shown_P = by_protocol.get(iou.POINT) or by_protocol.get(iou.CENTRE) or []
             mean = float(np.mean(shown_P)) if shown_P and finite[name] else float("nan")
@@ -197,7 +198,7 @@ class _Evaluation:
         self.per_image.append({"key": image.key, "miou": means})
 
     def result(self) -> dict[str, Any]:
-        """Return the result of `evaluate_masks`. Models are timed here, as no image is needed any more."""
+        """Return the result of `evaluate_masks`. Models are timed here, since timing loses the image that was set."""
         inputs, config = self.inputs, self.config
         return {
             "images": len(inputs.images),
@@ -228,7 +229,7 @@ class _Evaluation:
         }
 
     def _label_notes(self) -> list[str]:
-        """Explain why a COCO file that was given covers none of the images."""
+        """Return a note if the COCO file names none of the images, with an example of both names."""
         coco, images = self.inputs.labels, self.inputs.images
         if not isinstance(coco, CocoInstances) or self.covered or self.failed or not len(images):
             return []

@@ -1,4 +1,4 @@
-"""SAM as a predictor: with an encoder of any kind, or with a store's embeddings in an encoder's place.
+"""SAM as a predictor: with an encoder of any kind, or with a store's embeddings instead of an encoder.
 
 Shape suffixes: P prompts, N points of one prompt, T masks of one prompt (one, or three), C channels, H and W rows and
 columns of an embedding or mask, h and w those of low-resolution masks (4g), g side of the embedding's grid, 1 one,
@@ -26,7 +26,12 @@ from .predictor import TIMING_SECONDS, Cost, PredictedMasks
 
 
 class HeadPredictor:
-    """SAM's head over one image's embedding: equal to `SamPredictor.predict_torch`, in bounded memory."""
+    """SAM's head on one image's embedding: same results as `SamPredictor.predict_torch`, in bounded memory.
+
+    Args:
+        name: name of the model in the evaluation.
+        sam: SAM in evaluation mode, float32.
+    """
 
     multimask = True
 
@@ -44,12 +49,12 @@ class HeadPredictor:
     def set_embedding(
         self, emb_1CHW: Tensor, original_size: tuple[int, int], resized_size: tuple[int, int]
     ) -> bool:
-        """Take an image's embedding.
+        """Set the embedding of the next prompts' image.
 
         Args:
-            emb_1CHW: (1, 256, g, g), on the head's device.
-            original_size: height and width of the image.
-            resized_size: height and width of its part of the encoder's square.
+            emb_1CHW: float (1, 256, g, g), on the head's device.
+            original_size: height and width of the image in pixels.
+            resized_size: height and width in pixels of the image in the encoder's square.
 
         Returns:
             True if the embedding is finite.
@@ -60,15 +65,24 @@ class HeadPredictor:
 
     @torch.no_grad()
     def predict(self, prompts: Prompts, multimask_output: bool) -> list[PredictedMasks]:
-        """Return for each prompt its masks, logits above 0, and their predicted IoUs."""
+        """See `Predictor.predict`; masks are where logits are above 0, scores are predicted IoUs."""
         logits_PThw, scores_PT = self.decode(prompts, multimask_output)
         masks_PTHW = torch.stack([self._upscale(logits_Thw) for logits_Thw in logits_PThw])
         scores = scores_PT.double().cpu().numpy()
         return [PredictedMasks(masks_THW=m, scores_T=s) for m, s in zip(masks_PTHW, scores, strict=True)]
 
     def decode(self, prompts: Prompts, multimask_output: bool) -> tuple[Tensor, Tensor]:
-        """Return the logits over the encoder's square (P, T, 4g, 4g), and the predicted IoUs (P, T)."""
-        assert self._emb_1CHW is not None, "an image comes first"
+        """Decode low-resolution masks.
+
+        Args:
+            prompts: P prompts, coordinates in pixels of the original image, on the CPU.
+            multimask_output: True for SAM's three masks per prompt (T = 3), False for its single mask (T = 1).
+
+        Returns:
+            Logits over the encoder's square, (P, T, 4g, 4g), and predicted IoUs, (P, T), float32 on the head's
+            device.
+        """
+        assert self._emb_1CHW is not None, "an image must be set first"
         encoder, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
         device = self._emb_1CHW.device
         points, boxes = None, None
@@ -91,19 +105,19 @@ class HeadPredictor:
         return to_square(points.numpy(), self._original_size, self._resized_size)
 
     def _upscale(self, logits_Thw: Tensor) -> Tensor:
-        """Upscale masks one by one: logits at an image's full size take four bytes a pixel."""
+        """Upscale masks one by one: logits at an image's full size take four bytes per pixel."""
         sizes = self.image_size, self._original_size, self._resized_size
         return torch.cat([upscale_masks(one_1hw[None], *sizes) for one_1hw in logits_Thw.split(1)])
 
 
 class EncoderPredictor(HeadPredictor):
-    """A whole SAM, in float32, that embeds each image itself.
+    """Whole SAM with its own encoder, in float32.
 
     Args:
-        name: of the model in the evaluation.
-        sam: in evaluation mode, on `device`.
-        outline: makes its encoder on the meta device, to be counted.
-        device: that it computes on.
+        name: name of the model in the evaluation.
+        sam: SAM in evaluation mode, on `device`.
+        outline: function that builds its encoder on the meta device, for counting parameters and operations.
+        device: device that it computes on.
     """
 
     def __init__(self, name: str, sam: Sam, outline: Callable[[], nn.Module], device: torch.device) -> None:
@@ -113,14 +127,14 @@ class EncoderPredictor(HeadPredictor):
 
     @torch.no_grad()
     def set_image(self, image: LazyImage) -> bool:
-        """Resize, normalise and embed an image; return False where the embedding isn't finite."""
+        """Resize, normalise and embed an image. See `Predictor.set_image`."""
         resized = image.resized(self.image_size)
         emb_1CHW = self.sam.image_encoder(image_pixels(resized, self.image_size, self._device))
         return self.set_embedding(emb_1CHW, image.original_size, resized.resized_size)
 
     @torch.no_grad()
     def cost(self) -> Cost:
-        """Count parameters and multiply-accumulates; time one image and one point, on zeros."""
+        """Count parameters and multiply-accumulates; time one image and one point, on zeros. See `Predictor.cost`."""
         size = self.image_size
         pixels_1CHW = torch.zeros(1, 3, size, size, device=self._device)
         encoder_seconds = median_seconds(
@@ -144,7 +158,13 @@ class EncoderPredictor(HeadPredictor):
 
 
 class StorePredictor(HeadPredictor):
-    """The teacher without its encoder: a store's embeddings behind the store's head."""
+    """Teacher without its encoder: the store's head on the store's embeddings.
+
+    Args:
+        store: store open for reading.
+        head: the store's head, on `device`.
+        device: device that it computes on.
+    """
 
     def __init__(self, store: EmbeddingStore, head: SamHead, device: torch.device) -> None:
         super().__init__(store.spec.teacher, assemble(nn.Identity(), head))
@@ -152,18 +172,23 @@ class StorePredictor(HeadPredictor):
         self._device = device
 
     def set_image(self, image: LazyImage) -> bool:
-        """Read the embedding of an image of the store; return False where it isn't finite."""
-        assert image.row is not None, "an image of the store"
+        """Read the embedding of an image of the store. See `Predictor.set_image`."""
+        assert image.row is not None, "only images of the store have embeddings"
         emb_1CHW = torch.from_numpy(self._store.read([image.row]).to_float32()).to(self._device)
         resized_size = image.resized(self.image_size).resized_size
         return self.set_embedding(emb_1CHW, image.original_size, resized_size)
 
     def cost(self) -> Cost:
-        """Return no numbers: reading embeddings says nothing about the teacher's cost."""
+        """Return an empty cost: the time to read embeddings isn't the teacher's."""
         return Cost()
 
 
 def prompts_at_once(size: tuple[int, int], device: torch.device) -> int:
-    """Return the number of prompts to decode together, so that masks of `size` (height, width) fit into memory."""
+    """Return the number of prompts to decode together, so that their masks fit into memory.
+
+    Args:
+        size: height and width of the masks in pixels.
+        device: device that decodes.
+    """
     fitting = math.ceil(PIXELS_AT_ONCE / (size[0] * size[1]))
     return min(PROMPTS_AT_ONCE[device.type], fitting)

@@ -14,7 +14,7 @@ ABSENT = "-"
 """Cell without a number."""
 
 MOST_NAMED = 10
-"""Number of failed images that the terminal names; `--json` and the report name all."""
+"""Largest number of failed images named in the terminal; `--json` and the report name all of them."""
 
 LABEL_HEADINGS = {
     iou.BOX: "box",
@@ -25,10 +25,10 @@ LABEL_HEADINGS = {
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of cost, of masks against the teacher's, and of masks against labels, where there are any.
+    """Return the tables of cost, of mIoU with the teacher's masks and of mIoU with labels, as far as measured.
 
     Args:
-        result: as `evaluate_masks` returns it.
+        result: result of `evaluate_masks`.
     """
     models: Sequence[Mapping[str, Any]] = result["models"]
     if not result["evaluated"]:
@@ -45,7 +45,7 @@ def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the lines that `mobilesam evaluate` prints.
 
     Args:
-        result: as `evaluate_masks` returns it.
+        result: result of `evaluate_masks`.
     """
     images, evaluated = result["images"], result["evaluated"]
     counts = f"{evaluated:,} of {images:,} image{_s(images)}"

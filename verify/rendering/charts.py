@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG in the page's CSS colours, and a run's log as their columns."""
+"""Line charts and histograms as inline SVG in the page's CSS colours; a run's log as columns for them."""
 
 from __future__ import annotations
 
@@ -27,35 +27,41 @@ COLOURS = {
     "series-5": "#161718",
     "series-6": "#191a1b",
 }
-"""CSS variable -> placeholder colour. Matplotlib knows no CSS variables: it draws in the placeholders, which are
-replaced in the finished SVG."""
+"""Placeholder colours by CSS variable. Matplotlib has no CSS variables: it draws in placeholder colours, which are
+replaced in the SVG."""
 
 SIZE = (4.1, 2.75)
 """Width and height of a chart in inches."""
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""Label -> (x values, y values)."""
+"""x values and y values by label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Columns of a run's training lines and validation lines; NaN where a number was undefined."""
+    """Columns of a run's training lines and validation lines; NaN for undefined numbers."""
 
     train_step: list[int]
     train_loss: list[float]
     val_epoch: list[int]
     val_step: list[int]
     val_loss: list[float]
-    """MSE over the cells that the loss counts, so that it compares with `train_loss`."""
+    """MSE over the cells of `loss_region`, comparable with `train_loss`."""
     val_cosine: list[float]
-    """Mean over images, valid cells, as `val_skill`."""
+    """Mean over images, over valid cells."""
     val_skill: list[float]
+    """Skill over valid cells."""
     loss_region: str
-    """Cells that the loss counts: "all" or "valid"."""
+    """Cells that the loss averages over: "all" or "valid"."""
 
 
 def read_curves(history: Iterable[Mapping[str, Any]], loss_region: str) -> Curves:
-    """Sort the lines of a run's metrics.jsonl into columns."""
+    """Convert the lines of a run's metrics.jsonl to columns.
+
+    Args:
+        history: lines, as from `Run.history`.
+        loss_region: cells that the loss averages over: "all" or "valid".
+    """
     lines = list(history)
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]
@@ -77,7 +83,16 @@ def _number(value: float | None) -> float:
 
 
 def thin(x: list[int], y: list[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """Reduce a series to at most `most` points, means of equal runs of neighbours, so that the page stays small."""
+    """Downsample a series by averaging equal groups of neighbours, so that the page stays small.
+
+    Args:
+        x: x values.
+        y: y values, as many.
+        most: largest number of points.
+
+    Returns:
+        x values and y values, at most `most` each.
+    """
     width = -(-len(x) // most)
     if width <= 1:
         return list(x), list(y)
@@ -95,12 +110,12 @@ def verify_charts(
     """Draw the charts of a verification for which there is data.
 
     Args:
-        curves: of the student's run; None without one.
-        cosines: each image's cosine over its valid cells.
-        summary: their `mean` and `p5`.
+        curves: training curves of the student's run; None without a run.
+        cosines: cosine of each image, over its valid cells.
+        summary: `mean` and `p5` of the cosines.
 
     Returns:
-        `cosines`, `loss`, `quality` -> SVG elements as text.
+        SVG elements as text, by name: `cosines`, `loss`, `quality`.
     """
     charts = {}
     if len(cosines) > 1:
@@ -127,12 +142,12 @@ def line_chart(name: str, series: Series, *, xlabel: str, markers: Sequence[str]
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        series: at most two.
+        series: one or two series.
         xlabel: label of the x axis.
-        markers: labels of the series that are drawn with a dot at each point.
+        markers: labels of the series drawn with a dot at each point.
 
     Returns:
-        an SVG element as text.
+        An SVG element as text.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -154,16 +169,16 @@ def line_chart(name: str, series: Series, *, xlabel: str, markers: Sequence[str]
 
 
 def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *, xlabel: str) -> str:
-    """Draw the distribution of `values` over images, with a labelled vertical line for each of `marks`.
+    """Draw a histogram of `values` over images, with a labelled vertical line for each of `marks`.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        values: one of each image, at least one.
-        marks: label -> position, at most two.
+        values: one value per image, at least one.
+        marks: positions by label, at most two.
         xlabel: label of the x axis.
 
     Returns:
-        an SVG element as text.
+        An SVG element as text.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -190,9 +205,13 @@ def histogram(name: str, values: Sequence[float], marks: Mapping[str, float], *,
 
 
 def bin_range(values: Sequence[float], least: float = 1e-4) -> tuple[float, float]:
-    """Return the lowest and the highest value, moved apart to a distance of at least `least`.
+    """Return the range of `values`, widened to at least `least`.
 
-    The values of a perfect student differ by rounding alone: too little for bins of their own.
+    The values of a perfect student differ only by rounding, which must not fill the bins.
+
+    Args:
+        values: at least one number.
+        least: smallest width of the range.
     """
     low, high = float(min(values)), float(max(values))
     margin = max(0.0, (least - (high - low)) / 2)
@@ -200,19 +219,24 @@ def bin_range(values: Sequence[float], least: float = 1e-4) -> tuple[float, floa
 
 
 def _legend(figure: Figure) -> None:
-    """Add a legend above the axes, where no data is."""
+    """Add a legend above the axes, where it covers no data."""
     figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)
 
 
 def scale_y(axes: Axes, values: np.ndarray) -> None:
-    """Make the y axis logarithmic where the values, all of them finite, are positive and span a factor of 5."""
+    """Make the y axis logarithmic if the values are positive and span a factor of 5 or more.
+
+    Args:
+        axes: axes to change.
+        values: finite values drawn on them, one-dimensional; may be empty.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     if len(values) and values.min() > 0 and values.max() / values.min() >= 5:
         axes.set_yscale("log")
         decades = np.log10(values.max() / values.min())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-        # Not matplotlib's own $10^{-1}$: mathtext is laid out for a font that the page doesn't use.
+        # Not matplotlib's own $10^{-1}$: mathtext is laid out for another font than the page's.
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -222,7 +246,7 @@ def chart_axes(name: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Fi
     """Yield an empty chart in the placeholder colours; restore matplotlib's global settings afterwards.
 
     Args:
-        name: seed of the SVG's ids, so that equal charts are equal text.
+        name: seed of the SVG's ids, so that equal charts have equal text.
         size: width and height in inches.
     """
     from matplotlib import rc_context
@@ -256,7 +280,15 @@ def chart_axes(name: str, size: tuple[float, float] = SIZE) -> Iterator[tuple[Fi
 
 
 def chart_svg(figure: Figure, name: str) -> str:
-    """Return the figure as an SVG element: no fixed size, background or metadata, ids that begin with `name`."""
+    """Return a figure as an SVG element without fixed size, background or metadata.
+
+    Args:
+        figure: figure drawn in the placeholder COLOURS.
+        name: prefix of the SVG's ids, unique on the page.
+
+    Returns:
+        An SVG element as text, in CSS variables.
+    """
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)

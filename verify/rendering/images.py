@@ -1,4 +1,4 @@
-"""Pictures for the reports: embeddings as colours, their error as a map, masks over a photo, all as data URIs.
+"""Pictures for the reports: embeddings as colours, error maps, masks over a photo, and their data URIs.
 
 Shape suffixes: C channels, H and W rows and columns of an image, embedding or mask, L cells of embeddings, g side of
 the embedding's grid, P prompts of one point each and p some of them, 2 (x, y), 3 RGB or components, 4 RGBA.
@@ -25,19 +25,24 @@ PICTURE_SIDE = 440
 """Longest side in pixels of a photo on the page."""
 
 POINT_COLOURS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (130, 255, 80))
-"""RGB of an image's first, second, ... point: distinct for colour-blind eyes too, and rare in photos."""
+"""RGB of an image's first, second, ... point: distinguishable with colour blindness too, and rare in photos."""
 
 LEAST_SHARE, MOST_SHARE = 0.001, 0.95
-"""Smallest and largest share of the image's pixels for a mask that shows what was segmented."""
+"""Smallest and largest share of the image's pixels for a mask worth showing."""
 
 SAME_MASK_IOU = 0.5
-"""IoU from which two masks count as the same."""
+"""IoU at and above which two masks count as the same."""
 
 
 def crop_to_valid(grid: npt.NDArray, valid_gg: Bools) -> npt.NDArray:
-    """Return the image's part of `grid` (..., g, g): padding is right and below, so it is a top-left rectangle.
+    """Return the image's part of a grid: the top-left rectangle, since padding is on the right and below.
 
-    At least one cell is kept: an image thinner than half a cell has no valid one.
+    Args:
+        grid: array (..., g, g).
+        valid_gg: bool (g, g), True for cells whose centre lies in the image.
+
+    Returns:
+        Array (..., rows, columns), at least one of each: an image thinner than half a cell has no valid cell.
     """
     rows = max(1, int(valid_gg.any(axis=1).sum()))
     columns = max(1, int(valid_gg.any(axis=0).sum()))
@@ -48,22 +53,29 @@ def crop_to_valid(grid: npt.NDArray, valid_gg: Bools) -> npt.NDArray:
 class EmbeddingColours:
     """Fixed map from an embedding's C channels to red, green and blue.
 
-    Fitted on the teacher and used for teacher and student alike: equal embeddings get equal colours, and a
-    student that drifts away shows other colours instead of being rescaled into the same ones.
+    Fitted on the teacher and used for teacher and student: equal embeddings get equal colours, and a student that
+    deviates shows other colours, since it isn't rescaled.
     """
 
     mean_C: Floats
+    """Mean of the teacher's cells."""
     components_3C: Floats
-    """Orthonormal rows by falling variance; the largest loading of each is positive, which fixes its sign."""
+    """Principal components, orthonormal rows by decreasing variance; the largest loading of each is positive, which
+    fixes its sign."""
     low_3: Floats
+    """Projections that become 0: the teacher's 1st percentile of each component."""
     high_3: Floats
-    """The projections that become 0 and 255: the teacher's 1st and 99th percentile of each component."""
+    """Projections that become 255: the teacher's 99th percentile of each component."""
     explained: float
-    """Share of the teacher's variance that the three components hold, 0 to 1."""
+    """Share of the teacher's variance in the three components, 0 to 1."""
 
     @classmethod
     def fit(cls, teachers: Iterable[tuple[Floats, Bools]]) -> EmbeddingColours:
-        """Fit principal components over the valid cells of `teachers`: pairs of emb_CHW and valid_gg."""
+        """Fit principal components over valid cells.
+
+        Args:
+            teachers: pairs of the teacher's embedding (C, g, g) and its valid cells, bool (g, g); at least one.
+        """
         cells_LC = np.concatenate([_cells(emb_CHW, valid_gg) for emb_CHW, valid_gg in teachers])
         mean_C = cells_LC.mean(axis=0)
         centred_LC = cells_LC - mean_C
@@ -83,11 +95,19 @@ class EmbeddingColours:
         )
 
     def paint(self, emb_CHW: Floats, valid_gg: Bools) -> Rgb:
-        """Return the valid cells of one embedding as an image, uint8 RGB (rows, columns, 3), one pixel a cell."""
+        """Paint the valid cells of one embedding, one pixel per cell.
+
+        Args:
+            emb_CHW: float (C, g, g).
+            valid_gg: bool (g, g), True for cells whose centre lies in the image.
+
+        Returns:
+            uint8 RGB (rows, columns, 3).
+        """
         emb_CHW = crop_to_valid(emb_CHW, valid_gg).astype(np.float64)
         projected_HW3 = (emb_CHW.transpose(1, 2, 0) - self.mean_C) @ self.components_3C.T
         span_3 = self.high_3 - self.low_3
-        flat_3 = span_3 <= 1e-12  # a teacher without variance: mid-grey rather than noise blown up to colours
+        flat_3 = span_3 <= 1e-12  # a teacher without variance: mid-grey, not amplified rounding noise
         unit_HW3 = np.where(flat_3, 0.5, (projected_HW3 - self.low_3) / np.where(flat_3, 1.0, span_3))
         return np.rint(unit_HW3.clip(0, 1) * 255).astype(np.uint8)
 
@@ -99,7 +119,16 @@ def _cells(emb_CHW: Floats, valid_gg: Bools) -> Floats:
 
 
 def cosine_distance(student_CHW: Floats, teacher_CHW: Floats, valid_gg: Bools) -> Floats:
-    """Return 1 - cosine over the channels of every valid cell, float64 (rows, columns), 0 to 2."""
+    """Return 1 - cosine over the channels of every valid cell.
+
+    Args:
+        student_CHW: float (C, g, g).
+        teacher_CHW: float (C, g, g).
+        valid_gg: bool (g, g), True for cells whose centre lies in the image.
+
+    Returns:
+        float64 (rows, columns), 0 to 2.
+    """
     student_CHW = crop_to_valid(student_CHW, valid_gg).astype(np.float64)
     teacher_CHW = crop_to_valid(teacher_CHW, valid_gg).astype(np.float64)
     norms = np.linalg.norm(student_CHW, axis=0) * np.linalg.norm(teacher_CHW, axis=0)
@@ -107,9 +136,9 @@ def cosine_distance(student_CHW: Floats, teacher_CHW: Floats, valid_gg: Bools) -
 
 
 def common_scale(errors: Iterable[Floats]) -> float:
-    """Return the error at which the colours of all maps end: a round number above 99% of all cells, 0.001 at least.
+    """Return the upper end of the colour scale of all error maps: the 99th percentile of all cells, rounded up.
 
-    The floor keeps the rounding noise of a perfect student from filling the scale.
+    It is at least 0.001, so that the rounding noise of a perfect student doesn't fill the scale.
     """
     top = float(np.percentile(np.concatenate([error.ravel() for error in errors]), 99))
     if top <= 0.001:
@@ -120,10 +149,17 @@ def common_scale(errors: Iterable[Floats]) -> float:
 
 
 def paint_error(error_HW: Floats, top: float) -> Rgb:
-    """Colour an error map with matplotlib's magma: uint8 RGB (rows, columns, 3); `top` and above are lightest.
+    """Colour an error map with matplotlib's magma.
 
-    Colours follow the square root of the error: half-way up the colours lies `top` / 4. On a linear scale that
-    holds the worst images, the best ones would be plain black.
+    Colours follow the square root of the error: the middle of the colour map is `top` / 4. On a linear scale up to
+    the errors of the worst images, the best ones would be black.
+
+    Args:
+        error_HW: float (H, W), errors from 0.
+        top: error of the lightest colour; larger errors get the same.
+
+    Returns:
+        uint8 RGB (H, W, 3).
     """
     from matplotlib import colormaps
 
@@ -132,12 +168,17 @@ def paint_error(error_HW: Floats, top: float) -> Rgb:
 
 
 def png_uri(rgb_HW3: Rgb) -> str:
-    """Return a picture as a lossless data URI."""
+    """Encode a picture, uint8 RGB (H, W, 3), as a PNG data URI."""
     return _uri(Image.fromarray(rgb_HW3), "png", optimize=True)
 
 
 def thumbnail_uri(rgb_HW3: Rgb, longest: int = PICTURE_SIDE) -> str:
-    """Return a photo as a JPEG data URI, its longest side at most `longest` pixels."""
+    """Reduce a photo and encode it as a JPEG data URI.
+
+    Args:
+        rgb_HW3: uint8 RGB (H, W, 3).
+        longest: largest side of the result in pixels.
+    """
     image = Image.fromarray(rgb_HW3)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return _uri(image, "jpeg", quality=82, optimize=True, progressive=True)
@@ -154,15 +195,15 @@ class PointMasks:
     """Masks of teacher and student for some points of an image, at the size of its photo in the encoder's square."""
 
     points_p2: Floats
-    """x and y, 0 to 1: shares of the photo's width and height."""
+    """x and y as shares of the photo's width and height, 0 to 1."""
     teacher_pHW: Bools
     student_pHW: Bools
     ious_p: Floats
-    """IoU of the two at the image's original size, as verify measures it."""
+    """IoU of both masks at the image's original size, as verify measures it."""
     image_iou: float
-    """Mean over all points that were compared, not only these."""
+    """Mean IoU over all points compared, not only these."""
     compared: int
-    """Number of points that were compared."""
+    """Number of points compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +211,9 @@ class MaskPanel:
     """`PointMasks` as data URIs and numbers."""
 
     teacher: str
+    """Data URI of the photo with the teacher's masks."""
     student: str
+    """Data URI of the photo with the student's masks."""
     points: list[tuple[str, float]]
     """CSS colour of each point, and its IoU."""
     image_iou: float
@@ -178,9 +221,13 @@ class MaskPanel:
 
 
 def choose_points(masks_PHW: Bools, most: int = 4) -> list[int]:
-    """Return the positions of up to `most` masks that differ from each other (IoU below SAME_MASK_IOU), in order.
+    """Return the indices of masks that differ from each other (IoU below SAME_MASK_IOU), in order.
 
-    Masks with less than LEAST_SHARE or more than MOST_SHARE of the image are taken only when there is no other.
+    Masks with less than LEAST_SHARE or more than MOST_SHARE of the image are chosen only if there are no others.
+
+    Args:
+        masks_PHW: bool (P, H, W).
+        most: largest number of indices.
     """
     shares_P = masks_PHW.mean(axis=(1, 2))
     usable_P = (shares_P >= LEAST_SHARE) & (shares_P <= MOST_SHARE)
@@ -203,7 +250,12 @@ def _differing(masks_PHW: Bools, candidates: Iterable[int], most: int) -> list[i
 
 
 def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
-    """Paint the teacher's and the student's masks over the photo, each point in the same colour."""
+    """Paint the teacher's and the student's masks over the photo, in the same colour for the same point.
+
+    Args:
+        photo_HWC: uint8 RGB (H, W, 3).
+        masks: masks of the photo's size, at most as many as POINT_COLOURS.
+    """
     return MaskPanel(
         teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_pHW, masks.points_p2)),
         student=thumbnail_uri(paint_masks(photo_HWC, masks.student_pHW, masks.points_p2)),
@@ -218,23 +270,23 @@ def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
 def paint_masks(photo_HWC: Rgb, masks_pHW: Bools, points_p2: Floats, longest: int = PICTURE_SIDE) -> Rgb:
     """Paint masks over a photo: translucent, outlined, their points as dots.
 
-    The photo is paled first, so that none of its own colours looks like a mask's.
+    The photo's saturation is reduced first, so that its colours don't look like a mask's.
 
     Args:
-        photo_HWC: uint8 RGB.
-        masks_pHW: bool, of the photo's size; at most as many as POINT_COLOURS.
-        points_p2: x and y, 0 to 1: shares of the photo's width and height.
-        longest: longest side of the result in pixels.
+        photo_HWC: uint8 RGB (H, W, 3).
+        masks_pHW: bool (p, H, W), of the photo's size; at most as many as POINT_COLOURS.
+        points_p2: float (p, 2), x and y as shares of the photo's width and height, 0 to 1.
+        longest: largest side of the result in pixels.
 
     Returns:
-        uint8 RGB.
+        uint8 RGB (H, W, 3), H and W those of the reduced photo.
     """
     image = Image.fromarray(photo_HWC)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     picture_HWC = _paled(np.asarray(image))
     colours = [np.array(colour, dtype=np.float32) for colour in POINT_COLOURS[: len(masks_pHW)]]
     small_pHW = [_shrunk(mask_HW, image.size) for mask_HW in masks_pHW]
-    # Large ones first, so that small ones lie on top.
+    # Large masks first, so that small ones are on top.
     for i in sorted(range(len(small_pHW)), key=lambda i: -int(small_pHW[i].sum())):
         picture_HWC[small_pHW[i]] = 0.5 * picture_HWC[small_pHW[i]] + 0.5 * colours[i]
     for colour, mask_HW in zip(colours, small_pHW, strict=True):
@@ -250,7 +302,7 @@ def _paled(photo_HWC: Rgb) -> npt.NDArray[np.float32]:
 
 
 def _shrunk(mask_HW: Bools, size: tuple[int, int]) -> Bools:
-    """Reduce a mask to `size` (width, height): a pixel is in it if at least half of it was."""
+    """Reduce a mask to `size` (width, height): a pixel is inside if at least half of its area was."""
     small = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
     return np.asarray(small) >= 128
 

@@ -1,4 +1,4 @@
-"""Groups of runs that differ by their seed alone, and the spread of their results."""
+"""Groups of runs that differ only by their seed, and the spread of their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Compute the spread of the values that are neither None nor NaN nor infinite; None without any."""
+        """Compute the spread of the finite values; None if there are none."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
@@ -41,36 +41,36 @@ class Spread:
         )
 
     def text(self, digits: str) -> str:
-        """Return the mean in the format `digits`, with ± the deviation where there is one."""
+        """Format the mean by the specification `digits`, followed by ± and the deviation, if there is one."""
         mean = format(self.mean, digits)
         return mean if self.deviation is None else f"{mean} ± {format(self.deviation, digits)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Finished runs that differ by their seed alone."""
+    """Finished runs that differ only by their seed."""
 
     options: Mapping[str, Any]
-    """Options that they share."""
+    """Options that the runs share."""
     outcomes: Sequence[Mapping[str, Any]]
-    """As `run_trial` returns them."""
+    """Outcomes of `run_trial`."""
 
     def spread(self, *path: str) -> Spread | None:
-        """Return the spread of the number to which these keys lead in each outcome."""
+        """Return the spread of the number at a path of keys in each outcome; None if it is undefined in all."""
         return Spread.of(_lookup(outcome, path) for outcome in self.outcomes)
 
     def verified(self, *path: str) -> Spread | None:
-        """Return the spread of one of verify's numbers, on the test store or, without one, on held-out rows."""
+        """Return the spread of a number of `verify`, on the test store or, without one, on held-out rows."""
         return self.spread(verified_split(self.outcomes), *path)
 
 
 def verified_split(outcomes: Iterable[Mapping[str, Any]]) -> str:
-    """Return the key of verify's results to report: "test" where all outcomes have a test store's, else "val"."""
+    """Return the key of the results of `verify` to report: "test" if all outcomes have it, else "val"."""
     return "test" if all("test" in outcome for outcome in outcomes) else "val"
 
 
 def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
-    """Group finished outcomes by all options but the seed, in the order of each group's first."""
+    """Group finished outcomes by all options but the seed, in order of first occurrence."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         if outcome["status"] == DONE:
@@ -86,7 +86,7 @@ def grouped(outcomes: Iterable[Mapping[str, Any]]) -> list[Group]:
 
 
 def varying(groups: Sequence[Group]) -> list[str]:
-    """Return the options in which groups differ; a group to which an option doesn't apply lacks it."""
+    """Return the options in which groups differ, among the groups that have the option."""
     values: dict[str, set[str]] = {}
     for group in groups:
         for name, value in group.options.items():

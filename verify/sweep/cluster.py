@@ -1,4 +1,4 @@
-"""Trials of a sweep on a dask cluster that exists: at most one at a time on each worker."""
+"""Trials of a sweep on an existing dask cluster, at most one at a time on each worker."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from .grid import Trial
 from .trial import INTERRUPTED, Outcome, VerifySettings, blocked_outcome, failed, run_trial
 
 POLL_SECONDS = 1.0
-"""Time between two looks at the workers and at the flag to stop."""
+"""Interval at which workers and the stop flag are checked."""
 
 LOCK_WAIT_SECONDS = 120.0
 """Longest wait for a run's lock, while a worker that left the cluster still saves the run."""
 
 DEATHS_ALLOWED = 2
-"""Workers that may leave the cluster while they have one trial, before the trial is held responsible."""
+"""Number of workers that may leave the cluster while running a trial; one more, and the trial has failed."""
 
 WORKING = (Status.running, Status.paused)
-"""States of a worker that isn't about to close."""
+"""States of a worker that isn't closing."""
 
 
 @contextmanager
 def connected_workers(address: str) -> Iterator[Client]:
-    """Connect to the cluster at an address whose workers can run this version's sweep.
+    """Connect to the cluster at a scheduler's address, and check that its workers have this version of mobilesam.
 
     Raises:
         VerifyError: there is no scheduler or worker, or the workers have another version of this package.
@@ -54,22 +54,21 @@ def connected_workers(address: str) -> Iterator[Client]:
 
 
 def worker_version() -> str:
-    """Return the version of this package, on a worker."""
+    """Return this package's version; called on each worker."""
     return __version__
 
 
 class ClusterRunner:
-    """Places trials on free workers and collects their outcomes.
+    """Scheduler of trials on free workers, which collects their outcomes.
 
-    The choice of workers is made here: dask would put as many trials on a worker as it has threads. A worker that
-    leaves the cluster doesn't fail its trial, which resumes elsewhere from its checkpoint, unless that happens
-    again and again.
+    Workers are chosen here, since dask would run as many trials on a worker as it has threads. If a worker leaves the
+    cluster, its trial resumes on another one from its checkpoint, at most DEATHS_ALLOWED times.
 
     Args:
-        client: connected to the cluster.
-        trials: one that starts from another's student after that one.
-        settings: for the verification.
-        known: earlier outcomes by name.
+        client: client connected to the cluster.
+        trials: trials in order; a trial that starts from another's student comes after that one.
+        settings: settings for the verification.
+        known: earlier outcomes by trial name.
         message: called with a line for each trial that begins or moves.
     """
 
@@ -86,11 +85,11 @@ class ClusterRunner:
         self.trials = {trial.name: trial for trial in trials}
         self.waiting = list(trials)
         self.running: dict[Future, tuple[Trial, str]] = {}
-        """Task -> trial and worker's address."""
+        """Trial and worker's address by task."""
         self.deaths: dict[str, int] = {}
-        """Trial -> number of workers that left the cluster with it."""
+        """Number of workers that left the cluster while running a trial, by trial name."""
         self.locked: dict[str, float] = {}
-        """Trial -> time.monotonic() when its run was first found locked by a worker that left."""
+        """time.monotonic() at which a run was first found locked by a worker that left, by trial name."""
         self.stopping = False
         self.outcomes: dict[str, Outcome] = {}
 
@@ -98,7 +97,7 @@ class ClusterRunner:
         """Run all trials, and yield their outcomes as they end.
 
         Args:
-            stop: when set, running trials save and stop.
+            stop: flag at which running trials save and stop.
 
         Raises:
             DistillInterrupted: after a stop.
@@ -114,7 +113,7 @@ class ClusterRunner:
             self._requeue_lost()
             self.stopping = stop.signum is not None
             if stop.signum is not None:
-                # At each look: a worker may only now have begun what it was given before.
+                # In each round: a worker may only now have begun a task that it received before.
                 self.waiting = []
                 self.client.run(stop_tasks, self.sweep, stop.signum, on_error="ignore")
             self._submit()
@@ -125,12 +124,12 @@ class ClusterRunner:
             )
 
     def _workers(self, *, working: bool = False) -> set[str]:
-        """Return the addresses of all workers, or of those that aren't about to close."""
+        """Return the addresses of all workers, or, with `working`, of those that aren't closing."""
         workers = self.client.scheduler_info(n_workers=-1)["workers"]
         return {name for name, info in workers.items() if not working or Status[info["status"]] in WORKING}
 
     def _requeue_lost(self) -> None:
-        """Put trials back in the queue whose worker left the cluster."""
+        """Return the trials of workers that left the cluster to the queue."""
         present = self._workers()
         for future, (trial, worker) in list(self.running.items()):
             if worker not in present and not future.done():
@@ -141,7 +140,7 @@ class ClusterRunner:
                 self.waiting.insert(0, trial)
 
     def _submit(self) -> None:
-        """Give each free worker the first trial that can begin."""
+        """Submit to each free worker the first trial that can begin."""
         free = self._workers(working=True) - {worker for _, worker in self.running.values()}
         for worker in sorted(free):
             able = (trial for trial in self.waiting if trial.after is None or trial.after in self.outcomes)
@@ -158,7 +157,7 @@ class ClusterRunner:
             self.message(f"run {begun} of {len(self.trials)}: {trial.name} on {worker}")
 
     def _finished(self) -> list[Outcome]:
-        """Wait for POLL_SECONDS at most, and return the outcomes of the tasks that ended."""
+        """Wait at most POLL_SECONDS, and return the outcomes of the tasks that ended."""
         if not self.running:
             time.sleep(0 if self._workers() else POLL_SECONDS)
             return []
@@ -181,7 +180,7 @@ class ClusterRunner:
         return outcomes
 
     def _abandoned(self) -> list[Outcome]:
-        """Return outcomes of the waiting trials that can't begin, or that too many workers died with."""
+        """Return failed outcomes of the waiting trials that can't begin, or that too many workers died with."""
         abandoned: list[Outcome] = []
         for trial in list(self.waiting):
             outcome = None
@@ -190,7 +189,7 @@ class ClusterRunner:
             if self.deaths.get(trial.name, 0) > DEATHS_ALLOWED:
                 deaths = self.deaths[trial.name]
                 outcome = failed(
-                    trial, f"{deaths} workers went away while they ran it: is their memory enough?"
+                    trial, f"{deaths} workers left the cluster while running it: do they have enough memory?"
                 )
             if outcome is not None:
                 self.waiting.remove(trial)
@@ -198,7 +197,7 @@ class ClusterRunner:
         return abandoned
 
     def _record(self, outcomes: Sequence[Outcome]) -> Iterator[Outcome]:
-        """Record and yield outcomes; trials that a closing worker saved, or still saves, wait again."""
+        """Record and yield outcomes; trials that a closing worker saved, or is still saving, return to the queue."""
         for outcome in outcomes:
             name = outcome["name"]
             if outcome["status"] == INTERRUPTED or self._still_locked(outcome):
@@ -208,7 +207,7 @@ class ClusterRunner:
                 yield outcome
 
     def _still_locked(self, outcome: Outcome) -> bool:
-        """Return True if a worker that left the cluster holds the run's lock, for LOCK_WAIT_SECONDS at most."""
+        """Return True if a worker that left the cluster still holds the run's lock, for at most LOCK_WAIT_SECONDS."""
         name = outcome["name"]
         if not outcome.get("locked") or name not in self.deaths:
             return False
@@ -220,23 +219,26 @@ class ClusterRunner:
 
 
 _running: dict[str, StopFlag] = {}
-"""On a worker: sweep and trial -> flag that stops it."""
+"""On a worker: stop flag of each running trial, by "SWEEP TRIAL"."""
 _lock = threading.Lock()
 
 
 def trial_task(
     sweep: str, trial: Trial, settings: VerifySettings, known: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Run a trial as a task on a worker; the outcome of one that was stopped has the status "interrupted".
+    """Run a trial as a task on a worker.
 
-    The trial also saves and stops when its task is released, so that a sweep that was killed doesn't block the next
-    one, and when its worker is closing, so that it can resume elsewhere.
+    The trial also saves and stops when its task is released, so that a killed sweep doesn't block the next one, and
+    when its worker is closing, so that it can resume elsewhere.
 
     Args:
         sweep: id of this call of `sweep`.
-        trial: as for `run_trial`.
-        settings: as for `run_trial`.
-        known: as for `run_trial`.
+        trial: trial to run.
+        settings: settings for the verification.
+        known: earlier outcome of the trial.
+
+    Returns:
+        The outcome of `run_trial`; after a stop, one with the status "interrupted".
     """
     worker = get_worker()
     key, stop = worker.get_current_task(), StopFlag()
@@ -258,7 +260,15 @@ def trial_task(
 
 
 def stop_tasks(sweep: str, signum: int) -> int:
-    """Ask this worker's trials of a sweep to save and stop; return their number."""
+    """Request a stop of a sweep's trials on this worker.
+
+    Args:
+        sweep: id of the call of `sweep`.
+        signum: signal that requests the stop.
+
+    Returns:
+        Number of trials that were asked to stop.
+    """
     with _lock:
         flags = [flag for name, flag in _running.items() if name.startswith(f"{sweep} ")]
     for flag in flags:

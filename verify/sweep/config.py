@@ -17,7 +17,7 @@ from ..config import MOST_POINTS
 
 
 def _value_types(*names: str) -> Mapping[str, type]:
-    """Return the types of these options of distill; of an optional one the type that isn't None."""
+    """Return the types of these options of distill; for an optional one, the type other than None."""
     hints = get_type_hints(DistillConfig)
     return MappingProxyType({name: (*get_args(hints[name]), hints[name])[0] for name in names})
 
@@ -26,16 +26,16 @@ AXES = _value_types(
     "seed", "student", "init", "objective", "labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight",
     "dice_weight", "iou_weight", "lr", "weight_decay", "warmup", "loss_region", "batch_size", "epochs",
 )  # fmt: skip
-"""Options of distill that may have several values in a sweep, with the type of a value. The first varies slowest:
-all combinations of one seed come before those of the next, so that a sweep is of use before it ends."""
+"""Types of the options of distill that may have several values in a sweep. The first varies slowest: all combinations
+of one seed come before those of the next, so that a sweep is useful before it ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """All options of one sweep, checked where they are made.
+    """All options of one sweep, checked on construction.
 
-    Every combination of the axes' values is a run. Masks are compared on the held-out rows and, where `test_store` is
-    given, on all of its rows. Paths are made absolute, because a worker may run in another folder.
+    Every combination of the axes' values is a run. Masks are compared on the held-out rows and, if `test_store` is
+    given, on all of its rows. Paths are made absolute, since a worker may run in another folder.
 
     Raises:
         VerifyError: a value is outside its range, or options contradict each other.
@@ -87,10 +87,14 @@ class SweepConfig:
 
 
 def parse_axis(name: str, text: str) -> tuple[Any, ...]:
-    """Return the values of an axis, or of "iterations", from text with commas between them.
+    """Parse the values of an axis.
+
+    Args:
+        name: name of the axis, or "iterations".
+        text: values separated by commas.
 
     Raises:
-        VerifyError: one of them isn't a value of that axis.
+        VerifyError: one of them isn't a value of the axis.
     """
     kind = AXES.get(name, int)
     try:
@@ -103,7 +107,7 @@ def parse_axis(name: str, text: str) -> tuple[Any, ...]:
 
 
 def _axis_options(*names: str) -> Mapping[str, Option]:
-    """Return the command-line options of these axes: those of distill, except that they take several values."""
+    """Return the command-line options of these axes: those of distill, but for several values."""
     fields = {field.name: field for field in dataclasses.fields(DistillConfig)}
     options = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""Trials of a sweep: every combination of the axes' values, fitted to its objective."""
+"""Grid of a sweep: a trial for every combination of the axes' values, without options that its objective ignores."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...distill.config import MASK_FIELDS, DistillConfig
 from .config import AXES, SweepConfig
 
 RUNS = "runs"
-"""Folder of the runs in a sweep's folder."""
+"""Name of the folder of runs in a sweep's folder."""
 
 DECOUPLED, DECODER = "decoupled", "decoder"
 """Objectives; a decoder run finetunes the student of a decoupled run."""
 
 MOST_TRIALS = 10_000
-"""Largest sweep; more trials are a mistake."""
+"""Largest number of trials of a sweep; more are taken for a mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +31,23 @@ class Trial:
     name: str
     config: DistillConfig
     options: Mapping[str, Any]
-    """Values of those AXES that apply to its objective, as JSON values."""
+    """Values of the AXES that apply to the trial's objective, as JSON values."""
     after: str | None = None
     """Name of the trial whose student it starts from."""
 
 
 def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
-    """Return all distinct trials; one that starts from another's student comes after that one.
+    """Return all distinct trials; a trial that starts from another's student comes after that one.
 
-    An option that an objective doesn't take is left out of its trials.
+    Options that an objective doesn't take are left out of its trials.
 
     Args:
-        config: of the sweep.
-        training_rows: number of rows to train on, which translates iterations to epochs.
+        config: options of the sweep.
+        training_rows: number of rows to train on, for converting iterations to epochs.
 
     Raises:
-        VerifyError: there are more than MOST_TRIALS, or decoder runs without a student to finetune.
-        DistillError: distill refuses a value.
+        VerifyError: there are more than MOST_TRIALS trials, or decoder runs without a student to finetune.
+        DistillError: `DistillConfig` refuses a value.
     """
     lengths: Mapping[str, tuple[Any, ...]] = {"iterations": config.iterations} if config.iterations else {}
     axes = {**config.axes, **lengths}
@@ -95,7 +95,7 @@ def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = 
 
 
 def _decoder_trial(config: SweepConfig, options: Mapping[str, Any], trials: Mapping[str, Trial]) -> Trial:
-    """Return a trial that finetunes the file `init`, else the student of the same options' decoupled trial."""
+    """Return a trial that finetunes the file `init` or, without one, the student of the matching decoupled trial."""
     options = {name: value for name, value in options.items() if name != "mse_weight"}
     if options.get("init", config.base.init) is not None:
         return _trial(config, options)

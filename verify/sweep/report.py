@@ -1,4 +1,4 @@
-"""Report of a sweep: one self-contained HTML file with tables, each run's result, and the curves of training."""
+"""Report of a sweep: one self-contained HTML file with tables, each run's result, and training curves."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .tables import caption, distinct_value, other_options, sweep_tables, value_
 _SERIES = [name for name in COLOURS if name.startswith("series-")]
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _ROW = 0.27
-"""Height in inches of a group in the chart of outcomes."""
+"""Height in inches of one group in the chart of outcomes."""
 
 Lines = Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]
-"""Label -> x and y values of each seed."""
+"""x and y values of each seed, by label."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurveChart:
-    """Curves of training as a chart."""
+    """Chart of training curves."""
 
     title: str
     svg: str
@@ -38,11 +38,11 @@ class CurveChart:
 
 
 def render_sweep(config: SweepConfig, outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page as text.
+    """Return the page as HTML.
 
     Args:
-        config: of the sweep.
-        outcomes: as `run_trial` returns them.
+        config: options of the sweep.
+        outcomes: outcomes of `run_trial`.
     """
     groups = grouped(outcomes)
     done = sum(len(group.outcomes) for group in groups)
@@ -75,14 +75,14 @@ def _outcome_chart(groups: Sequence[Group]) -> str | None:
 
 
 def _curves(groups: Sequence[Group]) -> list[CurveChart]:
-    """Draw validation error, and mIoU where there is one, in a chart for each set of runs that differ in length."""
+    """Draw validation error and, if measured, mIoU, in one chart per set of runs that differ only in length."""
     facets: dict[str, list[Group]] = {}
     for group in groups:
         facets.setdefault(_facet(groups, group), []).append(group)
     charts: list[CurveChart] = []
     for title, members in facets.items():
         for column, name in (("mse_valid", "mean squared error"), ("miou", "mIoU")):
-            # The embeddings of a student whose decoder alone is trained stay as they are.
+            # Decoder finetuning doesn't change the student's embeddings.
             drawn = [each for each in members if column == "miou" or each.options["objective"] != DECODER]
             lines = {_length(group): _columns(group, column) for group in drawn}
             lines = {label: runs for label, runs in lines.items() if runs}
@@ -113,7 +113,7 @@ def _length(group: Group) -> str:
 
 
 def _facet(groups: Sequence[Group], group: Group) -> str:
-    """Return the options, besides length, that tell the group from others."""
+    """Return the options other than batch size and epochs in which the group differs from others, as text."""
     parts = [group.options["objective"].replace("_", "-")]
     for name in other_options(groups):
         if name in group.options:
@@ -127,16 +127,16 @@ def _label(groups: Sequence[Group], group: Group) -> str:
 
 
 def draw_outcomes(name: str, groups: Mapping[str, Group], *, xlabel: str, path: Sequence[str]) -> str:
-    """Draw a row of dots for each group, one a seed, and a tick at their mean.
+    """Draw a row of dots for each group, one dot per seed, and a tick at their mean.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        groups: label -> group.
+        groups: groups by label.
         xlabel: label of the x axis.
-        path: keys that lead to the number in verify's result.
+        path: keys of the number in the result of `verify`.
 
     Returns:
-        an SVG element as text.
+        An SVG element as text.
     """
     spreads = {label: group.verified(*path) for label, group in groups.items()}
     height = 0.55 + _ROW * len(groups)
@@ -159,15 +159,15 @@ def draw_outcomes(name: str, groups: Mapping[str, Group], *, xlabel: str, path: 
 
 
 def draw_curves(name: str, lines: Lines, *, xlabel: str) -> str:
-    """Draw a line for each run over a common x axis, the seeds of a label in one colour.
+    """Draw a line for each run over a common x axis, all seeds of a label in one colour.
 
     Args:
         name: prefix of the SVG's ids, unique on the page.
-        lines: label -> x and y values of each seed.
+        lines: x and y values of each seed, by label.
         xlabel: label of the x axis.
 
     Returns:
-        an SVG element as text.
+        An SVG element as text.
     """
     from matplotlib.ticker import MaxNLocator
 

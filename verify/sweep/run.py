@@ -1,6 +1,6 @@
-"""A sweep: a grid of runs, each trained and verified, and their results side by side.
+"""`mobilesam sweep`: train and verify a grid of runs, and compare their results.
 
-Sweeps are part of verify and not of distill because their product is a comparison by verify's numbers.
+Sweeps belong to verify, not to distill, since their product is a comparison by the numbers of `verify`.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def sweep(
 ) -> dict[str, Any]:
     """Train and verify all runs of a grid that aren't done yet.
 
-    A run that fails doesn't stop the others. The folder `config.out` gets runs/NAME of each run, and results.json,
+    A failed run doesn't stop the others. The folder `config.out` contains runs/NAME for each run, and results.json,
     tables.md and report.html, which are rewritten as runs end.
 
     Args:
-        config: see `SweepConfig`.
+        config: all options.
         message: called with a line for each run that begins or fails.
-        progress: called with the trainer's progress, where runs are trained in this process.
+        progress: called with the trainer's progress, if runs are trained in this process.
 
     Returns:
         The JSON object that `--json` prints: `out`; `runs`: the outcomes (see `run_trial`) in the order of the grid;
-        `failed`: the number of those with an `error`, be it that they keep the numbers of an earlier sweep; `seconds`
-        of this call; `files`: paths of `tables` and `page`.
+        `failed`: the number of outcomes with an `error`, including those that keep the numbers of an earlier sweep;
+        `seconds` of this call; `files`: paths of `tables` and `page`.
 
     Raises:
-        DistillInterrupted: a signal came; what was trained is saved.
+        DistillInterrupted: stopped by a signal; the training is saved.
         VerifyError, DistillError, StoreError: no run can begin.
     """
     begun, stop = time.monotonic(), StopFlag()
@@ -100,7 +100,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     """Return the lines that `mobilesam sweep` prints: the tables, their caption, the failures, a summary.
 
     Args:
-        result: as `sweep` returns it.
+        result: result of `sweep`.
     """
     outcomes = result["runs"]
     lines: list[str] = []
@@ -113,10 +113,10 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
-    """Check both stores before anything is trained.
+    """Check store and test store before the first training.
 
     Returns:
-        The number of rows to train on, and a digest of the test store's content, None without one.
+        The number of rows to train on, and a digest of the test store's content (None without a test store).
 
     Raises:
         VerifyError: a store can't be used.
@@ -146,7 +146,7 @@ def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
 
 
 def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
-    """Return the committed rows. Raises VerifyError without any, or if they are not the teacher's by the audit."""
+    """Return the committed rows. Raises VerifyError if there are none, or if an audit is out of tolerance."""
     records = store.manifest.records("done")
     if not records:
         raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
@@ -188,13 +188,13 @@ def _write(config: SweepConfig, outcomes: Sequence[Outcome]) -> dict[str, str]:
 
 
 class Results:
-    """Outcomes by the names of their trials, as `run_trial` returns them.
+    """Outcomes of `run_trial` by trial name, saved in results.json.
 
-    The runs' own folders are the truth: outcomes lost here are found or measured again.
+    Lost outcomes are recovered from the runs' folders, or measured again.
 
     Args:
-        folder: of the sweep.
-        known: outcomes so far, by name.
+        folder: the sweep's folder.
+        known: outcomes so far, by trial name.
     """
 
     def __init__(self, folder: Path, known: Mapping[str, Mapping[str, Any]]) -> None:
@@ -203,7 +203,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path) -> Results:
-        """Read the results in a sweep's folder; there are none where the file is missing or damaged."""
+        """Read the results in a sweep's folder; a missing or damaged file counts as empty."""
         path = folder / RESULTS_FILE
         try:
             value = json.loads(path.read_bytes())
@@ -217,10 +217,10 @@ class Results:
             return cls(folder, {})
 
     def add(self, outcome: Mapping[str, Any]) -> None:
-        """Put an outcome in the place of the trial's earlier one, and write the file.
+        """Replace the trial's earlier outcome, and write the file.
 
-        The numbers of a run aren't lost when it fails later, for instance because its photos are away: the earlier
-        outcome stays, with the failure as `error`.
+        If a run was done and fails later, for instance because its photos are missing, the earlier outcome is kept,
+        with the failure as `error`.
         """
         name, earlier = outcome["name"], self.outcomes.get(outcome["name"])
         if outcome["status"] == FAILED and earlier is not None and earlier["status"] == DONE:
@@ -238,7 +238,7 @@ class Results:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something other than a sweep. Raises VerifyError."""
+    """Refuse a path that is a file, or a folder that holds something other than a sweep. Raises VerifyError."""
     if folder.exists() and not folder.is_dir():
         raise VerifyError(f"{folder} is a file; give another --out")
     if not folder.exists() or (folder / RESULTS_FILE).exists():

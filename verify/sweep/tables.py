@@ -1,4 +1,4 @@
-"""Tables of a sweep in the paper's form (arXiv 2306.14289): batch and epochs (Table 4), ways to distil (Table 2)."""
+"""Tables of a sweep in the form of the MobileSAM paper's Tables 4 (batch size, epochs) and 2 (ways to distil)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ABSENT = "-"
 
 
 def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Return the table of batch and epochs, and that of ways to distil where there are several.
+    """Return the table of batch size and epochs and, if there are several objectives, that of ways to distil.
 
     Args:
-        outcomes: as `run_trial` returns them; without a finished one there is no table.
+        outcomes: outcomes of `run_trial`; without a finished one there are no tables.
     """
     groups = grouped(outcomes)
     if not groups:
@@ -31,7 +31,7 @@ def sweep_tables(outcomes: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def caption(outcomes: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the measurement that the numbers come from: masks, points, images."""
+    """Describe the measurement of the tables' numbers: masks, points, images."""
     done = [outcome for outcome in outcomes if "val" in outcome]
     if not done:
         return "nothing was measured"
@@ -60,7 +60,7 @@ def _earlier(outcome: Mapping[str, Any]) -> str:
 
 
 def other_options(groups: Sequence[Group]) -> list[str]:
-    """Return the options in which the groups differ besides batch, epochs and objective."""
+    """Return the options other than batch size, epochs and objective in which groups differ."""
     return [name for name in varying(groups) if name not in (*_LENGTH, "objective")]
 
 
@@ -124,14 +124,14 @@ def _length(group: Group) -> tuple[int, int]:
 
 
 def _seeds(group: Group) -> str:
-    """Return the number of runs, and the number of those whose mIoU is undefined."""
+    """Return the number of runs as text, and the number of runs whose mIoU is undefined, if there are any."""
     miou, runs = group.verified("miou"), len(group.outcomes)
     defined = 0 if miou is None else miou.count
     return str(runs) if defined == runs else f"{runs}, {runs - defined} undefined"
 
 
 def _placed(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list[int]:
-    """Return for each option the place of the group's value among all values, in the order given."""
+    """Return for each option the index of the group's value among all groups' values, for sorting."""
     return [
         list(dict.fromkeys(repr(each.options.get(name)) for each in groups)).index(
             repr(group.options.get(name))
@@ -147,12 +147,23 @@ def _values(groups: Sequence[Group], group: Group, named: Sequence[str]) -> list
 
 
 def distinct_value(groups: Sequence[Group], group: Group, name: str) -> str:
-    """Return a group's value of an option as `value_text`, with enough of a path to tell it from other groups'."""
+    """Format a group's value of an option so that it differs from other groups' values.
+
+    Args:
+        groups: all groups of the table.
+        group: one of them.
+        name: option that the group has.
+    """
     return value_text(group.options[name], [each.options.get(name) for each in groups])
 
 
 def value_text(value: Any, values: Sequence[Any] = ()) -> str:
-    """Return an option's value for display: a file's name, with more of its path where `values` share the name."""
+    """Format an option's value: of a path the file's name, with as many parent folders as make it unique.
+
+    Args:
+        value: the value; None is shown as "none".
+        values: all values of the option, among which paths have to differ.
+    """
     if isinstance(value, float):
         return f"{value:g}"
     if value is None or "/" not in str(value):
@@ -169,7 +180,7 @@ def _headings(columns: Sequence[str]) -> list[str]:
 
 
 def _text(spread: Spread | None, digits: str) -> str:
-    """Return a spread as text: the mean alone where all seeds agree, as on iterations."""
+    """Format a spread: the mean alone if all seeds have the same number, as for iterations."""
     if spread is None:
         return _ABSENT
     return format(spread.mean, digits) if spread.lowest == spread.highest else spread.text(digits)

@@ -1,4 +1,4 @@
-"""One trial of a sweep: trained, then verified; all trials one after another in this process."""
+"""Trials of a sweep: training and verification of one; running all of them one by one in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _EXPECTED_ERRORS = (DistillError, StoreError, SamError, VerifyError)
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """Settings for the verification of a sweep's students; `SweepConfig` documents them."""
+    """Settings for the verification of a sweep's students; see `SweepConfig`."""
 
     images: Path | None
     test_store: Path | None
@@ -42,7 +42,12 @@ class VerifySettings:
 
     @classmethod
     def of(cls, config: SweepConfig, test_data: str | None = None) -> VerifySettings:
-        """Take the settings from a sweep's config."""
+        """Take the settings from a sweep's options.
+
+        Args:
+            config: options of the sweep.
+            test_data: digest of the test store's content; None without a test store.
+        """
         return cls(
             images=config.base.images,
             test_store=config.test_store,
@@ -53,7 +58,7 @@ class VerifySettings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings that the numbers depend on."""
+        """Return the settings that the numbers depend on, as JSON values."""
         return {
             "points": self.points,
             "test_store": None if self.test_store is None else str(self.test_store),
@@ -69,17 +74,17 @@ def run_locally(
     message: Callable[[str], None],
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[Outcome]:
-    """Run trials one after another in this process, and yield their outcomes.
+    """Run trials one by one in this process, and yield their outcomes.
 
     Args:
-        trials: one that starts from another's student after that one.
-        settings: for the verification.
-        known: earlier outcomes by name.
+        trials: trials in order; a trial that starts from another's student comes after that one.
+        settings: settings for the verification.
+        known: earlier outcomes by trial name.
         message: called with a line for each trial that begins.
         progress: called with the trainer's progress.
 
     Raises:
-        DistillInterrupted: as `run_trial`.
+        DistillInterrupted: a stop was requested; the training is saved.
     """
     outcomes: dict[str, Outcome] = {}
     for number, trial in enumerate(trials, 1):
@@ -92,7 +97,15 @@ def run_locally(
 
 
 def blocked_outcome(trial: Trial, outcomes: Mapping[str, Outcome]) -> Outcome | None:
-    """Return the outcome of a trial that can't begin because the one it starts from failed; None for any other."""
+    """Return the failed outcome of a trial that can't begin, because the trial it starts from failed.
+
+    Args:
+        trial: trial about to begin.
+        outcomes: outcomes so far by trial name, that of `trial.after` among them.
+
+    Returns:
+        The outcome; None if the trial can begin.
+    """
     if trial.after is None or outcomes[trial.after]["status"] == DONE:
         return None
     return failed(trial, f"{trial.after}, whose student it starts from, failed")
@@ -106,26 +119,26 @@ def run_trial(
     stop: StopFlag | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """Train and verify, unless that is done, and return the outcome.
+    """Train and verify, as far as that isn't done yet.
 
     Args:
-        trial: to run.
-        settings: for the verification.
-        known: an earlier outcome, whose numbers are kept if they are of the same student.
-        stop: asks for a checkpoint and a stop.
+        trial: trial to run.
+        settings: settings for the verification.
+        known: earlier outcome, whose verification is kept if student and settings are the same.
+        stop: flag that requests a checkpoint and a stop.
         progress: called with the trainer's progress.
 
     Returns:
-        JSON values. `name`, `run` (its folder), `options`, `status`.
+        The outcome as JSON values: `name`, `run` (its folder), `options`, `status`, and
 
-        - If it is done: `steps`, `epochs`, `images` {train, val}, `seconds` (of training), `images_per_second`; `val`
-          and, with a test store, `test`: verify's results without their subject; `judged`: the settings and the
-          student that these depend on, and `judged_seconds`; `curve`: the trainer's validation after each epoch.
-        - If it failed: `error`, and nothing is raised, so that the other trials continue; `locked` where another
-          process is training it.
+        - if it is done: `steps`, `epochs`, `images` {train, val}, `seconds` (of training), `images_per_second`; `val`
+          and, with a test store, `test`: results of `verify` without `subject`; `judged`: settings and SHA-256 of the
+          student that these depend on, and `judged_seconds`; `curve`: the trainer's validation after each epoch;
+        - if it failed: `error`, and nothing is raised, so that other trials continue; `locked` if another process is
+          training it.
 
     Raises:
-        DistillInterrupted: it was asked to stop, and the training is saved.
+        DistillInterrupted: a stop was requested; the training is saved.
     """
     outcome = {**_identity(trial), "status": DONE}
     try:
@@ -137,7 +150,7 @@ def run_trial(
     except RunLocked as error:
         return failed(trial, str(error)) | {"locked": True}
     except _EXPECTED_ERRORS as error:
-        # A sweep has no --restart: the user has to do to the run's folder what a single run's message asks for.
+        # A sweep has no --restart, which the message suggests: the user has to move the run's folder away.
         mend = f"; in a sweep: move {trial.config.out} away and run the same command again"
         return failed(trial, f"{error}{mend if '--restart' in str(error) else ''}")
     except Exception as error:  # noqa: BLE001 - memory, a disk, a bug: reported in the outcome, the other trials continue
@@ -145,7 +158,12 @@ def run_trial(
 
 
 def failed(trial: Trial, error: str) -> dict[str, Any]:
-    """Return the outcome of a trial without results."""
+    """Return the outcome of a failed trial.
+
+    Args:
+        trial: the trial.
+        error: reason, for the user.
+    """
     return {**_identity(trial), "status": FAILED, "error": error}
 
 
@@ -155,7 +173,7 @@ def _identity(trial: Trial) -> dict[str, Any]:
 
 def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("steps", "epochs", "seconds", "images_per_second")
-    # miou is there where the trainer measures masks.
+    # miou is present if the trainer measures masks.
     columns = ("epoch", "step", "mse_valid", "skill_valid", "miou")
     lines = [line for line in run.history() if line["kind"] == "val"]
     curve = [{name: line[name] for name in columns if name in line} for line in lines]

@@ -21,7 +21,7 @@ from mobilesam.verify import EvaluateConfig, VerifyError
         ({"split": "train"}, "--split 'train'"),
         ({"points": 65}, "--points 65"),
         ({"distances": (100, 0)}, "--distances"),
-        ({"distances": (100, 100)}, "one comes twice"),
+        ({"distances": (100, 100)}, "a distance is repeated"),
         ({"max_objects": 0}, "--max-objects 0"),
         ({"limit": 0}, "--limit 0"),
         ({"seed": -1}, "--seed -1"),

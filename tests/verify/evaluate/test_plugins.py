@@ -121,7 +121,7 @@ def test_a_predictor_that_is_not_installed_is_refused_with_those_that_are(
 BROKEN = {
     "can't be loaded": ("import nowhere", "the entry point dark of mobilesam.predictors failed with ModuleNotFound"),
     "can't open": ("def open_it(file, device): raise OSError('no weights')", "failed with OSError: no weights"),
-    "is none": ("def open_it(file, device): return object()", "gives has no set_image"),
+    "is none": ("def open_it(file, device): return object()", "has no method set_image"),
     "fails at an image": (DARK.replace("assert image.dtype", "assert 0 and image.dtype"), "other's set_image failed"),
     "fails at a prompt": (DARK.replace("x, y = point", "boom, y = point"), "other's predict failed with NameError"),
     "gives masks of another size": (DARK.replace("like[None]", "like[None, :5]"), r"gave masks \(1, 5, 60\)"),
