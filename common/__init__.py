@@ -1,2 +1,1 @@
-"""Lowest room: exceptions, option checks, durable files, signals, the dask client, tables of text. Imports nothing of
-ours."""
+"""Shared basics: exceptions, options, durable files, signals, the dask client, text tables. Imports no other room."""

@@ -1,4 +1,4 @@
-"""Click options made of config dataclasses, whose fields `common/config.py` describes."""
+"""Click options made from the fields of config dataclasses, as `common/config.py` describes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import click
 from .config import Option
 from .errors import MobileSamError
 
-# Rooms, not click, report a path that can't be read: that is wrong input, not wrong usage.
+# click must not check that a path is readable: that would be wrong input (exit code 3), not wrong usage (2).
 PATH_TYPE = click.Path(path_type=Path, readable=False)
 
 
@@ -36,9 +36,9 @@ def config_options(config_class: type, name: str = "config", only: Sequence[str]
 
     Args:
         config_class: dataclass; its fields that were made by `option` become options, in their order.
-        name: argument of the command that takes the config. If a decorator further up passes one by the same name,
-            that one is completed.
-        only: names of the fields to take, if not all.
+        name: argument of the command that takes the config. If an outer decorator passes a config under the same
+            name, the options replace values of that config.
+        only: names of the fields that become options; empty for all.
 
     Returns:
         A decorator. Values that the config refuses are usage errors.
@@ -68,7 +68,15 @@ def config_options(config_class: type, name: str = "config", only: Sequence[str]
 
 
 def mapping_options(options: Mapping[str, Option], name: str) -> Callable:
-    """Give a command these options without defaults; pass a dict of those given as its argument `name`."""
+    """Give a command options without defaults, and pass it a dict of those that the user gave.
+
+    Args:
+        options: description of each option, by key of the dict.
+        name: argument of the command that takes the dict.
+
+    Returns:
+        A decorator.
+    """
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -84,7 +92,7 @@ def mapping_options(options: Mapping[str, Option], name: str) -> Callable:
 
 
 def _click_option(name: str, described: Option, default: Any, hint: Any) -> Callable:
-    """Return the decorator of click for an option with this default, and values of the type `hint`."""
+    """Return click's decorator for an option with this default and values of the type `hint`."""
     flag = described.flag or f"--{name.replace('_', '-')}"
     if not flag.startswith("-"):
         return click.argument(flag, type=PATH_TYPE)
@@ -102,7 +110,7 @@ def _click_option(name: str, described: Option, default: Any, hint: Any) -> Call
 
 
 def _value_type(described: Option, hint: Any) -> dict[str, Any]:
-    """Return the settings that give a click option the type of its value."""
+    """Return click's settings for the type of an option's values."""
     value = (
         get_args(hint)[0] if get_origin(hint) else hint
     )  # of an optional field, or of a sequence's elements
@@ -118,7 +126,7 @@ def _value_type(described: Option, hint: Any) -> dict[str, Any]:
 
 
 def _callback(parse: Callable[[Any], Any], flag: str) -> Callable:
-    """Return the callback of click that makes a field's value of the command line's."""
+    """Return a click callback that converts the command line's value to the field's by `parse`."""
 
     def callback(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
         try:

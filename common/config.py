@@ -1,8 +1,8 @@
 """Fields of config dataclasses that are command-line options, and checks of their values.
 
-A field made by `option` holds all that the command line shows of it: default, help text, metavar, choices. `cli.py`
-makes click options of such fields, so that nothing about an option is written twice. A field without one is an
-option of the library alone. Config modules import nothing heavy: `mobilesam --help` reads all of them.
+A field made by `option` holds everything that the command line shows of it: default, help text, metavar, choices.
+`cli.py` makes click options from such fields, so that nothing about an option is written twice. Other fields can only
+be set from Python. Config modules import nothing heavy, since `mobilesam --help` reads all of them.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .errors import MobileSamError
 DTYPES = ("float16", "float32", "int8")
 """Types that a store can hold embeddings in."""
 PRECISIONS = ("float32", "bfloat16")
-"""Types that encoders can compute in."""
+"""Floating-point types that encoders can compute in."""
 AUTO_PRECISIONS = ("auto", *PRECISIONS)
+"""Precisions that a user can ask for; auto depends on the hardware."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Command-line option of one config field; `option` documents the fields."""
+    """Command-line option of one config field; its fields are the arguments of `option`."""
 
     help: str
     flag: str
@@ -44,17 +45,18 @@ def option(
     parse: Callable[[Any], Any] | None = None,
     text: Any = None,
 ) -> Any:
-    """Return a dataclass field that is a command-line option, too.
+    """Return a dataclass field that is also a command-line option.
 
     Args:
-        default: of the field; a field without one is required.
-        help: one line in the imperative or a noun phrase. It names the default in brackets where that is None.
-        flag: such as "--point" or "--resume/--restart" where it is not the field's name; a name without dashes is
-            a positional argument.
+        default: default of the field; a field without one is required.
+        help: help text, one line. If the default is None, it says in brackets what applies instead.
+        flag: option such as "--point" or "--resume/--restart", if it is not the field's name; a name without dashes
+            is a positional argument.
         metavar: placeholder of the value; by default that of the field's type.
-        choices: the values allowed.
-        parse: makes the field's value of the command line's; a ValueError says how to mend a wrong one.
-        text: the default as the command line shows it, where `parse` is given.
+        choices: allowed values.
+        parse: function that converts the command line's text to the field's value; it raises ValueError with a
+            correction for a wrong text.
+        text: the default as a text for the command line, if `parse` is given.
     """
     shown = Option(help=help, flag=flag, metavar=metavar, choices=tuple(choices), parse=parse, text=text)
     return dataclasses.field(default=default, metadata={"option": shown})
@@ -68,7 +70,12 @@ def device_option() -> Any:
 
 
 def precision_option(help: str, default: str = "auto") -> Any:
-    """Return the field `precision`, which all commands that compute share."""
+    """Return the field `precision`, which all commands that compute share.
+
+    Args:
+        help: help text of the command's option.
+        default: one of `AUTO_PRECISIONS`.
+    """
     return option(default, choices=AUTO_PRECISIONS, help=help)
 
 
@@ -91,25 +98,49 @@ def moved_images_option() -> Any:
 
 
 def require(good: bool, message: str, error: type[MobileSamError]) -> None:
-    """Raise `error` with `message` unless `good`."""
+    """Raise an error unless a condition holds.
+
+    Args:
+        good: condition.
+        message: message of the error.
+        error: type of the error.
+
+    Raises:
+        MobileSamError: of the type `error`, if `good` is False.
+    """
     if not good:
         raise error(message)
 
 
 def must_be(name: str, value: object, wanted: str) -> str:
-    """Return the message about an option outside its range: its name, the range, the value."""
+    """Return the message about an option whose value is out of range.
+
+    Args:
+        name: name of the config field.
+        value: its value.
+        wanted: the allowed values, as the message's predicate ("must be ...").
+    """
     return f"{name.replace('_', ' ')} must be {wanted}; it is {value!r}"
 
 
 def require_image_size(size: int | None, error: type[MobileSamError], largest: int | None = None) -> None:
-    """Raise `error` unless the side is None or a multiple of 16 pixels from 64 to `largest` (None: no limit)."""
+    """Raise an error unless an image size is None or a multiple of 16 pixels from 64 up.
+
+    Args:
+        size: side of the encoder's square, in pixels; None is accepted.
+        error: type of the error.
+        largest: largest side, in pixels; None for no limit.
+
+    Raises:
+        MobileSamError: of the type `error`.
+    """
     good = size is None or (64 <= size <= (largest or size) and size % 16 == 0)
-    upto = "upwards" if largest is None else f"to {largest}"
+    upto = "up" if largest is None else f"to {largest}"
     require(good, f"--image-size {size} is not a multiple of 16 from 64 {upto}", error)
 
 
 def paths_from_text(config: Any, *names: str) -> None:
-    """Replace texts in these fields of a frozen config by paths; None stays."""
+    """Convert strings in these fields of a frozen config to paths, in place; None stays."""
     for name in names:
         value = getattr(config, name)
         if value is not None:

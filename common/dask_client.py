@@ -1,4 +1,4 @@
-"""Connection to a dask cluster that exists."""
+"""Connection to an existing dask cluster."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def connected(address: str, error: type[MobileSamError]) -> Iterator[Client]:
     """Connect to a scheduler and wait for its first worker. dask's client log keeps its level after the context.
 
     Args:
-        address: of the scheduler, as tcp://10.0.0.1:8786 or without the protocol.
-        error: exception to raise.
+        address: address of the scheduler, such as tcp://10.0.0.1:8786; the protocol may be left out.
+        error: type of the error.
+
+    Returns:
+        Context manager of the connected client, which is closed when the context ends.
 
     Raises:
         MobileSamError: of the type `error`, when no scheduler answers or it has no workers.

@@ -1,4 +1,4 @@
-"""Durable writes: what was reported written is there after a crash; and the operating system's errors in words."""
+"""Durable writes, which survive a crash once they are reported done; the operating system's errors explained."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .errors import MobileSamError, StoreError, shown
 _MENDS = {
     errno.ENOSPC: "free some room and run again",
     errno.EDQUOT: "your disk quota is used up: free some room and run again",
-    errno.ENOENT: "is it there, on every machine that works on it?",
+    errno.ENOENT: "does it exist, on every machine that takes part?",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
-    errno.EIO: "the disk fails: check it, and then the store with mobilesam inspect STORE --check",
+    errno.EIO: "the disk is failing: check it, and then the store with mobilesam inspect STORE --check",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "choose a folder on a writable file system",
@@ -25,7 +25,7 @@ _MENDS = {
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a folder durable: a rename is not until its folder is synced."""
+    """Sync a folder's entries to disk: without that, a rename in it may be lost in a crash."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that are missing, with their names durable; do nothing if it exists."""
+    """Make a folder and its missing parents, synced to disk; do nothing if it exists."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -42,10 +42,14 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file's content as a whole: temporary file, fsync, rename, fsync of the folder.
+    """Replace a file's content atomically and durably: temporary file, fsync, rename, fsync of the folder.
+
+    Args:
+        path: file to write or replace.
+        data: its new content.
 
     Raises:
-        OSError: with the file's name; the old content is still there, and no temporary file is left.
+        OSError: it names the file; the old content is unchanged, and no temporary file is left.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -66,12 +70,13 @@ def write_atomic(path: Path, data: bytes) -> None:
 def explain_os_errors(
     path: Path, error: type[MobileSamError] = StoreError, option: str | None = None
 ) -> Iterator[None]:
-    """Raise the operating system's errors inside the context as one of ours: the file, the reason, the mend.
+    """Raise the operating system's errors inside the context as an error that says what to do.
 
     Args:
-        path: named in the message where the system's error names no file.
-        error: exception to raise.
-        option: command line option, or words, that the path comes from; named first in the message.
+        path: file that the message names if the system's error names none.
+        error: type of the error.
+        option: source of the path, such as a command-line option, which the message names first; the context then
+            writes to the path. None to leave it out.
 
     Raises:
         MobileSamError: of the type `error`, with the OSError as its cause.

@@ -1,6 +1,6 @@
-"""All exceptions of this package, the mends that several messages name, and names made fit for a message.
+"""All exceptions of this package, advice that several messages share, and escaping of names in messages.
 
-Every message is ready for the user: the fact, the numbers, the mend, in one or two lines. `cli.py` alone turns
+Every message is ready for the user: the fact, the numbers and what to do, in one or two lines. Only `cli.py` turns
 exceptions into exit codes.
 """
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class MobileSamError(Exception):
-    """Base of every error about input or surroundings."""
+    """Base of all errors about the input or the environment."""
 
 
 class Interrupted(MobileSamError):
-    """A signal ended the work, after what was finished had been saved.
+    """A signal ended the work; everything finished before is saved.
 
     Args:
-        message: for the user.
+        message: message for the user.
         signum: number of the signal; the exit code is 128 + signum.
     """
 
@@ -47,11 +47,11 @@ class StoreDamaged(StoreError):
 
 
 REPAIR_METADATA = "restore it with mobilesam inspect STORE --repair"
-"""Mend of damage to a zarr.json, or to the manifest's copy of one."""
+"""Advice after damage to a zarr.json, or to the manifest's copy of one."""
 REPAIR_SHARDS = "remove damaged shards with mobilesam inspect STORE --repair, and compute them again"
-"""Mend of damage to shard files, or to their rows in the manifest."""
+"""Advice after damage to shard files, or to their rows in the manifest."""
 REPLACE_MANIFEST = "restore an intact copy of it, or make the store again elsewhere"
-"""Mend of damage to the manifest itself, which repair can't undo."""
+"""Advice after damage to the manifest itself, which --repair can't mend."""
 
 
 class SamError(MobileSamError):
@@ -71,11 +71,11 @@ class BadAnnotation(SamError):
 
 
 class ArchiveError(SamError):
-    """A file isn't a whole archive: a one-line reason without the file's name, which the caller adds."""
+    """A file is no intact archive: a one-line reason without the file's name, which the caller adds."""
 
 
 class ForeignObjects(SamError):
-    """A pickle holds other things than tensors and plain values; the message names one."""
+    """A pickle holds other objects than tensors and plain values; the message names one."""
 
 
 class CheckpointError(SamError):
@@ -83,7 +83,7 @@ class CheckpointError(SamError):
 
 
 class DownloadError(SamError):
-    """A checkpoint could not be downloaded whole."""
+    """A checkpoint could not be downloaded."""
 
 
 class PrecomputeError(MobileSamError):
@@ -122,7 +122,7 @@ class ReportError(VerifyError):
     """A comparison was made, but the page that shows it could not be written.
 
     Args:
-        message: for the user; `__cause__` has the reason.
+        message: message for the user; `__cause__` has the reason.
         result: the result that would have been returned without a report.
     """
 
@@ -132,6 +132,6 @@ class ReportError(VerifyError):
 
 
 def shown(name: str) -> str:
-    """Escape what can't be printed in a key, path or message (newlines, bytes that are not UTF-8), for one line of
-    output."""
+    """Escape the unprintable characters of a key, path or message (newlines, bytes that are not UTF-8), so that it
+    fits in one line of output."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

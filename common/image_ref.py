@@ -1,4 +1,4 @@
-"""Reference to one image, as it travels from the listing to the manifest and to the workers."""
+"""Reference to one image, as the listing, the manifest and the workers pass it on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ class ImageRef:
     """One image file, or one member of a tar."""
 
     key: str
-    """Path below the image root, separated by "/", with bytes that are not UTF-8 as surrogates; a tar acts as a
-    folder."""
+    """Path relative to the image root, separated by "/", with a tar as if it were a folder. Bytes that are not UTF-8
+    are surrogates, as from `os.fsdecode`."""
     size: int
     """Length of the file in bytes, as listed."""
     offset: int | None = None
-    """Byte in its tar at which a member's content begins; None for a file that is not in a tar."""
+    """Byte of the tar at which the member's content begins; None for a file that is not in a tar."""

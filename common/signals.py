@@ -1,4 +1,4 @@
-"""Stopping by SIGINT and SIGTERM: the first signal asks for a stop that loses nothing, the second stops at once."""
+"""Stop on SIGINT and SIGTERM: the first signal requests a stop that loses nothing, the second stops at once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _StopNow(BaseException):
-    """Like KeyboardInterrupt, no Exception: code that takes Exceptions for a damaged file must not take this."""
+    """Immediate stop. No Exception, like KeyboardInterrupt: code that treats an Exception as a damaged file must not
+    catch it."""
 
 
 class StopFlag:
     """Request to stop, from a signal or from the program that drives the work.
 
-    `signum` is the signal's number, None until a stop is asked for. `graceful` is true while the work looks at the
-    flag and saves before it stops; while it is false, the first signal already stops at once.
+    `signum` is the signal's number, None until a stop is requested. `graceful` is True while the work checks the flag
+    and saves before it stops; while it is False, the first signal already stops at once.
 
     Args:
-        second_kills: leave the second signal to the kernel, which ends the process in the middle of a long step or
-            write: Python would handle it only afterwards. Otherwise the second signal unwinds the stack, so that
-            worker processes and temporary files are cleaned up, and later ones are ignored.
+        second_kills: leave the second signal to the kernel, which ends the process even in the middle of a long step
+            or write, after which Python would handle it. If False, the second signal unwinds the stack, so that
+            worker processes and temporary files are cleaned up, and later signals are ignored.
     """
 
     def __init__(self, *, second_kills: bool = True) -> None:
@@ -41,14 +42,14 @@ class StopFlag:
         self._stopping = False
 
     def set(self, signum: int = signal.SIGINT) -> None:
-        """Ask for a stop."""
+        """Request a stop."""
         self.signum = signum
 
     def on_signal(self, signum: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
         if self._stopping:
             return
-        # A stop that the program asked for is no signal: the first one after it still lets the work be saved.
+        # A stop requested by the program is no signal: the first signal after it still lets the work be saved.
         first, self._signalled = not self._signalled, True
         self.set(signum)
         if self._second_kills:
@@ -58,18 +59,21 @@ class StopFlag:
             self._stopping = True
             raise _StopNow
         if self._second_kills:
-            logger.warning("stopping after this step and saving; once more to stop at once, unsaved")
+            logger.warning(
+                "stopping after this step and saving; interrupt again to stop at once without saving"
+            )
 
 
 @contextmanager
 def stopped_by_signals(flag: StopFlag, interrupted: type[Interrupted], message: str) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `flag` in the context; do nothing outside the main thread, where Python has no
-    handlers.
+    """Let SIGINT and SIGTERM set a flag in the context.
+
+    Outside the main thread, where Python handles no signals, the context does nothing.
 
     Args:
-        flag: asked to stop by the first signal.
-        interrupted: exception to raise at the context's end after a signal that stopped at once.
-        message: its message.
+        flag: flag that signals set.
+        interrupted: type of the error to raise after a signal that stopped at once.
+        message: message of the error.
 
     Raises:
         Interrupted: of the type `interrupted`.
@@ -90,16 +94,16 @@ def stopped_by_signals(flag: StopFlag, interrupted: type[Interrupted], message: 
 
 @contextmanager
 def starting_processes() -> Iterator[None]:
-    """Block SIGINT for worker processes started in the context: Ctrl-C reaches the whole process group, but the
-    coordinator alone decides what it means.
+    """Block SIGINT in worker processes started in the context.
 
-    What is started in the context, now or later by threads that began in it, inherits SIGINT blocked. A SIGINT that
-    comes during the context is delivered at its end.
+    Ctrl-C reaches the whole process group, but only the coordinator may act on it. Processes started in the context,
+    and later by threads that began in it, inherit the blocked SIGINT. A SIGINT that comes during the context is
+    delivered at its end.
     """
     came: list[int] = []
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum)) if in_main_thread else None
-    # Were the tracker started by a thread of the context, it would let the signal through there again.
+    # If a thread of the context started the tracker later, that would unblock the signal in the thread.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -1,4 +1,4 @@
-"""Tables of texts for a terminal or a document."""
+"""Text tables for a terminal or a Markdown document."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .errors import shown
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Title, headings, rows of texts, and a note.
+    """Table of texts with title, headings and a note.
 
     Fields:
         title: one line above the headings; "" for none.
-        columns: headings, one a column.
+        columns: headings, one per column.
         numeric: for each column, True if its cells are numbers, which are aligned to the right.
-        rows: texts, one a column.
-        note: explanation of the numbers below the rows; "" where the title suffices.
+        rows: texts of each row, one per column.
+        note: explanation of the numbers, below the rows; "" for none.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Table:
     note: str = ""
 
     def lines(self) -> list[str]:
-        """Return plain text as wide as the table needs, never cut, wrapped or coloured."""
+        """Return the table as lines of plain text, as wide as it needs; nothing is cut, wrapped or coloured."""
         from rich.console import Console
         from rich.table import Table as Grid
         from rich.text import Text

@@ -1,4 +1,4 @@
-"""C library's allocator, set to keep the memory of freed tensors for reuse."""
+"""Setting of the C library's allocator that keeps the memory of freed tensors for reuse."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def keep_freed_memory() -> bool:
 
     By default glibc maps each block of more than 32 MB from the system and returns it when it is freed, so that a
     CPU forward or training step at 1024 pixels spends a third of its time on page faults. The process's peak memory
-    stays about the same, but is held until the process ends. Threads that start later allocate from the same memory
-    as the first one: a thread's own arena would consist of pieces of 64 MB, which are mapped and returned all the
-    same. So call this before the thread that computes is started. Source: mallopt(3).
+    stays about the same, but is held until the process ends. Threads that start later allocate from the main arena:
+    arenas of their own would consist of pieces of 64 MB, which are mapped and returned as well. So call this before
+    the thread that computes is started. Source: mallopt(3).
     """
     if not sys.platform.startswith("linux"):
         return False

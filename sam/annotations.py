@@ -27,15 +27,14 @@ SUFFIX = ".json"
 """Suffix of SA-1B's annotation files."""
 
 MAX_JSON = 16 * 2**20
-"""Largest SA-1B file that is read, in bytes: SA-1B's own have some hundred KB. JSON's values take up to thirty times
-the file's length in memory."""
+"""Largest SA-1B file that is read, in bytes; those of SA-1B have some hundred KB. Parsed JSON takes up to thirty
+times the file's length in memory."""
 
 MAX_COCO = 2 * 2**30
-"""Largest COCO file that is read, in bytes. COCO's own training set has 470 MB, and takes about 2 GB once it is
-read."""
+"""Largest COCO file that is read, in bytes. COCO's training set has 470 MB, which take 2 GB of memory."""
 
 MOST_OBJECTS = 10_000
-"""Most objects of one image: SA-1B has 100 on average."""
+"""Most objects of one image; SA-1B has 100 on average."""
 
 BOX_MARGIN = 1.0
 """Pixels that a box may reach beyond its image: some writers count edges, others pixels."""
@@ -45,42 +44,42 @@ BOX_MARGIN = 1.0
 class Annotations:
     """Object masks of one image, each kept compressed until it is decoded.
 
-    Objects without a pixel are left out. Every mask was checked when it was read: `mask` can't fail.
+    Objects without a pixel are left out. Every mask was checked when it was read, so `mask` can't fail.
     """
 
     source: str
     """File that they come from, for messages."""
     size: tuple[int, int]
-    """Height and width of the image, and of each mask."""
+    """(height, width) of the image and of each mask, in pixels."""
     counts: tuple[str, ...]
     """COCO's compressed RLE of each object's mask."""
     boxes_P4: npt.NDArray[np.float64]
-    """x0, y0, x1, y1 in pixels, as the file has them."""
+    """float64 (P, 4): x0, y0, x1, y1 in pixels, from the file."""
     areas_P: npt.NDArray[np.int64]
-    """Pixels in each mask, counted."""
+    """int64 (P,): pixels of each mask, counted in the mask."""
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def rle(self, index: int) -> dict[str, Any]:
-        """Return one mask as pycocotools takes it: `size` [height, width] and compressed `counts`."""
+        """Return one mask in pycocotools' form: `size` [height, width] and compressed `counts`."""
         return {"size": list(self.size), "counts": self.counts[index]}
 
     def mask(self, index: int) -> npt.NDArray[np.bool_]:
-        """Decode one mask: bool (H, W)."""
+        """Decode one mask to bool (H, W)."""
         from pycocotools import mask as coco
 
         return coco.decode(self.rle(index)).view(np.bool_)
 
 
 class AnnotationFiles:
-    """SA-1B's JSON files below one root, each beside its image and named like it, in a folder or in the same tar.
+    """SA-1B's JSON files below one root, each beside its image with the same stem, in a folder or in the same tar.
 
     Threads may share it. A tar's headers are read once, when its first member is needed; an unpickled copy reads
     them again.
 
     Args:
-        root: the image root that keys are relative to.
+        root: image root that keys are relative to.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -92,7 +91,7 @@ class AnnotationFiles:
         return AnnotationFiles, (self.root,)
 
     def has_file(self, key: str) -> bool:
-        """Return True if a file lies beside the image `key`, readable or not."""
+        """Return True if there is an annotation file beside the image `key`, readable or not."""
         found = split_tar_key(self.root, key)
         if found is None:
             return os.path.lexists(self.root / _annotation_name(key))
@@ -105,16 +104,17 @@ class AnnotationFiles:
         """Read the masks of an image.
 
         Args:
-            key: of the image, as `list_images` returns it.
-            size: height and width of the image in pixels, if the caller knows them.
+            key: key of the image, as `list_images` returns it.
+            size: (height, width) of the image in pixels, if the caller knows it.
 
         Returns:
-            Its annotations; None if no file lies beside it, or JSON of another kind, with neither `image` nor
-            `annotations` in it, as other programs put beside images.
+            Its annotations; None if there is no file beside it, or JSON of another kind with neither `image` nor
+            `annotations`, as other programs write beside images.
 
         Raises:
-            AnnotationError: the file is unreadable, too large, not of SA-1B's layout, of an image of another size,
-                or has a mask that doesn't decode to that size or a box outside it. One line names the image.
+            AnnotationError: the file is unreadable, too large, not in SA-1B's layout, or of an image of another size,
+                or it has a mask that doesn't decode to that size or a box outside it. The message is one line, and
+                names the image.
         """
         try:
             data = self._data(key)
@@ -157,7 +157,7 @@ class CocoInstances:
     objects, are left out. A defect of one image's annotations is reported when that image is read.
 
     Args:
-        path: of the JSON file.
+        path: path of the JSON file.
 
     Raises:
         AnnotationError: the file can't be read or does not have COCO's layout.
@@ -184,15 +184,16 @@ class CocoInstances:
         """Read the masks of an image.
 
         Args:
-            file_name: of the image; if the file lists no such name, the only image with its base name is taken.
-            size: height and width of the image in pixels, if the caller knows them.
+            file_name: name of the image; if the file doesn't list it, the only image with its base name is taken.
+            size: (height, width) of the image in pixels, if the caller knows it.
 
         Returns:
             Its annotations; None if the file lists no such image.
 
         Raises:
             AnnotationError: the file lists the image twice, lists only a base name that several images have (see
-                `expect_names`), or has it in another size; or a mask or box is damaged. One line names the image.
+                `expect_names`), or states another size; or a mask or box is damaged. The message is one line, and
+                names the image.
         """
         position = self._find(file_name)
         if position is None:
@@ -206,11 +207,11 @@ class CocoInstances:
             ) from error
 
     def expect_names(self, file_names: Iterable[str]) -> None:
-        """Set the names of all images that will be read: a base name shared by several of them matches none."""
+        """Set the names of all images that will be read; a base name shared by several of them then matches none."""
         self._expected = Counter(map(_base, file_names))
 
     def example(self) -> str | None:
-        """Return the first image's `file_name`, None if the file lists no image."""
+        """Return the first image's `file_name`; None if the file lists no images."""
         return self._images[0]["file_name"] if self._images else None
 
     def _find(self, file_name: str) -> int | None:
@@ -224,7 +225,7 @@ class CocoInstances:
         if len(found) == 1 and self._expected[base] > 1:
             raise AnnotationError(
                 f"{shown(file_name)}: {self.path.name} lists one {shown(base)}, and "
-                f"{self._expected[base]} images here have that name: give file_name as paths below the images' folder"
+                f"{self._expected[base]} images here have that name: give file_name relative to the image folder"
             )
         return found[0] if len(found) == 1 else None
 
@@ -242,7 +243,7 @@ class CocoInstances:
 
 
 class _TarIndex:
-    """Places of a tar's JSON members; OSError if the tar can't be read."""
+    """Index of a tar's JSON members; OSError if the tar can't be read."""
 
     def __init__(self, tar: str) -> None:
         contents = scan_tar(tar)
@@ -251,7 +252,7 @@ class _TarIndex:
         self._problem = contents.problem
 
     def member(self, name: str) -> TarMember | None:
-        """Return a member's place, None if the tar has no such member; BadAnnotation if it may have had one."""
+        """Return a member's place; None if the tar has none of that name. BadAnnotation if it is lost by damage."""
         if name in self._unusable:
             raise BadAnnotation("a link or sparse file in a tar can't be read in place")
         member = self._members.get(name)
@@ -261,7 +262,7 @@ class _TarIndex:
 
 
 def _annotation_name(key: str) -> str:
-    """Return the name of an image's annotation file: the image's, with another suffix."""
+    """Return the name of an image's annotation file: the image's name with the suffix .json."""
     return key.rpartition(".")[0] + SUFFIX
 
 
@@ -270,7 +271,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
         raise BadAnnotation(f"they have {size:,} bytes, at most {MAX_JSON:,} are read")
     data = os.pread(descriptor, size, offset)
     if len(data) != size:
-        raise BadAnnotation(f"only {len(data):,} of their {size:,} bytes are there")
+        raise BadAnnotation(f"only {len(data):,} of their {size:,} bytes could be read")
     return data
 
 
@@ -279,12 +280,12 @@ def _checked(content: Any, source: str, size: tuple[int, int] | None) -> Annotat
         raise BadAnnotation("not a JSON object")
     image, objects = content.get("image"), content.get("annotations")
     if not isinstance(image, dict) or not isinstance(objects, list):
-        raise BadAnnotation("no image and annotations in it, as SA-1B's files have them")
+        raise BadAnnotation("it has no image and annotations, as SA-1B's files do")
     return _build_annotations(source, image, objects, size)
 
 
 def _parse_json(data: bytes) -> Any:
-    """Parse JSON; BadAnnotation if it is none."""
+    """Parse JSON; BadAnnotation if the bytes are not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -294,27 +295,29 @@ def _parse_json(data: bytes) -> Any:
 def _build_annotations(
     source: str, image: Mapping[str, Any], objects: Sequence[Any], size: tuple[int, int] | None
 ) -> Annotations:
-    """Check one image's objects and pack them.
+    """Check one image's objects, and compress their masks.
 
     Args:
         source: file that they come from, for messages.
         image: COCO's or SA-1B's `image`.
         objects: COCO's or SA-1B's annotations of that image.
-        size: height and width of the image in pixels, if the caller knows them.
+        size: (height, width) of the image in pixels, if the caller knows it.
 
     Raises:
-        BadAnnotation: the image, a mask or a box is not what it should be.
+        BadAnnotation: the image, a mask or a box is invalid.
     """
     own = _own_size(image)
     if size is not None and own != tuple(size):
-        raise BadAnnotation(f"they are of an image of {own[1]} x {own[0]}, this one is {size[1]} x {size[0]}")
+        raise BadAnnotation(
+            f"they are for an image of {own[1]} x {own[0]}, this one is {size[1]} x {size[0]}"
+        )
     if len(objects) > MOST_OBJECTS:
         raise BadAnnotation(f"{len(objects):,} objects, at most {MOST_OBJECTS:,} are read")
     counts, boxes, areas = [], [], []
     for index, one in enumerate(objects):
         try:
             if not isinstance(one, dict) or not {"segmentation", "bbox"} <= one.keys():
-                raise BadAnnotation("no segmentation and bbox in it")
+                raise BadAnnotation("it has no segmentation or no bbox")
             runs = checked_runs(one["segmentation"], own)
             box = _corners(one["bbox"], own)
         except BadAnnotation as error:
@@ -348,7 +351,7 @@ def _corners(bbox: object, size: tuple[int, int]) -> tuple[float, float, float, 
     """Convert COCO's x, y, width, height to x0, y0, x1, y1."""
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(v) not in (int, float) for v in bbox):
         raise BadAnnotation("a bbox is not four numbers")
-    # Checked before the conversion to float, since JSON's integers have any length. NaN is in no range.
+    # Checked before the conversion to float, since JSON's integers have any length. NaN fails the comparison.
     if not all(-BOX_MARGIN <= value <= max(size) + BOX_MARGIN for value in bbox):
         raise BadAnnotation(f"bbox {str(bbox)[:80]} is not in the image")
     x, y, width, height = map(float, bbox)
@@ -363,7 +366,7 @@ def _by_image(content: Any) -> tuple[list[dict[str, Any]], dict[int, list[Any]]]
         (content.get(key) for key in ("images", "annotations")) if isinstance(content, dict) else (0, 0)
     )
     if not isinstance(images, list) or not isinstance(objects, list):
-        raise BadAnnotation("no images and annotations in it")
+        raise BadAnnotation("it has no images or no annotations")
     kept: list[dict[str, Any]] = []
     for index, image in enumerate(images):
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):

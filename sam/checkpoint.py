@@ -1,4 +1,4 @@
-"""Checkpoint files: read safely and without a copy, identified, and checked, with one clear error for any defect."""
+"""Checkpoint files: read safely and without a copy, identified, and checked, with a clear error for any defect."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
 def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read the flat state dict in a `torch.save` file.
 
-    Nothing but tensors and plain containers is unpickled. In files of torch's zip format every checksum is verified
-    first (2.4 GB take about a second once they are in the page cache); then the file is mapped, so that memory holds
-    only what is used. Older files are read whole.
+    Only tensors and plain containers are unpickled. In files of torch's zip format every checksum is verified first
+    (2.4 GB take about a second once they are in the page cache); then the file is mapped, so that memory holds only
+    the tensors that are used. Older files are read whole.
 
     Args:
-        path: of the file.
+        path: path of the file.
         wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that
-            the file has is used. Without names only a flat state dict is read.
+            the file has is used. If empty, only a flat state dict is read.
 
     Returns:
         Tensors by key, on the CPU, without PIXEL_STATISTICS.
 
     Raises:
-        CheckpointError: the file is absent, empty, truncated, damaged, no checkpoint, or holds other objects.
+        CheckpointError: the file is absent, empty, truncated, damaged or no checkpoint, or holds other objects.
     """
     _check_start(path)
     try:
@@ -58,7 +58,7 @@ def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def _check_start(path: Path) -> None:
-    """Refuse by its first bytes what can't be a checkpoint at all."""
+    """Raise CheckpointError if the path or the file's first bytes can't be a checkpoint's."""
     if path.is_dir():
         raise CheckpointError(
             f"{path} is a directory, not a checkpoint file; name the .pth or .pt file in it"
@@ -77,7 +77,7 @@ def _check_start(path: Path) -> None:
 
 
 def _damage(path: Path, reason: str) -> str:
-    """Return the message about a damaged file, with the length of the official one if this has its name."""
+    """Return the message about a damaged file, with the expected length if it is named like an official one."""
     size = path.stat().st_size
     official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
     wanted = [file.bytes for file in official if file.name == path.name and file.bytes != size]
@@ -86,7 +86,7 @@ def _damage(path: Path, reason: str) -> str:
 
 
 def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
-    """Return a file's content as a state dict without PIXEL_STATISTICS; CheckpointError if it is none."""
+    """Return a file's content as a state dict without PIXEL_STATISTICS; CheckpointError for any other content."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict of tensors")
     state = {str(key): value for key, value in loaded.items() if str(key) not in PIXEL_STATISTICS}
@@ -101,13 +101,13 @@ def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a checkpoint's `image_encoder.*` with the prefix removed."""
+    """Return a checkpoint's tensors of the image encoder, without the prefix `image_encoder.`."""
     prefix = ENCODER_PREFIX
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def identify_teacher(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the teacher whose encoder the keys and shapes of a checkpoint are, None for another's."""
+    """Return the name of the teacher whose encoder has a checkpoint's keys and shapes; None if there is none."""
     encoder = encoder_state(state)
     return next((name for name, info in TEACHERS.items() if info.encoder.matches(encoder)), None)
 
@@ -118,16 +118,17 @@ def check_state(
     """Check every key, shape and dtype of a teacher's checkpoint.
 
     Args:
-        path: the file, for messages.
-        info: the teacher that it should be of.
-        state: as `read_state` returns it.
-        expected: shapes by key (`state_shapes`).
+        path: path of the file, for messages.
+        info: entry of the teacher that it should belong to.
+        state: content of the file, as `read_state` returns it.
+        expected: shapes by key, as `state_shapes` returns them.
 
     Returns:
-        The part of the state that the teacher uses: mobile_sam's unused classifier is left out.
+        The tensors that the teacher uses; mobile_sam's unused classifier is left out.
 
     Raises:
-        CheckpointError: naming the teacher that the file belongs to, or the first differences.
+        CheckpointError: the file doesn't fit; the message names the teacher that it belongs to, or the first
+            differences.
     """
     name, found = info.name, identify_teacher(state)
     if found is not None and found != name:

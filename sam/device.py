@@ -1,4 +1,4 @@
-"""Device that computes, and precision that it computes in: names resolved to what this machine has."""
+"""Devices and precisions: names such as `auto` resolved for this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..common.errors import SamError
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """Turn a device's name into a device that exists on this machine.
+    """Resolve a device's name to a device of this machine.
 
     Args:
         device: `auto` (the first CUDA device, else the CPU), `cpu`, `cuda` (the same as `cuda:0`) or `cuda:i`.
@@ -42,13 +42,13 @@ def _existing_cuda(wanted: torch.device) -> torch.device:
 
 
 def resolve_precision(precision: str, device: str | torch.device) -> str:
-    """Turn `auto` into the precision that suits a device.
+    """Resolve a precision's name for a device.
 
-    float16 is never offered: SAM's ViT overflows in it (segment-anything issues 540 and 696).
+    float16 is not supported: SAM's ViT overflows in it (segment-anything issues 540 and 696).
 
     Args:
         precision: `float32`, `bfloat16`, or `auto`, which is bfloat16 only if the hardware accelerates it.
-        device: the device that will compute.
+        device: device that will compute.
 
     Returns:
         `float32` or `bfloat16`.
@@ -80,6 +80,6 @@ def cpu_accelerates_bfloat16() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         capabilities = torch.cpu.get_capabilities()
         return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    # Older versions of torch have the same under private names.
+    # Older versions of torch have the same functions under private names.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)

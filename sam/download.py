@@ -1,8 +1,8 @@
 """Checkpoint files of teachers: given by the user, in the cache, or downloaded into it.
 
-A download is whole and checked, resumed after an interruption, and retried. The bytes go to `FILE.part`, and what
-the server says about its version of the file goes to `FILE.part.json`, so that a later attempt continues only the
-same version (Range with If-Range, RFC 9110). The file gets its name only after its SHA-256 was found right.
+A download is verified, resumed after an interruption, and retried. The bytes go to `FILE.part`, and the server's ETag
+or modification time goes to `FILE.part.json`, so that a later attempt continues only the same version of the file
+(Range with If-Range, RFC 9110). The file gets its final name only after its SHA-256 was verified.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ CACHE_VARIABLE = "MOBILESAM_CACHE"
 """Environment variable that names the cache directory."""
 
 CHUNK = 1 << 20
-"""Bytes that are received at a time."""
+"""Most bytes that are received at a time."""
 
 TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses after which another attempt may succeed."""
 
 Progress = Callable[[int, int], None]
-"""progress(bytes so far, bytes in all)"""
+"""Function called with the bytes received so far and the bytes in all."""
 
 log = logging.getLogger(__name__)
 
@@ -69,23 +69,23 @@ def find_checkpoint(
     download: bool = True,
     url: str | None = None,
 ) -> Path | None:
-    """Find a teacher's checkpoint file: the user's own, else the cache's, else downloaded into the cache.
+    """Find a teacher's checkpoint: the user's own file, else the one in the cache, else download it into the cache.
 
-    The user's own file is not compared with the official digest: it may be finetuned.
+    The user's own file is not compared with the official digest, since it may be finetuned.
 
     Args:
         teacher: a key of `TEACHERS`.
-        checkpoint: the user's own file.
-        progress: called with (bytes so far, bytes in all) while downloading.
-        download: False never downloads: a file that is not in the cache is an error.
-        url: another place to download the official file from (a mirror).
+        checkpoint: the user's own file, if there is one.
+        progress: called while downloading with the bytes received so far and the bytes in all.
+        download: if False, a file that is not in the cache is an error.
+        url: mirror to download the official file from; None for the official URL.
 
     Returns:
-        The file; None for the embedded teacher, which has none.
+        Path of the file; None for the embedded teacher, which has none.
 
     Raises:
-        CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or nothing
-            was found with `download=False`.
+        CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or the cache
+            has no file and `download` is False.
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
@@ -113,10 +113,10 @@ def find_checkpoint(
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """File to download, and the patience with which to do so."""
+    """File to download, and limits of time and attempts."""
 
     url: str
-    """http or https."""
+    """http or https URL."""
     target: Path
     """Final path of the file; its directory is made."""
     size: int
@@ -132,27 +132,27 @@ class Request:
 
     @property
     def part(self) -> Path:
-        """File of the bytes received so far."""
+        """Path of the bytes received so far."""
         return self.target.with_name(self.target.name + ".part")
 
     @property
     def version_file(self) -> Path:
-        """File of what the server said about the version that `part` belongs to."""
+        """Path of the JSON file that identifies the version of the file that `part` belongs to."""
         return self.target.with_name(self.target.name + ".part.json")
 
 
 def download_file(request: Request, progress: Progress | None = None) -> None:
-    """Download a file; return once it is in place and its SHA-256 was found right.
+    """Download a file; return once its SHA-256 is verified and it is at its final path.
 
-    A second process that wants the same file waits for the first and takes its result.
+    A second process that requests the same file waits for the first one, and uses its file.
 
     Args:
-        request: the file.
-        progress: called with (bytes so far, bytes in all), a megabyte or so apart.
+        request: file to download.
+        progress: called about every megabyte with the bytes received so far and the bytes in all.
 
     Raises:
-        DownloadError: a one-line reason without a full stop. Received bytes stay for the next time, except those of
-            a whole file whose SHA-256 was wrong.
+        DownloadError: the download failed; the message is one line without a full stop. Received bytes are kept for
+            the next attempt, except those of a whole file whose SHA-256 was wrong.
     """
     try:
         request.target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,14 +190,14 @@ def _no_progress(done: int, total: int) -> None:
 
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """Hold the lock of this target; the lock's file stays, since removing it would let two processes in."""
+    """Hold the lock of this target. The lock file is never removed, since two processes could then hold the lock."""
     with target.with_name(target.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _check_room(request: Request) -> None:
-    """Refuse a download that is larger than the room on its disk."""
+    """Raise DownloadError if the disk has too little room for the rest of the file."""
     present = request.part.stat().st_size if request.part.exists() else 0
     free = shutil.disk_usage(request.target.parent).free
     needed = request.size - present
@@ -208,7 +208,7 @@ def _check_room(request: Request) -> None:
 
 
 def _fetch_with_retries(request: Request, progress: Progress) -> None:
-    """Make attempts until every byte is there; those that received bytes don't count against the limit."""
+    """Make attempts until all bytes are received; attempts that received any don't count against the limit."""
     failures = 0
     while True:
         before = _resumable_bytes(request)
@@ -225,7 +225,7 @@ def _fetch_with_retries(request: Request, progress: Progress) -> None:
 
 
 def _resumable_bytes(request: Request) -> int:
-    """Return the number of bytes received that an attempt can continue; 0 if their version isn't known."""
+    """Return the number of received bytes that an attempt can continue from; 0 if their version isn't known."""
     if not _version_headers(request) or not request.part.exists():
         return 0
     present = request.part.stat().st_size
@@ -235,7 +235,7 @@ def _resumable_bytes(request: Request) -> int:
 def _version_headers(request: Request) -> dict[str, str]:
     """Return the If-Range header for the version that `part` belongs to; empty if there is none.
 
-    A weak ETag promises equal meaning, not equal bytes: RFC 9110 forbids it here.
+    A weak ETag guarantees equal meaning, not equal bytes, so RFC 9110 forbids it here.
     """
     try:
         version = json.loads(request.version_file.read_text())
@@ -250,7 +250,7 @@ def _version_headers(request: Request) -> dict[str, str]:
 
 
 def _attempt(request: Request, progress: Progress) -> None:
-    """Receive the bytes that are missing, in one connection."""
+    """Receive the missing bytes in one connection."""
     start = _resumable_bytes(request)
     if start == request.size:
         return
@@ -274,7 +274,7 @@ def _attempt(request: Request, progress: Progress) -> None:
 
 def _refuse_status(request: Request, status: int, reason: str) -> None:
     if status == 416:
-        # The server's file is shorter than the bytes received: it is another version. Start again.
+        # The server's file is shorter than the bytes received, so it is another version. Start again.
         _discard(request)
         raise _Transient("the server's file changed; starting again")
     if status in TRANSIENT_STATUS:
@@ -283,12 +283,12 @@ def _refuse_status(request: Request, status: int, reason: str) -> None:
 
 
 def _accepted_start(request: Request, start: int, status: int, headers: Mapping[str, str]) -> int:
-    """Return the position of the answer's first byte: 0, with an empty `part`, unless the range was granted."""
+    """Return the file position of the response's first byte: 0, with `part` emptied, unless the range was granted."""
     if status == 206 and start:
         unit_range, _, total = headers.get("Content-Range", "").partition("/")
         if not unit_range.startswith(f"bytes {start}-"):
             _discard(request)
-            raise _Transient(f"the server sent another range than asked: {unit_range!r}")
+            raise _Transient(f"the server sent another range than requested: {unit_range!r}")
         _check_length(request, total)
         return start
     length = headers.get("Content-Length", "")
@@ -365,6 +365,6 @@ def _put_in_place(request: Request) -> None:
 
 
 def _discard(request: Request) -> None:
-    """Remove the bytes received and the record of their version."""
+    """Remove the received bytes and the record of their version."""
     request.version_file.unlink(missing_ok=True)
     request.part.unlink(missing_ok=True)

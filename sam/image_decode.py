@@ -1,4 +1,4 @@
-"""Image decoding: bytes of a file to RGB pixels, with one stated policy for everything that photo folders hold."""
+"""Image decoding: bytes of a file to RGB pixels, with a defined policy for every kind of image in photo folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..common.errors import ImageError
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 200_000_000
-"""Largest image that is decoded, in pixels: a 200-megapixel camera's photo passes (800 MB while decoding)."""
+"""Largest image that is decoded, in pixels: enough for 200-megapixel cameras (800 MB while decoding)."""
 
 _MAGIC: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImageFile),
@@ -42,22 +42,22 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Transposition that turns the stored image upright, by EXIF orientation."""
+"""Transposition that brings the stored image into upright orientation, by EXIF orientation."""
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """Decode an image file.
 
-    The format is recognised by the content, never by a name: JPEG, PNG, WebP, BMP, TIFF or GIF. Policies:
+    The format (JPEG, PNG, WebP, BMP, TIFF or GIF) is recognised by the content, never by the name. Policies:
     - EXIF orientation is applied; an unreadable or invalid one is ignored.
-    - Alpha (RGBA, LA, in a palette or as one transparent colour) is dropped and the colours stay as they are
-      stored, as `Image.convert("RGB")` and OpenCV do.
+    - Alpha (RGBA, LA, in a palette or as one transparent colour) is dropped without blending, as by
+      `Image.convert("RGB")` and OpenCV.
     - Grey and 1-bit images are repeated over the three channels. 16-bit grey is scaled by its full range (65535
-      becomes 255, rounded), not clipped; 16-bit colour is cut to its high bytes by Pillow. 32-bit and float pixels
-      define no white level and are refused.
-    - CMYK and YCCK, Adobe's inverted ones included, are converted by Pillow's plain formula.
-    - ICC profiles and gamma are not applied, as in SAM's own loading.
-    - The first frame or page is taken.
+      becomes 255, rounded), not clipped; Pillow reduces 16-bit colour to the high bytes. 32-bit and float pixels
+      have no defined white level and are refused.
+    - CMYK and YCCK, including Adobe's inverted variants, are converted by Pillow's simple formula.
+    - ICC profiles and gamma are not applied, as in SAM's own code.
+    - Of several frames or pages the first one is used.
 
     Args:
         data: the file's bytes.
@@ -66,14 +66,14 @@ def decode_image(data: bytes) -> np.ndarray:
         uint8 RGB (H, W, 3), read-only.
 
     Raises:
-        ImageError: anything else: empty, truncated, damaged or not an image, more than MAX_PIXELS pixels (known from
-            the header, before decoding), a colour mode without a policy. One line has the reason.
+        ImageError: the file is empty, truncated, damaged or no image, has more than MAX_PIXELS pixels by its header,
+            or a colour mode without a policy. The message is a one-line reason.
     """
     return np.asarray(decode_rgb(data))
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decode as `decode_image`, but into Pillow's image in mode RGB, which can be resized without a copy."""
+    """Decode as `decode_image` does, but into a Pillow image in mode RGB, which can be resized without a copy."""
     image = _open(data)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -94,7 +94,7 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Read the header with Pillow's classes: Image.open has a pixel limit of its own, global to the process."""
+    """Read the header with Pillow's class of the format: `Image.open` has a global pixel limit of its own."""
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     for magic, opener in _MAGIC:
@@ -135,7 +135,7 @@ def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
         )
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr"):
         raise ImageError(f"{image.format} with colour mode {image.mode} is not supported: convert it to RGB")
-    # Alpha is dropped: without this Pillow would warn about it, or search the palette for a free entry.
+    # Alpha is dropped. Otherwise Pillow would warn about it, or search the palette for a free entry.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 
@@ -144,7 +144,7 @@ def _grey16_to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     white, inverted = 65535, False
     if isinstance(image, TiffImageFile):
         white = 2 ** image.tag_v2[BITSPERSAMPLE][0] - 1
-        # Pillow inverts white-is-zero itself for 8 bits, but not for 16.
+        # Pillow inverts white-is-zero images of 8 bits itself, but not those of 16.
         inverted = image.tag_v2[PHOTOMETRIC_INTERPRETATION] == 0
     grey = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
     if inverted:

@@ -1,6 +1,6 @@
-"""Image files: listed from folders and tars under one root, and read by the keys they were listed under.
+"""Image files: listed from folders and tars below one root, and read by the keys of that listing.
 
-Tars are read in place, nothing is ever extracted: a listing records the place of each member's bytes.
+Tars are read in place and never extracted: a listing records the offset of each member's bytes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from ..common.errors import shown
 from ..common.image_ref import ImageRef as ImageRef
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Names that end so, in upper or lower case, are images; the content decides later which format each one is."""
+"""Suffixes of image files, in upper or lower case; the format is recognised later, by the content."""
 
 TAR_SUFFIX = ".tar"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
 
 MAX_BYTES = 2_000_000_000
-"""Largest file that is read, in bytes: an image small enough to be decoded is never larger, and without a limit one
-stray file could take all memory."""
+"""Largest file that is read, in bytes. Images small enough to be decoded are never larger; without a limit, one stray
+file could take all memory."""
 
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _BLOCK = tarfile.BLOCKSIZE
@@ -36,7 +36,7 @@ _BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """File or folder that should have been listed and could not be."""
+    """File or folder that could not be listed."""
 
     path: str
     reason: str
@@ -48,30 +48,34 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images found by `list_images`, and what was passed over."""
+    """Images found by `list_images`, and files that it skipped."""
 
     root: Path
-    """Absolute; the keys are relative to it."""
+    """Absolute path of the folder that keys are relative to."""
     files: tuple[ImageRef, ...]
-    """Sorted by the bytes of the key; no key twice."""
+    """Images sorted by the bytes of their keys, which are unique."""
     problems: tuple[Problem, ...]
-    """Folders and tars that could not be read, or not to their end, and broken links; for the user to see."""
+    """Folders and tars that could not be read, or not to their end, and broken links; to be shown to the user."""
     others: int
-    """Number of files passed over because their name is not an image's (SA-1B's .json files, for example)."""
+    """Number of files skipped because they have no image suffix (such as SA-1B's .json files)."""
     hidden: int
-    """Number of files and folders passed over because their name begins with a dot."""
+    """Number of files and folders skipped because their name begins with a dot."""
 
 
 def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> ImageSet:
-    """Find the images in folders (recursively) and .tar files, in any mixture.
+    """Find the images in folders (searched recursively) and .tar files.
 
-    Symbolic links are followed, but a folder that is reached twice counts once, under its own path rather than a
-    link's: loops end, and a link named `latest` doubles nothing. Names that begin with a dot are passed over.
+    Symbolic links are followed, but a folder that is reached twice is listed once, under its own path rather than a
+    link's. So loops of links end, and a link such as `latest` duplicates nothing. Names that begin with a dot are
+    skipped.
 
     Args:
-        paths: folders and .tar files.
-        root: keys are relative to it; by default it is the one folder, the folder of the one tar, or the deepest
-            folder that holds all of `paths`.
+        paths: folders and .tar files, in any mixture and order.
+        root: folder that keys are relative to; None for the one folder, the folder of the one tar, or the deepest
+            folder that contains all of `paths`.
+
+    Returns:
+        The images, sorted by key, and what was skipped.
 
     Raises:
         SamError: a path is absent, unreadable, of another kind or outside `root`, or no image is found.
@@ -103,14 +107,18 @@ def read_image(root: Path | str, key: str, *, offset: int | None = None, size: i
     """Read the bytes of an image: a file below `root`, or a tar's member in place.
 
     Args:
-        root: the image root that the key is relative to.
-        key: as `list_images` returns it.
-        offset: place of a tar member's bytes in its tar; None for a file of its own.
-        size: length in bytes as listed, checked; required for a tar's member.
+        root: image root that the key is relative to.
+        key: key of the image, as `list_images` returns it.
+        offset: byte of the tar at which the member's content begins; None for a file that is not in a tar.
+        size: length in bytes as listed, which is checked; None to accept any. Required for a tar's member.
+
+    Returns:
+        Content of the image file.
 
     Raises:
-        ImageError: the file or tar is missing or can't be read, or has another length than listed. One line has the
-            reason, without the key.
+        ImageError: the file or tar is missing, can't be read, or has another length than listed. The message is a
+            one-line reason without the key.
+        ValueError: `offset` without `size`.
     """
     if offset is not None:
         if size is None:
@@ -132,17 +140,20 @@ def read_image(root: Path | str, key: str, *, offset: int | None = None, size: i
 def read_checked(
     root: Path | str, key: str, offset: int | None, size: int, sha256: str | None = None
 ) -> bytes:
-    """Read an image that a store has an embedding of, and make sure that it is still the same.
+    """Read an image that a store has an embedding of, and check that it has not changed since.
 
     Args:
-        root: the image root that the key is relative to.
-        key: as the manifest has it.
-        offset: place of a tar member's bytes in its tar; None for a file of its own.
+        root: image root that the key is relative to.
+        key: key of the image, from the manifest.
+        offset: byte of the tar at which the member's content begins; None for a file that is not in a tar.
         size: length in bytes that the file must have.
-        sha256: hex SHA-256 that it must have; None leaves that unchecked.
+        sha256: hex SHA-256 that it must have; None to skip that check.
+
+    Returns:
+        Content of the image file.
 
     Raises:
-        ImageError: the image is gone or has changed; the message names the key.
+        ImageError: the image is missing or has changed; the message names the key.
     """
     mend = "put the original back, or precompute into a new store"
     try:
@@ -158,15 +169,15 @@ def read_checked(
 
 
 def in_fraction(key: str, fraction: float, seed: int) -> bool:
-    """Return True if an image belongs to a fraction of the images.
+    """Return True if an image belongs to a pseudorandom fraction of the images.
 
-    The answer depends on the three arguments alone: it is the same on every machine, stable when images are added,
-    and nested (an image in 0.1 is in 0.2 too).
+    The result depends only on the three arguments: it is the same on every machine, stable when images are added,
+    and nested (an image in fraction 0.1 is also in 0.2).
 
     Args:
-        key: of the image.
-        fraction: above 0 and at most 1.
-        seed: of the choice.
+        key: key of the image.
+        fraction: share of the images, above 0 and at most 1.
+        seed: seed of the choice.
 
     Raises:
         ValueError: `fraction` is out of range.
@@ -174,13 +185,13 @@ def in_fraction(key: str, fraction: float, seed: int) -> bool:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
     digest = hashlib.sha256(f"{seed}\0".encode() + key.encode("utf-8", "surrogateescape")).digest()
-    # Exact: a power of two only scales, and Python compares int with float exactly. Fraction 1 keeps every key.
+    # Exact: a power of two changes only the exponent, and Python compares int with float exactly. 1 keeps all.
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TarMember:
-    """Regular file inside a tar: its bytes are `size` bytes of the tar from `offset` on."""
+    """Regular file inside a tar: `size` bytes of the tar, beginning at byte `offset`."""
 
     offset: int
     size: int
@@ -193,19 +204,20 @@ class TarContents:
     members: dict[str, TarMember]
     """Regular files by name, without a leading "./", otherwise verbatim: "../x" and "/x" are ordinary names."""
     unusable: tuple[str, ...]
-    """Names of links and sparse files: their bytes don't lie in the tar in one piece."""
+    """Names of links and sparse files, whose content is not stored in one piece."""
     problem: str | None
-    """Reason why the tar could not be read to its end; `members` then has those that are whole before that."""
+    """Reason why the tar could not be read to its end; `members` then has the complete ones before that. None if it
+    could."""
 
 
 def scan_tar(path: str) -> TarContents:
-    """Read a tar's headers; of members with the same name the last counts, as when extracting.
+    """Read a tar's headers. Of members with the same name the last one counts, as in extraction.
 
     Args:
-        path: of the tar.
+        path: path of the tar.
 
     Returns:
-        Its contents; for a damaged, cut or compressed tar their `problem` says so.
+        The tar's members; if it is damaged, truncated or compressed, `problem` says so.
 
     Raises:
         OSError: the file can't be read.
@@ -219,14 +231,21 @@ def scan_tar(path: str) -> TarContents:
         try:
             problem = _scan(file, total, members, unusable)
         except (tarfile.TarError, ValueError) as error:
-            problem = f"damaged or cut short, it has {total:,} bytes: {error}"
+            problem = f"damaged or truncated ({total:,} bytes): {error}"
     return TarContents(members=members, unusable=tuple(unusable), problem=problem)
 
 
 def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | None:
-    """Split "a/b.tar/c.jpg" into the tar's path on disk and the member's name; None if there is no such tar.
+    """Split a key such as "a/b.tar/c.jpg" into the tar and the member's name.
 
-    The first prefix that is a regular file is the tar, so no name inside the tar is ever taken for a path.
+    The first prefix that is a regular file is the tar, so a name inside the tar is never used as a path on disk.
+
+    Args:
+        root: image root that the key is relative to.
+        key: key of an image.
+
+    Returns:
+        Path of the tar on disk, and the member's name in it; None if the key leads through no existing tar.
     """
     parts = key.split("/")
     for count in range(1, len(parts)):
@@ -238,7 +257,7 @@ def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | N
 
 
 class _Listing:
-    """Images found so far. Folders behind links are walked after all others, so that real paths come first."""
+    """Images found so far. Linked folders are walked after all others, so that real paths come first."""
 
     def __init__(self) -> None:
         self.files: list[ImageRef] = []
@@ -257,7 +276,7 @@ class _Listing:
             self._add_tar(path, key)
 
     def follow_links(self) -> None:
-        """Walk the folders behind links, and behind links found there."""
+        """Walk the linked folders, and those linked from there."""
         while self._links:
             links = sorted(self._links, key=lambda link: os.fsencode(link[1]))
             self._links = []
@@ -333,18 +352,18 @@ class _Listing:
 
 
 def _is_hidden(name: str) -> bool:
-    """Return True if a tar member, or a folder of its name, begins with a dot."""
+    """Return True if a tar member's name, or that of a folder in its path, begins with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _absolute(path: Path | str) -> str:
-    # abspath keeps the user's own name for a linked folder, but is wrong about ".." behind a link.
+    # abspath keeps the user's name of a linked folder, but resolves ".." after a link wrongly.
     path = os.fspath(path)
     return os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
 
 
 def _check_top(path: str) -> None:
-    """Refuse a path that is neither a readable folder nor a readable .tar file."""
+    """Raise SamError unless the path is a readable folder or .tar file."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()
@@ -384,8 +403,8 @@ def _nothing_found(tops: Sequence[str], listing: _Listing) -> str:
 def _scan(
     file: BufferedReader, total: int, members: dict[str, TarMember], unusable: dict[str, None]
 ) -> str | None:
-    """Fill `members` and `unusable` from a tar of `total` bytes; return the problem that ended that, if any."""
-    # The encoding is stated because the default depends on the locale, and keys must not.
+    """Fill `members` and `unusable` from a tar of `total` bytes; return the problem that ended the scan, if any."""
+    # The encoding is given since the default depends on the locale, and keys must not.
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
@@ -397,20 +416,20 @@ def _scan(
             elif member.isreg():
                 end = member.offset_data + member.size
                 if end > total:
-                    return f"cut short: {name!r} ends at byte {end:,}, the tar has {total:,}"
+                    return f"truncated: {name!r} ends at byte {end:,}, the tar has {total:,}"
                 members[name] = TarMember(offset=member.offset_data, size=member.size)
         file.seek(tar.offset)
         return _check_end(file.read(_BLOCK), tar.offset)
 
 
 def _check_end(block: bytes, offset: int) -> str | None:
-    """Return the problem with a tar's end, if any: `tarfile` silently takes a damaged header for the end, which
-    really is a block of zeros."""
+    """Return the problem with a tar's end, if any. The end is a block of zeros, but `tarfile` also stops silently at
+    a damaged header."""
     if block == bytes(_BLOCK):
         return None
     if not block:
-        return f"no end-of-archive mark after {offset:,} bytes: it may be cut short"
-    return f"damaged or cut short: no valid header at byte {offset:,}"
+        return f"no end-of-archive mark after {offset:,} bytes: it may be truncated"
+    return f"damaged or truncated: no valid header at byte {offset:,}"
 
 
 def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
@@ -426,7 +445,7 @@ def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:
         raise ImageError(f"its tar can't be read: {error.strerror}") from error
     if len(data) != size:
         raise ImageError(
-            f"its tar was cut or replaced: the image ends at byte {offset + size:,} of {tar_size:,}"
+            f"its tar was truncated or replaced: the image ends at byte {offset + size:,} of {tar_size:,}"
         )
     return data
 

@@ -1,7 +1,7 @@
 """SAM's preprocessing: resize the longest side, place the pixels on a square canvas, normalise, pad.
 
-Resizing runs in processes that never import torch; only the functions on tensors need it. Images that a store keeps
-(`--keep-images`) are encoded here too.
+Resizing is used in processes that never import torch; only the functions on tensors import it. Images that a store
+keeps (`--keep-images`) are also encoded here.
 
 Shape suffixes: B images, C channels, H and W rows and columns; S is the side of the encoder's square in pixels, g
 the side of the embedding's grid (S / 16).
@@ -33,11 +33,11 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 """Standard deviation of R, G, B on the 0-255 scale. Source: segment_anything/build_sam.py."""
 
 KEPT_KIND = "webp"
-"""Format of kept images: lossless WebP. Of the lossless formats that Pillow writes it is the smallest at its fastest
-setting (photos: two thirds of PNG), and read faster than PNG."""
+"""Format of kept images: lossless WebP. At its fastest setting it gives the smallest files of the lossless formats
+that Pillow writes (photos: two thirds of PNG), and decodes faster than PNG."""
 
 MAX_SIDE = 16383
-"""Largest side of a kept image in pixels: WebP's own limit."""
+"""Largest side of a kept image in pixels; the limit of WebP."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,14 +53,18 @@ class DecodedImage:
 
 
 def resized_size(height: int, width: int, image_size: int = 1024) -> tuple[int, int]:
-    """Return (height, width) of an image once its longest side is `image_size`.
+    """Compute the size of an image after resizing its longest side.
 
     Args:
-        height, width: of the original image, in pixels.
-        image_size: in pixels.
+        height: height of the original image, in pixels.
+        width: its width, in pixels.
+        image_size: new length of the longest side, in pixels.
+
+    Returns:
+        (height, width) in pixels.
 
     Raises:
-        ImageError: the image is a strip so thin that its short side would vanish.
+        ImageError: the image is so thin that its short side would be 0 pixels.
 
     Source: segment_anything/utils/transforms.py (`ResizeLongestSide.get_preprocess_shape`), rounding included.
     """
@@ -72,19 +76,19 @@ def resized_size(height: int, width: int, image_size: int = 1024) -> tuple[int, 
 
 
 def resize_longest_side(image_HWC: np.ndarray, image_size: int) -> np.ndarray:
-    """Resize an image to a longest side of `image_size` by Pillow's antialiased bilinear filter.
+    """Resize an image's longest side to `image_size` by Pillow's antialiased bilinear filter.
 
-    Bit-equal to `ResizeLongestSide.apply_image` in segment_anything/utils/transforms.py, the reference path of SAM.
+    Bit-equal to `ResizeLongestSide.apply_image` in segment_anything/utils/transforms.py, SAM's reference.
 
     Args:
         image_HWC: uint8 RGB (H, W, 3).
-        image_size: in pixels.
+        image_size: new length of the longest side, in pixels.
 
     Returns:
         uint8 RGB (H, W, 3) of the new size, read-only.
 
     Raises:
-        ImageError: the image is a strip so thin that its short side would vanish.
+        ImageError: the image is so thin that its short side would be 0 pixels.
     """
     return np.asarray(_resize(Image.fromarray(image_HWC), image_size))
 
@@ -93,11 +97,14 @@ def load_image(data: bytes, image_size: int = 1024) -> DecodedImage:
     """Decode an image file and resize its longest side.
 
     Args:
-        data: the file's bytes; `decode_image` has the policies by which they are decoded.
-        image_size: of the longest side, in pixels.
+        data: bytes of the file; `decode_image` documents the decoding.
+        image_size: new length of the longest side, in pixels.
+
+    Returns:
+        The resized pixels, and the sizes before and after.
 
     Raises:
-        ImageError: the bytes are no image that can be used; one line has the reason.
+        ImageError: the bytes are no usable image; the message is a one-line reason.
     """
     image = decode_rgb(data)
     original_size = (image.height, image.width)
@@ -113,8 +120,8 @@ def place_on_canvas(image: DecodedImage, canvas_HWC: np.ndarray) -> None:
     """Write an image into the top-left corner of a canvas, and black everywhere else.
 
     Args:
-        image: at most S pixels high and wide.
-        canvas_HWC: uint8 (S, S, 3), overwritten whole.
+        image: image of at most S pixels in height and width.
+        canvas_HWC: uint8 (S, S, 3), all of which is overwritten.
     """
     height, width = image.resized_size
     canvas_HWC[:height, :width] = image.pixels_HWC
@@ -123,18 +130,18 @@ def place_on_canvas(image: DecodedImage, canvas_HWC: np.ndarray) -> None:
 
 
 def valid_cells(resized_size: tuple[int, int], image_size: int = 1024) -> np.ndarray:
-    """Mark the cells of the embedding's grid that show image rather than padding.
+    """Mark the cells of the embedding's grid that lie on the image rather than on padding.
 
-    Cell (row i, column j) shows image if its centre, the pixel of row 16 i + 8 and column 16 j + 8, lies inside the
-    resized image. A strip thinner than half a cell keeps its first row or column: every image has a valid cell, and
-    no mean divides by zero.
+    Cell (row i, column j) is valid if its centre, the pixel in row 16 i + 8 and column 16 j + 8, lies inside the
+    resized image. An image thinner than half a cell keeps its first row or column, so that every image has a valid
+    cell and no mean divides by zero.
 
     Args:
         resized_size: (height, width) of the image on the encoder's square, in pixels.
         image_size: side of the square in pixels, a multiple of 16.
 
     Returns:
-        bool (g, g), rows first.
+        bool (g, g), rows first; g is `image_size` / 16.
     """
     centres = np.arange(image_size // PATCH) * PATCH + PATCH // 2
     rows, columns = centres < resized_size[0], centres < resized_size[1]
@@ -143,7 +150,7 @@ def valid_cells(resized_size: tuple[int, int], image_size: int = 1024) -> np.nda
 
 
 def preprocessing_recipe(image_size: int = 1024) -> dict[str, Any]:
-    """Describe every step from a file's bytes to the teacher's input, as JSON values to save and to compare."""
+    """Return every step from a file's bytes to the teacher's input as JSON values, to be stored and compared."""
     return {
         "version": 1,
         "decode": {
@@ -164,7 +171,16 @@ def preprocessing_recipe(image_size: int = 1024) -> dict[str, Any]:
 
 
 def image_pixels(image: DecodedImage, image_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return one image as encoders take it: float32 (1, 3, S, S) on `device`, S being `image_size`."""
+    """Convert one image to an encoder's input.
+
+    Args:
+        image: image whose longest side is at most `image_size`.
+        image_size: S, side of the encoder's square, in pixels.
+        device: device of the result.
+
+    Returns:
+        float32 (1, 3, S, S), normalised and padded.
+    """
     import torch
 
     canvas_HWC = np.empty((image_size, image_size, 3), dtype=np.uint8)
@@ -177,11 +193,11 @@ def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torc
     """Normalise the image in the top-left corner of each canvas, and set everything else to exactly 0.
 
     Bit-equal to `Sam.preprocess` (segment_anything/modeling/sam.py), which normalises on the 0-255 scale and pads
-    with zeros AFTER that.
+    with zeros afterwards.
 
     Args:
-        canvas_BHWC: uint8 RGB (B, S, S, 3) on any device; pixels outside the images do not matter.
-        sizes_B2: integer (B, 2), each image's (height, width) on its canvas, on any device.
+        canvas_BHWC: uint8 RGB (B, S, S, 3) on any device; pixels outside the images are ignored.
+        sizes_B2: integer (B, 2), each image's (height, width) on its canvas in pixels, on any device.
 
     Returns:
         pixels_BCHW: float32 (B, 3, S, S), contiguous, on the canvas's device.
@@ -201,7 +217,7 @@ def normalize_and_pad(canvas_BHWC: torch.Tensor, sizes_B2: torch.Tensor) -> torc
 
 
 def refuse_keeping(image_size: int) -> None:
-    """Raise SamError if images of this size (pixels) can't be kept on this machine."""
+    """Raise SamError if this machine can't encode kept images of this size (pixels)."""
     if image_size > MAX_SIDE:
         raise SamError(
             f"images of {image_size} pixels can't be kept: WebP's limit is {MAX_SIDE}; leave out --keep-images"
@@ -213,15 +229,15 @@ def refuse_keeping(image_size: int) -> None:
 
 
 def encode_kept(pixels_HWC: np.ndarray) -> bytes:
-    """Encode a resized image as a file that a store keeps: the teacher's input, to the pixel.
+    """Encode a resized image losslessly as the file that a store keeps.
 
-    The file is decoded again to make sure.
+    The file is decoded again to verify it.
 
     Args:
         pixels_HWC: uint8 RGB (H, W, 3), at most MAX_SIDE high and wide.
 
     Returns:
-        Bytes of a lossless image file from which `load_image` returns the very same pixels.
+        Bytes of an image file from which `load_image` returns the same pixels.
 
     Raises:
         ImageError: decoding gave other pixels.
@@ -242,7 +258,7 @@ def _resize(image: Image.Image, image_size: int) -> Image.Image:
 
 @cache
 def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation (3, 1, 1) on a device, copied once: each copy would drain a GPU's queue."""
+    """Return mean and standard deviation, each (3, 1, 1), on a device; cached, since a copy waits for the GPU."""
     import torch
 
     mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1).to(device) for values in (PIXEL_MEAN, PIXEL_STD))

@@ -1,7 +1,7 @@
 """Teachers by name: architecture, cost and checkpoint file of each. To add a teacher, add an entry to `_ENTRIES`.
 
-Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture is
-imported from `sam/modeling` only when its encoder is needed.
+Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture's
+module in `sam/modeling` is imported only when its encoder is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 EMBEDDED_TEACHER = "vit_nano"
-"""The teacher whose weights are part of the package, for trials and tests."""
+"""Teacher whose weights are part of the package, for trials and tests."""
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 _MOBILE_SAM_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
@@ -29,29 +29,38 @@ class Architecture(Protocol):
 
     @property
     def has_positions(self) -> bool:
-        """True if the encoder has position tables, which another image size than the trained one resamples."""
+        """True if the encoder has position tables, which are resampled for image sizes other than the trained one."""
 
     @property
     def unused_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of keys that checkpoints have and the encoder doesn't."""
+        """Prefixes of keys in checkpoints that the encoder doesn't use."""
 
     def build(self, image_size: int) -> nn.Module:
         """Build the encoder: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16), S being `image_size`."""
 
     def load(self, state: dict[str, Tensor], image_size: int) -> tuple[nn.Module, bool]:
-        """Build an encoder that holds the state's own tensors; also True if its positions were resampled."""
+        """Build an encoder that uses the state's tensors without a copy.
+
+        Args:
+            state: the encoder's weights by key, for the trained image size.
+            image_size: S in pixels, a multiple of 16.
+
+        Returns:
+            The encoder, and True if its position tables were resampled for `image_size`.
+        """
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if the keys and shapes of a state are this encoder's."""
+        """Return True if a state's keys and shapes identify it as this encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFile:
-    """Official checkpoint: its file name, where it is downloaded from, and how the file is recognised."""
+    """Official checkpoint: file name, URL, length and digest."""
 
     name: str
     url: str
     bytes: int
+    """Length of the file."""
     sha256: str
     """Hex digest of the whole file."""
 
@@ -61,17 +70,17 @@ class TeacherInfo:
     """Entry of one teacher."""
 
     name: str
-    """The value of `--teacher`."""
+    """Value of `--teacher`."""
     parameters: int
-    """Parameters of the image encoder alone."""
+    """Number of parameters of the image encoder, without the head."""
     macs_at_1024: float
-    """Multiply-accumulates of one image through the encoder at 1024 x 1024 pixels."""
+    """Multiply-accumulates of the encoder for one image of 1024 x 1024 pixels."""
     architecture: str
-    """Module of `sam/modeling` and the `Architecture` class in it, with a dot between."""
+    """`MODULE.CLASS` in `sam/modeling`; the class is an `Architecture`."""
     settings: Mapping[str, Any] = field(hash=False)
     """Arguments of the architecture's class."""
     trained_image_size: int = 1024
-    """Side in pixels of the images that the checkpoint's position tables are for."""
+    """Side in pixels of the square input that the checkpoint was trained with."""
     checkpoint: CheckpointFile | None
     """None for the embedded teacher."""
 
@@ -90,8 +99,8 @@ class TeacherInfo:
         return architecture
 
 
-# Multiply-accumulates are the published ones for SAM's ViTs and TinyViT, counted for vit_nano. The sizes of SAM's
-# ViTs are those of segment_anything/build_sam.py; vit_nano is ours.
+# Multiply-accumulates are published for SAM's ViTs and TinyViT, and counted for vit_nano. The sizes of SAM's ViTs are
+# from segment_anything/build_sam.py; vit_nano is this project's.
 _ENTRIES = (
     TeacherInfo(
         name="vit_h",
@@ -151,7 +160,7 @@ _ENTRIES = (
         macs_at_1024=14e9,
         architecture="vit.ViTConfig",
         settings={"width": 128, "depth": 4, "heads": 4, "global_blocks": (1, 3)},
-        # Between 256 and 1024 px, so that both are one halving or doubling of the grid away.
+        # Between 256 and 1024 pixels, each of which needs only one halving or doubling of the grid.
         trained_image_size=512,
         checkpoint=None,
     ),
@@ -160,7 +169,7 @@ TEACHERS: Mapping[str, TeacherInfo] = MappingProxyType({info.name: info for info
 
 
 def find_teacher_info(name: str) -> TeacherInfo:
-    """Return the entry of a teacher; SamError with the known names for an unknown one."""
+    """Return the entry of a teacher; SamError for an unknown name."""
     if name not in TEACHERS:
         raise SamError(f"unknown teacher {name!r}: use {', '.join(TEACHERS)}")
     return TEACHERS[name]

@@ -1,8 +1,9 @@
-"""Run-length encoding (RLE) of masks as COCO has it, checked before pycocotools' C code, which checks nothing.
+"""COCO's run-length encoding (RLE) of masks, checked before pycocotools' C code, which checks nothing.
 
-A mask's pixels are read column by column; its runs are the lengths of zeros, ones, zeros and so on. Compressed, each
-run from the fourth on is written as its difference from the run two before, five bits to a letter, the lowest first,
-with a sixth bit set if more letters follow and the sign extended from the last one. Source: pycocotools, maskApi.c.
+A mask's pixels are read column by column; its runs are the alternating lengths of zeros and ones, zeros first. In the
+compressed form each run from the fourth on is the difference from the run two before it. It is written in letters of
+five bits, the lowest first, with a sixth bit set if more letters follow and the sign extended from the last letter.
+Source: pycocotools, maskApi.c.
 
 Shape suffixes: N corners of a polygon or runs of a mask, 2 (x, y), 6 letters of a run (MOST_LETTERS).
 """
@@ -19,27 +20,27 @@ from ..common.errors import BadAnnotation
 Runs = npt.NDArray[np.int64]
 
 MOST_LETTERS = 6
-"""Letters of one run: enough for 2 ** 28 pixels, and the most that maskApi.c shifts within an int."""
+"""Most letters of one run: enough for 2 ** 28 pixels, and the most that maskApi.c can shift within an int."""
 
 SCALE = 5
 """Factor of the resolution at which maskApi.c draws polygons."""
 
 MOST_STEPS = 10_000_000
-"""Length of an object's outline at that resolution: 100,000 would be a long one, and each step takes memory."""
+"""Greatest length of an object's outline at that resolution: 100,000 is a long one, and each step takes memory."""
 
 MOST_RUNS = 2**20
-"""Most runs of one mask. An outline has a few thousand; a million is noise, and arrays of them take memory."""
+"""Most runs of one mask: an object has a few thousand, and a million, which take much memory, are noise."""
 
 
 def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
     """Read and check the runs of a mask.
 
     Args:
-        segmentation: as COCO's JSON has it: compressed or uncompressed RLE, or polygons.
-        size: height and width of the image in pixels.
+        segmentation: value from COCO's JSON: compressed or uncompressed RLE, or polygons.
+        size: (height, width) of the image in pixels.
 
     Returns:
-        int64 (N,); they add up to height * width.
+        int64 (N,), whose sum is height * width.
 
     Raises:
         BadAnnotation: `segmentation` is anything else.
@@ -64,10 +65,10 @@ def read_runs(counts: str) -> Runs:
     """Decode compressed counts.
 
     Args:
-        counts: COCO's text.
+        counts: compressed counts as in COCO's JSON.
 
     Returns:
-        int64 (N,); runs of damaged counts may be negative.
+        int64 (N,); runs may be negative if the counts are damaged.
 
     Raises:
         BadAnnotation: the counts can't be decoded.
@@ -79,7 +80,7 @@ def read_runs(counts: str) -> Runs:
     letters = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - 48
     if not len(letters) or letters.min() < 0 or letters.max() > 63:
         raise BadAnnotation(
-            "RLE counts hold characters that RLE does not use" if len(letters) else "RLE counts are empty"
+            "RLE counts have characters that are not valid in RLE" if len(letters) else "RLE counts are empty"
         )
     ends = np.flatnonzero(letters & 32 == 0)
     lengths = np.diff(ends, prepend=-1)
@@ -93,19 +94,19 @@ def read_runs(counts: str) -> Runs:
     places = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((letters & 31) << places, starts)
     runs -= np.where(letters[ends] & 16, 1 << (5 * lengths), 0)
-    # Runs from the fourth on are differences to the run two before, so even and odd ones add up separately.
+    # Runs from the fourth on are differences from the run two before, so even and odd ones are summed separately.
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs
 
 
 def write_runs(runs: Runs) -> str:
-    """Encode runs of fewer than 2 ** 28 pixels as compressed counts, letter for letter as pycocotools does."""
+    """Encode runs, each of fewer than 2 ** 28 pixels, as compressed counts, identical to those of pycocotools."""
     steps = runs.copy()
     steps[3:] -= runs[1:-2]
     places = np.arange(MOST_LETTERS)
     parts_N6 = steps[:, None] >> (5 * places)
-    # A run ends with the letter after which only the sign is left, if the letter's highest bit is that sign.
+    # A run ends with the first letter whose highest bit is the sign, if all bits above it are the sign, too.
     rest_N6, sign_N6 = parts_N6 >> 5, (parts_N6 >> 4) & 1
     more_N6 = rest_N6 != -sign_N6
     letters_N6 = (parts_N6 & 31) + 32 * more_N6 + 48
@@ -146,13 +147,14 @@ def _polygon_runs(polygons: list[Any], size: tuple[int, int]) -> Runs:
         steps += SCALE * float(moves_N2.max(axis=1).sum()) + len(moves_N2)
         checked.append(corners_N2.ravel().tolist())
     if steps > MOST_STEPS:
-        raise BadAnnotation(f"polygons whose boundaries are {steps / SCALE:,.0f} pixels long")
+        raise BadAnnotation(f"polygons with boundaries of {steps / SCALE:,.0f} pixels")
     merged = coco.merge(coco.frPyObjects(checked, *size))
     return _checked_total(read_runs(merged["counts"].decode("ascii")), size)
 
 
 def _corners(polygon: object, size: tuple[int, int]) -> npt.NDArray[np.float64]:
-    """Return x and y of each corner, float64 (N, 2), at most one longest side outside: C's ints are narrow."""
+    """Return x, y of each corner, float64 (N, 2). Corners more than the image's longest side outside it are refused,
+    since they could overflow C's int."""
     numbers = polygon if isinstance(polygon, list) else []
     if len(numbers) < 6 or len(numbers) % 2 or any(type(number) not in (int, float) for number in numbers):
         raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each")

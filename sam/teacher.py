@@ -1,4 +1,4 @@
-"""Teachers: image encoders whose embeddings a student learns, and the head that each one's checkpoint holds.
+"""Teachers: image encoders whose embeddings a student learns, and the SAM heads in their checkpoints.
 
 Shape suffixes: B images, C channels, H and W rows and columns.
 """
@@ -28,23 +28,23 @@ _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """Image encoder ready to embed."""
+    """Loaded image encoder."""
 
     name: str
     """A key of `TEACHERS`."""
     image_size: int
-    """Side in pixels of the padded square that it takes, a multiple of 16."""
+    """Side in pixels of its padded square input, a multiple of 16."""
     device: torch.device
-    """Where the weights are."""
+    """Device of the weights."""
     precision: str
-    """`float32` or `bfloat16`, as resolved."""
+    """`float32` or `bfloat16`, never `auto`."""
     checkpoint_sha256: str
     """Hex SHA-256 of the whole checkpoint file; for the embedded teacher, of the package's file of weights."""
     positions_interpolated: bool
     """True if the position tables were resampled for `image_size`."""
     image_encoder: nn.Module
     """The network, in evaluation mode, its parameters frozen. A ViT that computes in bfloat16 holds the weights of
-    its products in it; all other weights are float32."""
+    its linear and convolution layers in bfloat16; all other weights are float32."""
 
     @property
     def grid(self) -> int:
@@ -59,7 +59,7 @@ class Teacher:
             pixels_BCHW: float32 (B, 3, S, S), on any device; S is `image_size`.
 
         Returns:
-            emb_BCHW: float32 (B, 256, S/16, S/16), contiguous, on the teacher's device, whatever the precision.
+            emb_BCHW: float32 (B, 256, S/16, S/16), contiguous, on the teacher's device, in any precision.
 
         Raises:
             SamError: the pixels have another shape.
@@ -70,7 +70,7 @@ class Teacher:
                 f"pixels have shape {tuple(pixels_BCHW.shape)}; {self.name} was built for {wanted}"
             )
         pixels_BCHW = pixels_BCHW.to(self.device, torch.float32, non_blocking=True)
-        # A ViT is bfloat16 by its own weights: casting them in each call would cost as much again as reading them.
+        # A ViT holds bfloat16 weights; autocast would convert them in each call, which costs as much as reading them.
         cast = self.precision == "bfloat16" and not isinstance(self.image_encoder, ViTEncoder)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
             emb_BCHW = self.image_encoder(pixels_BCHW)
@@ -86,18 +86,22 @@ def load_teacher(
     precision: str = "float32",
     checkpoint_sha256: str | None = None,
 ) -> Teacher:
-    """Build a teacher and fill it from its checkpoint.
+    """Build a teacher and load its weights from its checkpoint.
 
-    On a CPU the weights stay mapped from the file, so memory stays near their own size, and the file must not be
-    rewritten in place while the teacher lives (replacing it is fine).
+    On a CPU the weights are mapped from the file, so that memory stays near their size. The file must then not be
+    rewritten in place while the teacher exists (replacing it is safe).
 
     Args:
         name: a key of `TEACHERS`.
-        checkpoint: as `find_checkpoint` returns it; None for the embedded teacher, and only for it.
-        image_size: a multiple of 16; position tables are resampled if it is not the trained one.
-        device: `auto`, `cpu`, `cuda`, `cuda:i`.
-        precision: `auto`, `float32`, `bfloat16`.
-        checkpoint_sha256: the file's digest if it is already known, which saves reading the file once more.
+        checkpoint: path of the file, as `find_checkpoint` returns it; None only for the embedded teacher.
+        image_size: side in pixels of the square input, a multiple of 16; position tables are resampled if it is not
+            the trained one.
+        device: `auto`, `cpu`, `cuda` or `cuda:i`.
+        precision: `auto`, `float32` or `bfloat16`.
+        checkpoint_sha256: hex digest of the file, if it is known already; None to compute it.
+
+    Returns:
+        The teacher, ready to embed.
 
     Raises:
         CheckpointError: the file is unusable or belongs to another teacher.
@@ -109,7 +113,7 @@ def load_teacher(
     where = resolve_device(device)
     resolved = resolve_precision(precision, where)
     state = encoder_state(_read_whole_state(info, checkpoint))
-    # Half-precision checkpoints are computed with in float32; counters of batch norm stay integers.
+    # Half-precision weights are converted to float32; counters of batch norm stay integers.
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     encoder, interpolated = info.encoder.load(state, image_size)
     if isinstance(encoder, ViTEncoder) and resolved == "bfloat16":
@@ -128,14 +132,14 @@ def load_teacher(
 
 
 def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:
-    """Read the teacher's own head; the encoder's part of the file is mapped and never touched.
+    """Read SAM's head, prompt encoder and mask decoder, from a teacher's checkpoint.
 
     Args:
         name: a key of `TEACHERS`.
-        checkpoint: as for `load_teacher`.
+        checkpoint: path of the file; None only for the embedded teacher.
 
     Returns:
-        `prompt_encoder.*` and `mask_decoder.*`, float32, on the CPU, copied.
+        Copies of `prompt_encoder.*` and `mask_decoder.*` by key, float32, on the CPU.
 
     Raises:
         CheckpointError: the file is unusable or belongs to another teacher.
@@ -146,13 +150,21 @@ def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:
 
 
 def positions_interpolated(name: str, image_size: int) -> bool:
-    """Return True if a teacher's position tables have to be resampled for `image_size` (TinyViT has none)."""
+    """Return True if a teacher's position tables have to be resampled for an image size (TinyViT has none).
+
+    Args:
+        name: a key of `TEACHERS`.
+        image_size: side of the square input, in pixels.
+
+    Raises:
+        SamError: an unknown teacher.
+    """
     info = find_teacher_info(name)
     return info.encoder.has_positions and image_size != info.trained_image_size
 
 
 def state_shapes(info: TeacherInfo) -> dict[str, torch.Size]:
-    """Return shapes by key of a teacher's checkpoint, encoder first, positions for the trained image size."""
+    """Return a teacher's checkpoint shapes by key, encoder first; positions are for the trained image size."""
     with torch.device("meta"):
         encoder = info.encoder.build(info.trained_image_size)
     encoder_shapes = {ENCODER_PREFIX + key: value.shape for key, value in encoder.state_dict().items()}
@@ -162,7 +174,7 @@ def state_shapes(info: TeacherInfo) -> dict[str, torch.Size]:
 def read_embedded_weights() -> dict[str, Tensor]:
     """Read all weights of `vit_nano`, the teacher that needs no download, in float32 (5.7 M values), on the CPU.
 
-    They lie beside this file in float16, keyed as in an official SAM checkpoint, and were trained by
+    They are stored beside this file in float16, with the keys of an official SAM checkpoint, and were trained by
     examples/train_vit_nano.py on pictures of examples/generate_pictures.py; docs/VIT_NANO.md has the commands and
     the quality of the masks.
     """
@@ -176,7 +188,7 @@ def embedded_sha256() -> str:
 
 
 def _read_whole_state(info: TeacherInfo, checkpoint: Path | None) -> dict[str, Tensor]:
-    """Read and check encoder and head of one teacher, keyed as in its checkpoint."""
+    """Read and check the encoder and head of a teacher, with the keys of its checkpoint."""
     if info.checkpoint is None:
         if checkpoint is not None:
             raise CheckpointError(f"{info.name} is embedded and takes no checkpoint; leave out {checkpoint}")

@@ -1,6 +1,6 @@
-"""Files of `torch.save`, in its zip format and in the older one: every record found and its checksum verified.
+"""Files of `torch.save`, in its zip format, whose records' checksums are all verified, and in the older one.
 
-`torch.load` verifies no checksum: a flipped bit in a tensor passes for data there.
+`torch.load` verifies no checksum, so that it doesn't notice a flipped bit in a tensor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 PICKLE_MAGIC = b"\x80"
 
 MAX_DIRECTORY = 2 << 20
-"""Largest central directory that is read, in bytes: thirty times that of TinyViT's weights with AdamW's moments,
-and some 25 MB once it is parsed."""
+"""Largest central directory that is read, in bytes: thirty times that of TinyViT's weights with AdamW's moments;
+parsed it takes about 25 MB."""
 
 # The older format begins with these two pickles of one number each: a magic number and a version.
 _OLD_FORMAT = (0x1950A86A20F9469CFC6C, 1001)
@@ -39,7 +39,7 @@ _LOCAL_HEADER = struct.Struct("<4s22x2H")
 def in_torch_format(start: bytes) -> bool:
     """Return True if a file that begins with these bytes was written by `torch.save`.
 
-    A safetensors file begins with a length of eight bytes, the first of which may be that of a pickle; then comes a
+    A safetensors file begins with a length in eight bytes, the first of which may equal a pickle's, followed by a
     JSON object. So nine bytes are needed, or all of a shorter file.
     """
     return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
@@ -49,18 +49,17 @@ def read_torch_file(path: Path) -> object:
     """Read a file of `torch.save`.
 
     In the zip format every record's checksum is verified, with bounded memory, before anything is unpickled; the
-    tensors are then mapped, privately, from the file that was verified. The older format has no checksums and is
-    read whole.
+    tensors are then mapped privately from the verified file. The older format has no checksums and is read whole.
 
     Args:
-        path: of the file.
+        path: path of the file.
 
     Returns:
-        The object saved: tensors on the CPU in plain containers.
+        The saved object: tensors on the CPU in plain containers.
 
     Raises:
         ArchiveError: the file is damaged.
-        ForeignObjects: it holds other things than tensors and plain values.
+        ForeignObjects: it holds other objects than tensors and plain values.
         OSError: it can't be read.
     """
     with path.open("rb") as file:
@@ -111,8 +110,8 @@ def _mapped(mapped: mmap.mmap, record: Record | None, dtype: torch.dtype, elemen
 
 
 def _read_old(file: io.BufferedReader) -> object:
-    """Read the older format: pickles of a magic number, a version, the writer's type sizes, the object and the
-    storages' keys; then the storages, each after its number of elements."""
+    """Read the older format: pickles of a magic number, a version, the writer's type sizes, the object and the keys
+    of its storages; then the storages, each preceded by its number of elements."""
     flat: dict[str, Tensor] = {}
     left = os.fstat(file.fileno()).st_size
 
@@ -158,10 +157,10 @@ def read_records(file: BinaryIO) -> dict[str, Record]:
     """Find every record of a zip archive and verify its checksum, a megabyte at a time.
 
     Args:
-        file: the archive, opened for reading bytes.
+        file: archive, open for reading bytes.
 
     Returns:
-        Records by name, without the folder that torch puts them all into.
+        Records by name, without the folder that contains all of them.
 
     Raises:
         ArchiveError: the archive is damaged, compressed, or records overlap or reach beyond the file.
@@ -173,12 +172,12 @@ def read_records(file: BinaryIO) -> dict[str, Record]:
             raise ArchiveError(f"the checksum of {name[:60]!r} is wrong")
     root = next(iter(records), "").partition("/")[0] + "/"
     if not all(name.startswith(root) for name in records):
-        raise ArchiveError("its records don't lie in one folder")
+        raise ArchiveError("its records are not in one folder")
     return {name.removeprefix(root): record for name, record in records.items()}
 
 
 class _BoundedFile(io.RawIOBase):
-    """File of which zipfile may read at most MAX_DIRECTORY bytes at once."""
+    """File wrapper that lets zipfile read at most MAX_DIRECTORY bytes at once."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -211,7 +210,7 @@ def _locate(file: BinaryIO) -> dict[str, Record]:
         with zipfile.ZipFile(_BoundedFile(file)) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise ArchiveError(f"no whole zip archive: {error}") from None
+        raise ArchiveError(f"no intact zip archive: {error}") from None
     records: dict[str, Record] = {}
     end_of_last, length = 0, file.seek(0, io.SEEK_END)
     for entry in entries:

@@ -1,7 +1,7 @@
-"""Pickles of tensors and plain values, read so that no file can run code or take much more memory than it has bytes.
+"""Unpickler for tensors and plain values, with which no file can run code or take much more memory than its length.
 
-`torch.load(weights_only=True)` runs no code either, but it lets a file call constructors that allocate as much as
-they are told to, resize storages, and use dictionary keys that take for ever to hash.
+`torch.load(weights_only=True)` runs no code either, but it lets a file call constructors that allocate any amount of
+memory, resize storages, and use dictionary keys that take for ever to hash.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..common.errors import ArchiveError, ForeignObjects, SamError
 
 MAX_PICKLE = 1 << 20
 """Largest pickle that is read, in bytes: ten times that of TinyViT's weights with AdamW's moments (950 tensors). One
-byte makes at most some 70 bytes of memory (an empty list)."""
+byte can allocate about 70 bytes of memory at most (an empty list)."""
 
 MAX_TENSORS = 100_000
 """Most tensors in one pickle."""
@@ -26,7 +26,7 @@ MAX_DIMENSIONS = 8
 """Most dimensions of one tensor."""
 
 Storage = Callable[[str, torch.dtype, int], Tensor]
-"""storage(key, dtype, elements) -> the flat tensor of a storage's elements."""
+"""Function of a storage's key, dtype and number of elements that returns them as a flat tensor."""
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -46,29 +46,29 @@ def read_pickle(file: BinaryIO, storage: Storage) -> object:
     """Read one pickle from the file's current position.
 
     Args:
-        file: opened for reading bytes.
-        storage: returns the flat CPU tensor of a storage's elements; tensors are views of it.
+        file: file, open for reading bytes.
+        storage: function that returns a storage's elements as a flat CPU tensor; tensors are views of it.
 
     Returns:
         Numbers, strings, lists, tuples, dicts, and tensors on the CPU. Parameters become tensors, OrderedDicts
         become dicts without attributes.
 
     Raises:
-        ForeignObjects: the pickle holds something else, which was not created.
+        ForeignObjects: the pickle holds another object, which is not created.
         ArchiveError: the pickle is damaged, too large, or a tensor reaches beyond its storage.
     """
     try:
         return _Unpickler(_LimitedFile(file), storage).load()
     except (SamError, OSError):
         raise
-    # Damaged bytes make the unpickler raise anything.
+    # Damaged bytes can make the unpickler raise any exception.
     except Exception as error:  # noqa: BLE001
         reason = (str(error).strip().splitlines() or [""])[0][:100] or type(error).__name__
         raise ArchiveError(f"its pickle is damaged: {reason}") from None
 
 
 class _LimitedFile:
-    """File of which at most the next MAX_PICKLE bytes can be read."""
+    """File wrapper that lets at most the next MAX_PICKLE bytes be read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._left = file, MAX_PICKLE
@@ -89,7 +89,7 @@ class _LimitedFile:
 
 
 class _Unpickler(pickle._Unpickler):
-    """pickle's unpickler in Python, with the operations that `torch.save` uses and none that could be misused."""
+    """Python's pure-Python unpickler, reduced to the operations that `torch.save` uses."""
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {}
     stack: list[Any]
@@ -147,7 +147,7 @@ class _Unpickler(pickle._Unpickler):
             raise ForeignObjects("a call that makes no tensor")
 
     def _load_build(self) -> None:
-        # The state is dropped: a state dict has only _metadata, which says nothing that its keys don't.
+        # The attributes are dropped: a state dict's only one is _metadata, which adds nothing to its keys.
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             raise ForeignObjects("an object with attributes")
@@ -180,7 +180,7 @@ class _Unpickler(pickle._Unpickler):
         target.extend(items)
 
 
-# Plain functions: bound methods would keep the unpickler, and with it a mapped file, until garbage is collected.
+# Plain functions: bound methods would keep the unpickler, and a mapped file, alive until garbage collection.
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): dict,
     ("torch._utils", "_rebuild_tensor_v2"): _Unpickler._tensor,

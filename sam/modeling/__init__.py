@@ -1,1 +1,1 @@
-"""Architectures that SAM weights exist for: image encoders, prompt encoder, mask decoder."""
+"""SAM's architectures: image encoders, prompt encoder, mask decoder."""

@@ -1,8 +1,8 @@
 """Attention with decomposed relative positions, as SAM's ViT has it, through torch's fused kernels.
 
-A query at (y, x) adds q . Rh[y - y'] + q . Rw[x - x'] to its score for the key at (y', x'). Written out for a whole
-image that is a table as large as the scores, 0.8 GB for ViT-B; here it is never held whole. There are three ways:
-FlexAttention on CUDA, a bias made for a few heads at a time on a CPU in float32, and further channels elsewhere.
+A query at (y, x) adds q . Rh[y - y'] + q . Rw[x - x'] to its score for the key at (y', x'). For a whole image these
+terms form a table as large as the scores, 0.8 GB for ViT-B, which is never held whole. There are three methods:
+FlexAttention on CUDA, a bias made for a few heads at a time on a CPU in float32, and extra channels elsewhere.
 
 Shape suffixes: B images or windows of them, K attention heads, N tokens (Y rows times X columns), D channels of one
 head, Y and X rows and columns of the grid or window, L positions of a table of relative positions (2 Y - 1 or
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BIAS_SCORES = 2**24
-"""Entries of the table of positions that are held at a time, at least those of one head: 64 MiB in float32."""
+"""Most entries of the position table that are held at a time (64 MiB in float32), but at least those of one head."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,23 @@ def attend(
     """Compute softmax(q k^T / sqrt(D) + relative positions) v.
 
     Args:
-        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides; N tokens in `rows` rows.
-        table_h_LD, table_w_LD: relative positions: entry i is for a query that lies i - (rows - 1) rows, or
-            i - (columns - 1) columns, after its key.
-        rows: rows of the grid of tokens.
+        q_BKND: queries (B, K, N, D), of any strides; the N tokens form `rows` rows.
+        k_BKND: keys, of the same shape.
+        v_BKND: values, of the same shape.
+        table_h_LD: relative positions of rows (2 Y - 1, D); entry i is for a query that lies i - (Y - 1) rows after
+            its key.
+        table_w_LD: relative positions of columns (2 X - 1, D), likewise.
+        rows: Y, rows of the grid of tokens.
 
     Returns:
-        (B, K, N, D) in the queries' dtype, of any strides. Softmax is computed in float32 at least.
+        (B, K, N, D) in the queries' dtype, of any strides. Softmax is computed at least in float32.
 
     Source: segment_anything/modeling/image_encoder.py (`add_decomposed_rel_pos`); equation 4 of MViTv2, arXiv
     2112.01526.
     """
     rel_h_BKNY, rel_w_BKNX = _relative_scores(q_BKND, table_h_LD, table_w_LD, rows)
     places = rel_h_BKNY.shape[-1] + rel_w_BKNX.shape[-1]
-    # FlexAttention has gradients, too, but sums those of the tables in no fixed order.
+    # FlexAttention has gradients, too, but sums those of the tables in an undefined order.
     if suits_flex(q_BKND.device.type, q_BKND.dtype, q_BKND.shape[-1], places) and not q_BKND.requires_grad:
         out_BKND = attend_compiled(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
         if out_BKND is not None:
@@ -58,16 +61,16 @@ def attend(
 
 
 def suits_flex(device_type: str, dtype: torch.dtype, width: int, places: int) -> bool:
-    """Return True if FlexAttention is the way to attend: on CUDA in bfloat16, for whole grids.
+    """Return True if FlexAttention is the best method: on CUDA in bfloat16, for whole grids.
 
-    The other way on CUDA (`attend_with_channels`) adds one channel for each row and column to a head's width: for a
-    whole grid at 1024 pixels 128, to ViT-B's 64 and ViT-H's 80; for a window only 28, while its 196 tokens would
-    fill no more than 59% of four of FlexAttention's blocks of 128 x 128. float32 keeps the other way: precompute
-    audits in float32, and an audit must not use the kernels that it audits.
+    The other method on CUDA (`attend_with_channels`) adds one channel for each row and column to a head's width. For
+    a whole grid at 1024 pixels these are 128 channels beside ViT-B's 64 or ViT-H's 80. For a window they are only 28,
+    while FlexAttention would need four blocks of 128 x 128, of which the 196 tokens fill 59%. float32 always uses
+    the other method: precompute audits in float32, and an audit must not use the kernels that it audits.
 
     Args:
         device_type: `cpu` or `cuda`.
-        dtype: of the queries.
+        dtype: dtype of the queries.
         width: channels of one head.
         places: rows plus columns of the grid or window.
     """
@@ -82,9 +85,11 @@ def attend_with_bias(
     In float32 on a CPU `attend_with_channels` needs up to three times the multiplications, which dominate the time.
 
     Args:
-        q_BKND, k_BKND, v_BKND: (B, K, N, D) each, any strides.
-        rel_h_BKNY, rel_w_BKNX: terms added to a query's scores for the keys of each row, and of each column; N is Y
-            times X.
+        q_BKND: queries (B, K, N, D), of any strides; N is Y times X.
+        k_BKND: keys, of the same shape.
+        v_BKND: values, of the same shape.
+        rel_h_BKNY: terms added to a query's scores for the keys of each row.
+        rel_w_BKNX: terms added to a query's scores for the keys of each column.
 
     Returns:
         (B, K, N, D) in the queries' dtype.
@@ -106,12 +111,12 @@ def attend_with_bias(
 def attend_with_channels(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor:
-    """Attend with the positions as further channels: a key's one-hot row and column select the query's terms.
+    """Attend with the positions as extra channels: a key's one-hot row and column select the query's terms.
 
-    Nothing as large as the scores is ever made, so that the fastest kernels (which take no bias, or are slow with
-    one) can be used. In bfloat16 on a CPU with AMX this was faster than a bias for windows and whole grids alike.
+    No table as large as the scores is made, so that the fastest kernels (which take no bias, or are slow with one)
+    can be used. In bfloat16 on a CPU with AMX this was faster than a bias, for windows and for whole grids.
 
-    Args and returns: as `attend_with_bias`.
+    Arguments and result are those of `attend_with_bias`.
     """
     width = q_BKND.shape[-1]
     rows, columns = rel_h_BKNY.shape[-1], rel_w_BKNX.shape[-1]
@@ -129,12 +134,12 @@ def attend_with_channels(
 def attend_with_flex(
     q_BKND: Tensor, k_BKND: Tensor, v_BKND: Tensor, rel_h_BKNY: Tensor, rel_w_BKNX: Tensor
 ) -> Tensor:
-    """Attend with the positions as terms that a kernel looks up as it computes each score, by torch's FlexAttention.
+    """Attend by torch's FlexAttention, whose kernel looks up the positions' terms as it computes each score.
 
-    Once compiled, neither the positions nor the scores are ever held as a table, and queries and keys keep their own
-    width. Uncompiled it holds all scores, which is acceptable in tests only.
+    When compiled, it holds neither the positions nor the scores as a table, and queries and keys keep their width.
+    Uncompiled it holds all scores, which is acceptable only in tests.
 
-    Args and returns: as `attend_with_bias`.
+    Arguments and result are those of `attend_with_bias`.
     """
     # Imported here, since that takes a second.
     from torch.nn.attention.flex_attention import flex_attention
@@ -156,7 +161,7 @@ def attend_compiled(
 ) -> Tensor | None:
     """Attend by `attend_with_flex`, compiled at its first use.
 
-    Args: as `attend_with_bias`.
+    Arguments are those of `attend_with_bias`.
 
     Returns:
         (B, K, N, D) in the queries' dtype; None if compiling failed, now or before, which is logged once: there may
@@ -172,7 +177,7 @@ def attend_compiled(
         return _compiled()(q_BKND, k_BKND, v_BKND, rel_h_BKNY, rel_w_BKNX)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - compilers raise anything, and there are other ways to attend
+    except Exception as error:  # noqa: BLE001 - compilers raise anything, and there are other methods
         _not_compilable.add(kind)
         fact = next(iter(str(error).strip().splitlines()), "")
         logger.warning(

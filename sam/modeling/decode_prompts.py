@@ -1,4 +1,4 @@
-"""Prompts of several images at once through SAM's head, with gradients; the mask decoder's class takes one image.
+"""SAM's head for prompts of several images at once, with gradients; segment_anything's classes take one image.
 
 Shape suffixes: P prompts, N points of one prompt or tokens of a sequence, T mask tokens of a prompt (SAM's single
 mask, then its three), C channels, H and W rows and columns of the embedding, h and w those of low-resolution masks
@@ -22,18 +22,18 @@ from .head import SamHead
 class Prompts:
     """P prompts of one kind, each about one object: points, a box, or a box and points.
 
-    Coordinates are x, y in floating point, pixel centres at whole numbers. They are pixels of the encoder's square
-    for `embed_prompts` and `decode_prompts`; an evaluation holds them in pixels of the original image until then.
+    Coordinates are x, y in pixels, in floating point, with pixel centres at whole numbers. `embed_prompts` and
+    `decode_prompts` take pixels of the encoder's square; evaluations hold pixels of the original image before that.
     """
 
     points_PN2: Tensor
-    """x, y of each point; N is 0 for prompts that are boxes alone."""
+    """x, y of each point (P, N, 2); N is 0 for prompts that are only boxes."""
     labels_PN: Tensor
-    """int64: 1 for a point on the object, 0 for one beside it."""
+    """int64 (P, N): 1 for a point on the object (foreground), 0 for one on the background."""
     boxes_P4: Tensor | None = None
-    """x0, y0, x1, y1."""
+    """x0, y0, x1, y1 (P, 4); None for prompts without boxes."""
     masks_P1hw: Tensor | None = None
-    """float32 logits (P, 1, 4g, 4g) of an earlier answer to the same prompts."""
+    """float32 logits (P, 1, 4g, 4g) that an earlier round decoded for the same objects; None without."""
 
     @classmethod
     def of_points(cls, points_P2: Tensor | npt.NDArray[np.floating]) -> Prompts:
@@ -54,7 +54,7 @@ class Prompts:
         return len(self.points_PN2)
 
     def take(self, chosen: slice) -> Prompts:
-        """Return some of the prompts, as views."""
+        """Return a slice of the prompts, as views."""
         return Prompts(
             points_PN2=self.points_PN2[chosen],
             labels_PN=self.labels_PN[chosen],
@@ -63,7 +63,7 @@ class Prompts:
         )
 
     def parts(self, at_once: int) -> Iterator[tuple[slice, Prompts]]:
-        """Yield all prompts in order, at most `at_once` at a time, each part with its place among them."""
+        """Yield all prompts in order in parts of at most `at_once`, each with its slice."""
         for start in range(0, len(self), at_once):
             chosen = slice(start, min(start + at_once, len(self)))
             yield chosen, self.take(chosen)
@@ -73,13 +73,13 @@ def decode_prompts(head: SamHead, emb_PCHW: Tensor, prompts: Prompts) -> tuple[T
     """Decode all of SAM's masks for each prompt.
 
     Args:
-        head: on the embeddings' device.
-        emb_PCHW: float32 (P, 256, g, g), the embedding of each prompt's image.
-        prompts: in pixels of the encoder's square, on the same device.
+        head: SAM's head, on the embeddings' device.
+        emb_PCHW: float32 (P, 256, g, g), embedding of each prompt's image.
+        prompts: P prompts in pixels of the encoder's square, on the same device.
 
     Returns:
         logits_PThw: float32 (P, 4, 4g, 4g) over the encoder's square. Token 0 is SAM's single mask, tokens 1 to 3
-            are those of `multimask_output`.
+            are the masks of `multimask_output`.
         iou_PT: float32 (P, 4), the predicted IoU of each mask.
 
     Source: segment_anything/modeling/mask_decoder.py (`predict_masks`), where one image's embedding is repeated.
@@ -102,15 +102,15 @@ def decode_prompts(head: SamHead, emb_PCHW: Tensor, prompts: Prompts) -> tuple[T
 def embed_prompts(head: SamHead, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """Compute the prompt encoder's embeddings of prompts, without waiting for a GPU.
 
-    The encoder's own `forward` waits, since it picks points by boolean masks.
+    The encoder's own `forward` waits, since it selects points by boolean masks.
 
     Args:
-        head: on the prompts' device.
-        prompts: in pixels of the encoder's square.
+        head: SAM's head, on the prompts' device.
+        prompts: P prompts in pixels of the encoder's square.
 
     Returns:
-        sparse_PNC: (P, N, 256) of points and box corners. Points without a box are followed by SAM's padding point.
-        dense_PCHW: (P, 256, g, g) of masks.
+        sparse_PNC: (P, N, 256), of points and box corners; points without a box are followed by SAM's padding point.
+        dense_PCHW: (P, 256, g, g), of masks.
 
     Source: segment_anything/modeling/prompt_encoder.py (`_embed_points`, `_embed_boxes`).
     """

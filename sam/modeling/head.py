@@ -1,4 +1,4 @@
-"""SAM's head, the prompt encoder and mask decoder, which is the same in every SAM and in MobileSAM."""
+"""SAM's head: prompt encoder and mask decoder, the same in every SAM and in MobileSAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .neck import EMBEDDING_CHANNELS
 
 
 class SamHead(nn.Module):
-    """Prompt encoder and mask decoder, under the names that SAM's checkpoints give them.
+    """Prompt encoder and mask decoder, with the parameter names of SAM's checkpoints.
 
     Args:
         image_size: side in pixels of the encoder's square, which prompts' coordinates refer to; a multiple of 16.
@@ -43,10 +43,10 @@ class SamHead(nn.Module):
 
 
 def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
-    """Build a head that holds the tensors of a state, without a copy.
+    """Build a head that uses a state's tensors without a copy.
 
     Args:
-        state: `prompt_encoder.*` and `mask_decoder.*`, as `load_head` and a store's head file have them.
+        state: `prompt_encoder.*` and `mask_decoder.*` by key, as from `load_head` or a store's head file.
         image_size: side in pixels of the encoder's square, which prompts' coordinates refer to; a multiple of 16.
 
     Returns:
@@ -68,16 +68,16 @@ def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
 def assemble(image_encoder: nn.Module, head: SamHead) -> Sam:
     """Combine an image encoder and a head into segment_anything's `Sam`, without copying them.
 
-    `SamPredictor` and `SamAutomaticMaskGenerator` take it like any other.
+    `SamPredictor` and `SamAutomaticMaskGenerator` accept it.
 
     Args:
-        image_encoder: float32 normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16), S being
+        image_encoder: network from float32 normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16), S being
             `head.image_size`. Its attribute `img_size`, which those classes read, is set.
-        head: on the encoder's device, unless the whole model is moved afterwards.
+        head: SAM's head, on the encoder's device unless the whole model is moved afterwards.
 
     Returns:
         The model in evaluation mode, its parameters frozen. It takes prompts in pixels of the encoder's square (x to
-        the right, y down) and returns logits of masks, as documented in segment_anything/modeling/sam.py.
+        the right, y down) and returns mask logits, as documented in segment_anything/modeling/sam.py.
     """
     encoder: Any = image_encoder
     encoder.img_size = head.image_size

@@ -1,7 +1,7 @@
 """Names and shapes of the weights of SAM's head, as constants.
 
-segment_anything's classes have them too, but importing those imports torchvision and torch's compiler, which doubles
-the time that a process takes to start: workers of precompute need no head, only the means to check a checkpoint.
+They could be read from segment_anything's classes, but importing those imports torchvision and torch's compiler,
+which doubles the start time of a process. Workers of precompute need no head, only its shapes to check a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ HEAD_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 _WIDTH = EMBEDDING_CHANNELS
 _INNER = 128  # channels inside the transformer's cross-attention
 _MLP = 2048
-_MASKS = 4  # three, and the single mask for prompts that leave no doubt
+_MASKS = 4  # the single mask for unambiguous prompts, and the three of `multimask_output`
 
 _Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def head_shapes() -> dict[str, torch.Size]:
-    """Return shapes by key of the head's state, prompt encoder first; they are the same for every image size."""
+    """Return the shapes of the head's weights by key, prompt encoder first; the image size doesn't matter."""
     return {key: torch.Size(shape) for key, shape in (*_prompt_encoder(), *_mask_decoder())}
 
 

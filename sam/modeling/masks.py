@@ -1,4 +1,4 @@
-"""Masks of foreground points from embeddings that are already computed, by SAM's head.
+"""Masks of foreground points, decoded by SAM's head from given embeddings.
 
 Shape suffixes: P prompts (p some of them), C channels, H and W rows and columns of an image or of the embedding's
 grid, h and w those of low-resolution masks (4g), 2 (x, y); g is the side of the embedding's grid.
@@ -20,11 +20,11 @@ MASK_THRESHOLD = 0.0
 """Logit above which a pixel belongs to the mask."""
 
 PROMPTS_AT_ONCE = {"cpu": 4, "cuda": 32}
-"""Prompts that are decoded together, by device type. On a CPU 16 together take twice as long as four times 4, whose
+"""Prompts that are decoded together, by device type. On a CPU, 16 at once take twice as long as four times 4, whose
 tensors fit its caches better."""
 
 PIXELS_AT_ONCE = 2**24
-"""Logits at an image's full size that are held together: 64 MiB. Masks of a larger image are made one by one."""
+"""Most logits at an image's full size that are held together: 64 MiB. Masks of a larger image are made one by one."""
 
 
 def point_masks(
@@ -37,15 +37,15 @@ def point_masks(
     """Compute the mask of each of P foreground points, as SamPredictor.predict_torch does.
 
     Args:
-        head: in evaluation mode, on the embedding's device.
-        emb_1CHW: (1, 256, g, g), the image's embedding.
-        points_P2: x and y in pixels of the original image; each point is a prompt by itself.
-        original_size: height and width of the image in pixels.
-        resized_size: height and width in pixels of its part of the encoder's square.
+        head: SAM's head, in evaluation mode, on the embedding's device.
+        emb_1CHW: (1, 256, g, g), embedding of the image.
+        points_P2: (P, 2), x and y in pixels of the original image; each point is a separate prompt.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
 
     Returns:
         bool (P, H, W) at the original size, on the embedding's device: SAM's single mask of each point. Computed in
-        float32, whatever autocast is on.
+        float32, even under autocast.
     """
     chunks = mask_chunks([(head, emb_1CHW)], points_P2, original_size, resized_size)
     return torch.cat([masks_pHW for (masks_pHW,) in chunks])
@@ -58,16 +58,16 @@ def mask_chunks(
     original_size: tuple[int, int],
     resized_size: tuple[int, int],
 ) -> Iterator[list[Tensor]]:
-    """Compute `point_masks` of several embeddings of one image, a few points at a time, so that memory is bounded.
+    """Compute `point_masks` for several embeddings of one image, a few points at a time, so that memory is bounded.
 
-    A chunk and its logits take about 4 bytes a pixel and 1 for each pair, for PIXELS_AT_ONCE or one image,
-    whichever is more.
+    A chunk and its logits take about 4 bytes per pixel, and 1 more for each pair, for PIXELS_AT_ONCE pixels or one
+    image, whichever is more.
 
     Args:
         pairs: head and embedding (1, 256, g, g) of each model, all of the same image size and device.
-        points_P2: x and y in pixels of the original image; each point is a prompt by itself.
-        original_size: height and width of the image in pixels.
-        resized_size: height and width in pixels of its part of the encoder's square.
+        points_P2: (P, 2), x and y in pixels of the original image; each point is a separate prompt.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
 
     Yields:
         One bool (p, H, W) for each pair, for the same p points, in order.
@@ -99,7 +99,7 @@ def _low_res_logits(
     labels_p1 = torch.ones(len(coords_p12), 1, dtype=torch.int, device=emb_1CHW.device)
     sparse, dense = head.prompt_encoder(points=(coords_p12, labels_p1), boxes=None, masks=None)
     logits_p1hw, _ = head.mask_decoder(
-        # Contiguous: equal embeddings must give equal masks, whatever memory layout an encoder produced.
+        # Contiguous: equal embeddings must give equal masks, for any memory layout that an encoder produced.
         image_embeddings=emb_1CHW.float().contiguous(),
         image_pe=head.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
@@ -115,12 +115,12 @@ def to_square(
     """Convert points from pixels of the original image to pixels of the encoder's square.
 
     Args:
-        points: (..., 2), x and y in pixels of an image of `original_size`.
-        original_size: height and width of the image in pixels.
-        resized_size: height and width in pixels of its part of the encoder's square.
+        points: (..., 2), x and y in pixels of the original image.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
 
     Returns:
-        float32 (..., 2), x and y; computed in float64, as ResizeLongestSide.apply_coords does it.
+        float32 (..., 2), x and y; computed in float64, as in ResizeLongestSide.apply_coords.
     """
     scale_2 = np.array([resized_size[1] / original_size[1], resized_size[0] / original_size[0]])
     return torch.as_tensor(points * scale_2, dtype=torch.float32)
@@ -134,8 +134,8 @@ def upscale_masks(
     Args:
         logits_p1hw: float32 (p, 1, 4g, 4g) over the encoder's square.
         image_size: side of the square in pixels.
-        original_size: height and width of the image in pixels.
-        resized_size: height and width in pixels of its part of the square.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the square, in pixels.
 
     Returns:
         bool (p, H, W): logits above MASK_THRESHOLD.

@@ -1,4 +1,4 @@
-"""SAM's neck, the last part of every SAM encoder: from the encoder's own channels to the embedding's 256.
+"""SAM's neck, the last layers of every SAM encoder: from the encoder's channels to the embedding's 256.
 
 Shape suffixes: B images, C channels, H and W rows and columns.
 """
@@ -14,7 +14,7 @@ EMBEDDING_CHANNELS = 256
 
 
 class LayerNorm2d(nn.Module):
-    """Layer norm over the channels of a (B, C, H, W) map, with epsilon 1e-6, as SAM's neck has it."""
+    """Layer norm over the channels of a (B, C, H, W) map, with epsilon 1e-6, as in SAM's neck."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Normalise: (B, C, H, W) to the same shape, with the strides of channels last."""
+        """Normalise a map; the result has the same shape (B, C, H, W), in channels-last strides."""
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         x_BHWC = F.layer_norm(x_BHWC, self.weight.shape, self.weight, self.bias, eps=1e-6)
         return x_BHWC.permute(0, 3, 1, 2)

@@ -1,13 +1,12 @@
 """TinyViT as MobileSAM uses it: the student, and the encoder of the teacher `mobile_sam`.
 
-Written from the published architecture (TinyViT, arXiv 2207.10666; MobileSAM, arXiv 2306.14289). Module names follow
-the released weights, so that `image_encoder.*` of `mobile_sam.pt` loads unchanged once the unused classifier
-(`head.*`, `norm_head.*`) is left out. Two stride-2 convolutions, one stage of inverted bottlenecks, three stages of
-windowed attention, and SAM's neck. The last of the three downsamplings keeps its stride at 1, so the grid is
-image_size / 16.
+Written from the published architecture (TinyViT, arXiv 2207.10666; MobileSAM, arXiv 2306.14289): two stride-2
+convolutions, one stage of inverted bottlenecks, three stages of windowed attention, and SAM's neck. The last of the
+three downsamplings has stride 1, so that the grid is image_size / 16. Module names follow the released weights, so
+that `image_encoder.*` of `mobile_sam.pt` loads unchanged, without its unused classifier (`head.*`, `norm_head.*`).
 
 Shape suffixes: B images, C channels, H and W rows and columns, J windows, N tokens of a window, K heads, D channels
-of one head, L keys of a window (its tokens, and in border windows one more for all their filling).
+of one head, L keys of a window (its tokens, and in border windows one more for all zero padding).
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from ..preprocess import PATCH
 from .neck import neck_projection, neck_rest
 
 MLP_RATIO = 4
-"""Width of the MLPs' hidden layer, in widths of a stage."""
+"""Width of the MLPs' hidden layer, in multiples of a stage's width."""
 
 EXPANSION = 4
-"""Width inside an inverted bottleneck, in widths of the first stage."""
+"""Width inside an inverted bottleneck, in multiples of the first stage's width."""
 
 MOST_FILLED = 1.25
-"""Ratio of the windows' cells to the grid's up to which border windows are filled with zeros: below it, fewer and
-larger products take no longer."""
+"""Ratio of the padded grid's cells to the grid's up to which border windows are padded with zeros: below it, fewer
+and larger products take no longer."""
 
 CLASSIFIER_PREFIXES = ("head.", "norm_head.")
-"""Prefixes of the classifier's keys, which `mobile_sam.pt` holds and SAM does not use."""
+"""Prefixes of the classifier's keys, which are in `mobile_sam.pt` but not used by SAM."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +43,9 @@ class TinyViTConfig:
     widths: tuple[int, int, int, int]
     """Channels."""
     heads: tuple[int, int, int, int]
+    """Attention heads."""
     depths: tuple[int, int, int, int] = (2, 2, 6, 2)
-    """Blocks."""
+    """Number of blocks."""
     windows: tuple[int, int, int, int] = (7, 7, 14, 7)
     """Sides of the windows, in cells."""
 
@@ -77,16 +77,16 @@ class TinyViTVariant:
         return TinyViT(image_size, self.name)
 
     def load(self, state: dict[str, Tensor], image_size: int) -> tuple[TinyViT, bool]:
-        """Build an encoder that holds the state's own tensors; also False, since it has no position tables."""
-        # Not on meta: TinyViT has index buffers that no checkpoint holds. It is small. The fork keeps its initial
-        # values out of the caller's random numbers.
+        """See `Architecture.load`. TinyViT has no position tables, so none are resampled."""
+        # Not on the meta device, since TinyViT has index buffers that are in no checkpoint. The fork keeps its
+        # initialisation from advancing the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             encoder = self.build(image_size)
         encoder.load_state_dict(state, assign=True)
         return encoder, False
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if a state has TinyViT's first convolution, of whatever variant."""
+        """Return True if a state has TinyViT's first convolution; the variant is not checked."""
         return "patch_embed.seq.0.c.weight" in state
 
 
@@ -102,7 +102,7 @@ class ConvNorm(nn.Sequential):
 
 
 class PatchEmbed(nn.Module):
-    """Two stride-2 convolutions: 3 x S x S pixels to width x S/4 x S/4."""
+    """Two stride-2 convolutions: pixels (B, 3, S, S) to (B, width, S/4, S/4)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class MBConv(nn.Module):
         self.conv1 = ConvNorm(width, hidden)
         self.conv2 = ConvNorm(hidden, hidden, 3, groups=hidden)
         self.conv3 = ConvNorm(hidden, width)
-        # Zero: the block starts as the identity, so that depth does not disturb the first training steps.
+        # With zero weights the block starts as GELU of its input, so that depth does not disturb the first steps.
         nn.init.zeros_(self.conv3.bn.weight)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class MBConv(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Transition between two stages: change the width and, with stride 2, halve the resolution."""
+    """Transition between two stages: changes the width and, with stride 2, halves the resolution."""
 
     def __init__(self, width: int, next_width: int, stride: int) -> None:
         super().__init__()
@@ -152,12 +152,11 @@ class PatchMerging(nn.Module):
 class Attention(nn.Module):
     """Attention inside windows, with one learned bias per head and distance (|dy|, |dx|).
 
-    Windows at the right and lower border are filled with zeros, which take part as keys: the released weights were
-    trained so. If the zeros are many, they are not made: their keys are all the same, the result of `norm` and `qkv`
-    for zeros, and so are their values. One key stands for all of them, with the logarithm of the sum of the
-    exponentials of their biases as its bias. The function is the same, for a third of the work where a grid is little
-    larger than a window.
-    """
+    Windows at the right and lower border are padded with zeros, which take part as keys, since the released weights
+    were trained so. If there are many zeros, they are not computed one by one: all their keys are equal, the result
+    of `norm` and `qkv` for zeros, and so are their values. One key represents all of them, with the log-sum-exp of
+    their biases as its bias. The result is the same, for a third of the work if the grid is a little larger than a
+    window."""
 
     attention_bias_idxs: Tensor
 
@@ -189,7 +188,7 @@ class Attention(nn.Module):
         return self.proj(attended_BHWC)[:, :height, :width]
 
     def _attend(self, qkv_BHWC: Tensor, h: int, w: int, filling_1C: Tensor | None) -> Tensor:
-        """Attend within adjacent windows of which h x w cells are image."""
+        """Attend within adjacent windows, each of which has h x w cells of the grid."""
         batch, height, width, channels = qkv_BHWC.shape
         down, along = height // h, width // w
         # The heads are the outer division of qkv's output: each head's q, k and v are adjacent.
@@ -209,10 +208,10 @@ class Attention(nn.Module):
         return windows.reshape(batch, height, width, channels // 3)
 
     def _bias(self, h: int, w: int) -> Tensor:
-        """Return the biases (K, N, L) of a window of h x w cells: for each of its cells and, in border windows, one
-        for all cells of the filling together."""
+        """Return the biases (K, N, L) of a window with h x w cells of the grid: one for each of these and, in border
+        windows, one for all padding cells together."""
         side, heads, cells = self.window, self.heads, h * w
-        # Gathered at every forward: a stored copy would be out of date once weights are loaded.
+        # Gathered in every forward pass: a stored copy would be out of date once weights are loaded.
         places = self.attention_bias_idxs.view(side, side, side, side)[:h, :w]
         own_KNN = self.attention_biases[:, places[:, :, :h, :w].reshape(cells, cells)]
         if cells == side * side:
@@ -225,14 +224,14 @@ class Attention(nn.Module):
 
 
 def _bands(length: int, window: int) -> list[tuple[int, int, int]]:
-    """Return start, size and number of the whole windows along an axis, then the same of the cut one, if any."""
+    """Return (start, cells, number) of the whole windows along an axis, then of the one cut off, if any."""
     whole, rest = divmod(length, window)
     bands = [(0, window, whole)] if whole else []
     return [*bands, (whole * window, rest, 1)] if rest else bands
 
 
 def bias_indices(window: int) -> Tensor:
-    """Return the index of each pair's bias: int64 (N, N), |dy| * window + |dx|, for the N = window^2 tokens."""
+    """Return the bias index of each pair of tokens: int64 (N, N), |dy| * window + |dx|, for N = window^2 tokens."""
     cells = torch.arange(window * window, device="cpu")
     rows, columns = cells // window, cells % window
     dy = (rows[:, None] - rows[None, :]).abs()
@@ -254,7 +253,7 @@ class Mlp(nn.Module):
 
 
 class TinyViTBlock(nn.Module):
-    """Windowed attention, depthwise 3 x 3 convolution, MLP; all but the convolution have a residual."""
+    """Windowed attention, depthwise 3 x 3 convolution, MLP; attention and MLP have a residual connection."""
 
     def __init__(self, width: int, heads: int, window: int) -> None:
         super().__init__()
@@ -292,7 +291,8 @@ class TinyViT(nn.Module):
         variant: `5m` (MobileSAM's; 5,743,892 parameters), `11m` or `21m`.
 
     Raises:
-        ValueError: an unknown variant, an image_size that is no multiple of 16, or pixels of another size.
+        ValueError: an unknown variant, an image_size that is no multiple of 16, or (in `forward`) pixels of another
+            size.
     """
 
     def __init__(self, image_size: int = 1024, variant: str = "5m") -> None:

@@ -1,14 +1,14 @@
-"""SAM's ViT image encoder: the function that segment_anything defines, computed for speed, at any image size.
+"""SAM's ViT image encoder: the same function as segment_anything's, computed faster, at any image size.
 
-Module names follow the released checkpoints, so that their `image_encoder.*` loads unchanged. The computation differs
-from segment_anything/modeling/image_encoder.py, the result does not: tokens stay in one layout (B, Y, X, C) from the
-patches to the neck, only cells of the grid go through the linear layers (not the padding of border windows), and
-attention is one call that never holds its table of positions (`attention.attend`).
+Module names follow the released checkpoints, so that their `image_encoder.*` loads unchanged. Only the computation
+differs from segment_anything/modeling/image_encoder.py: tokens stay in one layout (B, Y, X, C) from the patches to
+the neck, only cells of the grid go through the linear layers (not the padding of border windows), and attention is
+one call that never holds its table of positions (`attention.attend`).
 
-In bfloat16 on a CPU a product is so fast that reading and writing its result again, for a bias, a GELU or a
-residual, takes a quarter of its time. So linear layers are fused with what follows them, by oneDNN: one pass over
-memory in place of two or three (`linear_gelu`, `linear_plus`). The fused operation is computed before the result is
-rounded, which is also nearer to float32. Where oneDNN can't fuse, the same is computed in separate steps.
+In bfloat16 on a CPU a matrix product is so fast that reading and writing its result again, for a bias, a GELU or a
+residual, takes a quarter of its time. So oneDNN fuses linear layers with the operation that follows: one pass over
+memory instead of two or three (`linear_gelu`, `linear_plus`). The fused operation is computed before the result is
+rounded, which is also closer to float32. If oneDNN can't fuse, the operations are computed separately.
 
 Shape suffixes: B images, J windows, Y and X rows and columns of the grid or of a window, N tokens, C channels, K
 heads, D channels of one head, H and W rows and columns of an image or table, L positions of a table; g is the side
@@ -36,10 +36,10 @@ WINDOW = 14
 """Side of a window in cells of the grid."""
 
 MLP_RATIO = 4
-"""Width of the MLPs' hidden layer, in widths of a token."""
+"""Width of the MLPs' hidden layer, in multiples of a token's width."""
 
 EPSILON = 1e-6
-"""Of the layer norms."""
+"""Epsilon of the layer norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,9 @@ class ViTConfig:
     width: int
     """Channels of a token."""
     depth: int
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int
+    """Attention heads of each block."""
     global_blocks: tuple[int, ...]
     """Indices of the blocks that attend over the whole grid; the others attend in windows of 14 x 14 cells."""
 
@@ -58,11 +59,11 @@ class ViTConfig:
     unused_prefixes: ClassVar[tuple[str, ...]] = ()
 
     def build(self, image_size: int) -> ViTEncoder:
-        """Build the encoder; under `torch.device("meta")` that costs neither memory nor initialisation."""
+        """Build the encoder; under `torch.device("meta")` without memory or initialisation."""
         return ViTEncoder(image_size, self.width, self.depth, self.heads, self.global_blocks)
 
     def load(self, state: dict[str, Tensor], image_size: int) -> tuple[ViTEncoder, bool]:
-        """Build an encoder that holds the state's own tensors; also True if its positions were resampled."""
+        """See `Architecture.load`."""
         fitted, resampled = fit_positions(state, self, image_size)
         with torch.device("meta"):
             encoder = self.build(image_size)
@@ -70,7 +71,7 @@ class ViTConfig:
         return encoder, resampled
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if the patches' width and the number of blocks of a state are this encoder's."""
+        """Return True if a state has this encoder's width and number of blocks."""
         patches = state.get("patch_embed.proj.weight")
         if patches is None or not patches.ndim:
             return False
@@ -111,9 +112,9 @@ class ViTEncoder(nn.Module):
         return self.neck(x_BYXC).to(pixels_BCHW.dtype)
 
     def hold_in_bfloat16(self) -> ViTEncoder:
-        """Convert the weights of all products to bfloat16 in place; norms and positions stay float32.
+        """Convert weights of linear and convolution layers to bfloat16, in place; norms and positions stay float32.
 
-        All values between the products are then computed and kept in bfloat16, too, except in norms and softmax.
+        Activations are then bfloat16, too, except inside norms and softmax.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -126,9 +127,9 @@ def fit_positions(
 ) -> tuple[dict[str, Tensor], bool]:
     """Resample an encoder's positions to the grid of an image size.
 
-    The absolute table (1, g, g, width) is resampled bicubically, the relative tables of the global blocks
-    (2g - 1, channels of a head) linearly, as segment_anything itself does at run time. Windowed blocks keep theirs: a
-    window is 14 cells at any size.
+    The absolute table (1, g, g, width) is resampled bicubically; the relative tables of the global blocks
+    (2g - 1, channels of a head) linearly, as segment_anything does at run time. Windowed blocks keep their tables,
+    since a window has 14 x 14 cells at any size.
 
     Args:
         state: a checkpoint's `image_encoder.*` with the prefix removed.
@@ -136,7 +137,7 @@ def fit_positions(
         image_size: S in pixels, a multiple of 16.
 
     Returns:
-        The state, and True if anything was resampled (nothing is if the grid is the trained one).
+        The state with resampled tables, and True if any was resampled (none is for the trained grid).
     """
     grid = image_size // PATCH
     fitted = dict(state)
@@ -152,7 +153,7 @@ def fit_positions(
 
 
 class PatchEmbed(nn.Module):
-    """Patches of 16 x 16 pixels to one token each, as one matrix product: a convolution with stride 16."""
+    """Patch embedding, 16 x 16 pixels to one token: a convolution of stride 16, computed as one matrix product."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class PatchEmbed(nn.Module):
 
 
 class Norm(nn.LayerNorm):
-    """Layer norm over the last axis: weights, sums and roots in float32, result in the input's dtype."""
+    """Layer norm over the last axis, with float32 weights and arithmetic; the result has the input's dtype."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPSILON)
@@ -179,7 +180,7 @@ class Norm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Transformer block: attention and MLP, each after a norm and with a residual."""
+    """Transformer block: attention and MLP, each after a norm and with a residual connection."""
 
     def __init__(self, width: int, heads: int, side: int, *, windowed: bool) -> None:
         super().__init__()
@@ -202,6 +203,7 @@ class Mlp(nn.Module):
         self.lin2 = nn.Linear(width * MLP_RATIO, width)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return `lin2(gelu(lin1(x))) + residual`; both are (..., width)."""
         return linear_plus(linear_gelu(x, self.lin1), self.lin2, residual)
 
 
@@ -219,11 +221,12 @@ class Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
 
     def forward(self, x_BYXC: Tensor, residual_BYXC: Tensor) -> Tensor:
+        """Return the attention of the normalised tokens plus `residual_BYXC`, both (B, Y, X, width)."""
         qkv_BYXC = linear(x_BYXC, self.qkv)
         if not self.windowed:
             return linear_plus(self._attend(qkv_BYXC), self.proj, residual_BYXC)
-        # Cells of border windows beyond the grid are zeros before the linear layer, so its bias after it, and take
-        # part in the attention as keys.
+        # Cells of border windows outside the grid are zero before the linear layer, so they equal its bias after it;
+        # they take part in the attention as keys.
         windows_JYXC = into_windows(qkv_BYXC, self.side, self.qkv.bias)
         attended_BYXC = out_of_windows(self._attend(windows_JYXC), x_BYXC.shape[:3])
         return linear_plus(attended_BYXC, self.proj, residual_BYXC)
@@ -238,15 +241,15 @@ class Attention(nn.Module):
 
 
 def into_windows(x_BYXC: Tensor, side: int, beyond_C: Tensor) -> Tensor:
-    """Cut a grid into windows, row by row.
+    """Split grids into windows, row by row.
 
     Args:
-        x_BYXC: the grid.
-        side: of a window, in cells.
-        beyond_C: value of cells beyond the grid.
+        x_BYXC: grids (B, Y, X, C).
+        side: side of a window, in cells.
+        beyond_C: value (C,) of cells outside the grid, in border windows.
 
     Returns:
-        (J, side, side, C), J being the number of all images' windows.
+        (J, side, side, C), J being the number of windows of all images.
     """
     batch, rows, columns, channels = x_BYXC.shape
     down, right = -(-rows // side), -(-columns // side)
@@ -259,7 +262,7 @@ def into_windows(x_BYXC: Tensor, side: int, beyond_C: Tensor) -> Tensor:
 
 
 def out_of_windows(windows_JYXC: Tensor, shape: torch.Size) -> Tensor:
-    """Put windows together to a grid of `shape` (B, Y, X), without the cells beyond it: `into_windows` inverted."""
+    """Join windows into grids of `shape` (B, Y, X), without the cells outside them: the inverse of `into_windows`."""
     batch, rows, columns = shape
     side, channels = windows_JYXC.shape[1], windows_JYXC.shape[3]
     x_BYXC = windows_JYXC.new_empty(batch, rows, columns, channels)
@@ -270,8 +273,8 @@ def out_of_windows(windows_JYXC: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _regions(x_BYXC: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of the same cells in a grid and in its windows (B, down, right, side, side, C): of whole windows,
-    and of those cut off at the right, at the bottom, and at both."""
+    """Yield pairs of views of the same cells, in a grid and in its windows (B, down, right, side, side, C): for whole
+    windows, and for those cut off at the right, at the bottom, and at both."""
     side = windows.shape[3]
     for (ys, height), (xs, width) in product(*(_spans(length, side) for length in x_BYXC.shape[1:3])):
         rows, columns = (
@@ -283,14 +286,15 @@ def _regions(x_BYXC: Tensor, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _spans(length: int, side: int) -> list[tuple[slice, int]]:
-    """Return the whole windows along one axis, and the one that is cut off, each with its number of cells."""
+    """Return the slice of the whole windows along one axis, and that of the window cut off, if there is one, each
+    with the cells of a window."""
     whole, rest = divmod(length, side)
     spans = [(slice(0, whole), side)] if whole else []
     return [*spans, (slice(whole, whole + 1), rest)] if rest else spans
 
 
 class Neck(nn.Sequential):
-    """SAM's neck: tokens to 256 channels, 3 x 3 convolution, a norm after each; (B, Y, X, C) to (B, 256, Y, X)."""
+    """SAM's neck: 256-channel projection, 3 x 3 convolution, a norm after each; (B, Y, X, C) to (B, 256, Y, X)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -319,31 +323,31 @@ def _resample_relative(table_LD: Tensor, length: int) -> Tensor:
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Return `layer(x)`; the last axis has the layer's channels."""
+    """Return `layer(x)`, fused with the bias if oneDNN can; x is (..., inputs of the layer)."""
     if _fuses(x, layer):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return layer(x)
 
 
 def linear_gelu(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Return `gelu(layer(x))`, with the exact GELU."""
+    """Return `gelu(layer(x))` with the exact GELU, fused if oneDNN can."""
     if _fuses(x, layer):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "none")
     return F.gelu(layer(x))
 
 
 def linear_plus(x: Tensor, layer: nn.Linear, residual: Tensor) -> Tensor:
-    """Return `layer(x) + residual`."""
+    """Return `layer(x) + residual`, fused if oneDNN can."""
     if _fuses(x, layer):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
-    # Adding in place saves a pass; nothing else holds a linear layer's result.
+    # In-place addition saves a pass over memory; nothing else uses the layer's result.
     out = layer(x)
     out += residual
     return out
 
 
 def _fuses(x: Tensor, layer: nn.Linear) -> bool:
-    """Return True if oneDNN's operators can be used: torch's own compiler uses them; they have no gradient."""
+    """Return True if oneDNN's fused operators can be used: on a CPU, in bfloat16, without gradients."""
     gradient = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad)
     return (
         x.device.type == "cpu"
@@ -356,5 +360,5 @@ def _fuses(x: Tensor, layer: nn.Linear) -> bool:
 
 @cache
 def _fusing_available() -> bool:
-    # The operators aren't part of torch's public interface, and refuse processors that only emulate bfloat16.
+    # The operators (those of torch's own compiler) are private, and refuse CPUs that only emulate bfloat16.
     return cpu_accelerates_bfloat16() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

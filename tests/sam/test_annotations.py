@@ -192,17 +192,17 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "nested too deep": (b"[" * 200_000, "not JSON"),
     "a number without end": (b'{"image": ' + b"9" * 5000 + b"}", "not JSON"),
     "a list": ([], "not a JSON object"),
-    "no image": ({"annotations": []}, "no image and annotations"),
-    "no annotations": ({"image": {}}, "no image and annotations"),
+    "no image": ({"annotations": []}, "has no image and annotations"),
+    "no annotations": ({"image": {}}, "has no image and annotations"),
     "no size": ({"image": {}, "annotations": []}, "no height and width"),
     "a size of nothing": (imaged(height=0), "no height and width"),
     "a size of text": (imaged(width="40"), "no height and width"),
     "a huge size": (imaged(width=10**9), "the limit is 200,000,000 pixels"),
     "a size beyond all bounds": (imaged(width=10**4000), "the limit is 200,000,000 pixels"),
-    "another size": (imaged(width=41), "of an image of 41 x 30, this one is 40 x 30"),
-    "an annotation of text": (sa1b(annotations=["x"]), "annotation 0: no segmentation and bbox"),
-    "no segmentation": (without("segmentation"), "annotation 0: no segmentation and bbox"),
-    "no bbox": (without("bbox"), "annotation 0: no segmentation and bbox"),
+    "another size": (imaged(width=41), "for an image of 41 x 30, this one is 40 x 30"),
+    "an annotation of text": (sa1b(annotations=["x"]), "annotation 0: it has no segmentation or no bbox"),
+    "no segmentation": (without("segmentation"), "annotation 0: it has no segmentation or no bbox"),
+    "no bbox": (without("bbox"), "annotation 0: it has no segmentation or no bbox"),
     "a mask of another size": (segmented(size=[40, 30]), "annotation 1: RLE of size"),
     "a mask too short": (segmented(counts="1"), "annotation 1: RLE counts add up to 1 pixels"),
     "a mask cut short": (segmented(counts="o"), "annotation 1: RLE counts end within a run"),
@@ -256,10 +256,10 @@ def test_a_damaged_tar_does_not_pass_for_one_without_annotations(tmp_path: Path)
     (tmp_path / "t.tar").write_bytes(whole[: whole.rindex(content) + 10])
     files = AnnotationFiles(tmp_path)
     assert_whole(files.read("t.tar/1.jpg"))
-    with pytest.raises(AnnotationError, match=r"t.tar/2.jpg: .*its tar is cut short"):
+    with pytest.raises(AnnotationError, match=r"t.tar/2.jpg: .*its tar is truncated"):
         files.read("t.tar/2.jpg")
     (tmp_path / "t.tar").write_bytes(whole[:600])
-    with pytest.raises(AnnotationError, match=r"t.tar/1.jpg: .*only 0 of their [\d,]+ bytes are there"):
+    with pytest.raises(AnnotationError, match=r"t.tar/1.jpg: .*only 0 of their [\d,]+ bytes could be read"):
         files.read("t.tar/1.jpg")
 
 

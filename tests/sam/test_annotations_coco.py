@@ -108,7 +108,7 @@ def test_one_broken_annotation_fails_its_own_image_alone(write: Callable[[Any], 
     ):
         found.read("deep/b.jpg")
     assert len(found.read("a.jpg") or ()) == 2
-    with pytest.raises(AnnotationError, match=r"^a.jpg: .* of an image of 32 x 24, this one is 24 x 32"):
+    with pytest.raises(AnnotationError, match=r"^a.jpg: .* for an image of 32 x 24, this one is 24 x 32"):
         found.read("a.jpg", size=(WIDTH, HEIGHT))
 
 
@@ -123,8 +123,8 @@ def test_an_image_listed_twice_is_an_error_when_it_is_read(write: Callable[[Any]
 
 BROKEN: dict[str, tuple[Any, str]] = {
     "not JSON": (b"[", "not JSON"),
-    "a list": ([], "no images and annotations"),
-    "SA-1B's": ({"image": {}, "annotations": []}, "no images and annotations"),
+    "a list": ([], "it has no images or no annotations"),
+    "SA-1B's": ({"image": {}, "annotations": []}, "it has no images or no annotations"),
     "an image without a name": (instances(images=[{"id": 1}]), "image 0 has no file_name"),
     "an image without an id": (instances(images=[{"file_name": "a"}]), "image 0 has no id"),
     "an id that is a list": (instances(images=[image([1], "a")]), "image 0 has no id"),

@@ -178,7 +178,7 @@ def test_a_tar_cut_anywhere_lists_only_whole_members_and_says_that_it_is_cut(tmp
             assert problems == []
         else:
             assert len(problems) == 1, end
-            assert "cut short" in problems[0]
+            assert "truncated" in problems[0]
 
 
 def list_images_or_none(path: Path) -> tuple:
@@ -203,7 +203,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     found = list_images([path])
     assert [file.key for file in found.files] == ["t.tar/1.jpg"]
     assert [problem.reason for problem in found.problems] == [
-        "damaged or cut short: no valid header at byte 1,024"
+        "damaged or truncated: no valid header at byte 1,024"
     ]
 
 
@@ -211,7 +211,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
 def test_what_is_no_tar_is_an_error_with_its_size(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "t.tar"
     path.write_bytes(data)
-    with pytest.raises(SamError, match=rf"t\.tar: damaged or cut short, it has {len(data):,} bytes"):
+    with pytest.raises(SamError, match=rf"t\.tar: damaged or truncated \({len(data):,} bytes\)"):
         list_images([path])
 
 
@@ -225,7 +225,7 @@ def test_a_tar_that_was_cut_or_removed_after_listing_fails_the_image_with_number
     file = list_images([path]).files[0]
     os.truncate(path, 1000)
     with pytest.raises(
-        ImageError, match="its tar was cut or replaced: the image ends at byte 1,112 of 1,000"
+        ImageError, match="its tar was truncated or replaced: the image ends at byte 1,112 of 1,000"
     ):
         read_image(tmp_path, file.key, offset=file.offset, size=file.size)
     path.unlink()

@@ -74,9 +74,9 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "another size": ({"size": [5, 4], "counts": "d0"}, r"RLE of size \[5, 4\], the image is \[4, 5\]"),
     "a size of text": ({"size": "4x5", "counts": "d0"}, "RLE of size 4x5"),
     "empty counts": ({"size": [4, 5], "counts": ""}, "empty"),
-    "foreign letters": ({"size": [4, 5], "counts": "d0\n"}, "characters that RLE does not use"),
-    "letters of two bytes": ({"size": [4, 5], "counts": "dé"}, "characters that RLE does not use"),
-    "half a character": ({"size": [4, 5], "counts": "d\ud800"}, "characters that RLE does not use"),
+    "foreign letters": ({"size": [4, 5], "counts": "d0\n"}, "characters that are not valid in RLE"),
+    "letters of two bytes": ({"size": [4, 5], "counts": "dé"}, "characters that are not valid in RLE"),
+    "half a character": ({"size": [4, 5], "counts": "d\ud800"}, "characters that are not valid in RLE"),
     "an unfinished run": ({"size": [4, 5], "counts": "d"}, "end within a run"),
     "an endless run": ({"size": [4, 5], "counts": "o" * 70 + "0"}, "a run of 71 letters, at most 6"),
     "a negative run": ({"size": [4, 5], "counts": "O"}, "a run of -1 pixels"),
@@ -114,7 +114,7 @@ def test_more_runs_or_longer_outlines_than_fit_in_memory_are_refused(monkeypatch
     with pytest.raises(BadAnnotation, match=r"20 runs in a mask, at most 10"):
         checked_runs({"size": [4, 5], "counts": [1] * 20}, (4, 5))
     monkeypatch.setattr(rle, "MOST_STEPS", 100)
-    with pytest.raises(BadAnnotation, match=r"boundaries are \d+ pixels long"):
+    with pytest.raises(BadAnnotation, match=r"boundaries of \d+ pixels"):
         checked_runs([[0, 0, 4, 0, 4, 3] * 20], (4, 5))
 
 
