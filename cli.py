@@ -1,8 +1,8 @@
-"""Command line: one function per command. Config objects are made of options, and errors become exit codes.
+"""Command line: one function per command. Options become config objects, and errors become exit codes.
 
-Results go to standard output, messages and progress to standard error. Each command returns its exit code, and
-`_explain` chooses that of an error. Rooms are imported inside commands, except for their configs, so that `--help`
-is instant.
+Results go to standard output, messages and progress to standard error. Each command returns its exit code; `_explain`
+chooses that of an error. Only the rooms' configs are imported at the top, the rooms inside commands, so that `--help`
+is fast.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DONE, FAILED_CHECK, INPUT = 0, 1, 3
 
 
 class RoomCommand(click.Command):
-    """Command whose return value is its exit code, and whose errors become one or two lines and an exit code."""
+    """Command whose return value is its exit code, and whose errors become a short message and an exit code."""
 
     def invoke(self, context: click.Context) -> None:
         """Run the command and exit."""
@@ -53,7 +53,7 @@ class RoomCommand(click.Command):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             code = 130
-        except Exception as error:  # noqa: BLE001 - this is where errors end
+        except Exception as error:  # noqa: BLE001 - the outermost handler
             if debug:
                 traceback.print_exc()
             message, code = _explain(error)
@@ -90,7 +90,11 @@ def _common(command: Callable) -> Callable:
 
 
 class Reporter:
-    """Messages and progress on standard error: a bar on a terminal, else a line every `LINE_SECONDS`."""
+    """Messages and progress on standard error: a progress bar on a terminal, else a line every `LINE_SECONDS`.
+
+    Args:
+        title: name of the command, in front of the bar.
+    """
 
     LINE_SECONDS = 10.0
 
@@ -122,7 +126,13 @@ class Reporter:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, done: float, total: float, note: str) -> None:
-        """Show the progress and a note, such as rate and time left."""
+        """Show the progress.
+
+        Args:
+            done: units done so far.
+            total: units in all.
+            note: text after the numbers, such as unit, rate and time left.
+        """
         if self._console.is_terminal:
             self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
             return
@@ -132,22 +142,22 @@ class Reporter:
             self.message(f"{done:,.0f}/{total:,.0f} {note}")
 
     def download(self, done: int, total: int) -> None:
-        """Show the bytes of a checkpoint downloaded."""
+        """Show how many of a checkpoint's bytes are downloaded."""
         self.show(done, total, "bytes downloaded")
 
     def comparison(self, done: int, total: int) -> None:
-        """Show the images compared."""
+        """Show how many images are compared."""
         self.show(done, total, "images")
 
     def training(self, progress: Progress) -> None:
-        """Show the steps of a distillation."""
+        """Show the progress of a distillation, in steps."""
         loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
         speed = [f"{progress.images_per_second:.3g} images/s", f"{_time(progress.eta_seconds)} left"]
         place = [f"steps, epoch {progress.epoch} of {progress.epochs}", progress.phase]
         self.show(progress.step, progress.steps, ", ".join([*place, *loss, *speed]))
 
     def progress(self, snapshot: Snapshot) -> None:
-        """Show the images of a precompute job."""
+        """Show the progress of a precompute job, in images."""
         rate = snapshot.images_per_second
         speed = [] if rate is None else [f"{rate:.3g} images/s", f"{_time(snapshot.eta or 0)} left"]
         counts = [f"{snapshot.done_before:,} done before", f"{snapshot.failed:,} failed"]
@@ -164,7 +174,7 @@ def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
 
 @contextmanager
 def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> Iterator[None]:
-    """Print the result before the error where only its report could not be written."""
+    """Print the result before the error if only its report could not be written."""
     try:
         yield
     except ReportError as error:
@@ -191,7 +201,7 @@ def main() -> None:
     Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 130 and 143
     interrupted.
     """
-    # Only this package's logger: a handler at the root would print the messages of dask and matplotlib.
+    # Only this package's logger: a root handler would also print messages of dask and matplotlib.
     logger = logging.getLogger(__package__)
     logger.handlers[:] = [logging.StreamHandler()]
     logger.propagate = False
@@ -365,8 +375,8 @@ def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
 def segment(config: SegmentConfig, as_json: bool) -> int:
     """Segment one image by points, boxes, or everything in it.
 
-    All points, with the box if there is only one, mean one object. Writes a picture with the masks drawn into it, and
-    prints the time taken by the embedding and by the masks.
+    All points, together with a single box, describe one object. Writes a picture with the masks drawn into it, and
+    prints the time of the embedding and of the masks.
 
     \b
     Examples:
@@ -448,14 +458,13 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
 def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, ...]], as_json: bool) -> int:
     """Train and verify a grid of students.
 
-    An option with V,... takes several values with commas between; every combination is a run. Runs have distill's
-    defaults for options that aren't given.
-    Options that an objective doesn't use are left out of its runs. Decoder runs finetune the students of the
-    decoupled runs, or those that --init names.
+    An option with V,... takes several values separated by commas; every combination is one run. Options that aren't
+    given have distill's defaults, and options that an objective doesn't use are left out of its runs. Decoder runs
+    finetune the students of the decoupled runs, or those that --init names.
 
-    Writes runs, results.json, report.html, and tables in the layout of the MobileSAM paper's to --out. A rerun of the
-    same command resumes the sweep; further values add their runs. Exit code 1 if a run failed, which doesn't stop the
-    others.
+    Writes the runs, results.json, report.html, and tables in the layout of the MobileSAM paper to --out. A rerun of
+    the same command resumes the sweep; additional values add runs. A failed run doesn't stop the others; the exit
+    code is then 1.
 
     \b
     Examples:

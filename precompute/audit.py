@@ -1,7 +1,7 @@
 """Audit at the end of a run: stored rows compared with a float32 teacher, in the coordinator and on a worker.
 
-The worker's side takes its own path from the image file to the embedding, with a teacher loaded for it alone, so that
-whatever went wrong in a shard's batches, on the way to the disk or on it shows in the numbers.
+The worker embeds each image again from its file, one image at a time, with a teacher loaded only for the audit. An
+error in a shard's batches, in writing or on the disk therefore shows as a difference.
 
 Shape suffixes: C channels, H, W rows and columns of the embedding grid, L cells of the flattened grid, 1 one.
 """
@@ -65,22 +65,23 @@ def run_audit(
     plugin_name: str,
     monitor: ClusterMonitor,
 ) -> dict[str, Any] | None:
-    """Have a worker embed rows' images again in float32, and record in the store how close the stored rows are.
+    """Have a worker embed rows' images again in float32, and record in the store how far the stored rows differ.
 
     Args:
-        store: open for writing.
-        rows: done rows.
+        store: store, open for writing.
+        rows: numbers of done rows.
         image_root: folder that the images' keys are relative to.
         image_timeout: seconds for reading and decoding one image.
         plugin_name: name of the teacher plugin that the workers hold.
-        monitor: of the run's cluster.
+        monitor: monitor of the run's cluster.
 
     Returns:
-        `rows` audited, `cosine_min`, `relative_mse_max`, `seconds`; None without rows, when none could be audited, or
-        when a signal came.
+        `rows` audited, `cosine_min`, `relative_mse_max`, `seconds`; None if there are no rows, no row could be
+        audited, or a signal came.
 
     Raises:
-        PrecomputeError: the audit failed.
+        PrecomputeError: the audit failed, or the cluster did.
+        SamError: the teacher can't be loaded.
         StoreDamaged: stored bytes are not those that were committed.
     """
     if not rows:
@@ -103,7 +104,7 @@ def run_audit(
     except Exception as error:
         what = "its workers died" if isinstance(error, KilledWorker) else f"{type(error).__name__}: {error}"
         raise PrecomputeError(
-            f"the audit could not be done ({what}); every image is committed, and --audit 0 leaves it out"
+            f"the audit failed ({what}); every image is committed, and --audit 0 skips the audit"
         ) from error
     return _record(store, results, time.monotonic() - began, monitor.observer)
 
@@ -131,7 +132,15 @@ def _record(
 
 
 def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
-    """Warn of audited rows out of tolerance, of this run or an earlier one; return True if there are any."""
+    """Warn of audited rows that are out of tolerance, from this run or earlier ones.
+
+    Args:
+        store: store whose audits are compared with its tolerance.
+        observer: receives the warning, which names the worst row.
+
+    Returns:
+        True if there are such rows.
+    """
     missed = store.audits_out_of_tolerance()
     if not missed:
         return False
@@ -139,11 +148,11 @@ def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
     allowed = tolerance(store.spec.dtype, store.spec.precision)
     (record,) = store.manifest.records(None, range(worst.row, worst.row + 1))
     observer.message(
-        f"WARNING: {len(missed)} audited row(s) of {store.path} differ from what {store.spec.teacher} computes, the "
-        f"worst: row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (at least {allowed.cosine:g} is "
-        f"expected of {store.spec.dtype} from {store.spec.precision}), relative mse {worst.relative_mse:.1e} (at "
-        f"most {allowed.relative_mse:g}).\nDon't distil from this store: look for other software or a faulty "
-        "device on a worker, and precompute into a new one"
+        f"WARNING: {len(missed)} audited row(s) of {store.path} differ from what {store.spec.teacher} computes; the "
+        f"worst is row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (expected for "
+        f"{store.spec.dtype} from {store.spec.precision}: at least {allowed.cosine:g}), relative mse "
+        f"{worst.relative_mse:.1e} (at most {allowed.relative_mse:g}).\nDon't distil from this store: look for a "
+        "worker with other software or a faulty device, and precompute a new store"
     )
     return True
 
@@ -156,8 +165,11 @@ def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditResult]:
     """Embed each row's image again in float32, and compare. Runs in a dask worker.
 
     Args:
-        task: the rows.
+        task: rows to audit.
         plugin_name: name of the `TeacherPlugin` that the worker holds.
+
+    Returns:
+        One result for each row, in order.
 
     Raises:
         StoreError: the store can't be read, or is damaged.
@@ -184,7 +196,7 @@ def audit_rows(task: AuditTask, plugin_name: str) -> list[AuditResult]:
 
 
 def _reason_not_audited(record: ImageRecord, loaded: LoadedImage) -> str | None:
-    """Return why a row can't be compared, None if it can: a changed photo says nothing about the stored embedding."""
+    """Return the reason if a row can't be audited, else None. An image that changed since has another embedding."""
     result = loaded.result
     if result.sha256 is not None and result.sha256 != record.sha256:
         return f"{shown(record.key)} changed during the run"
@@ -210,8 +222,8 @@ def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
 
     Returns:
         `cosine`: over the channels at each cell, mean over cells. `relative_mse`: sum (s - t)^2 / sum (t - t_c)^2,
-        with t_c the fresh embedding's mean per channel. Where one is undefined, -1 and the largest float: neither
-        JSON nor SQLite has a NaN.
+        with s the stored and t the fresh embedding, and t_c the latter's mean per channel. If either is undefined,
+        -1 and the largest float, since neither JSON nor SQLite has a NaN.
     """
     stored_CL = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
     fresh_CL = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)

@@ -25,30 +25,30 @@ from .config import PrecomputeConfig
 from .worker import TASKS_PER_WORKER, TeacherPlugin, describe_worker, measure_worker
 
 WORKER_DEATHS_ALLOWED = 2
-"""Deaths of a worker under one shard that count as bad luck; at the next, its images are suspected."""
+"""Deaths of workers under one shard that are tolerated; after one more, the shard's images are tested."""
 START_SECONDS = 300.0
-"""Time for a worker that died to be restarted. dask alone would give it up for good after 15 seconds, which a busy
-machine needs to start one."""
+"""Time for a worker that died to be restarted. dask's default is 15 seconds, which a busy machine may need for a
+start."""
 SILENCE_SECONDS = 10.0
 """Time, on top of an image's time limit, after which a silent local worker is replaced.
 
-Workers report twice a second from a thread of their own, however long the teacher takes. Only code that holds
-Python's lock silences one, as an image's decoder may: for no longer than any image is given.
+Workers report twice a second from a separate thread, however long the teacher takes. Only code that holds Python's
+global interpreter lock silences one, such as an image's decoder, which may take as long as the image's time limit.
 """
 LOG_LENGTH = 20
-"""Messages, events and state changes that each part of a local cluster remembers, for dask's developers. With dask's
-own 1,000, memory grew by 1 KB an image for 64,000 images: a shard's messages hold a line for each of its images."""
+"""Messages, events and state changes that each part of a local cluster keeps for debugging dask. With dask's default
+of 1,000, memory grew by 1 KB per image for 64,000 images: a shard's messages hold a line for each of its images."""
 
 _LOW_OVERHEAD = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "500ms",
     "distributed.admin.system-monitor.interval": "2s",
 }
-"""Settings against dask's self-observation, which runs a hundred times a second. On a CPU it costs the teacher more
-than its own time: where a product is divided among all cores, all of them wait for the one that was disturbed."""
+"""Settings that reduce dask's profiling, which runs a hundred times a second. On a CPU it costs the teacher more than
+its own time: when a matrix product is divided among all cores, all of them wait for the one that was interrupted."""
 
 _SILENT = logging.CRITICAL + 1
-"""Log level of a local cluster: its failures are raised here; dask would log them as critical, with tracebacks."""
+"""Log level of a local cluster: its failures are reported here; dask would log them as critical, with tracebacks."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -65,14 +65,15 @@ class Cluster:
 
     client: Client
     address: str
-    """Of the scheduler."""
+    """Address of the scheduler."""
     workers: int
+    """Worker processes at the start."""
     devices: tuple[str, ...]
     """Devices that the workers take in turn."""
     threads: int | None
     """Threads of each worker, for torch on a CPU and for decoding; None for as many as it was started with."""
     local: bool
-    """This run started the cluster, and ends it."""
+    """True if this run started the cluster and ends it."""
 
     @property
     def dashboard(self) -> str:
@@ -83,10 +84,10 @@ class Cluster:
         """Resolve device and precision on every worker.
 
         Args:
-            precision: as asked for, `auto` included.
+            precision: precision asked for, one of `AUTO_PRECISIONS`.
 
         Returns:
-            The different pairs of device type (cpu or cuda) and precision (float32 or bfloat16).
+            The distinct pairs of device type ("cpu" or "cuda") and precision ("float32" or "bfloat16").
 
         Raises:
             PrecomputeError: a worker lacks mobilesam, or has another version.
@@ -100,7 +101,7 @@ class Cluster:
         return set(answers.values())
 
     def measure_worker(self, precision: str) -> float:
-        """Measure the multiply-accumulates per second of one worker."""
+        """Measure the multiply-accumulates per second of one worker in this precision ("float32" or "bfloat16")."""
         measured = self.client.submit(measure_worker, self.devices[0], precision, pure=False)
         return float(measured.result())
 
@@ -110,7 +111,7 @@ class Cluster:
 
     @contextmanager
     def holding(self, plugin: TeacherPlugin) -> Iterator[None]:
-        """Give the plugin to all workers, present and future, in the context."""
+        """Register the plugin with all workers, present and future, for the context."""
         self.client.register_plugin(plugin)
         try:
             yield
@@ -123,16 +124,16 @@ class Cluster:
         try:
             self.client.unregister_worker_plugin(plugin.name)
         except OSError as error:
-            # The work is done, and a worker that dies now frees its teacher's memory.
-            logger.warning("a worker could not be told to release the teacher (%s)", error)
+            # The work is done, and a worker that has died holds no memory.
+            logger.warning("a worker could not be asked to release the teacher (%s)", error)
 
     def refuse_lost_connection(self) -> None:
-        """Raise PrecomputeError if the scheduler has gone away: dask would wait for its answers for ever."""
+        """Raise PrecomputeError if the connection to the scheduler is lost: dask would wait for ever."""
         if self.client.status != "running":
-            DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it says the same, in a traceback
+            DASK_CLIENT_LOG.setLevel(logging.CRITICAL)  # it reports the same with a traceback
             raise PrecomputeError(
                 f"the connection to the dask scheduler at {self.address} was lost; what is committed stays, run the "
-                "same command to go on"
+                "same command to resume"
             )
 
 
@@ -148,7 +149,7 @@ def connect(config: PrecomputeConfig) -> Iterator[Cluster]:
 
 
 def local_devices(config: PrecomputeConfig) -> tuple[str, ...]:
-    """Return the devices that a local cluster uses: every GPU for `auto` and `cuda`, else the one that is named."""
+    """Return the devices that a local cluster uses: every GPU for `auto` and `cuda`, else the device named."""
     import torch
 
     from ..sam.device import resolve_device
@@ -203,7 +204,7 @@ def _settings(config: PrecomputeConfig) -> dict[str, Any]:
         "distributed.scheduler.worker-ttl": f"{config.image_timeout + SILENCE_SECONDS}s",
         "distributed.worker.daemon": True,
     }
-    if config.performance_report is None:  # which is drawn from what dask remembers and profiles
+    if config.performance_report is None:  # the report needs dask's profiles and logs
         settings["distributed.admin.low-level-log-length"] = LOG_LENGTH
         settings |= _LOW_OVERHEAD
     return settings
@@ -214,15 +215,15 @@ def _cluster_class(
 ) -> tuple[Callable[..., LocalCluster], tuple[str, ...]]:
     """Choose the class that starts the workers, and the devices that they take in turn.
 
-    Where dask-cuda is installed, its cluster serves several GPUs with one worker each: it keeps a worker to the cores
-    next to its GPU, and shows it that GPU first.
+    If dask-cuda is installed, its cluster serves several GPUs with one worker each: it binds a worker to the cores
+    near its GPU, and lists that GPU first in the worker's CUDA_VISIBLE_DEVICES.
     """
     if len(devices) > 1 and workers <= len(devices):
         try:
             from dask_cuda import LocalCUDACluster
         except ImportError:
             return LocalCluster, devices
-        # Tasks return numbers, nothing that would have to move out of a GPU's memory.
+        # Tasks return no GPU arrays that dask would have to spill.
         return partial(LocalCUDACluster, device_memory_limit=None), ("cuda:0",)
     return LocalCluster, devices
 
@@ -235,7 +236,7 @@ def _start(make_cluster: Callable[..., LocalCluster], workers: int, scratch: str
             processes=True,
             host=_LOOPBACK,
             dashboard_address=f"{_LOOPBACK}:0",
-            # The teacher is most of a worker's memory, and no reason to kill it.
+            # dask must not kill a worker for its memory, most of which is the teacher.
             memory_limit=None,
             local_directory=scratch,
             silence_logs=_SILENT,
@@ -249,15 +250,16 @@ def _start(make_cluster: Callable[..., LocalCluster], workers: int, scratch: str
 
 @contextmanager
 def scratch_folder() -> Iterator[str]:
-    """Make a folder for what workers keep on disk, in the system's place for temporary files, and remove it at the
-    context's end; those of killed runs are removed first.
+    """Make a folder for the workers' files in the system's temporary folder, and remove it when the context ends.
 
-    The process holds a lock on a file in its folder while it lives. The kernel releases the lock when the process
-    dies, however it dies: a folder whose lock is free is abandoned.
+    Folders that killed runs left are removed first.
+
+    The process holds a lock on a file in its folder as long as it lives. The kernel releases the lock when the
+    process ends in any way, so a folder whose lock is free is abandoned.
     """
     place = Path(tempfile.gettempdir())
     _remove_abandoned(place)
-    # Other runs ignore this name. The folder gets its own once the lock is held.
+    # Other runs ignore this name. The folder gets its final name once the lock is held.
     folder = Path(tempfile.mkdtemp(prefix=_UNLOCKED_PREFIX))
     descriptor = os.open(folder / _SCRATCH_LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -270,7 +272,7 @@ def scratch_folder() -> Iterator[str]:
 
 
 def _remove_abandoned(place: Path) -> None:
-    """Remove this user's own real folders with our lock file in them, each once its lock is ours. A folder that can't
+    """Remove this user's folders (no links) that have our lock file, each after taking its lock. A folder that can't
     be locked or removed is left alone: it does no harm."""
     for folder in place.glob(f"{_SCRATCH_PREFIX}*"):
         with suppress(OSError):

@@ -25,9 +25,9 @@ DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024
 DEFAULT_DTYPE = "float16"
 DEFAULT_IMAGE_TIMEOUT = 120.0
-"""Seconds: a hundred times as long as a camera's slowest photo takes, and too short for one file to cost a night."""
+"""Seconds: a hundred times the time of the slowest camera photo, and too short for one file to cost a night."""
 LARGEST_SHARD_SIZE = 10_000
-"""Images; at SAM's 2 MB each that is a file of 20 GB, and all of it is lost with a killed worker."""
+"""Images; at 2 MB per SAM embedding in float16 that is a file of 20 GB, all of which is lost with a killed worker."""
 
 
 def _auto_or_number(text: str) -> int | None:
@@ -41,11 +41,11 @@ def _auto_or_number(text: str) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeConfig:
-    """Options of one precompute job, checked where they are made.
+    """Options of one precompute job, validated on construction.
 
-    None (for `precision`: "auto") means the setting of the store where one exists, else the default. `fraction` is
-    applied before `limit`. `workers` is ignored where `scheduler` is given. `compile` leaves the audit's teacher as
-    it is, and `keep_images` an existing store; the images are kept losslessly.
+    None (for `precision`: "auto") means the setting of the existing store, else the default. `fraction` is applied
+    before `limit`. `workers` is ignored if `scheduler` is given. `compile` doesn't affect the audit's teacher, which
+    is never compiled. `keep_images` doesn't change whether an existing store keeps images; they are kept losslessly.
 
     Raises:
         PrecomputeError: a value is outside its range.
@@ -55,7 +55,7 @@ class PrecomputeConfig:
         metavar="DIR|TAR...",
         help="Folders (searched recursively) and .tar files with the images; several may follow one --images.",
     )
-    out: Path = option(Path("store.zarr"), help="Store to write; the work on an existing one is continued.")
+    out: Path = option(Path("store.zarr"), help="Store to write; an existing one is resumed.")
     teacher: str | None = option(
         None,
         choices=tuple(TEACHERS),
@@ -116,7 +116,7 @@ class PrecomputeConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.images, str | Path):
-            raise TypeError(f"images is a tuple of paths, not {self.images!r} alone")
+            raise TypeError(f"images must be a tuple of paths; it is {self.images!r}")
         self._require(bool(self.images), "no images: name a folder or a .tar file with --images")
         self._require(0 < self.fraction <= 1, f"--fraction {self.fraction} is not in (0, 1]")
         for name in ("limit", "workers", "shard_size", "batch_size"):

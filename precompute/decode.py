@@ -24,10 +24,10 @@ from ..store import RowResult
 from .messages import Span, Stopwatch, TaskImage
 
 BATCHES_AHEAD = 2
-"""Decoded batches that wait for the teacher at most: enough to keep it busy, few enough for memory."""
+"""Most decoded batches that wait for the teacher: enough to keep it busy, few enough for memory."""
 
 HUNG_ALLOWED = 16
-"""Threads of one process that may hang at a time. More of them point to the disk or server, not to single images."""
+"""Threads of one process that may hang at a time. More of them indicate a fault of the disk or server."""
 
 Loaded = TypeVar("Loaded")
 
@@ -38,12 +38,13 @@ class LoadedImage:
 
     image: TaskImage
     result: RowResult
-    """What is known of the row so far: hash and length of the file, sizes, the reason if it failed."""
+    """Result of the row so far: hash and length of the file, sizes, the reason if it failed."""
     decoded: DecodedImage | None
     """None if the image failed."""
     kept: bytes | None
-    """Image file that the store keeps of the resized pixels, if it keeps any."""
+    """Encoded resized image, in stores that keep images."""
     span: Span
+    """Time of reading and decoding."""
     cpu_seconds: float
     """CPU time spent in `span`."""
 
@@ -52,8 +53,8 @@ class LoadedImage:
 class Batch:
     """Images of consecutive rows, on canvases for the teacher.
 
-    There are always as many canvases as the batch size: those of failed images and those past a shard's end are
-    black with an image size of 1 x 1, so that the other rows' arithmetic never depends on them.
+    There are always as many canvases as the batch size, so that other rows' arithmetic never depends on missing
+    images: canvases of failed images and those past a shard's end are black, with an image size of 1 x 1.
     """
 
     images: tuple[LoadedImage, ...]
@@ -73,16 +74,18 @@ def decoded_batches(
     *,
     keep_images: bool = False,
 ) -> Generator[Batch]:
-    """Yield the images in order, batch by batch, decoded ahead by a pool of threads. Close the generator.
+    """Decode images ahead of their use by a pool of threads, and yield them in order, batch by batch.
+
+    Close the generator to end the threads.
 
     Args:
-        images: rows to decode.
+        images: images to decode, of consecutive rows.
         root: folder that the images' keys are relative to.
         image_size: side of the teacher's square, in pixels.
         batch_size: images of a batch; the last batch may have fewer, on as many canvases.
-        threads: threads that decode.
-        timeout: seconds after which one image fails.
-        keep_images: encode the files that a store keeps of the images.
+        threads: number of threads that decode.
+        timeout: seconds of reading and decoding after which one image fails.
+        keep_images: also encode each resized image for the store.
 
     Raises:
         PrecomputeError: more than `HUNG_ALLOWED` images hang at once.
@@ -107,7 +110,17 @@ def decoded_batches(
 
 
 def load(image: TaskImage, root: Path, image_size: int, *, keep_images: bool = False) -> LoadedImage:
-    """Read, hash, decode and resize one image. An unusable file is no error: its result holds the reason."""
+    """Read, hash, decode and resize one image.
+
+    Args:
+        image: image to load; one that is excluded is not read.
+        root: folder that the image's key is relative to.
+        image_size: side of the teacher's square, in pixels; the longer side is resized to it.
+        keep_images: also encode the resized image for the store.
+
+    Returns:
+        The image; if its file can't be used, no exception is raised, and the result holds the reason.
+    """
     watch, cpu_start = Stopwatch(), time.thread_time()
     decoded = kept = sha256 = length = None
     reason = image.excluded
@@ -137,7 +150,7 @@ def load(image: TaskImage, root: Path, image_size: int, *, keep_images: bool = F
 
 
 def _listed_size(image: ImageRef) -> int | None:
-    # A file may have been replaced since it was listed, and is then read as it is now. A tar's member can't.
+    # A file that was replaced since the listing is read as it is now. A tar's members can only be read as listed.
     return None if image.offset is None else image.size
 
 
@@ -168,7 +181,10 @@ def _assemble(loaded: Sequence[LoadedImage], image_size: int, batch_size: int) -
 
 
 class DecodeFuture(Generic[Loaded]):
-    """One image submitted to a decode pool. `started` is in seconds of the monotonic clock, None while it waits."""
+    """One image submitted to a decode pool.
+
+    `started` is the time at which its decoding began, in seconds of the monotonic clock; None while it waits.
+    """
 
     def __init__(self, image: TaskImage) -> None:
         self.image = image
@@ -187,8 +203,8 @@ class DecodeFuture(Generic[Loaded]):
 class DecodePool(Generic[Loaded]):
     """Decode pool that survives hung images: a thread that exceeds the timeout is abandoned and replaced.
 
-    The threads are daemons, so that a hung one keeps no process from ending. Results must be asked for in the order
-    of submission, by one thread.
+    The threads are daemons, so that a hung one doesn't keep the process from ending. Results must be requested in
+    the order of submission, by one thread.
 
     Args:
         threads: number of threads.
@@ -216,15 +232,15 @@ class DecodePool(Generic[Loaded]):
         """Wait for an image.
 
         Returns:
-            The result of `load`; None when it took longer than the timeout.
+            The result of `load`; None if it took longer than the timeout.
 
         Raises:
             PrecomputeError: more than `HUNG_ALLOWED` threads of this process hang.
-            BaseException: the one that `load` raised.
+            BaseException: as raised by `load`.
         """
         with self._changed:
             while not future.done:
-                # Every image before a waiting one has ended or was abandoned and replaced: its turn will come.
+                # Every image before this one has ended or was abandoned, so that a thread will take it.
                 left = None if future.started is None else future.started + self._timeout - time.monotonic()
                 if left is not None and left <= 0:
                     self._abandon(future)
@@ -235,7 +251,7 @@ class DecodePool(Generic[Loaded]):
         return future.loaded
 
     def close(self) -> None:
-        """Let each thread end after its current image, without waiting for it."""
+        """Ask each thread to end after its current image; don't wait for them."""
         self._closed = True
         for _ in range(self._threads):
             self._waiting.put(None)
@@ -250,9 +266,9 @@ class DecodePool(Generic[Loaded]):
         count = _count_hung(future.thread)
         if count > HUNG_ALLOWED:
             raise PrecomputeError(
-                f"{count} images at once took longer than {self._timeout:g} s to read and decode: can the disk or "
-                "server that they lie on be read? Then run the same command again, with a longer --image-timeout if "
-                "it is slow"
+                f"{count} images at once took longer than {self._timeout:g} s to read and decode: check the disk or "
+                "server that holds them, then run the same command again, with a longer --image-timeout if it is "
+                "only slow"
             )
 
     def _work(self) -> None:
@@ -264,7 +280,7 @@ class DecodePool(Generic[Loaded]):
             loaded = error = None
             try:
                 loaded = self._load(future.image)
-            except BaseException as raised:  # noqa: BLE001 - it is raised where the result is asked for
+            except BaseException as raised:  # noqa: BLE001 - `result` raises it
                 error = raised
             with self._changed:
                 future.loaded, future.error = loaded, error
@@ -278,7 +294,7 @@ _hung_lock = threading.Lock()
 
 
 def _count_hung(thread: threading.Thread) -> int:
-    """Add a hung thread, and count those of this process that still hang."""
+    """Add a hung thread, and return the number of this process's threads that still hang."""
     with _hung_lock:
         _hung[:] = [other for other in _hung if other.is_alive()] + [thread]
         return len(_hung)

@@ -1,4 +1,4 @@
-"""`mobilesam precompute --dry-run`: work, disk space and time that a run would take, without doing it.
+"""`mobilesam precompute --dry-run`: estimate the work, disk space and time of a run without doing it.
 
 Shape suffixes: B images of a batch, H, W rows and columns of an image, C channels, 2 (height, width).
 """
@@ -25,7 +25,7 @@ from .progress import Observer, SilentObserver
 
 
 def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
-    """Plan a run, estimate what it takes, and change nothing. Nothing is downloaded.
+    """Plan a run and estimate its cost. Nothing is changed or downloaded.
 
     Args:
         config: options of the run.
@@ -33,12 +33,13 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
 
     Returns:
         `images, pending`: rows in all, and to compute. `shards, shard_size`: shards in all, and images per shard.
-        `bytes_needed, bytes_free`: on disk for what is to be computed (every kept image taken to be as large as the
-        first), and free there. `seconds_per_image, seconds`: time of one image, timed on this machine without
-        `compile`, and of all pending ones by all workers; None when nothing is pending or the checkpoint is absent.
+        `bytes_needed, bytes_free`: disk space for the pending rows (assuming that every kept image is as large as the
+        first), and free space there. `seconds_per_image`: time of one image, measured on this machine without
+        `compile`. `seconds`: time of all pending images on all workers. Both are None if nothing is pending, no
+        image can be decoded, or the checkpoint is absent.
 
     Raises:
-        PrecomputeError, SamError, StoreError: as `precompute`.
+        PrecomputeError, SamError, StoreError: as in `precompute`.
     """
     observer = observer or SilentObserver()
     with ExitStack() as stack:
@@ -75,13 +76,13 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
         f"time          {duration}",
     ]
     if needed > free:
-        lines.append(f"There is too little room: {needed - free:,} bytes are missing.")
+        lines.append(f"The disk has too little room: {needed - free:,} bytes are missing.")
     return lines
 
 
 def _first_decoded(plan: Plan) -> Batch | None:
-    """Return the first image that can be decoded, as a batch of its own. A run would record those before it as
-    failed."""
+    """Return the first image that can be decoded, as a batch of one; None if there is none. A run would record the
+    images before it as failed."""
     images = [TaskImage(row=row, ref=file) for row, file in enumerate(plan.listing.files)]
     batches = decoded_batches(
         images,
@@ -116,8 +117,8 @@ def _seconds_per_image(plan: Plan, first: Batch, observer: Observer) -> float | 
 
 
 def _timed(plan: Plan, file: TeacherFile, batch: Batch) -> float:
-    """Time one image from the file's bytes to the embedding, in seconds. On a GPU the second pass through the teacher
-    counts, since the first one also warms up."""
+    """Measure the seconds of one image, decoding included. On a GPU the teacher's second pass is measured, since the
+    first one includes the warm-up."""
     import torch
 
     from ..sam.teacher import load_teacher

@@ -1,9 +1,9 @@
 """Messages between coordinator and workers: row numbers and keys out, records and numbers back, never arrays.
 
-A dask task begins in one of three functions, with one of the tasks of this module:
+A dask task calls one of three functions, with one of this module's tasks:
 
 - `shard.compute_shard(ShardTask)`: compute one shard; `scheduler.py` submits it and commits the `ShardResult`.
-- `shard.probe(ShardTask)`: find out whether images kill the worker; `supervision.py` submits it.
+- `shard.probe(ShardTask)`: test if images kill the worker; `supervision.py` submits it.
 - `audit.audit_rows(AuditTask)`: embed stored rows again; `audit.run_audit` submits it.
 
 An image is an `ImageRef` in the listing and the manifest, a `TaskImage` on its way to the worker, a
@@ -20,15 +20,15 @@ from ..common.image_ref import ImageRef
 from ..store import PIXELS_PER_CELL, ArrayLayout, Audit, RowResult
 
 BATCH_TOPIC = "mobilesam-batch"
-"""Topic of the events by which workers report computed rows before their shard is committed."""
+"""Topic of the events in which workers report computed rows before their shard is committed."""
 
 MESSAGE_TOPIC = "mobilesam-message"
-"""Topic of the events by which workers send one-line messages for the user."""
+"""Topic of the events in which workers send one-line messages for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSetup:
-    """Description from which each worker loads its teacher."""
+    """Description of the teacher that each worker loads."""
 
     name: str
     checkpoint: Path | None
@@ -45,16 +45,17 @@ class TeacherSetup:
     threads: int | None
     """Threads for torch on a CPU and for decoding; None for as many as the worker has."""
     local: bool
-    """The workers are children of the coordinator and must die with it."""
+    """True if the workers are children of the coordinator and must die with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskImage:
-    """One image of a shard. With `excluded`, it is not read, and fails for that reason."""
+    """One image of a shard."""
 
     row: int
     ref: ImageRef
     excluded: str | None = None
+    """Reason for which the image fails without being read; None to read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ class ShardTask:
     store: Path
     layouts: tuple[ArrayLayout, ...]
     image_root: Path
+    """Folder that the images' keys are relative to, the same on every machine."""
     images: tuple[TaskImage, ...]
-    """The shard's rows in order."""
+    """Images of the shard's rows, in order."""
     batch_size: int
     """Images of every batch that the teacher computes; a short batch is padded to it."""
     image_timeout: float
@@ -74,7 +76,7 @@ class ShardTask:
     batch_timeout: float
     """Seconds for one batch in the teacher."""
     kept_images: str | None = None
-    """Kind of the image files that the store keeps; None if it keeps none."""
+    """File type of the images that the store keeps; None if it keeps none."""
 
     @property
     def image_size(self) -> int:
@@ -92,7 +94,7 @@ class Span:
 
 
 class Stopwatch:
-    """Start of a span. Its length comes from the monotonic clock, since the system clock may be set during it."""
+    """Stopwatch for spans. It measures by the monotonic clock, since the system clock may be set meanwhile."""
 
     def __init__(self) -> None:
         self._start, self._began = time.time(), time.perf_counter()
@@ -104,16 +106,16 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardResult:
-    """A shard whose partial files are written, ready to be committed."""
+    """Result of a shard whose partial files are complete and can be committed."""
 
     shard: int
     attempt: str
-    """Part of the partial files' names, unique to this attempt."""
+    """Name of the attempt, which is part of the partial files' names."""
     results: tuple[RowResult, ...]
     """One for each row of the shard, in order."""
     spans: tuple[Span, ...]
     decode_seconds: float
-    """CPU time of reading and decoding, over all images."""
+    """CPU seconds of reading and decoding all images."""
     worker: str
     """Address of the worker."""
 
@@ -123,6 +125,7 @@ class BatchDone:
     """Event: a worker has computed `rows` rows of a shard, `failed` of them without an embedding."""
 
     run: str
+    """Identifier of the precompute run."""
     shard: int
     attempt: str
     rows: int
@@ -131,7 +134,7 @@ class BatchDone:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditTask:
-    """Rows of a store to embed again, from the images that they were embedded from. Timeouts as in ShardTask."""
+    """Rows of a store whose images are embedded again. Root and timeouts are as in `ShardTask`."""
 
     store: Path
     image_root: Path

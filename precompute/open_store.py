@@ -1,4 +1,4 @@
-"""Opening of the planned store for writing: made, or resumed and extended, with the teacher that it belongs to."""
+"""Open the planned store for writing: make it, or resume and extend it, with its teacher's weights."""
 
 from __future__ import annotations
 
@@ -29,20 +29,23 @@ class TeacherFile:
     path: Path | None
     """None for the embedded teacher."""
     sha256: str
-    """Of the checkpoint; of the package's weights for the embedded teacher."""
+    """SHA-256 of the checkpoint; of the package's weights for the embedded teacher."""
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
-    """Find, or download, and hash the plan's teacher.
+    """Find the checkpoint of the plan's teacher, or download it, and hash it.
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         observer: receives the download's progress.
         download: if False, an absent checkpoint is an error.
 
+    Returns:
+        The teacher's name, file and hash.
+
     Raises:
-        PrecomputeError: the store was made with a checkpoint that is not the official one, and none is given; raised
-            before any download.
+        PrecomputeError: the store was made with an unofficial checkpoint, and none is given; raised before any
+            download.
         CheckpointError: the checkpoint is absent or can't be read.
         DownloadError: it can't be downloaded.
     """
@@ -62,6 +65,14 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
 
 def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> EmbeddingStore:
     """Make or extend the store as planned, and open it as its only writer.
+
+    Args:
+        plan: plan of the run.
+        teacher: the plan's teacher, as `find_teacher` returns it.
+        observer: receives messages about an extension or a repair.
+
+    Returns:
+        The store, open for writing.
 
     Raises:
         StoreMismatch: the store was made with another checkpoint or preprocessing.
@@ -91,7 +102,7 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
 def _update(
     store: EmbeddingStore, existing: ExistingStore, plan: Plan, teacher: TeacherFile, observer: Observer
 ) -> None:
-    """Repair, extend and withdraw as planned, and take over the new listing of pending images."""
+    """Repair the head, extend the store and withdraw shards as planned, and update the pending images' listing."""
     if store.manifest.row_count() != existing.rows:
         raise PrecomputeError(
             f"another process extended {plan.config.out} just now, from {existing.rows:,} to "
@@ -108,7 +119,7 @@ def _update(
 
 
 def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
-    """Replace a damaged or missing copy of SAM's prompt encoder and mask decoder: the teacher's file has them."""
+    """Restore a damaged or missing copy of SAM's prompt encoder and mask decoder from the teacher's file."""
     try:
         store.read_head()
     except StoreDamaged as error:
@@ -142,7 +153,7 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of this package, Python, and the packages that decide an embedding's bits."""
+    """Return the versions of this package, Python, and the packages on which an embedding's bits depend."""
     found = {"mobilesam": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Plan of a run: options, listing, store and hardware together, with contradictions refused before any work."""
+"""Plan of a run: options, images, store and hardware together; contradictions are refused before any work."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ class Hardware:
     device_type: str
     """cpu or cuda."""
     workers: int
+    """Number of worker processes."""
     precision: str
-    """float32 or bfloat16, as resolved."""
+    """float32 or bfloat16, never auto."""
     macs_per_second: float | None
-    """Multiply-accumulates per second of one worker; None where no shard size has to be chosen by it."""
+    """Multiply-accumulates per second of one worker; None if the shard size is already given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,27 +44,35 @@ class ExistingStore:
 
     spec: StoreSpec
     rows: int
+    """Rows of any status."""
     committed: Mapping[int, int]
     """Number of rows of each committed shard."""
     shards_with_failures: tuple[int, ...]
+    """Committed shards in which at least one image failed, ascending."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that is decided before a run begins."""
+    """Decisions made before a run begins."""
 
     config: PrecomputeConfig
     existing: ExistingStore | None
     """None if a new store will be made."""
     hardware: Hardware
     listing: ImageSet
+    """All images found in the sources."""
     selection: Selection
+    """Rule that chooses among them."""
     new_images: tuple[ImageRef, ...]
-    """Images that will get rows in the store."""
+    """Images to append to the store, one for each new row."""
     teacher: str
+    """Name of the teacher."""
     image_size: int
+    """Side of the teacher's square input, in pixels."""
     dtype: str
+    """Type of the stored embeddings."""
     shard_size: int
+    """Rows of a full shard."""
 
     @property
     def keeps_images(self) -> bool:
@@ -74,17 +83,17 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Rows that the store will have."""
+        """Number of rows that the store will have."""
         return len(self.new_images) + (self.existing.rows if self.existing else 0)
 
     @property
     def shards(self) -> int:
-        """Shards that the store will have."""
+        """Number of shards that the store will have."""
         return shard_count(self.rows, self.shard_size)
 
     @property
     def pending(self) -> dict[int, int]:
-        """Number of rows of each shard to compute."""
+        """Number of rows of each shard to compute, by shard."""
         every = {shard: len(rows_of(shard, self.shard_size, self.rows)) for shard in range(self.shards)}
         if self.existing is None:
             return every
@@ -97,7 +106,7 @@ class Plan:
 
 
 def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> tuple[Plan, Cluster | None]:
-    """Plan a run, and change nothing.
+    """Plan a run without changing anything.
 
     Args:
         config: options of the run.
@@ -108,9 +117,10 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
         The plan; the connected cluster at `--scheduler`, None without one.
 
     Raises:
-        StoreError: the path is taken, or options contradict the store (StoreMismatch).
+        StoreError: the path holds something else than a store.
+        StoreMismatch: options contradict the store.
         SamError: the images can't be listed.
-        PrecomputeError: no cluster at `--scheduler`, or images and store don't fit together.
+        PrecomputeError: no cluster answers at `--scheduler`, or the selected images don't match the store's.
     """
     existing = read_existing(config.out)
     if existing:
@@ -120,7 +130,7 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
 
 
 def read_existing(path: Path) -> ExistingStore | None:
-    """Read what the store at `path` holds; None if there is no store, and one can be made there."""
+    """Read the facts that a plan needs from the store at `path`; return None if a store can be made there."""
     if not exists(path):
         refuse_taken(path)
         return None
@@ -134,7 +144,15 @@ def read_existing(path: Path) -> ExistingStore | None:
 
 
 def refuse_contradictions(config: PrecomputeConfig, spec: StoreSpec) -> None:
-    """Raise StoreMismatch if explicit settings differ from the store's."""
+    """Refuse options that contradict an existing store.
+
+    Args:
+        config: options of the run; those that are None, and precision "auto", fit any store.
+        spec: description of the store.
+
+    Raises:
+        StoreMismatch: an option differs from the store's setting.
+    """
     spec.refuse_differences(
         config.out,
         {
@@ -153,7 +171,16 @@ def detect_hardware(
 ) -> Hardware:
     """Detect devices, workers and precision of this machine, or of an existing cluster's workers.
 
-    Precision `auto` means the store's own, else bfloat16 where every worker's hardware accelerates it.
+    Precision `auto` means that of the existing store, else bfloat16 if the hardware of every worker accelerates it.
+
+    Args:
+        config: options of the run.
+        existing: contents of the store, if there is one.
+        cluster: connected cluster at `--scheduler`, if one is given.
+
+    Raises:
+        PrecomputeError: a worker lacks mobilesam, or has another version.
+        SamError: the device named is not there.
     """
     asked = existing.spec.precision if existing else config.precision
     measure = existing is None and config.shard_size is None
@@ -184,7 +211,18 @@ def detect_hardware(
 def make_plan(
     config: PrecomputeConfig, existing: ExistingStore | None, hardware: Hardware, observer: Observer
 ) -> Plan:
-    """List the images and choose among them. Raises as `plan_run`."""
+    """List the images, choose among them, and settle the store's parameters.
+
+    Args:
+        config: options of the run.
+        existing: contents of the store, if there is one; its parameters win over the defaults.
+        hardware: hardware that the teacher will run on.
+        observer: receives a message for each file that can't be listed.
+
+    Raises:
+        SamError: the images can't be listed.
+        PrecomputeError: the selected images don't match the store's, or there are none.
+    """
     listing = list_images(config.images, root=_root(config, existing))
     for problem in listing.problems:
         observer.message(f"skipped: {problem}")
@@ -224,8 +262,10 @@ def make_plan(
 
 
 def _root(config: PrecomputeConfig, existing: ExistingStore | None) -> Path | None:
-    """Return the store's own image root if the given images lie below it, so that keys stay the same when only a part
-    of the first folders, or more of them, is named."""
+    """Return the store's image root if the given images lie below it, else None.
+
+    Keys then stay the same if fewer or more folders are named than when the store was made.
+    """
     if existing is None:
         return None
     root = Path(existing.spec.image_root)
@@ -247,7 +287,14 @@ def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageRef], ro
 
 
 def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
-    """Select the images of a new store: those that the fraction keeps, in the order given, up to the limit.
+    """Select the images of a new store.
+
+    Args:
+        files: listed images.
+        selection: rule to apply.
+
+    Returns:
+        The images that the fraction keeps, in the order given, up to the limit.
 
     Raises:
         PrecomputeError: the fraction keeps no image.
@@ -265,15 +312,18 @@ def select_additional(
 ) -> list[ImageRef]:
     """Select the images to append to a store.
 
-    Both iterables are walked once, side by side, so that a store's keys are never all in memory.
+    Both iterables are merged in one pass, so that a store's keys are never all in memory.
 
     Args:
-        files: the listing, sorted by the bytes of the keys.
-        selection: what is asked for.
-        stored: keys of the store's images, sorted.
+        files: listed images, sorted by the bytes of their keys.
+        selection: rule to apply; its limit counts the store's images, too.
+        stored: keys of the store's images as bytes, sorted.
+
+    Returns:
+        The selected images that the store lacks, in the order given.
 
     Raises:
-        PrecomputeError: the selection lacks images of the store; a row is never dropped.
+        PrecomputeError: the listing or the selection lacks images of the store; a row is never dropped.
     """
     new: list[ImageRef] = []
     rows = gone = dropped = 0

@@ -17,7 +17,7 @@ class Snapshot:
     done_before: int
     """Rows committed before this run, failed ones included."""
     computed: int
-    """Rows committed or computed so far, failed ones and `done_before` included."""
+    """Rows computed so far, committed or not, failed ones and `done_before` included."""
     failed: int
     """Failed rows among `computed`."""
     images_per_second: float | None
@@ -33,14 +33,19 @@ class Observer(Protocol):
         """Receive a message for the user: one line, or a few."""
 
     def download(self, done: int, total: int) -> None:
-        """Receive the bytes of a checkpoint downloaded so far, and its bytes in all."""
+        """Receive the progress of a checkpoint's download.
+
+        Args:
+            done: bytes downloaded so far.
+            total: bytes of the file.
+        """
 
     def progress(self, snapshot: Snapshot) -> None:
         """Receive the progress, about twice a second and after each commit."""
 
 
 class SilentObserver:
-    """Observer that ignores everything."""
+    """Observer that ignores everything; its methods are those of `Observer`."""
 
     def message(self, text: str) -> None: ...
 
@@ -50,9 +55,9 @@ class SilentObserver:
 
 
 class Progress:
-    """Counter of committed rows, and of rows that workers reported of shards not yet committed.
+    """Counter of committed rows, and of rows that workers have reported from shards not yet committed.
 
-    A shard that is retried counts by its latest attempt only.
+    Of a shard that is retried, only the latest attempt counts.
 
     Args:
         images: rows of the store.
@@ -71,7 +76,14 @@ class Progress:
         self._clock: Callable[[], float] = time.monotonic
 
     def add_batch(self, shard: int, attempt: str, rows: int, failed: int) -> None:
-        """Count rows of a shard that a worker has computed. The report may arrive after the shard's commit."""
+        """Count rows of a shard that a worker has computed. A report that arrives after the commit is ignored.
+
+        Args:
+            shard: number of the shard.
+            attempt: name of the attempt.
+            rows: rows of the batch, failed ones included.
+            failed: failed rows among them.
+        """
         if attempt in self._committed_attempts:
             return
         self._start()
@@ -81,7 +93,14 @@ class Progress:
         self._in_flight[shard] = (attempt, before + rows, failed_before + failed)
 
     def add_commit(self, shard: int, attempt: str, rows: int, failed: int) -> None:
-        """Count a committed shard."""
+        """Count a committed shard, in place of the batches reported for it.
+
+        Args:
+            shard: number of the shard.
+            attempt: name of the attempt that was committed.
+            rows: rows of the shard, failed ones included.
+            failed: failed rows among them.
+        """
         self._start()
         self._committed_attempts.add(attempt)
         self._in_flight.pop(shard, None)
@@ -97,7 +116,7 @@ class Progress:
         in_flight = list(self._in_flight.values())
         here = self._committed + sum(rows for _, rows, _ in in_flight)
         elapsed = None if self._started is None else self._clock() - self._started
-        # `elapsed` lacks the first batch's own time, so that there is no rate before the second.
+        # `elapsed` doesn't include the first batch's own time, so one image alone gives no rate.
         rate = here / elapsed if elapsed and here > 1 else None
         return Snapshot(
             images=self._images,

@@ -1,6 +1,6 @@
-"""Precompute run, the way in of `mobilesam precompute`: plan, teacher, store, cluster, schedule, audit, summary.
+"""Precompute run, entry point of `mobilesam precompute`: plan, teacher, store, cluster, schedule, audit, summary.
 
-The work itself is done in dask tasks, which begin in `shard.compute_shard`.
+The images are embedded in dask tasks, each of which calls `shard.compute_shard`.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
 
     Returns:
         `images, done, done_before, failed`: rows in all, done, done before this run, and failed. `seconds`: wall time
-        of the whole call. `images_per_second`: from the start of the first teacher batch to the last commit; None
-        when nothing was computed. `teacher_share`: share of that time in which teachers were busy. `decode_seconds`:
-        CPU time of reading and decoding. `audit`: `rows, cosine_min, relative_mse_max, seconds`; None when nothing
-        was audited. `out_of_tolerance`: True if the store holds an audited row that misses its tolerance.
+        of the whole call. `images_per_second`: rate from the start of the first teacher batch to the last commit;
+        None if nothing was computed. `teacher_share`: share of that time in which teachers were busy, 0 to 1.
+        `decode_seconds`: CPU time of reading and decoding. `audit`: `rows, cosine_min, relative_mse_max, seconds`;
+        None if nothing was audited. `out_of_tolerance`: True if an audited row of the store misses its tolerance.
 
     Raises:
         PrecomputeError, SamError, StoreError: the run can't start or can't continue.
-        PrecomputeInterrupted: after SIGINT or SIGTERM, with everything committed that was finished.
+        PrecomputeInterrupted: SIGINT or SIGTERM came; every shard that was finished is committed.
     """
     began = time.monotonic()
     observer = observer or SilentObserver()
     stop = StopFlag(second_kills=False)
-    message = "interrupted; run the same command to go on"
+    message = "interrupted; run the same command to resume"
     with stopped_by_signals(stop, PrecomputeInterrupted, message), ExitStack() as stack:
         _refuse_unwritable_report(config.performance_report)
         plan, cluster = plan_run(config, stack, observer)
@@ -79,7 +79,12 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
 
 
 def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
-    """Format the result of `precompute` as lines for people; `out` is the store's path."""
+    """Format the result of `precompute` as lines for people.
+
+    Args:
+        out: path of the store.
+        result: result of `precompute`.
+    """
     line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
     if result["failed"]:
         line += f", {result['failed']:,} failed (try them again with --retry-failed)"
@@ -94,7 +99,7 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _refuse_unwritable_report(path: Path | None) -> None:
-    """Refuse before the work: dask writes the report at the end."""
+    """Raise PrecomputeError before the work if dask could not write its report at the end."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise PrecomputeError(
             f"{path} can't be written: --performance-report takes a file in a folder that exists"
@@ -117,11 +122,11 @@ def _compute(
     observer: Observer,
     stop: StopFlag,
 ) -> tuple[RunTotals, dict[str, Any] | None]:
-    """Compute and audit what is pending; return the sums, and the result of the audit."""
+    """Compute the pending shards, and audit; return the totals, and the result of the audit."""
     config, root = plan.config, plan.listing.root
     batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
     if config.compile:
-        observer.message("each worker first compiles the teacher by torch.compile, which may take minutes")
+        observer.message("each worker first compiles the teacher with torch.compile, which may take minutes")
     setup = _teacher_setup(plan, teacher, store, cluster, batch_size if config.compile else None)
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     monitor = ClusterMonitor(cluster, plugin.run, observer, stop)
@@ -159,7 +164,7 @@ def _teacher_setup(
 
 @contextmanager
 def _performance_report(config: PrecomputeConfig, cluster: Cluster) -> Iterator[None]:
-    """Have dask write its performance report of the context, if one is asked for."""
+    """Have dask write a performance report of the context, if one is asked for."""
     if config.performance_report is None:
         yield
         return
@@ -174,7 +179,7 @@ def _performance_report(config: PrecomputeConfig, cluster: Cluster) -> Iterator[
 
 @contextmanager
 def _stopping_gracefully(stop: StopFlag) -> Iterator[None]:
-    """Have the first signal only set the flag in the context, where the scheduler and the audit look at it."""
+    """Make the first signal in the context only set the flag, which the scheduler and the audit check."""
     stop.graceful = True
     try:
         yield
@@ -186,16 +191,16 @@ def _refuse_interrupted(stop: StopFlag, counts: Counts) -> None:
     if stop.signum is not None:
         raise PrecomputeInterrupted(
             f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
-            "run the same command to go on",
+            "run the same command to resume",
             stop.signum,
         )
 
 
 def _warn_of_failures(totals: RunTotals, observer: Observer) -> None:
-    """Warn of a run that embedded nothing: it succeeded, but hardly as intended."""
+    """Warn if every image of the run failed: the run succeeded, but hardly as intended."""
     if totals.committed and totals.failed == totals.committed:
         observer.message(
-            f"WARNING: none of this run's {totals.committed:,} images could be embedded, the first: "
+            f"WARNING: none of this run's {totals.committed:,} images could be embedded; the first: "
             f"{totals.first_failure}"
         )
 

@@ -1,6 +1,6 @@
 """Scheduler of shards in the coordinator: submits them to workers, a bounded number at a time, and commits them.
 
-Each shard is one dask task, which begins in `shard.compute_shard` on a worker. Only the coordinator writes to the
+Each shard is one dask task, which calls `shard.compute_shard` on a worker. Only the coordinator writes to the
 manifest.
 """
 
@@ -28,7 +28,7 @@ from .supervision import POLL_SECONDS, ClusterMonitor, KillerImageSearch, StopRe
 from .worker import TASKS_PER_WORKER, TeacherPlugin
 
 TRIES = 3
-"""Attempts at a shard that fails for a reason that may pass."""
+"""Attempts at a shard that fails for a reason that may be temporary."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RunTotals:
     decode_seconds: float = 0.0
     """CPU time of reading and decoding."""
     teacher_seconds: float = 0.0
-    """Time that teachers were busy, over all workers."""
+    """Time in which teachers were busy, summed over all workers."""
     first_batch: float | None = None
     """Start of the first teacher batch, in seconds since the epoch."""
     last_commit: float | None = None
@@ -67,14 +67,14 @@ class RunTotals:
 
 
 class ShardScheduler:
-    """Scheduler that computes a store's shards on a cluster and commits them. For one call of `run`.
+    """Scheduler that computes a store's shards on a cluster and commits them; `run` may be called once.
 
     Args:
-        store: open for writing.
-        plugin: the teacher, which the cluster's workers must hold.
-        monitor: of the cluster.
-        progress: counts the rows.
-        sample: collects committed rows for the audit.
+        store: store, open for writing.
+        plugin: teacher plugin, which the cluster's workers must hold.
+        monitor: monitor of the cluster.
+        progress: counter of computed rows.
+        sample: sample of committed rows for the audit.
         batch_size: images of a teacher batch.
         image_timeout: seconds for reading and decoding one image.
     """
@@ -105,14 +105,17 @@ class ShardScheduler:
         self._search = KillerImageSearch(monitor, plugin.name)
 
     def run(self, shards: Sequence[int], image_root: Path) -> RunTotals:
-        """Compute and commit shards. When a stop is requested, return early with what is finished committed.
+        """Compute and commit shards. When a stop is requested, commit the finished ones and return early.
 
         Args:
             shards: numbers of pending shards.
             image_root: folder that the images' keys are relative to, the same on every machine.
 
+        Returns:
+            Sums over the committed shards.
+
         Raises:
-            PrecomputeError: a shard failed for good, or the cluster did.
+            PrecomputeError: a shard failed `TRIES` times, or the cluster failed.
             SamError: the workers' teacher can't be loaded.
             StoreError: a shard can't be written or committed.
         """
@@ -128,7 +131,7 @@ class ShardScheduler:
                     self._handle_ended(future)
                 self._monitor.observer.progress(self._progress.snapshot())
             for future in self._take_ended():
-                # Asked to stop: commit what is finished already.
+                # After a request to stop: commit the shards that are finished.
                 if future.status == "finished":
                     self._handle_ended(future)
         finally:
@@ -185,9 +188,9 @@ class ShardScheduler:
         except KilledWorker as error:
             self._handle_killed_worker(task, error)
         except (SamError, StoreError, PrecomputeError):
-            # Bad input or surroundings: another attempt would not help.
+            # Bad input or environment: another attempt would not help.
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a worker raises is reported, and the shard retried
+        except Exception as error:  # noqa: BLE001 - any other error of a worker is reported, and the shard retried
             self._retry(task, error)
         else:
             if result is not None:
@@ -209,8 +212,8 @@ class ShardScheduler:
             self._monitor.observer.message(f"failed: {failure}")
 
     def _handle_killed_worker(self, task: ShardTask, error: KilledWorker) -> None:
-        """Look for the image that kills workers, with no other shard in flight that could be killed along with it."""
-        time.sleep(POLL_SECONDS)  # until other shards that dask gave up for the same deaths are known
+        """Search for the image that kills workers, while no other shard is in flight that could die with it."""
+        time.sleep(POLL_SECONDS)  # until other shards that failed by the same deaths are known
         killed = [task, *(other for future, other in self._in_flight.items() if future.status == "error")]
         again = [task, *self._in_flight.values()]
         self._cluster.client.cancel(list(self._in_flight))
@@ -224,11 +227,11 @@ class ShardScheduler:
         if cleared is None:
             self._retry(again.pop(0), error)
         for other in again:
-            # A shard that merely ran beside the one with the image is not to blame.
+            # Shards that only ran beside the one with the image are submitted unchanged.
             self._submit(cleared if cleared and cleared.shard == other.shard else other)
 
     def _first_cleared(self, tasks: Sequence[ShardTask]) -> ShardTask | None:
-        """Return the first shard that holds images which kill workers, with those excluded; None if none does."""
+        """Return the first shard with images that kill workers, those images excluded; None if there is none."""
         for task in tasks:
             cleared = self._search.exclude_killers(task)
             if cleared != task:
@@ -247,7 +250,7 @@ class ShardScheduler:
         if self._failures[task.shard] >= TRIES:
             raise PrecomputeError(
                 f"shard {task.shard} failed {TRIES} times, last with {type(error).__name__}: {error}; "
-                "what is committed stays, run the same command to go on"
+                "what is committed stays, run the same command to resume"
             ) from error
         self._monitor.observer.message(f"retrying shard {task.shard} after {type(error).__name__}: {error}")
         self._submit(task)

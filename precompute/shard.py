@@ -1,4 +1,4 @@
-"""One shard on a worker, where a dask task begins: `compute_shard`.
+"""Compute one shard on a worker; `compute_shard` is the function of its dask task.
 
 Images are decoded ahead, embedded batch by batch by the worker's teacher, and written into partial files, which the
 coordinator commits (scheduler.py). Decoding and writing of one shard overlap the teacher's work on another.
@@ -34,19 +34,22 @@ if TYPE_CHECKING:
     from ..sam.teacher import Teacher
 
 LAUNCHED_AHEAD = {"cpu": 0, "cuda": 1}
-"""Batches given to the teacher while another's embeddings are awaited, by type of device. A GPU would stand idle
-between batches; a CPU computes a batch during the call."""
+"""Batches given to the teacher before an earlier batch's embeddings are fetched, by type of device. Without one, a
+GPU would be idle between batches; a CPU computes a batch during the call."""
 
 WRITES_BEHIND = 2
-"""Computed batches that wait to be written, at most."""
+"""Most computed batches that wait to be written."""
 
 
 def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
     """Compute one shard into partial files. Runs in a dask worker.
 
     Args:
-        task: the shard.
+        task: shard to compute.
         plugin_name: name of the `TeacherPlugin` that the worker holds.
+
+    Returns:
+        Results and times of the shard, whose partial files are complete.
 
     Raises:
         StoreError: the partial files can't be written.
@@ -67,11 +70,11 @@ def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
         closing(_batches(task, plugin.threads)) as batches,
     ):
         pipeline = _ShardPipeline(task, plugin, writer, outcome, pool)
-        first = next(batches)  # decoded before the teacher is asked for
+        first = next(batches)  # decoded before the teacher is taken
         with plugin.teacher() as teacher:
             for batch in chain([first], batches):
                 pipeline.launch(teacher, batch)
-        # The teacher is free for another shard by now: it need not wait for this one's last batches.
+        # The teacher is free for another shard, while this one's last batches are written.
         pipeline.finish()
     _show_in_dask(worker, outcome.spans)
     return ShardResult(
@@ -85,7 +88,19 @@ def compute_shard(task: ShardTask, plugin_name: str) -> ShardResult:
 
 
 def probe(task: ShardTask, plugin_name: str) -> bool:
-    """Decode and embed images without writing anything; return True if the worker survives. Runs in a dask worker."""
+    """Decode and embed images without writing anything, to test if they kill the worker. Runs in a dask worker.
+
+    Args:
+        task: images to test.
+        plugin_name: name of the `TeacherPlugin` that the worker holds.
+
+    Returns:
+        True: the worker has survived.
+
+    Raises:
+        SamError: the teacher can't be loaded.
+        PrecomputeError: the worker has another checkpoint, or its disk hangs.
+    """
     plugin: TeacherPlugin = get_worker().plugins[plugin_name]
     for batch in _batches(task, 1):
         with plugin.teacher() as teacher, plugin.time_limit(task.batch_timeout):
@@ -132,7 +147,7 @@ class _ShardPipeline:
         self._busy = Stopwatch()
 
     def launch(self, teacher: Teacher, batch: Batch) -> None:
-        """Give a batch to the teacher, and collect an earlier one where enough are launched."""
+        """Give a batch to the teacher, and collect the oldest one if more than `LAUNCHED_AHEAD` are launched."""
         if not self._launched:
             self._busy = Stopwatch()
         with self._plugin.time_limit(self._task.batch_timeout):
@@ -141,7 +156,7 @@ class _ShardPipeline:
             self._collect()
 
     def finish(self) -> None:
-        """Wait for all batches, and complete the files."""
+        """Wait for all batches, and finish the files."""
         while self._launched:
             self._collect()
         for write in self._writes:
@@ -171,7 +186,7 @@ class _ShardPipeline:
 
 
 class _ShardOutcome:
-    """Results and times of a shard so far. One thread at a time adds results; any thread may add spans."""
+    """Results and times of a shard so far. Only one thread adds results; any thread may add spans."""
 
     def __init__(self, worker: Worker, event: BatchDone) -> None:
         self.results: list[RowResult] = []
@@ -208,8 +223,8 @@ def _write_row(writer: ShardWriter, item: LoadedImage, emb_CHW: np.ndarray, slot
 
 
 def _show_in_dask(worker: Worker, spans: list[Span]) -> None:
-    """Add the phases to the task's own times, so that dask's task stream and performance report draw decoding
-    (as disk-read) and writing (as disk-write) over the shard's bar."""
+    """Add the spans to the task's times, so that dask's task stream and performance report show decoding (as
+    disk-read) and writing (as disk-write) on the shard's bar."""
     actions = {"decode": "disk-read", "write": "disk-write"}
     task = worker.state.tasks[worker.get_current_task()]
     task.startstops += [
@@ -220,7 +235,15 @@ def _show_in_dask(worker: Worker, spans: list[Span]) -> None:
 
 
 def embed(teacher: Teacher, batch: Batch) -> Embeddings:
-    """Embed a batch. On a GPU this returns before the embeddings are computed."""
+    """Embed a batch. On a GPU this returns before the embeddings are computed.
+
+    Args:
+        teacher: teacher of the worker.
+        batch: canvases uint8 (B, S, S, 3) with their images' sizes.
+
+    Returns:
+        The embeddings, which `Embeddings.numpy` waits for.
+    """
     import torch
 
     from ..sam import normalize_and_pad
@@ -234,7 +257,7 @@ def embed(teacher: Teacher, batch: Batch) -> Embeddings:
 
 
 class Embeddings:
-    """Embeddings of a batch, on their way from the device to the host's memory. Only `numpy` waits for them.
+    """Embeddings of a batch, being copied from the device to the host. Only `numpy` waits for them.
 
     Args:
         emb_BCHW: float32 (B, 256, g, g), g the side of the embedding grid, on the teacher's device.
@@ -245,7 +268,7 @@ class Embeddings:
 
         self._emb_BCHW, self._arrived = emb_BCHW, None
         if emb_BCHW.device.type == "cuda":
-            # Only a copy into pinned memory doesn't block the host.
+            # A copy that doesn't block the host needs pinned memory.
             self._emb_BCHW = torch.empty(emb_BCHW.shape, dtype=emb_BCHW.dtype, pin_memory=True)
             self._emb_BCHW.copy_(emb_BCHW, non_blocking=True)
             self._arrived = torch.cuda.Event()

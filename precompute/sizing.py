@@ -1,4 +1,4 @@
-"""Sizes of shards and batches, and time limits, derived from what the teacher costs."""
+"""Sizes of shards and batches, and time limits, derived from the teacher's cost."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import torch
 from ..sam.registry import TEACHERS
 
 LARGEST_SHARD = 64
-"""Images."""
+"""Most images of a shard whose size is chosen automatically."""
 SHARD_SECONDS = 300
-"""Longest time for a shard: a kill loses one, and should lose no more than five minutes of work."""
+"""Longest time for a shard: a killed worker loses its shard, which should be no more than five minutes of work."""
 
 BATCH_ON_CPU = 1
 BATCH_ON_CUDA = 8
+"""Images of a batch by default; see `batch_size`."""
 
 FIRST_BATCH_SECONDS = 1800.0
 """Least time limit for a batch in the teacher before any batch is done."""
 IMAGE_SECONDS = 600.0
-"""Time limit for each image of such a batch: ViT-H in float32 takes 64 s an image on two cores, and slower machines
+"""Time limit for each image of such a batch: ViT-H in float32 takes 64 s per image on two cores, and slower machines
 exist."""
 COMPILE_SECONDS = 3600.0
 """Time limit for torch.compile: generous, since the machine may be busy with other work."""
@@ -29,7 +30,7 @@ SLOWER_THAN_SLOWEST = 20.0
 """Time limit for a batch in multiples of the slowest batch so far."""
 
 _EFFICIENCY = 0.4
-"""Share of a matrix product's speed that a ViT's forward pass reaches, roughly."""
+"""Speed of a ViT's forward pass as a share of a large matrix product's, roughly."""
 
 
 def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
@@ -41,8 +42,8 @@ def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
         seconds_per_image: teacher's time for one image on one worker.
 
     Returns:
-        64; less where a shard would take over five minutes, or leave a worker fewer than two shards (one is decoded
-        or written while the other computes). At least 1.
+        64; fewer if a shard would take over five minutes, or a worker would get fewer than two shards (one is decoded
+        or written while the other is computed). At least 1.
     """
     by_time = int(SHARD_SECONDS / seconds_per_image) if seconds_per_image > 0 else LARGEST_SHARD
     by_workers = -(-images // (2 * workers))
@@ -53,7 +54,8 @@ def batch_size(asked: int | None, device_type: str, shard_size: int) -> int:
     """Choose the images of a teacher batch.
 
     Args:
-        asked: the user's choice. None for few: on a CPU more gain nothing, on a GPU little.
+        asked: the user's choice; None for the default by device, which is small since more images per batch gain
+            nothing on a CPU and little on a GPU.
         device_type: cpu or cuda.
         shard_size: upper bound, since a batch stays within its shard and empty slots cost as much as images.
     """
@@ -61,8 +63,14 @@ def batch_size(asked: int | None, device_type: str, shard_size: int) -> int:
 
 
 def batch_timeout(batch_size: int, slowest: float | None) -> float:
-    """Return the seconds after which a batch in the teacher counts as hung, given the seconds of the slowest batch so
-    far. Generous: a worker that is only slow would lose its shard."""
+    """Return the seconds after which a batch in the teacher counts as hung.
+
+    The limit is generous, since a worker that is only slow would lose its shard.
+
+    Args:
+        batch_size: images of a batch.
+        slowest: seconds of the slowest batch so far; None before the first.
+    """
     if slowest is None:
         return max(FIRST_BATCH_SECONDS, IMAGE_SECONDS * batch_size)
     return max(LEAST_BATCH_SECONDS, SLOWER_THAN_SLOWEST * slowest)
@@ -85,7 +93,15 @@ def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> 
 
 
 def measure_macs_per_second(device: torch.device, precision: str) -> float:
-    """Measure a matrix product on this machine's device, in multiply-accumulates per second."""
+    """Measure a device of this machine by a square matrix product, the best of three.
+
+    Args:
+        device: CPU or CUDA device.
+        precision: float32 or bfloat16.
+
+    Returns:
+        Multiply-accumulates per second.
+    """
     side = 1024 if device.type == "cpu" else 4096
     matrix = torch.ones(side, side, dtype=getattr(torch, precision), device=device)
     best = float("inf")

@@ -1,4 +1,4 @@
-"""Supervision of the workers: a monitor of the cluster, and the search for an image that kills workers."""
+"""Supervision of the workers: monitor of the cluster, and search for images that kill workers."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from .progress import Observer
 from .shard import probe
 
 POLL_SECONDS = 0.5
-"""Longest wait before signals and the cluster are looked at again."""
+"""Longest wait before signals and the cluster are checked again."""
 FETCH_SECONDS = 5.0
 """Longest wait for a result from the worker that holds it."""
 COUNT_SECONDS = 5.0
-"""Between two counts of the workers."""
+"""Time between two counts of the workers."""
 ABSENT_SECONDS = 30.0
-"""Absence of all workers before it is reported: restarting one takes less."""
+"""Time without any worker after which that is reported; restarting a worker takes less."""
 REPORT_SECONDS = 60.0
-"""Between two reports that all workers are absent."""
+"""Time between two reports that there are no workers."""
 SET_BACK_SECONDS = 60.0
-"""Largest step back of the system clock that is tolerated. For as long as the step, dask delivers nothing between
-processes, since its message streams go by that clock."""
+"""Largest step back of the system clock that is tolerated. dask's message streams use that clock, and deliver nothing
+until it has caught up."""
 
 KILLED_REASON = "a worker process died each time it processed this image"
 
 
 class StopRequested(Exception):
-    """Raised when a signal comes during a wait."""
+    """A signal came during a wait."""
 
 
 class ClusterMonitor:
-    """Monitor of a run's cluster. It passes on the workers' messages, and reports when all workers have left and when
-    some are back: without any, dask waits for ever and says nothing.
+    """Monitor of a run's cluster.
+
+    It forwards the workers' messages, and reports when all workers are gone and when some are back: without workers,
+    dask waits for ever and says nothing.
 
     Args:
-        cluster: the connected cluster.
+        cluster: connected cluster.
         run: identifier of the precompute run, by which its workers' messages are recognised.
         observer: receives the messages.
-        stop: set by a signal.
+        stop: flag that a signal sets.
     """
 
     def __init__(self, cluster: Cluster, run: str, observer: Observer, stop: StopFlag) -> None:
@@ -76,17 +78,17 @@ class ClusterMonitor:
             self._pass_on()
 
     def check(self) -> None:
-        """Pass on messages and check the cluster. Call it while waiting, as often as you like.
+        """Forward messages and check the cluster. Call it repeatedly while waiting.
 
         Raises:
-            PrecomputeError: the scheduler has gone away, a local cluster's workers have gone for good, or the system
-                clock was set back.
+            PrecomputeError: the connection to the scheduler is lost, a local cluster's workers can't be restarted, or
+                the system clock was set back.
         """
         self._pass_on()
         self._refuse_clock_set_back()
         self.cluster.refuse_lost_connection()
         now = self._clock()
-        # After a report of absence every check counts, so that the return is reported at once.
+        # After a report that there are none, every check counts them, so that their return is reported at once.
         if self._reported is not None or now - self._counted >= COUNT_SECONDS:
             self._counted = now
             self._count(now)
@@ -96,7 +98,7 @@ class ClusterMonitor:
 
         Raises:
             StopRequested: a signal came first; the future is cancelled.
-            PrecomputeError: as `check`.
+            PrecomputeError: as raised by `check`.
         """
         done = threading.Event()
         future.add_done_callback(lambda _: done.set())
@@ -109,7 +111,7 @@ class ClusterMonitor:
             self.check()
 
     def _receive(self, event: tuple[float, dict]) -> None:
-        # Called by dask on a thread of its own.
+        # dask calls this on another thread.
         if event[1]["run"] == self._run:
             self._messages.put(event[1]["text"])
 
@@ -123,7 +125,7 @@ class ClusterMonitor:
         if back > SET_BACK_SECONDS:
             raise PrecomputeError(
                 f"the system clock was set back by {back:,.0f} s, and dask would deliver nothing until it has caught "
-                "up; what is committed stays, run the same command to go on"
+                "up; what is committed stays, run the same command to resume"
             )
 
     def _count(self, now: float) -> None:
@@ -138,7 +140,7 @@ class ClusterMonitor:
         if self.cluster.local and absent >= START_SECONDS:
             raise PrecomputeError(
                 f"all worker processes ended {absent:.0f} s ago and none could be started again: is there memory for "
-                "them? What is committed stays, run the same command to go on"
+                "them? What is committed stays, run the same command to resume"
             )
         if absent >= ABSENT_SECONDS if self._reported is None else now - self._reported >= REPORT_SECONDS:
             self._reported = now
@@ -146,10 +148,10 @@ class ClusterMonitor:
 
 
 def fetch_result(future: Future) -> Any:
-    """Fetch the result of a future that ended, or raise its exception.
+    """Fetch the result of a future that has ended, or raise its exception.
 
     Returns:
-        The result; None while it can't be fetched: it lies on its worker, which may hang or die first. dask then
+        The result; None if it can't be fetched now. It is held by its worker, which may hang or die first; dask then
         computes it again.
     """
     if future.status not in ("pending", "lost"):
@@ -157,16 +159,16 @@ def fetch_result(future: Future) -> Any:
             return future.result(timeout=FETCH_SECONDS)
         except TimeoutError:
             if future.status == "error":
-                raise  # the task's own
+                raise  # raised by the task itself
     time.sleep(POLL_SECONDS)
     return None
 
 
 class KillerImageSearch:
-    """Bisection of a shard under which workers keep dying, until single images are left that kill them.
+    """Search by bisection for the images of a shard that kill workers.
 
     Args:
-        monitor: of the run's cluster.
+        monitor: monitor of the run's cluster.
         plugin_name: name of the teacher plugin that its workers hold.
     """
 
@@ -175,18 +177,21 @@ class KillerImageSearch:
         self._plugin_name = plugin_name
 
     def exclude_killers(self, task: ShardTask) -> ShardTask:
-        """Find the images that kill workers on their own.
+        """Find the images that kill a worker even when processed alone.
 
         Returns:
-            The shard with those images excluded; the same shard if there are none, since its workers died of
-            something else.
+            The shard with those images excluded; the same shard if there are none, since its workers died of another
+            cause.
 
         Raises:
             StopRequested: a signal came.
+            PrecomputeError: as raised by `ClusterMonitor.check`.
         """
         images = [image for image in task.images if image.excluded is None]
         observer = self._monitor.observer
-        observer.message(f"workers died under shard {task.shard}: looking for the image among {len(images)}")
+        observer.message(
+            f"workers died under shard {task.shard}: looking for the image among its {len(images)}"
+        )
         killers = set(self._search_halves(task, images))
         for image in killers:
             observer.message(f"excluded: {shown(image.ref.key)}: {KILLED_REASON}")
@@ -198,7 +203,7 @@ class KillerImageSearch:
         )
 
     def _search(self, task: ShardTask, images: Sequence[TaskImage]) -> list[TaskImage]:
-        """Find the killers among images, by trying them together first."""
+        """Return the images that kill workers; all are tested together first."""
         if not images or self._survives(replace(task, images=tuple(images))):
             return []
         return list(images) if len(images) == 1 else self._search_halves(task, images)

@@ -1,4 +1,4 @@
-"""Dask worker plugin that holds one teacher, and the limits that end a worker's process.
+"""Dask worker plugin that holds one teacher, and time limits that end a hung worker's process.
 
 A worker runs two shard tasks at a time (`shard.compute_shard`). The teacher serves one shard at a time, so that one
 shard is decoded and another written while it computes a third's batches.
@@ -32,16 +32,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 TASKS_PER_WORKER = 2
-"""Shard tasks that a worker runs at a time: one under the teacher, one decoding or writing."""
+"""Shard tasks that a worker runs at a time: one is embedded, while the other is decoded or written."""
 
 LAST_MESSAGE_SECONDS = 1.0
-"""Time for the last message to leave a process that ends."""
+"""Time for a worker's last message to be sent before its process ends."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 class TeacherPlugin(WorkerPlugin):
-    """Dask plugin that holds a worker's teacher. It is loaded by the first task, so that its errors reach the
+    """Dask plugin that holds a worker's teacher. The first task loads the teacher, so that errors reach the
     coordinator.
 
     Args:
@@ -75,17 +75,28 @@ class TeacherPlugin(WorkerPlugin):
         self._thread.shutdown(wait=False)
 
     def compute(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the one thread that computes everything of the teacher.
+        """Call a function in the one thread that does all of the teacher's computations.
 
-        Each thread that uses OpenMP gets a team of threads of its own. Two teams are more threads than cores, and all
-        of them would then sleep at each barrier instead of spinning: a tenth of the teacher's time on a CPU.
+        Each thread that uses OpenMP gets its own team of threads. Two teams would have more threads than cores, and
+        would then sleep at each barrier instead of spinning, which costs a tenth of the teacher's time on a CPU.
+
+        Args:
+            function: function to call.
+            *args: its positional arguments.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            The function's result.
+
+        Raises:
+            BaseException: as raised by the function.
         """
         result: T = self._thread.submit(function, *args, **kwargs).result()
         return result
 
     @contextmanager
     def teacher(self) -> Iterator[Teacher]:
-        """Lend the worker's teacher to one thread at a time; the first call loads it, and compiles it if asked to.
+        """Give the worker's teacher to one thread at a time; the first call loads it, and compiles it if asked to.
 
         Raises:
             SamError: it can't be loaded.
@@ -107,8 +118,8 @@ class TeacherPlugin(WorkerPlugin):
 
     @contextmanager
     def float32_teacher(self) -> Iterator[Teacher]:
-        """Load another teacher, in float32 and never compiled, for the context. The shards' teacher is dropped first
-        to free its memory."""
+        """Load a teacher in float32, never compiled, for the context. The shards' teacher is released first to free
+        its memory."""
         with self._lock:
             self._teacher = None
             setup = replace(self._setup, precision="float32")
@@ -116,7 +127,12 @@ class TeacherPlugin(WorkerPlugin):
 
     @contextmanager
     def time_limit(self, seconds: float, what: str = "a batch") -> Iterator[None]:
-        """End this process if work in the teacher takes longer, provided that a nanny will start another process."""
+        """End this process if the context takes longer. Without a nanny to restart it, there is no limit.
+
+        Args:
+            seconds: time limit.
+            what: work that is limited, for the message to the coordinator.
+        """
         if not self._worker.nanny:
             yield
             return
@@ -155,8 +171,13 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
 
 
 def compile_teacher(teacher: Teacher, batch_size: int) -> None:
-    """Compile the teacher for batches of `batch_size` images, by an empty batch, so that no image waits
-    for it while its time limit runs. The weights keep their names.
+    """Compile the teacher with torch.compile. The weights keep their names.
+
+    A batch of zeros starts the compilation, so that it doesn't count against a batch's time limit.
+
+    Args:
+        teacher: teacher to compile, in place.
+        batch_size: images of every batch that it will embed.
 
     Raises:
         PrecomputeError: torch.compile does not work here.
@@ -171,7 +192,7 @@ def compile_teacher(teacher: Teacher, batch_size: int) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        # Base of all errors of dynamo and inductor.
+        # All errors of dynamo and inductor are RuntimeErrors.
         fact = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PrecomputeError(
             f"torch.compile failed for {teacher.name} on a worker ({fact}); leave out --compile, which changes "
@@ -183,12 +204,12 @@ def describe_worker(device: str, precision: str, version: str) -> tuple[str, str
     """Resolve device and precision on a worker.
 
     Args:
-        device: as asked for, `auto` included.
-        precision: as asked for, `auto` included.
+        device: device asked for, such as "auto", "cpu" or "cuda:0".
+        precision: precision asked for, one of `AUTO_PRECISIONS`.
         version: the coordinator's version of mobilesam.
 
     Returns:
-        Type of the device (cpu or cuda), and the precision (float32 or bfloat16).
+        Type of the device ("cpu" or "cuda"), and the precision ("float32" or "bfloat16").
 
     Raises:
         PrecomputeError: the worker has another version.
@@ -204,7 +225,15 @@ def describe_worker(device: str, precision: str, version: str) -> tuple[str, str
 
 
 def measure_worker(device: str, precision: str) -> float:
-    """Measure this worker's multiply-accumulates per second, with the threads that its teacher will have."""
+    """Measure this worker's speed, with the threads that its teacher will have.
+
+    Args:
+        device: device asked for, such as "auto", "cpu" or "cuda:0".
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        Multiply-accumulates per second.
+    """
     import torch
 
     from ..sam.device import resolve_device
@@ -217,8 +246,8 @@ def measure_worker(device: str, precision: str) -> float:
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies. Call it on the main thread.
 
-    dask's workers watch their parent in a thread, which can't run while an image's decoder holds Python's lock.
-    Linux only; elsewhere such a worker stays until it is killed by hand.
+    dask's workers watch their parent in a thread, which can't run while an image's decoder holds Python's global
+    interpreter lock. Linux only; elsewhere such a worker stays until it is killed by hand.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -226,8 +255,12 @@ def die_with_parent() -> None:
 
 @contextmanager
 def exit_after(seconds: float, report: Callable[[], None]) -> Iterator[None]:
-    """Call `report` and end the process if the context lasts longer than `seconds`: a thread that hangs in a
-    library's code can't be stopped in any other way."""
+    """End the process if the context takes too long: a thread that hangs in a library can't be stopped otherwise.
+
+    Args:
+        seconds: time limit.
+        report: called just before the process ends.
+    """
 
     def end() -> None:
         report()

@@ -117,7 +117,7 @@ def test_embeddings_that_differ_from_the_teachers_are_out_of_tolerance(
     assert result["audit"]["relative_mse_max"] > tolerance("float16", "float32").relative_mse
     (warning,) = [message for message in listener.messages if message.startswith("WARNING")]
     assert "1 audited row(s)" in warning
-    assert "precompute into a new one" in warning
+    assert "precompute a new store" in warning
     assert run(limit=6)["out_of_tolerance"] is True, "it stays so"
 
 
@@ -149,7 +149,7 @@ def test_a_failed_audit_is_an_error_and_what_is_committed_stays(
         raise MemoryError("no room")
 
     monkeypatch.setattr(audit, "_embed", starved)
-    with pytest.raises(PrecomputeError, match=r"audit could not be done \(MemoryError: no room\).*--audit 0"):
+    with pytest.raises(PrecomputeError, match=r"audit failed \(MemoryError: no room\).*--audit 0"):
         run(audit=1)
     assert run(audit=1)["done_before"] == 7
 

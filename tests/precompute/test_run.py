@@ -329,7 +329,7 @@ def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
 
 
 def test_a_single_path_instead_of_a_tuple_is_refused(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="images is a tuple of paths"):
+    with pytest.raises(TypeError, match="images must be a tuple of paths"):
         PrecomputeConfig(images=photos, out=tmp_path / "store.zarr")
 
 

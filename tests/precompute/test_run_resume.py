@@ -107,7 +107,7 @@ def test_the_store_records_the_folders_and_limits_of_each_run(
     [
         (np.nan, "the teacher gave NaN or infinite values"),
         (-np.inf, "the teacher gave NaN or infinite values"),
-        (1e6, "the teacher's values reach 1e+06, past float16's range: store them as float32"),
+        (1e6, "the teacher's values reach 1e+06, beyond float16's range: store them as float32"),
     ],
 )
 def test_only_the_image_whose_embedding_cannot_be_stored_fails_and_is_named(
