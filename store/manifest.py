@@ -84,7 +84,7 @@ class Manifest:
 
         Args:
             statement: SQL text, with placeholders.
-            values: of the placeholders.
+            values: values of the placeholders, in order.
 
         Raises:
             StoreDamaged: the database is damaged.

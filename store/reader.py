@@ -300,7 +300,7 @@ def read_chunk(descriptor: int, offset: int, payload: np.ndarray) -> int | None:
     """Read one row of an open shard file, through the page cache.
 
     Args:
-        descriptor: of the file.
+        descriptor: open file descriptor.
         offset: byte of the file at which the row begins.
         payload: uint8 (bytes of a row,), filled with the row.
 
@@ -319,7 +319,7 @@ def read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> int:
     """Call preadv until the buffers are full or the file ends: one call may read less.
 
     Args:
-        descriptor: of the file.
+        descriptor: open file descriptor.
         buffers: memory to fill, in order; the list is consumed.
         offset: byte of the file at which to begin.
 
