@@ -33,7 +33,7 @@ CHECKPOINT_FILE = "last.pt"
 PREVIOUS_FILE = "previous.pt"
 DAMAGED_FILE = "last.pt.damaged"
 NEXT_FILE = "next.pt.partial"
-_MEND = "put a whole copy back, or give --restart to start over, which keeps the old run beside the new one"
+_MEND = "put back a whole copy, or give --restart to start over, which keeps the old run beside the new one"
 
 
 @dataclass(kw_only=True)

@@ -42,7 +42,7 @@ class Recorder:
         try:
             if len(kept) < keep_bytes:
                 raise DistillError(
-                    f"{path} has {len(kept):,} bytes, {keep_bytes:,} at the checkpoint: put a whole copy back, "
+                    f"{path} has {len(kept):,} bytes, {keep_bytes:,} at the checkpoint: put back a whole copy, "
                     "or give --restart to start over"
                 )
             decode_lines(path, kept.removesuffix(b"\n").split(b"\n") if kept else [])

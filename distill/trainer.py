@@ -251,7 +251,7 @@ class Trainer:
         val = self.run.last("val")
         assert val is not None, "every epoch validates"
         if state.best.epoch != state.epoch:
-            logger.info("epoch %d was better on the validation rows than the last one", state.best.epoch)
+            logger.info("epoch %d was better than the last one on the validation rows", state.best.epoch)
         self.meter.count_elapsed()
         result = {
             "run": str(self.run.path),

@@ -230,7 +230,7 @@ def open_head(store: EmbeddingStore, device: torch.device) -> SamHead:
     try:
         return store_head(store, device)
     except DistillError as error:
-        raise VerifyError(f"{error}, so masks can't be compared: --points 0 goes on without them") from error
+        raise VerifyError(f"{error}, so masks can't be compared: --points 0 leaves them out") from error
 
 
 def open_student_head(student: Student, image_size: int, device: torch.device) -> SamHead | None:

@@ -84,7 +84,7 @@ def describe(check: Mapping[str, Any]) -> str:
         return _describe_audit(check)
     name = check["check"].removeprefix("min_")
     if check["value"] is None:
-        return f"{name} is undefined, {check['threshold']:g} was asked"
+        return f"{name} is undefined, the threshold is {check['threshold']:g}"
     value, threshold = distinguishable(check["value"], check["threshold"])
     return f"{name} {value} {'reaches' if check['value'] >= check['threshold'] else 'is below'} {threshold}"
 

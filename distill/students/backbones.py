@@ -134,7 +134,7 @@ def check_timm_name(name: str) -> None:
         )
     if not plain:
         raise DistillError(
-            f"{shown} is no name of timm's list: nothing is downloaded or read from folders; give one as "
+            f"{shown} is not a name in timm's list: nothing is downloaded or read from folders; give a name such as "
             "timm:resnet18"
         )
     close = get_close_matches(name[:60], timm.list_models(), n=4)
@@ -229,6 +229,6 @@ def _check_backbone(name: str, image_size: int) -> None:
         raise DistillError(f"timm's {name} gives {tuple(out_BCHW.shape)} at {image_size} pixels")
     if extra > MAX_BUFFER_BYTES:
         raise DistillError(
-            f"timm's {name} keeps {extra:,} bytes beside its weights at {image_size} pixels, {MAX_BUFFER_BYTES:,} at "
-            "most are allowed: choose another"
+            f"timm's {name} keeps {extra:,} bytes beside its weights at {image_size} pixels, at most "
+            f"{MAX_BUFFER_BYTES:,} are allowed: choose another"
         )

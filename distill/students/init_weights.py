@@ -242,8 +242,8 @@ def _check_share(path: Path, student: str, parameters: Mapping[str, int], match:
     taken, total = sum(encoder[key] for key in encoder if key in match.tensors), sum(encoder.values())
     if taken < MIN_SHARE * total:
         raise DistillError(
-            f"{path} fits no {student}: {taken:,} of the {total:,} parameters of its encoder can be taken from it, "
-            "half are needed\n"
+            f"{path} doesn't fit {student}: it has {taken:,} of the encoder's {total:,} parameters, at least half "
+            "are needed\n"
             f"({'; '.join(match.misfits[:3])}); give weights of the same network"
         )
 

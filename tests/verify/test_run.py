@@ -285,7 +285,7 @@ def test_a_store_that_fails_its_audit_fails_the_verification_and_the_report_says
     assert [check["check"] for check in result["failed_checks"]] == ["audit", "audit"]
     assert any(line.startswith("FAILED  the store's audit: cosine 0.4") for line in table_lines(result))
     page = report.read_text()
-    assert "The store does not hold what its teacher computes." in page
+    assert "The store does not hold the embeddings that its teacher computes." in page
     assert "threshold" not in page.partition("Failed.")[2].partition("</ul>")[0]
     assert "1 row(s) embedded again" in page
 

@@ -93,7 +93,7 @@ def test_a_head_that_is_none_is_refused_with_the_way_on(other_store, head):
     store = other_store(head=head)
     with pytest.raises(VerifyError, match="not a SAM head") as refused:
         verify(VerifyConfig(store=store, split="all"))
-    assert str(refused.value).endswith("so masks can't be compared: --points 0 goes on without them")
+    assert str(refused.value).endswith("so masks can't be compared: --points 0 leaves them out")
     assert verify(VerifyConfig(store=store, split="all", points=0))["images"] == 6
 
 

@@ -40,7 +40,7 @@ def test_the_masks_threshold_reads_the_mean_and_not_the_worst_image():
     (failed,) = failed_checks(run_checks(masks, {"min_miou": 0.9}))
     assert (failed["metric"], describe(failed)) == ("miou", "miou 0.8 is below 0.9")
     (undefined,) = failed_checks(run_checks({"miou": None}, {"min_miou": 0.0}))
-    assert describe(undefined) == "miou is undefined, 0 was asked"
+    assert describe(undefined) == "miou is undefined, the threshold is 0"
 
 
 @pytest.mark.parametrize("undefined", [None, float("nan")])

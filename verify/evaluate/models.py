@@ -148,8 +148,8 @@ class ModelLoader:
             )
         except HeadNotFound:
             raise VerifyError(
-                f"--model {shown(name)}: {shown(str(path))} lies without a mask decoder: give its run's folder, or "
-                "--store with the store that it learned from"
+                f"--model {shown(name)}: there is no mask decoder for {shown(str(path))}: give its run's folder, or "
+                "--store with the store that it was trained on"
             ) from None
         return self._from_sam(name, model)
 
@@ -173,7 +173,9 @@ class ModelLoader:
             file=str(file),
             licence=f"ultralytics: {LICENCE}",
             needs_photos=True,
-            notes=("segments everything, then chooses among those masks; its time is that of everything",),
+            notes=(
+                "segments everything, then selects among those masks; its time is for segmenting everything",
+            ),
         )
 
 

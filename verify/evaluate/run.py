@@ -234,8 +234,8 @@ class _Evaluation:
         if not isinstance(coco, CocoInstances) or self.covered or self.failed or not len(images):
             return []
         example = coco.example()
-        has = "is empty" if example is None else f"has {shown(example)!r} for instance"
+        has = "is empty" if example is None else f"has names such as {shown(example)!r}"
         return [
-            f"{coco.path.name} names none of the {len(images):,} images: it {has}, they are {shown(images.key(0))!r} "
-            "for instance"
+            f"{coco.path.name} names none of the {len(images):,} images: it {has}, the images have names such as "
+            f"{shown(images.key(0))!r}"
         ]

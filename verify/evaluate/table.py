@@ -100,7 +100,7 @@ def _cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
     return Table(
         title="Cost on this machine",
         note="Parameters of encoder and decoder; multiply-accumulates of the encoder; milliseconds for an image and "
-        "for one prompt, medians. FastSAM's are those of everything, from pixels to masks.",
+        "for one prompt, medians. For FastSAM: segmenting everything, from pixels to masks.",
         columns=["model", "kind", "parameters", "MACs", "encoder ms", "decoder ms"],
         numeric=[False, False, True, True, True, True],
         rows=rows,
@@ -116,8 +116,8 @@ def _teacher_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]
     return Table(
         title=f"mIoU with {shown(str(result['reference']['teacher']))}'s masks, {side} x {side} points in "
         f"{images:,} image{_s(images)}",
-        note="One foreground point; then one foreground and one background point so many pixels apart. Mean over an "
-        f"image's prompts, then over images.{fit}",
+        note="One foreground point; then one foreground and one background point, at a distance in pixels. Mean over "
+        f"an image's prompts, then over images.{fit}",
         columns=[
             "model",
             *(name.replace("pair_", "+- ") + (" px" if "pair" in name else "") for name in protocols),
@@ -133,8 +133,8 @@ def _label_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]])
     objects = max((one["prompts"] for model in models for one in model["labels"].values() if one), default=0)
     return Table(
         title=f"mIoU with labels, {objects:,} objects in {images}",
-        note="Single masks for the object's box and for its innermost point, and for that point the mask of "
-        "three that the model itself rates best, and the best one. Mean over objects.",
+        note="Single masks for the object's box and for its innermost point; of three masks for that point, the one "
+        "with the highest predicted IoU, and the best one. Mean over objects.",
         columns=["model", *headings],
         numeric=[False, *(True for _ in headings)],
         rows=[[model["name"], *_ious(model["labels"], iou.LABEL_PROTOCOLS)] for model in models],

@@ -120,7 +120,7 @@ class ClusterRunner:
             yield from self._record(self._finished() + self._abandoned())
         if stop.signum is not None:
             raise DistillInterrupted(
-                "stopped, and what was trained is saved; run the same command again to resume", stop.signum
+                "stopped, and the training is saved; run the same command again to resume", stop.signum
             )
 
     def _workers(self, *, working: bool = False) -> set[str]:
@@ -136,7 +136,7 @@ class ClusterRunner:
                 del self.running[future]
                 future.cancel()
                 self.deaths[trial.name] = self.deaths.get(trial.name, 0) + 1
-                self.message(f"{worker} is gone: {trial.name} resumes elsewhere")
+                self.message(f"{worker} left the cluster: {trial.name} resumes on another worker")
                 self.waiting.insert(0, trial)
 
     def _submit(self) -> None:

@@ -135,8 +135,8 @@ def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
         ):
             if ours != theirs:
                 raise VerifyError(
-                    f"{config.test_store} can't test students of {config.base.store}: its {name} is {theirs}, "
-                    f"theirs {ours}; give a test store of the same teacher and image size"
+                    f"{config.test_store} can't test students of {config.base.store}: its {name} is {theirs}, not "
+                    f"{ours}; give a test store of the same teacher and image size"
                 )
         check_preprocessing(test, refusal=VerifyError)
         if config.scheduler is None:  # workers may have the images elsewhere

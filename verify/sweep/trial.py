@@ -108,7 +108,7 @@ def blocked_outcome(trial: Trial, outcomes: Mapping[str, Outcome]) -> Outcome | 
     """
     if trial.after is None or outcomes[trial.after]["status"] == DONE:
         return None
-    return failed(trial, f"{trial.after}, whose student it starts from, failed")
+    return failed(trial, f"{trial.after}, which it starts from, failed")
 
 
 def run_trial(

@@ -67,7 +67,7 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
         str(tmp_path / "some.bin"), str(world.store), str(world.run.head_path), str(own),
     ]  # fmt: skip
     assert found[2]["run"] == world.run.path.name
-    with pytest.raises(VerifyError, match=r"--model b: .* lies without a mask decoder: .* --store"):
+    with pytest.raises(VerifyError, match=r"--model b: there is no mask decoder for .*: .* --store"):
         evaluate_masks(EvaluateConfig(models=(("b", str(lone)),), images=world.photos, **options))
 
 

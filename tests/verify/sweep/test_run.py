@@ -131,7 +131,7 @@ def test_a_run_that_fails_is_named_and_takes_along_only_what_begins_with_it(
     assert any(line.endswith("its earlier numbers are kept") for line in messages)
     assert [run["options"]["objective"] for run in result["runs"]] == ["decoupled", "semi_coupled", "decoder"]
     assert "config.json is damaged" in result["runs"][0]["error"]
-    assert f"{decoupled}, whose student it starts from, failed" in result["runs"][2]["error"]
+    assert f"{decoupled}, which it starts from, failed" in result["runs"][2]["error"]
     assert any(line.startswith(f"FAILED  {decoupled}") for line in messages)
     assert "2 runs failed" in (again / "report.html").read_text()
 
