@@ -27,8 +27,9 @@ paper: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Two processes here, too: each of them may need 8 GB of memory, for the largest teacher.
 test-long: $(STAMP)
-	$(BIN)/pytest -m "not cuda"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cuda"
 
 # Every kill point, disk error and damage, counted from the lines that the tests write; test-long has a part of them.
 FAULTS := .faults/full.jsonl

@@ -123,7 +123,7 @@ def repair_store(path: Path, dtype: str) -> None:
     if unrepaired:
         assert any(
             remedy in message
-            for remedy in ("make the store again", "precompute again", "back")
+            for remedy in ("make the store again", "precompute a new store", "restore it", "back")
             for message in unrepaired
         ), unrepaired
         shutil.rmtree(path)
