@@ -187,7 +187,7 @@ def test_a_test_store_that_holds_something_else_is_measured_again(
     ("changes", "message"),
     [
         ({"checkpoint_sha256": "1" * 64}, "its checkpoint is 1111"),
-        ({"teacher": "vit_b"}, "its teacher is vit_b, theirs"),
+        ({"teacher": "vit_b"}, "its teacher is vit_b, not"),
         ({"image_root": "/nowhere"}, "are not at /nowhere"),
         ({"head": b"no head"}, "is not a SAM head"),
     ],
