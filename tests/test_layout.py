@@ -186,6 +186,22 @@ def test_docstrings_open_with_what_a_thing_does_or_is() -> None:
                 assert not RIDDLES.match(text), f"{path}:{getattr(node, 'lineno', 1)} {text[:60]!r}"
 
 
+def test_functions_that_other_files_use_say_what_they_take() -> None:
+    modules = _modules()
+    imported = {
+        (alias.name, node.module.split(".")[-1])
+        for path in modules.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level and node.module
+        for alias in node.names
+    }
+    for name, path in modules.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and (node.name, name.split(".")[-1]) in imported:
+                told = "Args:" in (ast.get_docstring(node) or "")
+                assert told or _parameters(node) < 2, f"{path}:{node.lineno} {node.name}"
+
+
 LEGEND = re.compile(r"Shape suffixes:(.*?)(?:\n\n|\Z)", re.DOTALL)
 SUFFIX = re.compile(r"[a-z0-9]_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*|[ghpnw]+[0-9]*)\Z")
 

@@ -14,7 +14,11 @@ from mobilesam.store import StoreError
 
 @pytest.mark.parametrize(
     ("number", "mend"),
-    [(errno.EIO, "the disk is failing: check it"), (errno.ENOSPC, "free some room"), (errno.EMFILE, "ulimit -n")],
+    [
+        (errno.EIO, "the disk is failing: check it"),
+        (errno.ENOSPC, "free some room"),
+        (errno.EMFILE, "ulimit -n"),
+    ],
 )
 def test_an_error_of_the_operating_system_names_its_mend(tmp_path: Path, number: int, mend: str) -> None:
     with pytest.raises(StoreError, match=mend) as caught, explain_os_errors(tmp_path):
