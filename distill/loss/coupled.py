@@ -28,8 +28,8 @@ from ..config import DistillConfig
 from ..data.labels import mask_side
 from .base import BatchTotals, MicroBatch, Objective
 from .decoupled import decoupled_loss
+from .mask_prompts import point_prompts
 from .masks import MaskLoss, MaskLossWeights, PromptedObjects
-from .prompts import point_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...sam.modeling.decode_prompts import decode_prompts
 from ...sam.modeling.head import SamHead
-from .prompts import box_prompts, corrected_prompts, point_prompts
+from .mask_prompts import box_prompts, corrected_prompts, point_prompts
 
 FOCAL_ALPHA = 0.25
 

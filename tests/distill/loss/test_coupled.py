@@ -19,8 +19,8 @@ from mobilesam.distill.loss.coupled import (
     teacher_masks,
     valid_pixels,
 )
+from mobilesam.distill.loss.mask_prompts import pixels_to_square, uniform_pixel
 from mobilesam.distill.loss.masks import MaskLoss, MaskLossWeights
-from mobilesam.distill.loss.prompts import pixels_to_square, uniform_pixel
 from mobilesam.sam import valid_cells
 from mobilesam.sam.modeling.head import SamHead
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobilesam.distill.loss.prompts import (
+from mobilesam.distill.loss.mask_prompts import (
     borders_to_square,
     correction_pixel,
     noisy_box,
