@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import nn
 
+HEAD_LR_SHARE = 0.1
+"""Learning rate of a trained head, relative to the encoder's: it starts from the teacher's fully trained weights."""
+
 
 def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1.0) -> list[dict[str, Any]]:
     """Return AdamW's two parameter groups: weight decay for matrices and kernels, none for vectors and biases.

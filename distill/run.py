@@ -23,8 +23,8 @@ from ..sam.device import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
 from .checksummed_json import digest
 from .config import DistillConfig
-from .data.labels import Labels, count_annotated
-from .data.loader import Loader, check_preprocessing, image_root
+from .data.labels import AnnotationLabels, count_annotated
+from .data.loader import Loader, check_preprocessing, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
 from .loss.coupled import MaskOptions
@@ -182,7 +182,7 @@ def describe(
         masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
     )
     counts = store.manifest.counts()
-    root = _image_root(config, store)
+    root = _checked_image_root(config, store)
     return RunDescription(
         student=config.student,
         image_size=store.spec.image_size,
@@ -213,9 +213,9 @@ def describe(
     )
 
 
-def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
+def _checked_image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
     """Return the folder of the images; None for the images that the store keeps, which have no annotations."""
-    root = image_root(store, config.images)
+    root = find_image_root(store, config.images)
     if root is None and config.labels == "annotations":
         raise DistillError(
             f"{store.path} keeps images but no annotations: say where both are with --images DIR"
@@ -225,7 +225,7 @@ def _image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
 
 def _count_annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
     """Return the number of images with annotation files; DistillError if it is 0."""
-    assert root is not None, "checked by _image_root"
+    assert root is not None, "checked by _checked_image_root"
     count = count_annotated(root, records)
     if not count:
         raise DistillError(
@@ -296,12 +296,12 @@ def _train(
         return trainer.fit(stop, progress)
 
 
-def _annotation_labels(config: DistillConfig, run: Run) -> Labels | None:
+def _annotation_labels(config: DistillConfig, run: Run) -> AnnotationLabels | None:
     """Return the reader of annotations; None if labels are the teacher's masks."""
     if config.labels == "teacher":
         return None
-    assert run.image_root is not None, "checked by _image_root"
-    return Labels(run.image_root, run.description.image_size, config.objects, config.seed)
+    assert run.image_root is not None, "checked by _checked_image_root"
+    return AnnotationLabels(run.image_root, run.description.image_size, config.objects, config.seed)
 
 
 @contextmanager

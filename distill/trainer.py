@@ -28,7 +28,6 @@ from .data.loader import Batch, Loader
 from .data.sampler import epoch_order, split_batches
 from .distributed import ProcessGroup
 from .loss.base import (
-    HEAD_LR_SHARE,
     BatchTotals,
     MicroBatch,
     Objective,
@@ -38,7 +37,7 @@ from .loss.base import (
 from .loss.coupled import head_state
 from .loss.decoupled import Decoupled, loss_elements
 from .metrics.evaluate import ComputeSettings, Validation, embed
-from .optimizer import learning_rate, parameter_groups
+from .optimizer import HEAD_LR_SHARE, learning_rate, parameter_groups
 from .run_folder import Run
 from .students.student_file import TRAINED_HEAD, save_student
 from .train_log import Meter, Progress, Recorder
@@ -152,7 +151,7 @@ class Trainer:
                 self.step(rows, islice(coming, len(mine)))
                 self.after_step(last=self.state.step % self.steps_per_epoch == 0)
         if self.state.epoch == 0:
-            self.save_mean()
+            self.gather_and_write_mean_embedding()
 
     def step(self, rows: list[int], micro_batches: Iterable[Batch]) -> None:
         """Make one optimizer step on one batch.
@@ -296,7 +295,7 @@ class Trainer:
         self.state = state = checkpoints.load(self.trained, self.optimizer, self.state, self.compute.device)
         logger.info("resuming after epoch %d, step %d of %d", state.epoch, state.step, self.steps)
         if state.epoch:
-            self.write_mean()
+            self.write_mean_embedding()
         if state.epoch and not state.batch:
             self.save_student()
 
@@ -324,7 +323,7 @@ class Trainer:
         """Save a checkpoint, after making the metrics logged so far durable."""
         self.meter.fetch()
         self.meter.count_elapsed()
-        self.reduce_mean()
+        self.gather_embedding_sum()
         if self.recorder is not None:
             self.state.log.metrics_bytes = self.recorder.sync()
             self.run.checkpoints.save(self.trained, self.optimizer, self.state, self.compute.device)
@@ -349,21 +348,24 @@ class Trainer:
             None if head is None else head_state(head),
         )
 
-    def save_mean(self) -> None:
-        """Write the mean of the training rows' embeddings, the baseline of skill."""
-        self.reduce_mean()
+    def gather_and_write_mean_embedding(self) -> None:
+        """After the first epoch, write the mean of the training rows' embeddings, the baseline of skill.
+
+        All processes call this together, and none continues before rank 0 has written.
+        """
+        self.gather_embedding_sum()
         if self.processes.is_main:
-            self.write_mean()
+            self.write_mean_embedding()
         self.processes.barrier()
 
-    def reduce_mean(self) -> None:
-        """During the first epoch, add the processes' sums of embeddings into rank 0's."""
+    def gather_embedding_sum(self) -> None:
+        """During the first epoch, add the processes' sums of embeddings into rank 0's; all call this together."""
         state = self.state
         if state.epoch == 0:
             state.embeddings.rows = self.processes.reduce_sum(state.embeddings.sum_CHW, state.embeddings.rows)
 
-    def write_mean(self) -> None:
-        """Write the mean from rank 0's sum."""
+    def write_mean_embedding(self) -> None:
+        """Write the mean from this process's sum, which must be complete: rank 0's, or a checkpoint's."""
         self.run.save_mean_embedding(
             (self.state.embeddings.sum_CHW / self.state.embeddings.rows).float().cpu()
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..common.errors import VerifyError
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
-from ..distill.data.loader import check_preprocessing, image_root
+from ..distill.data.loader import check_preprocessing, find_image_root
 from ..distill.loss.coupled import store_head
 from ..distill.run_folder import CONFIG_FILE
 from ..distill.students.student_file import STUDENT_FILE, lacks_image_size, trained_head
@@ -67,7 +67,7 @@ class Inputs:
     notes: list[str]
     """Warnings about how to read the numbers."""
 
-    def subject(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Describe the comparison as plain JSON values: student, store, precision, device, notes."""
         run = self.student.run
         return {
@@ -107,7 +107,7 @@ def open_inputs(config: VerifyConfig) -> Inputs:
             student=student,
             store=store,
             rows=rows,
-            image_root=image_root(store, config.images, last_root, refusal=VerifyError),
+            image_root=find_image_root(store, config.images, last_root, refusal=VerifyError),
             mean=_mean_embedding(run, store, rows),
             compute=_compute_settings(config, run, device),
             notes=_notes(student, store, own_store),

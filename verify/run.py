@@ -88,7 +88,7 @@ def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) ->
         "passed": not failed,
         "failed_checks": failed,
         "subject": {
-            **inputs.subject(),
+            **inputs.describe(),
             "split": config.split,
             "audit": audit,
             "thresholds": config.thresholds,

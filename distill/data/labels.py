@@ -46,7 +46,7 @@ def count_annotated(root: Path, records: Iterable[ImageRecord]) -> int:
     return sum(files.has_file(record.key) for record in records)
 
 
-class Labels:
+class AnnotationLabels:
     """Reader of SA-1B's JSON files beside the images, which draws other objects of an image in every epoch.
 
     Annotations are read again in each epoch. If they can't be used, the image has no objects in that epoch; a

@@ -29,7 +29,7 @@ from ...sam import (
     valid_cells,
 )
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
-from .labels import Labels
+from .labels import AnnotationLabels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class Loader:
         *,
         workers: int,
         pin_memory: bool = False,
-        labels: Labels | None = None,
+        labels: AnnotationLabels | None = None,
     ) -> None:
         self.epoch = 0
         self.labels = labels
@@ -179,7 +179,7 @@ class Loader:
         self,
         pending: deque[tuple[Batch, list[Future[None]]]],
         coming: Iterator[Sequence[int]],
-        labels: Labels | None,
+        labels: AnnotationLabels | None,
     ) -> None:
         while not pending or sum(len(batch.rows) for batch, _ in pending) < self._read_ahead:
             rows = next(coming, None)
@@ -192,7 +192,7 @@ class Loader:
             ]
             pending.append((batch, futures))
 
-    def _empty(self, rows: list[int], labels: Labels | None) -> Batch:
+    def _empty(self, rows: list[int], labels: AnnotationLabels | None) -> Batch:
         size, pin = self._image_size, self._pin_memory
         values_BCHW, scales_BC = self._empty_embeddings(len(rows))
         return Batch(
@@ -205,7 +205,7 @@ class Loader:
             objects=None if labels is None else self._no_objects(len(rows), labels),
         )
 
-    def _no_objects(self, rows: int, labels: Labels) -> AnnotatedObjects:
+    def _no_objects(self, rows: int, labels: AnnotationLabels) -> AnnotatedObjects:
         count, side, pin = labels.objects, labels.side, self._pin_memory
         return AnnotatedObjects(
             masks_BQMM=torch.zeros(rows, count, side, side, dtype=torch.bool, pin_memory=pin),
@@ -229,7 +229,7 @@ class Loader:
         assert resized_size is not None, "only committed rows are loaded"
         return resized_size
 
-    def _fill(self, batch: Batch, place: int, labels: Labels | None, epoch: int) -> None:
+    def _fill(self, batch: Batch, place: int, labels: AnnotationLabels | None, epoch: int) -> None:
         """Decode one image and read one embedding into their place in the batch (runs in a thread)."""
         row = batch.rows[place]
         place_on_canvas(self._decode(self.records[row]), batch.canvas_BHWC[place].numpy())
@@ -240,7 +240,7 @@ class Loader:
             self._draw(labels, batch.objects, place, self.records[row], epoch)
 
     def _draw(
-        self, labels: Labels, objects: AnnotatedObjects, place: int, record: ImageRecord, epoch: int
+        self, labels: AnnotationLabels, objects: AnnotatedObjects, place: int, record: ImageRecord, epoch: int
     ) -> None:
         masks = labels.draw(record, epoch)
         if masks is None:
@@ -291,7 +291,7 @@ def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] 
         )
 
 
-def image_root(
+def find_image_root(
     store: EmbeddingStore,
     asked: Path | None,
     last: Path | None = None,

@@ -21,9 +21,6 @@ from ...store import EmbeddingStore
 from ..config import DistillConfig
 from ..data.loader import AnnotatedObjects, Batch
 
-HEAD_LR_SHARE = 0.1
-"""Learning rate of a trained head, relative to the encoder's: it starts from the teacher's fully trained weights."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchTotals:

@@ -11,7 +11,7 @@ import torch
 
 from ...common.errors import VerifyError
 from ...distill import Run
-from ...distill.data.loader import check_preprocessing, image_root
+from ...distill.data.loader import check_preprocessing, find_image_root
 from ...sam import AnnotationFiles, Annotations, CocoInstances
 from ...sam.device import resolve_device
 from ...store import EmbeddingStore, ImageRecord
@@ -120,7 +120,7 @@ def _open_store(
     models = [loader.load(name, value) for name, value in config.models]
     own_runs = [run for run in (model.run for model in models) if run is not None and _trained_on(run, store)]
     last = next((run.image_root for run in own_runs if run.image_root is not None), None)
-    root = image_root(store, config.images, last, refusal=VerifyError)
+    root = find_image_root(store, config.images, last, refusal=VerifyError)
     for model in models:
         if root is None and model.needs_photos:
             raise VerifyError(

@@ -19,7 +19,7 @@ from ...common.durable import explain_os_errors, write_atomic
 from ...common.errors import DistillInterrupted, VerifyError
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
-from ...distill.data.loader import check_preprocessing, image_root
+from ...distill.data.loader import check_preprocessing, find_image_root
 from ...distill.data.sampler import split_rows
 from ...distill.run import STOPPED_EARLY
 from ...distill.run_description import rows_digest
@@ -140,7 +140,7 @@ def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
                 )
         check_preprocessing(test, refusal=VerifyError)
         if config.scheduler is None:  # workers may have the images elsewhere
-            image_root(test, config.test_images, None, refusal=VerifyError)
+            find_image_root(test, config.test_images, None, refusal=VerifyError)
         open_head(test, torch.device("cpu"))
         return len(split.train), f"{test.spec.store_id}-{rows_digest(records)}"
 

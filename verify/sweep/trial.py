@@ -187,8 +187,8 @@ def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
 def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[str, Any]:
     with run.student_path.open("rb") as file:
         student = hashlib.file_digest(file, "sha256").hexdigest()
-    judged = {"student_sha256": student, **settings.to_json()}
-    if known.get("judged") == judged:
+    verified_with = {"student_sha256": student, **settings.to_json()}
+    if known.get("judged") == verified_with:
         return {name: known[name] for name in ("val", "test", "judged", "judged_seconds") if name in known}
     begun = time.monotonic()
     common: dict[str, Any] = {"student": run.path, "device": settings.device, "points": settings.points}
@@ -196,7 +196,7 @@ def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[st
     if settings.test_store is not None:
         on_test = VerifyConfig(**common, store=settings.test_store, images=settings.test_images, split="all")
         numbers["test"] = _verify(on_test)
-    return {**numbers, "judged": judged, "judged_seconds": time.monotonic() - begun}
+    return {**numbers, "judged": verified_with, "judged_seconds": time.monotonic() - begun}
 
 
 def _verify(config: VerifyConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ STAGES = {
     "resume": ("mobilesam.distill.checkpoint", "Checkpoints.load"),
     "checkpoint": ("mobilesam.distill.checkpoint", "Checkpoints.save"),
     "student": ("mobilesam.distill.trainer", "Trainer.save_student"),
-    "mean": ("mobilesam.distill.trainer", "Trainer.save_mean"),
+    "mean": ("mobilesam.distill.trainer", "Trainer.gather_and_write_mean_embedding"),
     "record": ("mobilesam.distill.train_log", "Recorder.line"),
     "sync": ("mobilesam.distill.train_log", "Recorder.sync"),
     "recorder": ("mobilesam.distill.train_log", "Recorder.__init__"),
