@@ -179,14 +179,15 @@ def _parts(name: str, side: Side, rounds: int) -> list[str]:
     whole = sum(seconds.values())
     listed = ", ".join(f"{part} {1000 * value:.2f}" for part, value in seconds.items())
     return [
-        f"{name}: ms of one core an image: {listed}; {1 / whole:.3g} images/s a core",
-        f"{name}: computed from that, not measured: " + "; ".join(_cores(1 / whole)),
+        f"{name}: ms per image on one core: {listed}; {1 / whole:.3g} images/s per core",
+        f"{name}: computed from these, not measured: " + "; ".join(_cores(1 / whole)),
     ]
 
 
 def _cores(rate: float) -> Sequence[str]:
     return [
-        f"{step} images/s of an H100's step take {step / rate:.1f} cores like this one" for step in STEP_RATES
+        f"an H100 that trains on {step} images/s needs {step / rate:.1f} cores like this one"
+        for step in STEP_RATES
     ]
 
 

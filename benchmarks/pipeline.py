@@ -117,7 +117,7 @@ def _share(result: dict[str, Any], encoder: float) -> Figure:
 def _against_loop(result: dict[str, Any], loop: Sequence[float]) -> Figure:
     what = "precompute / loop of SamPredictor.set_image in float32"
     if not loop:
-        why = f"segment_anything has its own ViTs alone, at {PEER_IMAGE_SIZE} pixels"
+        why = f"segment_anything runs only its own ViTs, at {PEER_IMAGE_SIZE} pixels"
         return Figure(what=what, value=None, target=LOOP_TARGET, sides=why)
     rate = result["images_per_second"]
     sides = f"{rate:.4g} / {1 / median(loop):.4g} images/s"
@@ -127,9 +127,10 @@ def _against_loop(result: dict[str, Any], loop: Sequence[float]) -> Figure:
 def _pieces(result: dict[str, Any], alone: Sequence[float]) -> list[str]:
     decoding = result["decode_seconds"] / result["done"]
     return [
-        f"teacher_share {result['teacher_share']:.4g}; decoding {1000 * decoding:.3g} ms of CPU an image, "
-        f"{1 / decoding:.3g} images/s a core",
-        "seconds an image of the teacher alone, before and after: " + ", ".join(f"{t:.4g}" for t in alone),
+        f"teacher_share {result['teacher_share']:.4g}; decoding {1000 * decoding:.3g} ms of CPU per image, "
+        f"{1 / decoding:.3g} images/s per core",
+        "seconds per image of the teacher alone, before and after the run: "
+        + ", ".join(f"{t:.4g}" for t in alone),
     ]
 
 

@@ -85,7 +85,16 @@ def cores(rate: float, milliseconds: float) -> float:
 def on_disk(costs: Costs) -> list[list[str]]:
     """Return the table of bytes and files on disk, and of the memory that goes with them."""
     rows = [
-        ["", "float16", "int8", "kept images", "files of 64 rows", f"of {LARGER_SHARDS}", "manifest", "list"]
+        [
+            "",
+            "float16",
+            "int8",
+            "kept images",
+            "files of 64 rows",
+            f"files of {LARGER_SHARDS} rows",
+            "manifest",
+            "trainer's list",
+        ]
     ]
     for name, images in PARTS.items():
         half, small = (Size(images=images, dtype=dtype, shard_size=64) for dtype in ("float16", "int8"))
@@ -100,7 +109,7 @@ def on_disk(costs: Costs) -> list[list[str]]:
 
 def teaching(costs: Costs) -> list[list[str]]:
     """Return the table of the teacher's run on all GPUs."""
-    rows = [["", "1 GPU, hours", f"{costs.gpus} GPUs, hours", "GPU money", "disk money a month, float16"]]
+    rows = [["", "1 GPU, hours", f"{costs.gpus} GPUs, hours", "GPU cost", "disk cost per month, float16"]]
     for name, images in PARTS.items():
         alone = hours(images, costs.teacher_rate, 1)
         stored = Size(images=images, dtype="float16", shard_size=64).bytes / 1e12
@@ -118,7 +127,7 @@ def teaching(costs: Costs) -> list[list[str]]:
 
 def learning(costs: Costs) -> list[list[str]]:
     """Return the table of the student's training on one GPU, at the slower and the faster step."""
-    rows = [["", "hours", "GPU money"]]
+    rows = [["", "hours", "GPU cost"]]
     for name, images in PARTS.items():
         spent = [
             hours(images * costs.epochs, rate, 1)
@@ -134,11 +143,11 @@ def feeding(costs: Costs) -> list[list[str]]:
     """Return the table of disk bandwidth and cores that one GPU needs while it embeds or trains."""
     size = Size(images=SA_1B, dtype="float16", shard_size=64).bytes_an_image
     small = Size(images=SA_1B, dtype="int8", shard_size=64).bytes_an_image
-    rows = [["one GPU that", "images/s", "reads, MB/s", "writes, MB/s", "cores that decode"]]
+    rows = [["work of one GPU", "images/s", "reads, MB/s", "writes, MB/s", "cores for decoding"]]
     teacher = costs.teacher_rate
     for what, further, ms in (
-        ("teaches", 0.0, costs.decode_ms),
-        ("teaches and keeps images", costs.kept_bytes, costs.decode_ms + costs.keep_ms),
+        ("teacher", 0.0, costs.decode_ms),
+        ("teacher with --keep-images", costs.kept_bytes, costs.decode_ms + costs.keep_ms),
     ):
         written = teacher * (size + further) / 1e6
         rows.append(
@@ -147,9 +156,9 @@ def feeding(costs: Costs) -> list[list[str]]:
         )  # fmt: skip
     for rate in (costs.slow_student_rate, costs.fast_student_rate):
         for what, stored, image, ms in (
-            ("learns: float16, photos", size, costs.photo_bytes, costs.decode_ms),
-            ("learns: float16, kept images", size, costs.kept_bytes, costs.kept_decode_ms),
-            ("learns: int8, kept images", small, costs.kept_bytes, costs.kept_decode_ms),
+            ("student: float16, photos", size, costs.photo_bytes, costs.decode_ms),
+            ("student: float16, kept images", size, costs.kept_bytes, costs.kept_decode_ms),
+            ("student: int8, kept images", small, costs.kept_bytes, costs.kept_decode_ms),
         ):
             read = rate * (stored + image) / 1e6
             rows.append([what, f"{rate:g}", f"{read:,.0f}", "0", f"{cores(rate, ms):.1f}"])
@@ -177,7 +186,7 @@ def tables(costs: Costs) -> dict[str, str]:
         "On disk": on_disk(costs),
         "The teacher": teaching(costs),
         f"The student, {costs.epochs} epochs on one GPU": learning(costs),
-        "What one GPU wants": feeding(costs),
+        "Disk and cores for one GPU": feeding(costs),
     }
     return {title: markdown(rows) for title, rows in made.items()}
 

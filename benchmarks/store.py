@@ -55,7 +55,7 @@ def main(rows: int, rounds: int, out: Path | None, as_json: bool) -> None:
             *_disk(folder, sides, rows),
         ]
         figures.append(_listing(folder))
-        notes = ["side: GB/s cold, rows/s cold, ms of processor time a row warm"]
+        notes = ["format: GB/s cold, rows/s cold, ms of processor time per row warm"]
         for name, seconds in cold.items():
             size = _row_bytes(name) * rows / seconds / 1e9
             notes.append(f"{name}: {size:.2f}, {rows / seconds:.0f}, {1000 * warm[name] / rows:.2f}")
@@ -206,7 +206,7 @@ def _processor(warm: dict[str, float], rows: int) -> list[Figure]:
     base = warm["raw preadv float16"]
     return [
         Figure(
-            what=f"processor time a row, warm: {ours} / raw preadv float16",
+            what=f"processor time per row, warm: {ours} / raw preadv float16",
             value=warm[ours] / base,
             target=target,
             at_least=False,
@@ -228,7 +228,7 @@ def _memory(sides: dict[str, Format]) -> list[Figure]:
         size = batch.values.nbytes + (0 if batch.scales is None else batch.scales.nbytes)
         found.append(
             Figure(
-                what=f"memory of reading a batch / the batch: {name}",
+                what=f"memory needed to read a batch / size of the batch: {name}",
                 value=peak / size,
                 target=1.1,
                 at_least=False,
@@ -282,7 +282,7 @@ def _listing(folder: Path) -> Figure:
             failed = store.manifest.shards_with_failures()
         times.append(time.perf_counter() - began)
     return Figure(
-        what=f"milliseconds to open a store and know which of {LISTED_ROWS:,} rows exist",
+        what=f"milliseconds to open a store and find out which of {LISTED_ROWS:,} rows exist",
         value=1000 * median(times),
         target=20,
         at_least=False,

@@ -35,7 +35,7 @@ from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.sam.device import accelerates_bfloat16, resolve_device
 
 PEER = "MobileSAM float32"
-PEER_KEPT = "MobileSAM float32, memory kept"
+PEER_KEPT = "MobileSAM float32, freed memory kept"
 BEST_TARGET = 2.6
 """Target for our step over MobileSAM's, in the precision that `--precision auto` takes."""
 
@@ -79,7 +79,9 @@ def main(
             for side in sides:
                 times[side.name].append(in_a_new_process(step_seconds, side, *arguments))
         rates = {name: micro_batch / median(found) for name, found in times.items()}
-        notes = [f"{name}: {rate:.4g} images/s, {micro_batch} images a step" for name, rate in rates.items()]
+        notes = [
+            f"{name}: {rate:.4g} images/s, {micro_batch} images per step" for name, rate in rates.items()
+        ]
         if profile:
             notes += [line for side in sides for line in in_a_new_process(step_shares, side, *arguments)]
         figures = _speeds(rates, accelerated)
@@ -109,7 +111,7 @@ def _speeds(rates: dict[str, float], accelerated: bool) -> list[Figure]:
         target = OTHER_TARGET if precision == "float32" and not best else BEST_TARGET
         ours, theirs = rates.get(f"ours {precision}"), rates.get(PEER)
         if ours is None or theirs is None:
-            why = EMULATED if ours is None else f"MobileSAM's code takes {PEER_IMAGE_SIZE} pixels alone"
+            why = EMULATED if ours is None else f"MobileSAM's code takes only {PEER_IMAGE_SIZE} pixels"
             figures.append(Figure(what=what, value=None, target=target, sides=why))
             continue
         sides = f"{ours:.4g} / {theirs:.4g} images/s"

@@ -23,7 +23,7 @@ from . import sizing
 from .audit import ReservoirSample
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, TaskImage
 from .progress import Progress
-from .shard import compute_shard
+from .shard_task import compute_shard
 from .supervision import POLL_SECONDS, ClusterMonitor, KillerImageSearch, StopRequested, fetch_result
 from .worker import TASKS_PER_WORKER, TeacherPlugin
 

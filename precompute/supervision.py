@@ -17,7 +17,7 @@ from ..common.signals import StopFlag
 from .cluster import START_SECONDS, Cluster
 from .messages import MESSAGE_TOPIC, ShardTask, TaskImage
 from .progress import Observer
-from .shard import probe
+from .shard_task import probe
 
 POLL_SECONDS = 0.5
 """Longest wait before signals and the cluster are checked again."""

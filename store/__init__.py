@@ -6,14 +6,13 @@ Read a store with `EmbeddingStore.open(path)`; any Zarr v3 reader opens the same
 from ..common.config import DTYPES, PRECISIONS
 from ..common.errors import StoreDamaged, StoreError, StoreLocked, StoreMismatch, StoreNotFound
 from ..common.image_ref import ImageRef
-from .audit import TOLERANCES, Tolerance, audit_summary, tolerance
-from .create import refuse_taken
+from .audit_limits import TOLERANCES, Tolerance, audit_summary, tolerance
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts, rows_of, shard_count
 from .reader import StoredBatch
 from .records import Audit, Counts, ImageRecord, KeptImage, Problem, RowResult, Selection
 from .sam_head import encode_head
 from .spec import StoreSpec
-from .store import EmbeddingStore
+from .store import EmbeddingStore, refuse_taken
 from .writer import ShardWriter, StoredRow
 from .zarr_metadata import exists
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from ..common.durable import explain_os_errors
 from ..common.errors import REPLACE_MANIFEST, StoreDamaged
-from .audit import tolerance
+from .audit_limits import tolerance
 from .check_shard import Finding, check_shard, shard_listing
-from .database import KeysDigest
+from .checksum import KeysDigest
 from .layout import HEAD, PRIVATE, rows_of
 from .lock import WriterLock
 from .manifest import PAGE_KEYS, Manifest, ManifestWriter

@@ -13,9 +13,10 @@ import numpy as np
 
 from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged
-from .database import SELECT_RECORDS, decode_record, shard_digest
-from .images import BLOCK, END, header, padding, tar_bytes, tar_path
-from .layout import CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c
+from .checksum import CHECKSUM_BYTES, crc32c, shard_digest
+from .database import SELECT_RECORDS, decode_record
+from .kept_images import BLOCK, END, header, padding, tar_bytes, tar_path
+from .layout import EMPTY, ArrayLayout
 from .manifest import Manifest
 from .reader import read_chunk, read_fully
 from .records import ImageRecord, KeptImage, Problem, ProblemKind

@@ -1,17 +1,16 @@
-"""The manifest's SQLite file: schema, opening, rows as records, their checksums, SQLite's errors explained."""
+"""The manifest's SQLite file: schema, opening, rows as records, SQLite's errors explained."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
 from ..common.errors import REPLACE_MANIFEST, StoreDamaged, StoreError
-from .layout import crc32c
+from .checksum import row_digest
 from .records import ImageRecord, KeptImage, RowResult
 
 BUSY_SECONDS = 300.0
@@ -196,46 +195,6 @@ def encode_result(result: RowResult) -> tuple:
         result.scales_crc32c,
         *((kept.offset, kept.bytes, kept.crc32c) if kept else (None, None, None)),
     )
-
-
-# ---- checksums of the manifest's own content: SQLite has none, so that a flipped bit in a value would go unnoticed
-
-
-def row_digest(fields: tuple) -> int:
-    """Return the crc32c of a committed row: its image (row, key, size, offset), then its result's fields.
-
-    It covers the fields' Python literals in ASCII: integers, bytes, text and None have one form each.
-    """
-    return crc32c(ascii(fields).encode("ascii"))
-
-
-def shard_digest(fields: tuple, rows: Iterable[int]) -> int:
-    """Return the crc32c of a committed shard's entries.
-
-    Args:
-        fields: the shard's columns in `shards` (shard, rows, done, failed, attempt).
-        rows: `row_digest` of each of its rows, in row order.
-    """
-    return crc32c(ascii((fields, tuple(rows))).encode("ascii"))
-
-
-class KeysDigest:
-    """SHA-256 of a set of images as appended: the rule that chose it, then every key in row order.
-
-    Args:
-        fields: first row, then the columns of `extensions` from fraction to checkpoint.
-    """
-
-    def __init__(self, fields: tuple) -> None:
-        self._hash = hashlib.sha256(ascii(fields).encode("ascii"))
-
-    def add(self, key: bytes) -> None:
-        """Add the next row's key."""
-        self._hash.update(b"%d:%b" % (len(key), key))
-
-    def value(self) -> bytes:
-        """Return the digest so far, 32 bytes."""
-        return self._hash.digest()
 
 
 # ---- errors

@@ -16,9 +16,9 @@ from typing import Any
 
 from ..common.durable import explain_os_errors
 from ..common.errors import StoreDamaged, StoreError, shown
-from .audit import audit_summary, tolerance
+from .audit_limits import audit_summary, tolerance
 from .check import InspectedStore, ProgressCallback, full_problems, quick_problems
-from .images import FOLDER
+from .kept_images import FOLDER
 from .layout import MANIFEST, PRIVATE, local_path, shard_count
 from .lock import WriterLock
 from .manifest import Manifest, ManifestWriter

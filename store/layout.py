@@ -1,4 +1,4 @@
-"""Store layout: shards, slots and bytes of rows, checksums, and places of files. Pure arithmetic, no I/O.
+"""Store layout: shards, slots and bytes of rows, and places of files. Pure arithmetic, no I/O.
 
 A shard file is what the Zarr v3 codec `sharding_indexed` defines with its index at the end: inner chunks (one
 row each, followed by the row's checksum, a crc32c), then one pair (offset, bytes) of little-endian uint64 per slot,
@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from ..common.errors import StoreError
+from .checksum import CHECKSUM_BYTES, crc32c
 
 ALIGNMENT = 4096
 """Bytes; O_DIRECT needs file offsets at multiples of the device's block size, at most 4096 in practice."""
@@ -29,19 +29,12 @@ PRIVATE = Path("embeddings") / "mobilesam"
 MANIFEST = PRIVATE / "manifest.sqlite"
 HEAD = PRIVATE / "sam_head.safetensors"
 
-CHECKSUM_BYTES = 4
-"""Bytes of the crc32c behind a row and behind an index."""
 CHANNELS = 256
 """Channels of SAM's image embeddings."""
 EMPTY = np.uint64(2**64 - 1)
 """Offset, and length, in the index of a slot without a row."""
 PIXELS_PER_CELL = 16
 """Side, in input pixels, of the square that one cell of the embedding's grid covers."""
-
-
-def crc32c(data: np.ndarray | bytes) -> int:
-    """Return the CRC-32C (Castagnoli) of an array's or a string's bytes, as Zarr's codec `crc32c` stores it."""
-    return int(google_crc32c.value(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data))
 
 
 def shard_of(row: int, shard_size: int) -> int:

@@ -19,15 +19,13 @@ from pathlib import Path
 from ..common.errors import REPAIR_METADATA, REPLACE_MANIFEST, StoreDamaged, StoreError
 from ..common.image_ref import ImageRef
 from . import database
+from .checksum import KeysDigest, row_digest, shard_digest
 from .database import (
     SELECT_COMMITTED,
     SELECT_RECORDS,
-    KeysDigest,
     decode_record,
     encode_result,
     explain_sqlite_errors,
-    row_digest,
-    shard_digest,
 )
 from .records import Audit, Counts, ImageRecord, RowResult, Selection, Status
 from .spec import StoreSpec, spec_digest

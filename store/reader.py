@@ -23,7 +23,8 @@ import numpy as np
 
 from ..common.durable import explain_os_errors
 from ..common.errors import REPAIR_SHARDS, StoreDamaged, StoreError
-from .layout import ALIGNMENT, CHECKSUM_BYTES, EMPTY, ArrayLayout, crc32c, rows_of, shard_of
+from .checksum import CHECKSUM_BYTES, crc32c
+from .layout import ALIGNMENT, EMPTY, ArrayLayout, rows_of, shard_of
 from .manifest import Manifest
 from .quantize import dequantize
 from .spec import StoreSpec

@@ -17,7 +17,7 @@ from .check import (
     manifest_is_damaged,
     quick_problems,
 )
-from .images import tar_path
+from .kept_images import tar_path
 from .manifest import ManifestWriter
 from .records import Problem
 from .zarr_metadata import changed_documents, documents_of, write_documents

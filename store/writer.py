@@ -15,8 +15,9 @@ from types import TracebackType
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from .images import BLOCK, END, FOLDER, header, padding, partial_tar_path
-from .layout import CHECKSUM_BYTES, PRIVATE, ArrayLayout, crc32c
+from .checksum import CHECKSUM_BYTES, crc32c
+from .kept_images import BLOCK, END, FOLDER, header, padding, partial_tar_path
+from .layout import PRIVATE, ArrayLayout
 from .quantize import quantize
 from .records import KeptImage
 

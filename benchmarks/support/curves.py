@@ -16,7 +16,7 @@ DESCRIPTORS_FLOOR = 8
 """Rise of open descriptors that counts as flat; a leak of one in a hundred images would open 200."""
 
 STEEPEST = 100
-"""Bytes an image by which memory may still grow in the second half: 1.1 GB over 11 million images."""
+"""Bytes per image by which memory may still grow in the second half: 1.1 GB over 11 million images."""
 
 WHOLE_SET = 11_000_000
 """Images of SA-1B, rounded."""
@@ -32,7 +32,7 @@ def judge_curve(points: Sequence[dict[str, Any]]) -> dict[str, Judgement]:
     found = {}
     for name in points[0]["resident"]:
         memory = [point["resident"][name] for point in points]
-        found[f"most memory of {name}, MiB"] = judge(images, memory, MEMORY_FLOOR * memory[0], STEEPEST)
+        found[f"peak memory of {name}, MiB"] = judge(images, memory, MEMORY_FLOOR * memory[0], STEEPEST)
         descriptors = [point["descriptors"][name] for point in points]
         found[f"descriptors of {name}"] = judge(images, descriptors, DESCRIPTORS_FLOOR)
     allocated = [point["allocated"] for point in points]
@@ -42,7 +42,7 @@ def judge_curve(points: Sequence[dict[str, Any]]) -> dict[str, Judgement]:
     for name in ("wall", "processor"):
         times = [point[name] for point in points]
         # The first point includes all start-up time.
-        found[f"{name} time, ms an image"] = judge(images[1:], times[1:], TIME_FLOOR * times[1])
+        found[f"{name} time, ms per image"] = judge(images[1:], times[1:], TIME_FLOOR * times[1])
     return found
 
 
@@ -78,8 +78,8 @@ def verdict(judgements: dict[str, Judgement]) -> list[str]:
         )
         if "MiB" in name:
             line += (
-                f"; second half {found.late_slope:+.0f} +- {found.late_slope_error:.0f} bytes an image, which over "
-                f"{WHOLE_SET // 10**6} million would be {found.late_slope * WHOLE_SET / 2**20:.0f} MiB"
+                f"; second half {found.late_slope:+.0f} +- {found.late_slope_error:.0f} bytes per image, or "
+                f"{found.late_slope * WHOLE_SET / 2**20:.0f} MiB over {WHOLE_SET // 10**6} million"
             )
         lines.append(line)
     return lines

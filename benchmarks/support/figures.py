@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.support.machine import machine
 
-EMULATED = "this processor only emulates bfloat16: --emulated measures it all the same"
+EMULATED = "this processor only emulates bfloat16: --emulated measures it anyway"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,9 @@ def compare_decoders(photos: Sequence[Path], image_size: int, rounds: int) -> li
             ]
         )
         rate = len(files) / seconds[name]
-        lines.append(f"JPEG by {name}: {rate:.3g} images/s a core, {off:.2g} grey levels off the full decode")
+        lines.append(
+            f"JPEG by {name}: {rate:.3g} images/s per core, {off:.2g} grey levels from the full decode"
+        )
     if "simplejpeg, exact" not in ways:
         lines.append("simplejpeg is not installed: pip install 'mobilesam[bench]'")
     return lines

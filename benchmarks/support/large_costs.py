@@ -22,9 +22,9 @@ PENDING_SHARDS = 10
 Say = Callable[[str], None]
 
 MANIFEST_PROBES = {
-    "open, counts": "count",
+    "open, count rows": "count",
     "inspect": "inspect",
-    "resume: open to write, pending shards, records of the first": "resume",
+    "resume: open for writing, pending shards, records of the first": "resume",
 }
 
 
@@ -49,7 +49,7 @@ def manifest_costs(folder: Path, rows: int, say: Say) -> dict[str, Any]:
         )
         say(f"made in {time.monotonic() - began:.0f} s; shard files of full length, without content (sparse)")
     size = (store / MANIFEST).stat().st_size
-    say(f"the manifest has {size / 2**20:,.0f} MiB, {size / rows:.0f} bytes a row")
+    say(f"the manifest has {size / 2**20:,.0f} MiB, {size / rows:.0f} bytes per row")
     lines = []
     for what, probe in MANIFEST_PROBES.items():
         for where in ("disk", "cache"):
@@ -90,9 +90,9 @@ def start_costs(folder: Path, rows: int, say: Say) -> dict[str, Any]:
     lines = [_slope(what, sizes, pair) for what, pair in measured.items()]
     for line in lines:
         say(
-            f"{line['what']:20} {line['seconds']:7.1f} s, {line['peak_bytes'] / 2**20:6,.0f} MiB at most; a million "
-            f"images {line['seconds_per_million']:6.1f} s, {line['bytes_per_image'] * 1e6 / 2**20:6,.0f} MiB "
-            f"({line['bytes_per_image']:.0f} bytes an image)"
+            f"{line['what']:20} {line['seconds']:7.1f} s, {line['peak_bytes'] / 2**20:6,.0f} MiB at most; per "
+            f"million images {line['seconds_per_million']:6.1f} s, {line['bytes_per_image'] * 1e6 / 2**20:6,.0f} MiB "
+            f"({line['bytes_per_image']:.0f} bytes per image)"
         )
     return {"rows": rows, "lines": lines}
 
@@ -141,8 +141,8 @@ def _inspect_command(store: Path) -> dict[str, Any]:
 def _line(line: dict[str, Any]) -> str:
     peak = "" if line["peak_bytes"] is None else f", {line['peak_bytes'] / 2**20:,.0f} MiB at most"
     return (
-        f"{line['what']:68} {line['seconds']:6.2f} s of {line['target']:.0f} "
-        f"({line['processor_seconds']:.2f} s of the processor){peak}"
+        f"{line['what']:68} {line['seconds']:6.2f} s of {line['target']:.0f} allowed "
+        f"({line['processor_seconds']:.2f} s of processor time){peak}"
     )
 
 

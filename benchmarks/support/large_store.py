@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.support.synthetic_store import SHARD_SIZE, synthetic_spec
 from mobilesam.store import EmbeddingStore, ImageRef, Selection
-from mobilesam.store.database import row_digest, shard_digest
+from mobilesam.store.checksum import row_digest, shard_digest
 from mobilesam.store.layout import MANIFEST
 
 FAILED_EVERY = 10_000

@@ -38,9 +38,9 @@ class Spans:
         return [
             f"first batch to last commit: {max(self.commits) - first:.2f} s, of which the teacher was busy "
             f"{sum(busy):.2f} s in {len(busy)} batches (median {median(busy):.3f} s, first {busy[0]:.3f} s)",
-            f"it waited within shards {sum(within):.3f} s (longest {max(within, default=0):.3f} s), between shards "
-            f"{sum(between):.3f} s (longest {max(between, default=0):.3f} s), and after the last batch "
-            f"{max(self.commits) - last:.3f} s passed until the last commit; writing took {writing:.2f} s",
+            f"the teacher waited within shards {sum(within):.3f} s (longest {max(within, default=0):.3f} s), "
+            f"between shards {sum(between):.3f} s (longest {max(between, default=0):.3f} s), and after the last "
+            f"batch {max(self.commits) - last:.3f} s passed until the last commit; writing took {writing:.2f} s",
         ]
 
     def _of(self, phase: str) -> list[tuple[int, Span]]:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from listener import Listener
 
-from mobilesam.precompute import PrecomputeError, PrecomputeInterrupted, Snapshot, audit, shard
+from mobilesam.precompute import PrecomputeError, PrecomputeInterrupted, Snapshot, audit, shard_task
 from mobilesam.precompute.audit import ReservoirSample, compare
 from mobilesam.precompute.decode import Batch
-from mobilesam.precompute.shard import Embeddings, embed
+from mobilesam.precompute.shard_task import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore, RowResult, tolerance
@@ -108,7 +108,7 @@ def test_embeddings_that_differ_from_the_teachers_are_out_of_tolerance(
     listener: Listener,
 ) -> None:
     monkeypatch.setattr(
-        shard, "embed", lambda teacher, batch: Embeddings(torch.from_numpy(wrong(teacher, batch)))
+        shard_task, "embed", lambda teacher, batch: Embeddings(torch.from_numpy(wrong(teacher, batch)))
     )
     result = run(limit=3, precision="float32", observer=listener)
     assert result["out_of_tolerance"] is False, "nobody looked"

@@ -323,7 +323,7 @@ def test_a_worker_without_memory_for_a_batch_ends_the_run_with_the_mend(
     def starved(*_: object) -> None:
         raise MemoryError("array")
 
-    monkeypatch.setattr("mobilesam.precompute.shard.embed", starved)
+    monkeypatch.setattr("mobilesam.precompute.shard_task.embed", starved)
     with pytest.raises(PrecomputeError, match="no memory for 2 images at once: lower --batch-size"):
         run(batch_size=2)
 

@@ -14,9 +14,9 @@ import torch
 from listener import Listener
 from PIL import Image
 
-from mobilesam.precompute import shard
+from mobilesam.precompute import shard_task
 from mobilesam.precompute.decode import Batch
-from mobilesam.precompute.shard import Embeddings, embed
+from mobilesam.precompute.shard_task import Embeddings, embed
 from mobilesam.sam import ImageError, read_checked
 from mobilesam.sam.teacher import Teacher
 from mobilesam.store import EmbeddingStore, ImageRecord
@@ -127,7 +127,7 @@ def test_only_the_image_whose_embedding_cannot_be_stored_fails_and_is_named(
                 emb_BCHW[slot, 200, 3, 1] = value
         return Embeddings(torch.from_numpy(emb_BCHW))
 
-    monkeypatch.setattr(shard, "embed", broken)
+    monkeypatch.setattr(shard_task, "embed", broken)
     result = run(batch_size=3, observer=listener, audit=7)
     assert (result["done"], result["failed"], result["audit"]["rows"]) == (6, 1, 6)
     assert f"failed: 4-retina.png: {reason}" in listener.messages

@@ -12,7 +12,7 @@ import pytest
 from distributed import KilledWorker
 from listener import Listener
 
-from mobilesam.precompute import scheduler, shard, supervision
+from mobilesam.precompute import scheduler, shard_task, supervision
 from mobilesam.precompute.messages import ShardResult, ShardTask
 from mobilesam.precompute.scheduler import ShardScheduler
 from mobilesam.store import EmbeddingStore
@@ -38,7 +38,7 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
         while not handled.exists():
             time.sleep(0.01)
         raise _killed()
-    return shard.compute_shard(task, plugin_name)
+    return shard_task.compute_shard(task, plugin_name)
 
 
 def _handle_killed_worker(self: ShardScheduler, task: ShardTask, error: KilledWorker) -> None:

@@ -88,15 +88,15 @@ def test_an_image_that_hangs_with_pythons_lock_held_is_found_and_the_job_goes_on
 
 HANGING_TEACHER = """
 import time
-import mobilesam.precompute.shard as shard
-if not hasattr(shard, "embed_as_it_was"):
-    shard.embed_as_it_was = shard.embed
+import mobilesam.precompute.shard_task as shard_task
+if not hasattr(shard_task, "embed_as_it_was"):
+    shard_task.embed_as_it_was = shard_task.embed
 def hanging(teacher, batch):
     (loaded,) = batch.images
     while loaded.image.ref.key == "2-coffee.png" and loaded.decoded is not None:
         time.sleep(3600)
-    return shard.embed_as_it_was(teacher, batch)
-shard.embed = hanging
+    return shard_task.embed_as_it_was(teacher, batch)
+shard_task.embed = hanging
 """
 
 IMPATIENT = """

@@ -25,8 +25,8 @@ from mobilesam.store import (
     StoreError,
 )
 from mobilesam.store.check_shard import check_shard, shard_listing
+from mobilesam.store.checksum import crc32c
 from mobilesam.store.inspection import inspect_store
-from mobilesam.store.layout import crc32c
 
 NewStore = Callable[..., EmbeddingStore]
 

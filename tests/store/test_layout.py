@@ -17,7 +17,8 @@ from mobilesam.store import (
     rows_of,
     shard_count,
 )
-from mobilesam.store.layout import ALIGNMENT, EMPTY, crc32c, shard_of
+from mobilesam.store.checksum import crc32c
+from mobilesam.store.layout import ALIGNMENT, EMPTY, shard_of
 
 
 @given(rows=st.integers(0, 5000), shard_size=st.integers(1, 300))

@@ -34,8 +34,9 @@ from hypothesis.stateful import (
 from small_store import EVERYTHING, HEAD, SHARD_SIZE, compute, images, make_spec, picture
 
 from mobilesam.store import EmbeddingStore, ShardWriter, StoreError
+from mobilesam.store.checksum import CHECKSUM_BYTES, crc32c
 from mobilesam.store.inspection import inspect_store
-from mobilesam.store.layout import CHECKSUM_BYTES, MANIFEST, crc32c
+from mobilesam.store.layout import MANIFEST
 from mobilesam.store.quantize import quantize
 from mobilesam.store.zarr_metadata import write_documents
 

@@ -17,7 +17,7 @@ def test_the_heads_names_and_shapes_are_those_of_segment_anythings_classes_in_th
 def test_a_worker_of_precompute_starts_without_torchvision_and_torchs_compiler() -> None:
     program = (
         "import sys\n"
-        "import mobilesam.precompute.worker, mobilesam.precompute.shard\n"
+        "import mobilesam.precompute.worker, mobilesam.precompute.shard_task\n"
         "from mobilesam.sam.teacher import load_teacher\n"
         "load_teacher('vit_nano', None, image_size=64, device='cpu')\n"
         "slow = {'segment_anything', 'torchvision', 'torch._dynamo'} & set(sys.modules)\n"

@@ -41,7 +41,7 @@ class Summary:
     def lines(self) -> list[str]:
         """Return the printed lines, the result last."""
         return [
-            f"{self.kills} of them kills; {self.pairs} distinct pairs of call and phase; {self.silent} more that did "
+            f"{self.kills} kills; {self.pairs} distinct pairs of call and phase; {self.silent} faults that did "
             "not fire",
             f"{self.fired} faults fired, {self.lost} embeddings lost, {self.wrong} wrong reads",
         ]

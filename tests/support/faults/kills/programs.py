@@ -26,7 +26,7 @@ def prepare() -> None:
     import mobilesam.cli
     import mobilesam.distill.run
     import mobilesam.precompute.run
-    import mobilesam.precompute.shard  # noqa: F401
+    import mobilesam.precompute.shard_task  # noqa: F401
     from mobilesam.sam.teacher import embedded_sha256
 
     torch.set_num_threads(1)

@@ -12,8 +12,8 @@ from mobilesam.store import (
     StoreError,
     refuse_taken,
 )
-from mobilesam.store.create import draft_of
 from mobilesam.store.layout import PRIVATE
+from mobilesam.store.store import draft_of
 
 
 def _create(path: Path) -> EmbeddingStore:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mobilesam.precompute.decode import Batch
-from mobilesam.precompute.shard import Embeddings, embed
+from mobilesam.precompute.shard_task import Embeddings, embed
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.teacher import Teacher, load_teacher
 

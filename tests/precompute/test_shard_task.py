@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from distributed import Client
 
-from mobilesam.precompute import shard as shard_module
+from mobilesam.precompute import shard_task
 from mobilesam.precompute.messages import ShardResult, ShardTask, Span, TaskImage, TeacherSetup
-from mobilesam.precompute.shard import Embeddings, compute_shard
+from mobilesam.precompute.shard_task import Embeddings, compute_shard
 from mobilesam.precompute.worker import TeacherPlugin
 from mobilesam.sam import list_images
 from mobilesam.sam.teacher import embedded_sha256
@@ -32,7 +32,7 @@ def results(
 ) -> Iterator[tuple[list[ShardResult], list[dict]]]:
     """Five shards computed by one worker, and their entries in dask's task stream."""
     # A teacher that takes a while: the smallest could be through before another thread gets a turn.
-    embed = shard_module.embed
+    embed = shard_task.embed
     THREADS.clear()
 
     def slowly(*what: Any) -> Embeddings:
@@ -40,7 +40,7 @@ def results(
         time.sleep(0.05)
         return embed(*what)
 
-    monkeypatch.setattr(shard_module, "embed", slowly)
+    monkeypatch.setattr(shard_task, "embed", slowly)
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=embedded_sha256(), image_size=SIDE,
         precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,

@@ -15,8 +15,8 @@ from small_store import compute, embeddings, images, picture
 from store_damage import found_problems
 
 from mobilesam.store import EmbeddingStore, Selection, StoreDamaged, StoreError, StoreMismatch
-from mobilesam.store.images import FOLDER
 from mobilesam.store.inspection import inspect_store, inspection_lines
+from mobilesam.store.kept_images import FOLDER
 from mobilesam.store.layout import MANIFEST
 
 NewStore = Callable[..., EmbeddingStore]

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..common.errors import REPAIR_SHARDS, StoreDamaged
-from .layout import PRIVATE, crc32c
+from .checksum import crc32c
+from .layout import PRIVATE
 from .records import KeptImage
 
 FOLDER = PRIVATE / "images"
