@@ -53,7 +53,7 @@ def comparison_lines(results: Results) -> list[str]:
         "",
         *_order(known, [PAPER_WAYS[name][0] for name in names], names),
         "",
-        "### What a student gets that learns nothing of its own pictures",
+        "### The control: embeddings of other pictures",
         "",
         *_control_table(grouped(results["control"]), decoupled),
     ]
@@ -97,11 +97,11 @@ def _setting(results: Results, stages: Sequence[str]) -> str:
     seconds = sum(run["seconds"] + run["judged_seconds"] for run in different.values())
     seeds, one = sorted({run["options"]["seed"] for run in runs}), runs[0]
     return (
-        f"{one['images']['train']:,} pictures to train on, {one['test']['images']} of another seed to judge by, at "
-        f"image size {scale['image_size']}, {one['test']['prompts']} points a picture, "
+        f"{one['images']['train']:,} training pictures, {one['test']['images']} test pictures of another seed, "
+        f"image size {scale['image_size']}, {one['test']['prompts']} points per picture, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {len(different)} runs took "
-        f"{seconds / 3600:.2f} hours of training and judging on {results['cores']} cores. mIoU is with the masks of "
-        "vit_nano, the teacher."
+        f"{seconds / 3600:.2f} hours of training and evaluation on {results['cores']} cores. mIoU compares with the "
+        "masks of vit_nano, the teacher."
     )
 
 
@@ -111,7 +111,7 @@ def _length_table(groups: Sequence[Group]) -> list[str]:
         for (batch, epochs, iterations, miou), group in zip(PAPER_LENGTHS, groups, strict=True)
     ]
     return _table(
-        ["paper: batch / epochs / iterations", "its mIoU", "ours", "our mIoU", "lowest", "highest"], rows
+        ["paper: batch / epochs / iterations", "paper's mIoU", "ours", "our mIoU", "lowest", "highest"], rows
     )
 
 
@@ -124,7 +124,16 @@ def _way_table(groups: Sequence[Group]) -> list[str]:
         seconds = group.spread("seconds")
         assert seconds is not None
         rows.append([name, paper, took, *_ours(group, _length(group)), f"{seconds.mean:,.0f} s"])
-    columns = ["", "paper's mIoU", "what it took", "ours", "our mIoU", "lowest", "highest", "training"]
+    columns = [
+        "",
+        "paper's mIoU",
+        "paper's training",
+        "ours",
+        "our mIoU",
+        "lowest",
+        "highest",
+        "our training",
+    ]
     return _table(columns, rows)
 
 
@@ -168,12 +177,13 @@ def _evaluation(results: Results) -> list[str]:
         "",
         "### Against labels",
         "",
-        f"{found['labelled']} pictures, all objects that a picture shows; an object's box, its innermost point, and "
-        "for that point the mask of three that the model rates best, and the best one.",
+        f"{found['labelled']} pictures, all objects of each. Prompts are an object's box or its innermost point. Of "
+        "the three masks for the point, *picked* is the one that the model rates best, *best* the one closest to the "
+        "label.",
         "",
         *_table(["", "box", "point", "picked of 3", "best of 3"], labels),
         "",
-        "### Table 1: what they cost",
+        "### Table 1: parameters and speed",
         "",
         *_table(["", "encoder's parameters", "multiply-accumulates", "encoder ms", "decoder ms"], cost),
     ]
@@ -223,7 +233,7 @@ def _order(groups: Sequence[Group], paper: Sequence[float], names: Sequence[str]
 def _verdict(low: Spread, high: Spread) -> str:
     """Judge the difference of two means by its standard error over seeds (Welch's test)."""
     if low.deviation is None or high.deviation is None:
-        return "one seed, so that nothing tells how much of it is chance"
+        return "one seed, so it may be chance"
     variances = [(each.deviation or 0.0) ** 2 / each.count for each in (low, high)]
     error, difference = math.sqrt(sum(variances)), high.mean - low.mean
     # Welch's degrees of freedom.

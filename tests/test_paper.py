@@ -95,7 +95,7 @@ def test_ours_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) ->
     (own,) = [line for line in lines if line.startswith("| its own embeddings |")]
     assert own == "| its own embeddings | 8 / 4 / 500 | 0.5100 ± 0.0141 | 0.5000 | 0.5200 |"
     # Two runs appear among lengths and ways alike, and are counted once.
-    assert "seeds 0, 1. 9 runs took 4.50 hours of training and judging on 2 cores" in lines[0]
+    assert "seeds 0, 1. 9 runs took 4.50 hours of training and evaluation on 2 cores" in lines[0]
 
 
 def test_pairs_labels_and_cost_stand_beside_the_papers(scripts: tuple[ModuleType, ModuleType]) -> None:
@@ -122,7 +122,7 @@ def test_pairs_labels_and_cost_stand_beside_the_papers(scripts: tuple[ModuleType
         ([0.40, 0.41], [0.50, 0.51], "the same order, at 14.1 standard errors"),
         ([0.50, 0.51], [0.40, 0.41], "the opposite order, at 14.1 standard errors"),
         ([0.40, 0.50], [0.42, 0.52], "too close to tell, the standard error being 0.0707"),
-        ([0.40], [0.50], "one seed, so that nothing tells"),
+        ([0.40], [0.50], "one seed, so it may be chance"),
         ([0.40, 0.40], [0.50, 0.50], "the same order"),
     ],
 )

@@ -19,5 +19,5 @@ def test_it_compares_the_loader_with_its_parts_in_every_kind_of_store() -> None:
     ]
     assert all(figure["value"] > 0 for figure in found["figures"])
     assert len(found["notes"]) == 2 * len(STORES)
-    assert all("images/s a core" in note for note in found["notes"][::2])
-    assert all("computed from that, not measured" in note for note in found["notes"][1::2])
+    assert all("images/s per core" in note for note in found["notes"][::2])
+    assert all("computed from these, not measured" in note for note in found["notes"][1::2])

@@ -22,7 +22,7 @@ def test_it_measures_our_step_and_the_wait_for_data_and_tells_why_the_rest_is_mi
     found = json.loads(result.stdout.splitlines()[-1])
     *speeds, wait = found["figures"]
     assert [figure["value"] for figure in speeds] == [None, None]
-    assert "1024 pixels alone" in speeds[0]["sides"]
+    assert "takes only 1024 pixels" in speeds[0]["sides"]
     assert 0 <= wait["value"] <= 1
     assert wait["target"] == 0.01
     assert any(note.startswith("ours float32: ") for note in found["notes"])
