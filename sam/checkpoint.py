@@ -107,9 +107,22 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def identify_teacher(state: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the teacher whose encoder has a checkpoint's keys and shapes; None if there is none."""
+    """Return the name of the teacher whose encoder has a checkpoint's sizes; None if there is none.
+
+    Of several teachers with the same encoder, it is the first whose trained image size fits, too.
+    """
     encoder = encoder_state(state)
-    return next((name for name, info in TEACHERS.items() if info.encoder.matches(encoder)), None)
+    found = [info for info in TEACHERS.values() if info.encoder.matches(encoder)]
+    if len(found) > 1:
+        found = [info for info in found if _has_trained_shapes(info, encoder)] or found
+    return found[0].name if found else None
+
+
+def _has_trained_shapes(info: TeacherInfo, encoder: Mapping[str, Tensor]) -> bool:
+    """Return True if an encoder's tensors have the shapes of a teacher's trained image size."""
+    with torch.device("meta"):
+        built = info.encoder.build(info.trained_image_size).state_dict()
+    return all(encoder[key].shape == value.shape for key, value in built.items() if key in encoder)
 
 
 def check_state(
@@ -124,14 +137,16 @@ def check_state(
         expected: shapes by key, as `state_shapes` returns them.
 
     Returns:
-        The tensors that the teacher uses; mobile_sam's unused classifier is left out.
+        The tensors that the teacher uses; unused ones, such as mobile_sam's classifier, are left out.
 
     Raises:
         CheckpointError: the file doesn't fit; the message names the teacher that it belongs to, or the first
             differences.
     """
-    name, found = info.name, identify_teacher(state)
-    if found is not None and found != name:
+    name = info.name
+    # The same encoder may belong to several teachers, whose files don't differ in their shapes.
+    found = None if info.encoder.matches(encoder_state(state)) else identify_teacher(state)
+    if found is not None:
         raise CheckpointError(f"{path} is a {found} checkpoint, not {name}; use --teacher {found}")
     unused = tuple(ENCODER_PREFIX + prefix for prefix in info.encoder.unused_prefixes)
     state = {key: value for key, value in state.items() if not key.startswith(unused)}

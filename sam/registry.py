@@ -1,4 +1,7 @@
-"""Teachers by name: architecture, cost and checkpoint file of each. To add a teacher, add an entry to `_ENTRIES`.
+"""Teachers by name: architecture, cost and checkpoint file of each.
+
+To add a teacher, add one entry to TEACHERS; no other code has to change. An architecture that `sam/modeling` doesn't
+have also needs its module there, with a class that has the members of `Architecture`.
 
 Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture's
 module in `sam/modeling` is imported only when its encoder is needed.
@@ -9,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.errors import SamError
@@ -35,22 +37,36 @@ class Architecture(Protocol):
     def unused_prefixes(self) -> tuple[str, ...]:
         """Prefixes of keys in checkpoints that the encoder doesn't use."""
 
+    @property
+    def uses_autocast(self) -> bool:
+        """True if bfloat16 is computed under torch's autocast, from float32 weights; False if the loaded encoder
+        holds bfloat16 weights itself."""
+
     def build(self, image_size: int) -> nn.Module:
         """Build the encoder: (B, 3, S, S) normalised pixels to (B, 256, S/16, S/16), S being `image_size`."""
 
-    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[nn.Module, bool]:
+    def load(self, state: dict[str, Tensor], image_size: int, precision: str) -> tuple[nn.Module, bool]:
         """Build an encoder that uses the state's tensors without a copy.
 
         Args:
-            state: the encoder's weights by key, for the trained image size.
+            state: the encoder's weights by key, float32, for the trained image size.
             image_size: S in pixels, a multiple of 16.
+            precision: `float32` or `bfloat16`; bfloat16 weights are copies.
 
         Returns:
             The encoder, and True if its position tables were resampled for `image_size`.
         """
 
+    def outline(self, image_size: int) -> nn.Module:
+        """Build a network on torch's meta device whose parameters and operations are those published for the encoder;
+        it may be another class than `build` returns."""
+
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if a state's keys and shapes identify it as this encoder's."""
+        """Return True if the sizes in a state (widths, depths, heads) are this encoder's and no other variant's.
+
+        Tensors that show no sizes are not looked at, and one that is missing contradicts nothing, so that the error
+        about a damaged checkpoint can name its teacher.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +99,8 @@ class TeacherInfo:
     """Side in pixels of the square input that the checkpoint was trained with."""
     checkpoint: CheckpointFile | None
     """None for the embedded teacher."""
+    student_format: bool = False
+    """True if students are exported in this checkpoint's format, so that a file in it is taken for a student."""
 
     @property
     def embedded(self) -> bool:
@@ -101,71 +119,74 @@ class TeacherInfo:
 
 # Multiply-accumulates are published for SAM's ViTs and TinyViT, and counted for vit_nano. The sizes of SAM's ViTs are
 # from segment_anything/build_sam.py; vit_nano is this project's.
-_ENTRIES = (
-    TeacherInfo(
-        name="vit_h",
-        parameters=637_026_048,
-        macs_at_1024=2.98e12,
-        architecture="vit.ViTConfig",
-        settings={"width": 1280, "depth": 32, "heads": 16, "global_blocks": (7, 15, 23, 31)},
-        checkpoint=CheckpointFile(
-            name="sam_vit_h_4b8939.pth",
-            url=f"{_SAM_URL}/sam_vit_h_4b8939.pth",
-            bytes=2_564_550_879,
-            sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+TEACHERS: Mapping[str, TeacherInfo] = {
+    info.name: info
+    for info in (
+        TeacherInfo(
+            name="vit_h",
+            parameters=637_026_048,
+            macs_at_1024=2.98e12,
+            architecture="vit.ViTConfig",
+            settings={"width": 1280, "depth": 32, "heads": 16, "global_blocks": (7, 15, 23, 31)},
+            checkpoint=CheckpointFile(
+                name="sam_vit_h_4b8939.pth",
+                url=f"{_SAM_URL}/sam_vit_h_4b8939.pth",
+                bytes=2_564_550_879,
+                sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+            ),
         ),
-    ),
-    TeacherInfo(
-        name="vit_l",
-        parameters=308_278_272,
-        macs_at_1024=1.49e12,
-        architecture="vit.ViTConfig",
-        settings={"width": 1024, "depth": 24, "heads": 16, "global_blocks": (5, 11, 17, 23)},
-        checkpoint=CheckpointFile(
-            name="sam_vit_l_0b3195.pth",
-            url=f"{_SAM_URL}/sam_vit_l_0b3195.pth",
-            bytes=1_249_524_607,
-            sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+        TeacherInfo(
+            name="vit_l",
+            parameters=308_278_272,
+            macs_at_1024=1.49e12,
+            architecture="vit.ViTConfig",
+            settings={"width": 1024, "depth": 24, "heads": 16, "global_blocks": (5, 11, 17, 23)},
+            checkpoint=CheckpointFile(
+                name="sam_vit_l_0b3195.pth",
+                url=f"{_SAM_URL}/sam_vit_l_0b3195.pth",
+                bytes=1_249_524_607,
+                sha256="3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+            ),
         ),
-    ),
-    TeacherInfo(
-        name="vit_b",
-        parameters=89_670_912,
-        macs_at_1024=0.49e12,
-        architecture="vit.ViTConfig",
-        settings={"width": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
-        checkpoint=CheckpointFile(
-            name="sam_vit_b_01ec64.pth",
-            url=f"{_SAM_URL}/sam_vit_b_01ec64.pth",
-            bytes=375_042_383,
-            sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+        TeacherInfo(
+            name="vit_b",
+            parameters=89_670_912,
+            macs_at_1024=0.49e12,
+            architecture="vit.ViTConfig",
+            settings={"width": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
+            checkpoint=CheckpointFile(
+                name="sam_vit_b_01ec64.pth",
+                url=f"{_SAM_URL}/sam_vit_b_01ec64.pth",
+                bytes=375_042_383,
+                sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            ),
         ),
-    ),
-    TeacherInfo(
-        name="mobile_sam",
-        parameters=5_743_892,
-        macs_at_1024=38.8e9,
-        architecture="tiny_vit.TinyViTVariant",
-        settings={"name": "5m"},
-        checkpoint=CheckpointFile(
-            name="mobile_sam.pt",
-            url=f"{_MOBILE_SAM_URL}/mobile_sam.pt",
-            bytes=40_728_226,
-            sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        TeacherInfo(
+            name="mobile_sam",
+            parameters=5_743_892,
+            macs_at_1024=38.8e9,
+            architecture="tiny_vit.TinyViTVariant",
+            settings={"name": "5m"},
+            student_format=True,
+            checkpoint=CheckpointFile(
+                name="mobile_sam.pt",
+                url=f"{_MOBILE_SAM_URL}/mobile_sam.pt",
+                bytes=40_728_226,
+                sha256="6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+            ),
         ),
-    ),
-    TeacherInfo(
-        name=EMBEDDED_TEACHER,
-        parameters=1_657_728,
-        macs_at_1024=14e9,
-        architecture="vit.ViTConfig",
-        settings={"width": 128, "depth": 4, "heads": 4, "global_blocks": (1, 3)},
-        # Between 256 and 1024 pixels, each of which needs only one halving or doubling of the grid.
-        trained_image_size=512,
-        checkpoint=None,
-    ),
-)
-TEACHERS: Mapping[str, TeacherInfo] = MappingProxyType({info.name: info for info in _ENTRIES})
+        TeacherInfo(
+            name=EMBEDDED_TEACHER,
+            parameters=1_657_728,
+            macs_at_1024=14e9,
+            architecture="vit.ViTConfig",
+            settings={"width": 128, "depth": 4, "heads": 4, "global_blocks": (1, 3)},
+            # Between 256 and 1024 pixels, each of which needs only one halving or doubling of the grid.
+            trained_image_size=512,
+            checkpoint=None,
+        ),
+    )
+}
 
 
 def find_teacher_info(name: str) -> TeacherInfo:

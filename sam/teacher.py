@@ -20,7 +20,6 @@ from .checkpoint import ENCODER_PREFIX, check_state, encoder_state, read_state
 from .device import resolve_device, resolve_precision
 from .download import file_sha256
 from .modeling.head_shapes import HEAD_PREFIXES, head_shapes
-from .modeling.vit import ViTEncoder
 from .registry import EMBEDDED_TEACHER, TeacherInfo, find_teacher_info
 
 _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
@@ -70,8 +69,7 @@ class Teacher:
                 f"pixels have shape {tuple(pixels_BCHW.shape)}; {self.name} was built for {wanted}"
             )
         pixels_BCHW = pixels_BCHW.to(self.device, torch.float32, non_blocking=True)
-        # A ViT holds bfloat16 weights; autocast would convert them in each call, which costs as much as reading them.
-        cast = self.precision == "bfloat16" and not isinstance(self.image_encoder, ViTEncoder)
+        cast = self.precision == "bfloat16" and find_teacher_info(self.name).encoder.uses_autocast
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
             emb_BCHW = self.image_encoder(pixels_BCHW)
         return emb_BCHW.float().contiguous()
@@ -115,9 +113,7 @@ def load_teacher(
     state = encoder_state(_read_whole_state(info, checkpoint))
     # Half-precision weights are converted to float32; counters of batch norm stay integers.
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    encoder, interpolated = info.encoder.load(state, image_size)
-    if isinstance(encoder, ViTEncoder) and resolved == "bfloat16":
-        encoder.hold_in_bfloat16()
+    encoder, interpolated = info.encoder.load(state, image_size, resolved)
     if checkpoint_sha256 is None:
         checkpoint_sha256 = embedded_sha256() if checkpoint is None else file_sha256(checkpoint)
     return Teacher(

@@ -70,14 +70,18 @@ class TinyViTVariant:
     """A key of VARIANTS."""
 
     has_positions: ClassVar[bool] = False
+    uses_autocast: ClassVar[bool] = True
     unused_prefixes: ClassVar[tuple[str, ...]] = CLASSIFIER_PREFIXES
 
     def build(self, image_size: int) -> TinyViT:
         """Build the encoder with weights from torch's global generator."""
         return TinyViT(image_size, self.name)
 
-    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[TinyViT, bool]:
-        """See `Architecture.load`. TinyViT has no position tables, so none are resampled."""
+    def load(
+        self, state: dict[str, Tensor], image_size: int, precision: str = "float32"
+    ) -> tuple[TinyViT, bool]:
+        """See `Architecture.load`. TinyViT has no position tables, so none are resampled; its weights are float32 in
+        any precision."""
         # Not on the meta device, since TinyViT has index buffers that are in no checkpoint. The fork keeps its
         # initialisation from advancing the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
@@ -85,9 +89,28 @@ class TinyViTVariant:
         encoder.load_state_dict(state, assign=True)
         return encoder, False
 
+    def outline(self, image_size: int) -> TinyViT:
+        """Build the encoder on the meta device."""
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return self.build(image_size)
+
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if a state has TinyViT's first convolution; the variant is not checked."""
-        return "patch_embed.seq.0.c.weight" in state
+        """Return True if a state has TinyViT's first convolution, and this variant's widths, depths, heads and
+        windows."""
+        if "patch_embed.seq.0.c.weight" not in state:
+            return False
+        config = VARIANTS[self.name]
+        blocks = [
+            {key.split(".")[3] for key in state if key.startswith(f"layers.{i}.blocks.")} for i in range(4)
+        ]
+        if tuple(map(len, blocks)) != config.depths:
+            return False
+        sizes: dict[str, tuple[int, ...]] = {"patch_embed.seq.2.c.weight": (config.widths[0],)}
+        for stage in range(1, 4):
+            sizes[f"layers.{stage - 1}.downsample.conv3.c.weight"] = (config.widths[stage],)
+            biases = (config.heads[stage], config.windows[stage] ** 2)
+            sizes[f"layers.{stage}.blocks.0.attn.attention_biases"] = biases
+        return all(state[key].shape[: len(size)] == size for key, size in sizes.items() if key in state)
 
 
 class ConvNorm(nn.Sequential):

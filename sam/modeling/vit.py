@@ -56,27 +56,62 @@ class ViTConfig:
     """Indices of the blocks that attend over the whole grid; the others attend in windows of 14 x 14 cells."""
 
     has_positions: ClassVar[bool] = True
+    # Autocast would convert the weights in each call, which costs as much as reading them.
+    uses_autocast: ClassVar[bool] = False
     unused_prefixes: ClassVar[tuple[str, ...]] = ()
 
     def build(self, image_size: int) -> ViTEncoder:
         """Build the encoder; under `torch.device("meta")` without memory or initialisation."""
         return ViTEncoder(image_size, self.width, self.depth, self.heads, self.global_blocks)
 
-    def load(self, state: dict[str, Tensor], image_size: int) -> tuple[ViTEncoder, bool]:
+    def load(
+        self, state: dict[str, Tensor], image_size: int, precision: str = "float32"
+    ) -> tuple[ViTEncoder, bool]:
         """See `Architecture.load`."""
         fitted, resampled = fit_positions(state, self, image_size)
         with torch.device("meta"):
             encoder = self.build(image_size)
         encoder.load_state_dict(fitted, assign=True)
+        if precision == "bfloat16":
+            encoder.hold_in_bfloat16()
         return encoder, resampled
 
+    def outline(self, image_size: int) -> nn.Module:
+        """Build SAM's own class on the meta device, for which counts are published: `ViTEncoder` computes the same
+        with other multiplications. Source: segment_anything/build_sam.py."""
+        # Not at the top: it imports torchvision, which a teacher doesn't need.
+        from segment_anything.modeling import ImageEncoderViT
+
+        with torch.device("meta"):
+            return ImageEncoderViT(
+                img_size=image_size,
+                embed_dim=self.width,
+                depth=self.depth,
+                num_heads=self.heads,
+                out_chans=EMBEDDING_CHANNELS,
+                qkv_bias=True,
+                use_rel_pos=True,
+                window_size=WINDOW,
+                global_attn_indexes=self.global_blocks,
+            )
+
     def matches(self, state: Mapping[str, Tensor]) -> bool:
-        """Return True if a state has this encoder's width and number of blocks."""
+        """Return True if a state has this encoder's width, number of blocks, heads and global blocks."""
         patches = state.get("patch_embed.proj.weight")
         if patches is None or not patches.ndim:
             return False
         blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-        return (patches.shape[0], len(blocks)) == (self.width, self.depth)
+        if (patches.shape[0], len(blocks)) != (self.width, self.depth):
+            return False
+        tables = {
+            f"blocks.{block}.attn.rel_pos_h": block in self.global_blocks for block in range(self.depth)
+        }
+        found = {key: state[key].shape for key in tables if key in state and state[key].ndim == 2}
+        if any(shape[1] != self.width // self.heads for shape in found.values()):
+            return False
+        # Trained on a grid of one window, global and windowed blocks have equal tables.
+        one_window = "pos_embed" in state and state["pos_embed"].shape[1:2] == (WINDOW,)
+        return one_window or all((shape[0] != 2 * WINDOW - 1) == tables[key] for key, shape in found.items())
 
 
 class ViTEncoder(nn.Module):

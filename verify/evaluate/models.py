@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from segment_anything.modeling import ImageEncoderViT
 from torch import nn
 
 from ...common.errors import HeadNotFound, VerifyError, shown
@@ -18,19 +17,14 @@ from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
 from ...sam.checkpoint import identify_teacher, read_state
 from ...sam.download import Progress
-from ...sam.modeling.neck import EMBEDDING_CHANNELS
-from ...sam.modeling.vit import ViTConfig
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
-from ...sam.torch_file import in_torch_format
+from ...sam.torch_file import is_torch_file
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
 from .predictor import Predictor
 from .sam_predictor import EncoderPredictor
 
 FASTSAM = "fastsam"
 """Name of a model, or prefix before a colon, by which a file is taken for FastSAM's weights."""
-
-CHECKPOINTS = tuple(name for name, info in TEACHERS.items() if not info.embedded)
-"""Teachers whose checkpoints are recognised among files in torch's format."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,7 +112,7 @@ class ModelLoader:
                 f"--model {shown(name)}: there is no {shown(value)}{_alternatives(before, colon)}"
             )
         found = None if path.is_dir() else _checkpoint(name, path)
-        if found is not None and found != "mobile_sam":
+        if found is not None and not TEACHERS[found].student_format:
             return self.load_teacher(name, found, path)
         return self._load_student(name, path)
 
@@ -154,7 +148,7 @@ class ModelLoader:
         return self._from_sam(name, model)
 
     def _size_of(self, path: Path) -> int | None:
-        return None if path.is_dir() or not _in_torch_format(path) else self.image_size
+        return None if path.is_dir() or not is_torch_file(path, CheckpointError) else self.image_size
 
     def _from_sam(self, name: str, model: Model) -> LoadedModel:
         outline = partial(outline_encoder, model.student, model.image_size)
@@ -186,48 +180,23 @@ def outline_encoder(kind: str, image_size: int) -> nn.Module:
         kind: name of a student or a teacher in its registry.
         image_size: side of the encoder's square in pixels.
     """
-    architecture = TEACHERS[kind].encoder if kind in TEACHERS else None
-    if isinstance(architecture, ViTConfig):
-        # SAM's own class, for which counts are published: ours computes the same with other multiplications.
-        with torch.device("meta"):
-            return _upstream_vit(architecture, image_size)
-    return outline_student(student_info("tiny_vit" if kind in TEACHERS else kind), image_size)
-
-
-def _upstream_vit(config: ViTConfig, image_size: int) -> ImageEncoderViT:
-    """Build SAM's own encoder class. Source: segment_anything/build_sam.py."""
-    return ImageEncoderViT(
-        img_size=image_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        out_chans=EMBEDDING_CHANNELS,
-        qkv_bias=True,
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=config.global_blocks,
-    )
+    if kind in TEACHERS:
+        return TEACHERS[kind].encoder.outline(image_size)
+    return outline_student(student_info(kind), image_size)
 
 
 def _checkpoint(name: str, path: Path) -> str | None:
     """Return the name of the teacher that a file in torch's format holds; None for a file in another format."""
-    if not _in_torch_format(path):
+    if not is_torch_file(path, CheckpointError):
         return None
+    known = [teacher for teacher, info in TEACHERS.items() if not info.embedded]
     found = identify_teacher(read_state(path))
-    if found not in CHECKPOINTS:
+    if found not in known:
         raise VerifyError(
-            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(CHECKPOINTS[:-1])} and "
-            f"{CHECKPOINTS[-1]}; for FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
+            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(known[:-1])} and "
+            f"{known[-1]}; for FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
         )
     return found
-
-
-def _in_torch_format(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return in_torch_format(file.read(9))
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
 
 
 def _alternatives(before: str, colon: str) -> str:
