@@ -1,4 +1,4 @@
-"""Fields of config dataclasses that are command-line options, and checks of their values.
+"""Fields of config dataclasses that are command-line options, checks of their values and of packages they need.
 
 A field made by `option` holds everything that the command line shows of it: default, help text, metavar, choices.
 `cli.py` makes click options from such fields, so that nothing about an option is written twice. Other fields can only
@@ -8,7 +8,8 @@ be set from Python. Config modules import nothing heavy, since `mobilesam --help
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,18 @@ def require_image_size(size: int | None, error: type[MobileSamError], largest: i
     good = size is None or (64 <= size <= (largest or size) and size % 16 == 0)
     upto = "up" if largest is None else f"to {largest}"
     require(good, f"--image-size {size} is not a multiple of 16 from 64 {upto}", error)
+
+
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """Return those of some packages, which an option needs, that aren't installed; none of them is imported."""
+    return [name for name in names if not _importable(name)]
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:  # sys.modules holds None for it: blocked
+        return False
 
 
 def paths_from_text(config: Any, *names: str) -> None:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .. import __version__
 from ..common.durable import explain_os_errors
 from ..common.errors import DistillError, DistillInterrupted
 from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.allocator import keep_freed_memory
 from ..sam.device import resolve_device, resolve_precision
 from ..store import EmbeddingStore, ImageRecord
+from ..store.spec import package_versions
 from .checksummed_json import digest
 from .config import DistillConfig
 from .data.labels import AnnotationLabels, count_annotated
@@ -204,11 +202,7 @@ def describe(
         store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
         image_root=root,
         counts={"done": counts.done, "failed": counts.failed, "pending": counts.pending},
-        versions={
-            "mobilesam": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "pillow")},
-        },
+        versions=package_versions(("torch", "numpy", "pillow")),
         split_sha256=split_sha256(split),
     )
 

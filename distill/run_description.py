@@ -14,7 +14,8 @@ from .checksummed_json import digest
 
 FORMAT = 2
 """Version of config.json."""
-_MEND = "put back a whole copy, or start over with distill --restart"
+CONFIG_MEND = "put back a whole copy, or start over with distill --restart"
+"""Remedy for a damaged config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +124,10 @@ class RunDescription:
             }
             return cls(**_known(cls, known))
         except KeyError as error:
-            raise DistillError(f"config.json lacks {error}; {_MEND}") from error
+            raise DistillError(f"config.json lacks {error}; {CONFIG_MEND}") from error
         except StoreError as error:
             raise DistillError(
-                f"config.json has a spec of a store that can't be used: {error}; {_MEND}"
+                f"config.json has a spec of a store that can't be used: {error}; {CONFIG_MEND}"
             ) from error
 
 

@@ -33,7 +33,7 @@ from .checksummed_json import (
     write_checksummed,
 )
 from .data.sampler import Split
-from .run_description import FORMAT, RunDescription
+from .run_description import CONFIG_MEND, FORMAT, RunDescription
 from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -237,8 +237,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_checksummed(folder / CONFIG_FILE)
     except DistillError as error:
-        mend = "put back a whole copy, or start over with distill --restart"
-        raise DistillError(f"{error}; {mend}") from error
+        raise DistillError(f"{error}; {CONFIG_MEND}") from error
     if config.get("format") != FORMAT:
         raise DistillError(
             f"the run in {folder} has format {config.get('format')}, this version reads {FORMAT}; start over with "

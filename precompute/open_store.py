@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 import uuid
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .. import __version__
 from ..common.errors import PrecomputeError
 from ..sam import KEPT_KIND, preprocessing_recipe
 from ..sam.download import file_sha256, find_checkpoint
 from ..sam.registry import TEACHERS
 from ..sam.teacher import embedded_sha256, load_head, positions_interpolated
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
+from ..store.spec import package_versions
 from .plan import ExistingStore, Plan
 from .progress import Observer
 
 _PACKAGES = ("torch", "torchvision", "segment-anything", "zarr", "numpy", "pillow", "dask", "distributed")
+"""Packages on which an embedding's bits depend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,8 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         CheckpointError: the checkpoint is absent or can't be read.
         DownloadError: it can't be downloaded.
     """
-    stored, official = plan.existing and plan.existing.spec, TEACHERS[plan.teacher].checkpoint
+    stored = plan.existing.spec if plan.existing else None
+    official = TEACHERS[plan.teacher].checkpoint
     if stored and plan.config.checkpoint is None and official and official.sha256 != stored.checkpoint_sha256:
         raise PrecomputeError(
             f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}), which "
@@ -148,16 +148,5 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         kept_images=KEPT_KIND if plan.keeps_images else None,
         subset={"fraction": plan.selection.fraction, "seed": plan.selection.seed},
         image_root=str(plan.listing.root),
-        versions=_versions(),
+        versions=package_versions(_PACKAGES),
     )
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions of this package, Python, and the packages on which an embedding's bits depend."""
-    found = {"mobilesam": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

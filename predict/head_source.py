@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from ..common.errors import CheckpointError, DistillError, HeadNotFound, shown
 from ..distill.run_folder import HEAD_FILE, Run
-from ..distill.students.student_file import FORMAT, MAX_HEADER, check_tensors, load_own_head, trained_head
+from ..distill.students.student_file import load_own_head, read_any_tensors, trained_head
 from ..sam.checkpoint import read_state
 from ..sam.modeling.head import SamHead, build_head
 from ..sam.modeling.head_shapes import HEAD_PREFIXES
@@ -109,7 +109,7 @@ def read_head_file(path: Path) -> LoadedHead:
             )
     if not path.is_file():
         raise DistillError(f"there is no file or store {shown(str(path))}; {_MEND}")
-    state = _read_safetensors(path) if _is_safetensors(path) else _only_head(read_state(path), path)
+    state = _head_of_safetensors(path) if _is_safetensors(path) else _only_head(read_state(path), path)
     return LoadedHead(state=state, source=str(path))
 
 
@@ -123,25 +123,22 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" or (path.suffix == ".safetensors" and not in_torch_format(start))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read only the head's tensors, by mmap; the SHA-256 of a file written by `save_student` is checked."""
-    with _readable(path), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > MAX_HEADER:
-            raise DistillError(
-                f"{path} is damaged: a header of {length:,} bytes, {MAX_HEADER:,} at most; {_MEND}"
-            )
-    with _intact(path), _readable(path), safe_open(path, framework="pt", device="cpu") as opened:
-        if (opened.metadata() or {}).get("format") == FORMAT:
-            check_tensors(path)
-        names = [name for name in opened.keys() if name.startswith(HEAD_PREFIXES)]  # noqa: SIM118 - not a dict
-        return _only_head({name: opened.get_tensor(name) for name in names}, path)
+def _head_of_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read only the head's tensors, by mmap."""
+    with _readable(path):
+        try:
+            state = read_any_tensors(path, HEAD_PREFIXES)
+        except DistillError as error:
+            raise DistillError(f"{error}; {_MEND}") from error
+    return _only_head(state, path)
 
 
 def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
     """Decode safetensors in memory, the content of `path`, whose SHA-256 has been checked."""
-    with _intact(path):
+    try:
         return _only_head(load(data), path)
+    except SafetensorError as error:
+        raise DistillError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
 
 
 @contextmanager
@@ -151,15 +148,6 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
-
-
-@contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """Turn the safetensors library's errors into DistillError."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise DistillError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
 
 
 def _only_head(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

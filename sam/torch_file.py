@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError
+from ..common.errors import ArchiveError, MobileSamError
 from .unpickler import MAX_PICKLE, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -43,6 +43,23 @@ def in_torch_format(start: bytes) -> bool:
     JSON object. So nine bytes are needed, or all of a shorter file.
     """
     return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
+
+
+def is_torch_file(path: Path, error: type[MobileSamError]) -> bool:
+    """Return True if a file was written by `torch.save`.
+
+    Args:
+        path: path of the file.
+        error: type of the error.
+
+    Raises:
+        MobileSamError: of the type `error`, if the file can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return in_torch_format(file.read(9))
+    except OSError as cause:
+        raise error(f"{path} can't be read: {cause.strerror or cause}") from cause
 
 
 def read_torch_file(path: Path) -> object:

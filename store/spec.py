@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..common.config import DTYPES, PRECISIONS, require
 from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreMismatch
 from .layout import PIXELS_PER_CELL, ArrayLayout, array_layouts
@@ -25,6 +28,17 @@ _COMPARED = (
     "shard_size",
     "kept_images",
 )
+
+
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of mobilesam, Python and those of the packages that are installed, by name."""
+    found = {"mobilesam": __version__, "python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def spec_digest(value: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..common.config import missing_packages
 from ..common.durable import write_atomic
 from ..common.errors import ReportError, VerifyError, shown
 from .gallery import Gallery
@@ -49,7 +49,7 @@ def check_report(path: Path) -> None:
     Raises:
         VerifyError: matplotlib or jinja2 isn't installed, or `path` can't be created or replaced.
     """
-    missing = [name for name in ("matplotlib", "jinja2") if not _importable(name)]
+    missing = missing_packages(("matplotlib", "jinja2"))
     if missing:
         raise VerifyError(
             f"--report needs {' and '.join(missing)}, which is not installed: pip install 'mobilesam[report]'"
@@ -70,23 +70,16 @@ def check_report(path: Path) -> None:
         raise VerifyError(f"cannot write the report in {path.parent}: {error.strerror}") from error
 
 
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:  # sys.modules holds None for it: blocked
-        return False
-
-
 @contextmanager
-def report_errors(result: dict[str, Any], named: dict[str, Any]) -> Iterator[None]:
+def report_errors(result: dict[str, Any], path_holder: dict[str, Any]) -> Iterator[None]:
     """Turn any exception during the writing of a report into a ReportError that carries the result.
 
     The result may have taken hours to compute, and must not be lost with the page.
 
     Args:
         result: result of the command.
-        named: the dictionary that has the report's path as `report`, `result` or a part of it; on failure the path
-            becomes None.
+        path_holder: the dictionary that has the report's path as `report`: `result` or a part of it; on failure the
+            path becomes None.
 
     Raises:
         ReportError: for any exception in the context.
@@ -94,7 +87,7 @@ def report_errors(result: dict[str, Any], named: dict[str, Any]) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        named["report"] = None
+        path_holder["report"] = None
         raise ReportError(f"no report: {error}", result) from error
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...common.errors import DistillError
@@ -29,9 +28,8 @@ from ...sam.torch_file import in_torch_format
 from .registry import outline_student, student_info
 from .student_file import (
     MAX_HEADER,
-    check_tensors,
     lacks_image_size,
-    load_tensors,
+    read_any_tensors,
     student_path,
     trained_head,
 )
@@ -165,8 +163,8 @@ def count_by_prefix(keys: Iterable[str]) -> dict[str, int]:
     """Count keys by the first part of their names: {"head": 2, "mask_decoder": 131}."""
     groups: dict[str, int] = {}
     for key in sorted(keys):
-        head = key.split(".")[0][:60]
-        groups[head] = groups.get(head, 0) + 1
+        prefix = key.split(".")[0][:60]
+        groups[prefix] = groups.get(prefix, 0) + 1
     return groups
 
 
@@ -179,30 +177,17 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if in_torch_format(start):
             return sha256, read_state(path, WRAPPERS)
-        return sha256, _read_safetensors(path, start[:8])
+        if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER:
+            raise DistillError(
+                f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
+            )
+        return sha256, read_any_tensors(path)
     except FileNotFoundError:
         raise DistillError(
             f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)"
         ) from None
     except OSError as error:
         raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
-
-
-def _read_safetensors(path: Path, start: bytes) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file from any program; a file with mobilesam's SHA-256 is checked."""
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > MAX_HEADER:
-        raise DistillError(
-            f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
-    if "sha256" in metadata and "format" in metadata:
-        check_tensors(path)
-    return load_tensors(path)
 
 
 @dataclass(frozen=True, kw_only=True)

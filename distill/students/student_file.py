@@ -23,7 +23,7 @@ from ...common.errors import DistillError
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import load_head, load_teacher
-from ...sam.torch_file import in_torch_format
+from ...sam.torch_file import is_torch_file
 from .registry import outline_student, student_info
 
 STUDENT_FILE = "student.safetensors"
@@ -97,7 +97,7 @@ def load_student(
         CheckpointError: a file in torch's format isn't mobile_sam's.
     """
     file = student_path(path)
-    if _in_torch_format(file):
+    if is_torch_file(file, DistillError):
         teacher = load_teacher("mobile_sam", file, image_size=image_size or 1024, device=device)
         return teacher.image_encoder, {"student": "tiny_vit", "image_size": teacher.image_size}
     with _mend_added(file):
@@ -124,7 +124,7 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
         CheckpointError: a file in torch's format isn't mobile_sam's.
     """
     file = student_path(path)
-    if _in_torch_format(file):
+    if is_torch_file(file, DistillError):
         return load_head("mobile_sam", file)
     head = {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
     return head or None
@@ -144,7 +144,7 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
         CheckpointError: a file in torch's format is damaged.
     """
     file = student_path(path)
-    if _in_torch_format(file):
+    if is_torch_file(file, DistillError):
         return load_own_head(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
@@ -176,7 +176,7 @@ def lacks_image_size(path: Path | str) -> bool:
     Raises:
         DistillError: there is no such file, or it can't be read.
     """
-    return _in_torch_format(student_path(path))
+    return is_torch_file(student_path(path), DistillError)
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,30 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DistillError(f"{path} is damaged ({str(error)[:100]})") from error
 
 
+def read_any_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Read tensors of a safetensors file from any program to the CPU; a SHA-256 of mobilesam's is checked.
+
+    Args:
+        path: path of the file.
+        prefixes: beginnings of the names to read; the other tensors stay on the disk.
+
+    Raises:
+        DistillError: the file is damaged or no safetensors file; the caller adds a remedy to the message.
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        _header_length(path, file)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            metadata = opened.metadata() or {}
+            if metadata.get("format") == FORMAT or metadata.keys() >= {"format", _DIGEST_KEY}:
+                check_tensors(path)
+            names = [name for name in opened.keys() if name.startswith(prefixes)]  # noqa: SIM118 - not a dict
+            return {name: opened.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
+
+
 @contextmanager
 def _mend_added(file: Path) -> Iterator[None]:
     """Add a remedy to errors about the file's content; turn an OSError into a DistillError."""
@@ -259,14 +283,6 @@ def _outline(file: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     except DistillError as error:
         raise DistillError(f"{file} can't be rebuilt: {error}") from error
     return {ENCODER_PREFIX + key: value for key, value in student.state_dict().items()}
-
-
-def _in_torch_format(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return in_torch_format(opened.read(9))
-    except OSError as error:
-        raise DistillError(f"{file} can't be read: {error.strerror or error}") from error
 
 
 def _head_shapes(header: Header) -> dict[str, tuple[int, ...]]:
@@ -323,12 +339,17 @@ def _check_values(
             raise DistillError(f"{file} holds values that aren't finite, in {key}; {MEND}")
 
 
-def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
+def _header_length(path: Path, file: BinaryIO) -> int:
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
         raise DistillError(
             f"{path} is damaged or no safetensors file: a header of {length:,} bytes, {MAX_HEADER:,} at most"
         )
+    return length
+
+
+def _read_header(path: Path, file: BinaryIO) -> dict[str, Any]:
+    length = _header_length(path, file)
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError):

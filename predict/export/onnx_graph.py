@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ... import __version__
+from ...common.config import missing_packages
 from ...common.errors import PredictError
 from ...sam import preprocessing_recipe
+from ...store.spec import package_versions
 from ..model import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
@@ -44,18 +43,11 @@ class OnnxFile:
 
 def check_tools() -> None:
     """Raise PredictError if packages that an ONNX export and its check need aren't installed."""
-    missing = [name for name in TOOLS if not _importable(name)]
+    missing = missing_packages(TOOLS)
     if missing:
         raise PredictError(
             f"an ONNX export needs {' and '.join(missing)}, not installed here: pip install 'mobilesam[export]'"
         )
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ValueError:  # sys.modules holds None for it: blocked
-        return False
 
 
 def to_onnx(
@@ -150,13 +142,7 @@ def _metadata(model: Model) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that make the files."""
-    from importlib.metadata import version
-
-    return {
-        "mobilesam": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", *TOOLS) if _importable(name)},
-    }
+    return package_versions(("torch", *TOOLS))
 
 
 def rename_axes(proto: Any, names: Mapping[str, str]) -> None:

@@ -7,7 +7,6 @@ mask, C channels, 2 (x, y).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ...common.config import missing_packages
 from ...common.errors import VerifyError
 from ...distill.students.cost import median_seconds
 from ...sam.modeling.decode_prompts import Prompts
@@ -181,7 +181,7 @@ def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamPredicto
     Raises:
         VerifyError: ultralytics isn't installed, there is no such file, or ultralytics can't open it.
     """
-    if not _installed():
+    if missing_packages([PACKAGE]):
         raise VerifyError(
             f"--model {name}: FastSAM runs through {PACKAGE} (licence {LICENCE}), which is not installed: "
             "pip install 'mobilesam[fastsam]'"
@@ -197,13 +197,6 @@ def open_fastsam(name: str, file: Path, device: torch.device) -> FastSamPredicto
         from ultralytics import FastSAM
 
         return FastSamPredictor(name, FastSAM(str(file)), device)
-
-
-def _installed() -> bool:
-    try:
-        return importlib.util.find_spec(PACKAGE) is not None
-    except ValueError:  # sys.modules holds None for it: blocked
-        return False
 
 
 class FastSamPredictor:
