@@ -59,18 +59,18 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     }
 
 
-def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+def plan_lines(estimate: Mapping[str, Any]) -> list[str]:
     """Format the result of `dry_run` as lines for people."""
-    needed, free = plan["bytes_needed"], plan["bytes_free"]
-    duration = "not measured" if plan["pending"] else "none"
-    if plan["pending"] and plan["seconds"] is not None:
+    needed, free = estimate["bytes_needed"], estimate["bytes_free"]
+    duration = "not measured" if estimate["pending"] else "none"
+    if estimate["pending"] and estimate["seconds"] is not None:
         duration = (
-            f"about {timedelta(seconds=round(plan['seconds']))} "
-            f"(one image took {plan['seconds_per_image']:.3g} s here)"
+            f"about {timedelta(seconds=round(estimate['seconds']))} "
+            f"(one image took {estimate['seconds_per_image']:.3g} s here)"
         )
     lines = [
-        f"images        {plan['images']:,}, of which {plan['pending']:,} to compute",
-        f"shards        {plan['shards']:,} of {plan['shard_size']} images",
+        f"images        {estimate['images']:,}, of which {estimate['pending']:,} to compute",
+        f"shards        {estimate['shards']:,} of {estimate['shard_size']} images",
         f"bytes needed  {needed:,} ({needed / 1e9:.2f} GB)",
         f"bytes free    {free:,} ({free / 1e9:.2f} GB)",
         f"time          {duration}",
