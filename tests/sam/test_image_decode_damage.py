@@ -27,7 +27,7 @@ def reason(data: bytes) -> str:
     return message
 
 
-def test_an_empty_file_says_so() -> None:
+def test_an_empty_image_file_is_reported_as_empty() -> None:
     assert reason(b"") == "the file is empty (0 bytes)"
 
 

@@ -132,7 +132,7 @@ def test_a_file_system_without_it_is_read_through_the_cache(
         (lambda file: os.ftruncate(file, 5000), "c.0.0.0.0"),
     ],
 )
-def test_damage_is_an_error_either_way(
+def test_damage_is_an_error_with_and_without_direct_io(
     new_store: NewStore,
     tmp_path: Path,
     direct_io: bool,

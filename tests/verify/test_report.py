@@ -179,7 +179,7 @@ def test_the_verdict_says_what_failed_with_both_numbers():
     assert "No thresholds set." in Page(render(data())).text
 
 
-def test_undefined_numbers_are_called_so():
+def test_undefined_numbers_are_shown_as_undefined():
     bare = result(
         skill=None,
         skill_valid=None,

@@ -172,7 +172,7 @@ def test_a_mask_input_is_used_for_all_prompts_or_one_for_each(
     assert np.abs(without[2] - for_all[2]).max() > 1e-3 * np.abs(for_all[2]).max(), "it matters"
 
 
-def test_one_token_is_enough(
+def test_the_decoder_takes_a_single_point_without_padding(
     model: Model, predictor: SamPredictor, session: onnxruntime.InferenceSession
 ) -> None:
     """SamPredictor pads; the prompt encoder's parts don't have to."""

@@ -45,7 +45,7 @@ def shallow_deit(image_size: int) -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_students_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     infos = {
         name: StudentInfo(name=name, summary="", build=build)
         for name, build in (
