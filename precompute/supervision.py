@@ -142,9 +142,8 @@ class ClusterMonitor:
                 f"all worker processes ended {absent:.0f} s ago and none could be started again: is there memory for "
                 "them? What is committed stays, run the same command to resume"
             )
-        if self._reported is None:
-            due = absent >= ABSENT_SECONDS
-        else:
+        due = absent >= ABSENT_SECONDS
+        if self._reported is not None:
             due = now - self._reported >= REPORT_SECONDS
         if due:
             self._reported = now
