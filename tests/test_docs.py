@@ -140,8 +140,8 @@ def test_the_page_on_your_own_photos_runs_with_a_checkpoint_in_sams_format(tmp_p
     _photos(tmp_path / "photos")
     write_checkpoint("vit_b", tmp_path / "my_sam.pth")
     _run_page("YOUR_PHOTOS.md", _small)
-    assert (tmp_path / "report.html").stat().st_size > 50_000
-    assert (tmp_path / "masks.html").stat().st_size > 50_000
+    for page in ("report.html", "masks.html"):
+        assert (tmp_path / page).read_text().count("data:image/") >= 3, f"{page} shows pictures"
 
 
 @pytest.mark.long
