@@ -1,6 +1,6 @@
 """Every page of docs/ that tells how to do something is run as it stands.
 
-The short suite parses every command and runs the pages whose blocks take seconds; the long one runs all of them.
+The short suite parses every command and follows every link; the long one runs the pages, from the first block to the last.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     torch.set_num_threads(1)
 
 
+@pytest.mark.long
 def test_the_python_page_runs_from_its_first_block_to_its_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
