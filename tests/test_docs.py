@@ -1,6 +1,6 @@
 """Every page of docs/ that tells how to do something is run as it stands.
 
-The short suite parses every command and follows every link; the long one runs the pages, from the first block to the last.
+The short suite parses every command and follows every link; the long one runs the pages from first to last block.
 """
 
 from __future__ import annotations
