@@ -112,11 +112,12 @@ def test_embeddings_that_differ_from_the_teachers_are_out_of_tolerance(
     )
     result = run(limit=3, precision="float32", observer=listener)
     assert result["out_of_tolerance"] is False, "nobody looked"
-    result = run(limit=6, extend=True, audit=1, observer=listener)
+    # All three new rows: padding in another order changes nothing for a square photo, and one row is drawn at random.
+    result = run(limit=6, extend=True, audit=3, observer=listener)
     assert result["out_of_tolerance"] is True
     assert result["audit"]["relative_mse_max"] > tolerance("float16", "float32").relative_mse
     (warning,) = [message for message in listener.messages if message.startswith("WARNING")]
-    assert "1 audited row(s)" in warning
+    assert any(f"{count} audited row(s)" in warning for count in (1, 2, 3))
     assert "precompute a new store" in warning
     assert run(limit=6)["out_of_tolerance"] is True, "it stays so"
 
