@@ -61,7 +61,7 @@ class InitialWeights:
     taken: list[str]
     """Keys of the student that get weights from the file."""
     resized: list[str]
-    """Those of the taken keys whose position table was resized."""
+    """Taken keys whose position table was resized."""
     left: list[str]
     """Keys of the student that keep their new weights."""
     unused: list[str]

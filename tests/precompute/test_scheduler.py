@@ -42,7 +42,7 @@ def _compute(task: ShardTask, plugin_name: str) -> ShardResult:
 
 
 def _handle_killed_worker(self: ShardScheduler, task: ShardTask, error: KilledWorker) -> None:
-    """As the scheduler does, which waits POLL_SECONDS for other killed shards: here, as long as it takes."""
+    """Search as the scheduler does, which waits POLL_SECONDS for other killed shards: here, as long as it takes."""
     (task.store / "handled").touch()
     while any(_deadly(other) and future.status != "error" for future, other in self._in_flight.items()):
         time.sleep(0.01)

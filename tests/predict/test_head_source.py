@@ -213,7 +213,7 @@ for name in sys.argv[4:]:
 
 
 def read_bounded(student: Path, head: Path, files: list[Path]) -> list[str]:
-    """What loading a student with each file as its head says, once `head` was read, in a process that may take only
+    """Return the errors of loading a student with each file as its head, once `head` was read, in a process that may take only
     so much more memory than its imports did."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(MEMORY), *map(str, [student, head, *files])],

@@ -1,4 +1,4 @@
-"""What `inspect` says of a store: description, lines, and the command that resumes it."""
+"""Output of `inspect`: description, lines, and the command that resumes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the manifest lists: keys, records, selections, audits."""
+"""Content of the manifest: keys, records, selections, audits."""
 
 from __future__ import annotations
 
