@@ -213,8 +213,8 @@ for name in sys.argv[4:]:
 
 
 def read_bounded(student: Path, head: Path, files: list[Path]) -> list[str]:
-    """Return the errors of loading a student with each file as its head, once `head` was read, in a process that may take only
-    so much more memory than its imports did."""
+    """Return the errors of loading a student with each file as its head, once `head` was read, in a process that may
+    take only so much more memory than its imports did."""
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, str(MEMORY), *map(str, [student, head, *files])],
         capture_output=True, text=True, check=False,
