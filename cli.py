@@ -11,30 +11,25 @@ import dataclasses
 import json
 import logging
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
 from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
 from .common.errors import Interrupted, MobileSamError, ReportError
+from .common.terminal import Reporter
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
 from .predict.config import ExportConfig, SegmentConfig
 from .verify.config import VerifyConfig
 from .verify.evaluate.config import EvaluateConfig
 from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
-
-if TYPE_CHECKING:
-    from .distill import Progress
-    from .precompute import Snapshot
 
 # Exit codes. click itself exits with 2 for wrong usage; a signal's code is 128 + its number (130 and 143).
 DONE, FAILED_CHECK, INPUT = 0, 1, 3
@@ -87,85 +82,6 @@ def _common(command: Callable) -> Callable:
     json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
     debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
     return json_option(debug_option(command))
-
-
-class Reporter:
-    """Messages and progress on standard error: a progress bar on a terminal, else a line every `LINE_SECONDS`.
-
-    Args:
-        title: name of the command, in front of the bar.
-    """
-
-    LINE_SECONDS = 10.0
-
-    def __init__(self, title: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        self._last_time, self._last_shown = time.monotonic(), (-1.0, -1.0)
-        self._bar = Progress(
-            TextColumn(title),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=1, note="", visible=False)
-
-    def __enter__(self) -> Reporter:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def message(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def show(self, done: float, total: float, note: str) -> None:
-        """Show the progress.
-
-        Args:
-            done: units done so far.
-            total: units in all.
-            note: text after the numbers, such as unit, rate and time left.
-        """
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=done, total=total, note=note, visible=True)
-            return
-        news = (done, total) != self._last_shown
-        if time.monotonic() - self._last_time >= self.LINE_SECONDS or (done == total and news):
-            self._last_time, self._last_shown = time.monotonic(), (done, total)
-            self.message(f"{done:,.0f}/{total:,.0f} {note}")
-
-    def download(self, done: int, total: int) -> None:
-        """Show how many of a checkpoint's bytes are downloaded."""
-        self.show(done, total, "bytes downloaded")
-
-    def comparison(self, done: int, total: int) -> None:
-        """Show how many images are compared."""
-        self.show(done, total, "images")
-
-    def training(self, progress: Progress) -> None:
-        """Show the progress of a distillation, in steps."""
-        loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
-        speed = [f"{progress.images_per_second:.3g} images/s", f"{_time(progress.eta_seconds)} left"]
-        place = [f"steps, epoch {progress.epoch} of {progress.epochs}", progress.phase]
-        self.show(progress.step, progress.steps, ", ".join([*place, *loss, *speed]))
-
-    def progress(self, snapshot: Snapshot) -> None:
-        """Show the progress of a precompute job, in images."""
-        rate = snapshot.images_per_second
-        speed = [] if rate is None else [f"{rate:.3g} images/s", f"{_time(snapshot.eta or 0)} left"]
-        counts = [f"{snapshot.done_before:,} done before", f"{snapshot.failed:,} failed"]
-        self.show(snapshot.computed, snapshot.images, ", ".join(["images", *speed, *counts]))
-
-
-def _time(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
 
 
 def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:

@@ -1,1 +1,4 @@
-"""Shared basics: exceptions, options, durable files, signals, the dask client, text tables. Imports no other room."""
+"""Shared basics: exceptions, options, durable files, signals, the terminal, the dask client, text tables.
+
+Imports no other room.
+"""
