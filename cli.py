@@ -22,6 +22,7 @@ import click
 
 from . import __version__
 from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
+from .common.durable import final_name
 from .common.errors import Interrupted, MobileSamError, ReportError
 from .common.terminal import Reporter
 from .distill.config import CostConfig, DistillConfig
@@ -69,7 +70,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MobileSamError):
         return str(error), INPUT
     if isinstance(error, OSError):
-        return f"{error.filename or 'input or output'}: {error.strerror or error}", INPUT
+        place = final_name(error.filename) if isinstance(error.filename, str) else "input or output"
+        return f"{place}: {error.strerror or error}", INPUT
     return f"unexpected {type(error).__name__}: {error}\nThis is a bug; --debug shows where.", INPUT
 
 

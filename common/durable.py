@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ _MENDS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "choose a folder on a writable file system",
 }
+
+_DRAFT = re.compile(r"\.?(?P<name>.*?)\.[^.]+\.partial")
+"""Name of a file being written: NAME.ATTEMPT.partial, .NAME.ATTEMPT.partial, or .ATTEMPT.partial in a folder."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -60,10 +64,22 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.rename(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
             error.filename = str(path)  # write and fsync don't say which file
         raise
     fsync_directory(path.parent)
+
+
+def final_name(path: Path | str) -> str:
+    """Return the path for a message: of a hidden file that is being written, the file or folder it will be.
+
+    Args:
+        path: path of any file, such as `OSError.filename`.
+    """
+    draft = _DRAFT.fullmatch(os.path.basename(path))
+    if draft is None:
+        return str(path)
+    return str(Path(os.path.dirname(path), draft["name"]))
 
 
 @contextmanager
@@ -85,7 +101,7 @@ def explain_os_errors(
         yield
     except OSError as cause:
         mend = _MENDS.get(cause.errno or 0, "check the disk and run again")
-        place, reason = shown(str(cause.filename or path)), cause.strerror or cause
+        place, reason = shown(final_name(cause.filename or path)), cause.strerror or cause
         if option is None:
             raise error(f"{place}: {reason}; {mend}") from cause
         raise error(f"{option}: {place} can't be written: {reason}; {mend}") from cause

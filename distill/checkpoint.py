@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from ..sam.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Version of the checkpoint's content."""
+OLDER_FORMAT = 3
+"""Version that is read, too: its `window` has a pair of numbers for each step instead of sums."""
 CHECKPOINT_FILE = "last.pt"
 PREVIOUS_FILE = "previous.pt"
 DAMAGED_FILE = "last.pt.damaged"
@@ -70,14 +73,88 @@ class EmbeddingSum:
     """Number of embeddings in the sum."""
 
 
+class ExactSum:
+    """Exact sum of any number of floats, in a few floats: `value` equals math.fsum of all of them.
+
+    Each of `parts` holds the bits of the sum that the larger ones can't (Shewchuk, "Adaptive Precision Floating-Point
+    Arithmetic", 1997; the algorithm of math.fsum).
+
+    Args:
+        parts: finite floats that the sum begins with.
+    """
+
+    def __init__(self, parts: Iterable[float] = ()) -> None:
+        self.parts: list[float] = []
+        for part in parts:
+            self.add(part)
+
+    def add(self, number: float) -> None:
+        """Add a finite number."""
+        kept = []
+        for part in self.parts:
+            if abs(number) < abs(part):
+                number, part = part, number
+            total = number + part
+            if lost := part - (total - number):
+                kept.append(lost)
+            number = total
+        self.parts = [*kept, number]
+
+    @property
+    def value(self) -> float:
+        """The sum, rounded once."""
+        return math.fsum(self.parts)
+
+
+@dataclass(kw_only=True)
+class Window:
+    """Sums over the steps since the last logged line."""
+
+    steps: int = 0
+    loss: ExactSum = field(default_factory=ExactSum)
+    grad_norm: ExactSum = field(default_factory=ExactSum)
+
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Add a step's loss and the norm of its gradient."""
+        self.steps += 1
+        self.loss.add(loss)
+        self.grad_norm.add(grad_norm)
+
+    def to_saved(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint, of the same size after any number of steps."""
+        return {"steps": self.steps, "loss": self.loss.parts, "grad_norm": self.grad_norm.parts}
+
+    @classmethod
+    def from_saved(cls, value: Any) -> Window:
+        """Rebuild the window from the value of `to_saved`, or from a list of pairs, as OLDER_FORMAT has it.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is neither.
+        """
+        window = cls()
+        if isinstance(value, list):
+            for loss, grad_norm in value:
+                window.add(_finite(loss), _finite(grad_norm))
+            return window
+        if type(value["steps"]) is not int or value["steps"] < 0:
+            raise ValueError("the number of steps isn't one")
+        sums = (ExactSum(map(_finite, value[name])) for name in ("loss", "grad_norm"))
+        return cls(steps=value["steps"], loss=next(sums), grad_norm=next(sums))
+
+
+def _finite(number: Any) -> float:
+    if type(number) is not float or not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
 @dataclass(kw_only=True)
 class LogState:
     """Position in the log of metrics."""
 
     metrics_bytes: int = 0
     """Length of metrics.jsonl."""
-    window: list[tuple[float, float]] = field(default_factory=list)
-    """Loss and gradient norm of each step since the last logged line."""
+    window: Window = field(default_factory=Window)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +175,7 @@ class TrainState:
     log: LogState = field(default_factory=LogState)
 
     def to_saved(self) -> dict[str, Any]:
-        """Return the values as a flat dictionary for a checkpoint; the tensor and the list are not copied."""
+        """Return the values as a flat dictionary for a checkpoint; the tensor is not copied."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -113,7 +190,7 @@ class TrainState:
             "best_score": self.best.score,
             "mean_sum_CHW": self.embeddings.sum_CHW,
             "mean_rows": self.embeddings.rows,
-            "window": self.log.window,
+            "window": self.log.window.to_saved(),
         }
 
     @classmethod
@@ -126,7 +203,7 @@ class TrainState:
             ),
             best=BestEpoch(epoch=values["best_epoch"], score=values["best_score"]),
             embeddings=EmbeddingSum(sum_CHW=values["mean_sum_CHW"], rows=values["mean_rows"]),
-            log=LogState(metrics_bytes=values["metrics_bytes"], window=values["window"]),
+            log=LogState(metrics_bytes=values["metrics_bytes"], window=Window.from_saved(values["window"])),
         )
 
 
@@ -155,6 +232,9 @@ class Checkpoints:
             optimizer: its AdamW.
             state: progress of the run.
             device: device whose random number generator is saved beside the CPU's.
+
+        Raises:
+            DistillError: the new file can't be read; the older ones are unchanged.
         """
         rng = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
@@ -173,10 +253,20 @@ class Checkpoints:
             buffer,
         )
         last = self.folder / CHECKPOINT_FILE
-        write_atomic(self.folder / NEXT_FILE, buffer.getvalue())
+        draft = self.folder / NEXT_FILE
+        try:
+            write_atomic(draft, buffer.getvalue())
+        except OSError as error:
+            error.filename = str(last)
+            raise
+        try:
+            read_torch_file(draft)  # a file that exceeds the reader's limits never replaces one that doesn't
+        except (ArchiveError, ForeignObjects) as error:
+            draft.unlink()
+            raise DistillError(f"{last} can't be saved so that it can be read: {error}") from error
         if last.exists():
             os.rename(last, self.folder / PREVIOUS_FILE)
-        os.rename(self.folder / NEXT_FILE, last)
+        os.rename(draft, last)
         fsync_directory(self.folder)
 
     def load(
@@ -243,8 +333,10 @@ class Checkpoints:
         if not isinstance(saved, dict):
             raise _Unusable("is no checkpoint of this run")
         try:
-            if saved["format"] != FORMAT:
-                raise _Unusable(f"has a format that this version doesn't read, which is {FORMAT}")
+            if saved["format"] not in (FORMAT, OLDER_FORMAT):
+                raise _Unusable(
+                    f"has a format that this version doesn't read: it reads {OLDER_FORMAT} and {FORMAT}"
+                )
             if saved["run_id"] != self.run_id:
                 raise _Unusable("is another run's")
             _check(saved, student, optimizer, state)
@@ -274,8 +366,7 @@ def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, sta
         wanted = type(fresh[name])
         if wanted in (int, float) and (type(value) is not wanted or not value >= 0):
             raise ValueError(f"{name} isn't a number")
-    if any([type(number) for number in pair] != [float, float] for pair in values["window"]):
-        raise ValueError("the window isn't pairs of numbers")
+    Window.from_saved(values["window"])
     torch.Generator().set_state(saved["rng"]["cpu"].clone())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..common.errors import DistillError
-from .checkpoint import TrainState
+from .checkpoint import TrainState, Window
 from .checksummed_json import decode_lines, encode_line
 from .data.loader import Loader
 from .run_folder import METRICS_FILE
@@ -141,17 +141,17 @@ class Meter:
                     f"the loss is {loss} and the gradient norm {norm} by step {self.state.step}: start over with "
                     "a lower --lr"
                 )
-            self.state.log.window.append((loss, norm))
+            self.state.log.window.add(loss, norm)
         self.last_loss = values[-1][0]
 
     def take_window(self) -> dict[str, float]:
         """Return the means of loss and gradient norm since the last call, and the run's rates so far."""
         self.fetch()
-        losses, norms = zip(*self.state.log.window, strict=True)
-        self.state.log.window.clear()
+        window = self.state.log.window
+        self.state.log.window = Window()
         return {
-            "loss": math.fsum(losses) / len(losses),
-            "grad_norm": math.fsum(norms) / len(norms),
+            "loss": window.loss.value / window.steps,
+            "grad_norm": window.grad_norm.value / window.steps,
             "images_per_second": self.images_per_second(),
             "data_wait_share": self.state.throughput.waited / self.state.throughput.seconds,
         }

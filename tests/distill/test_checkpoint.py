@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 import zipfile
@@ -16,7 +17,7 @@ from flips import flipped
 from torch import nn
 
 from mobilesam.distill import DistillError
-from mobilesam.distill.checkpoint import Checkpoints, EmbeddingSum, LogState, TrainState
+from mobilesam.distill.checkpoint import Checkpoints, EmbeddingSum, ExactSum, LogState, TrainState, Window
 
 CPU = torch.device("cpu")
 
@@ -34,7 +35,7 @@ class Scene:
         self.state = TrainState(
             embeddings=EmbeddingSum(sum_CHW=torch.ones(2, 1, 1).double()),
             step=steps,
-            log=LogState(window=[(0.5, 1.5)]),
+            log=LogState(window=Window.from_saved([(0.5, 1.5)])),
         )
         self.checkpoints = Checkpoints(folder=folder, run_id="mine")
 
@@ -105,6 +106,94 @@ def test_a_flipped_bit_in_each_byte_of_a_checkpoint_is_an_error_or_in_bytes_that
     check_flips(tmp_path, lambda count: [8 * i + int(rng.integers(8)) for i in range(count // 8)])
 
 
+def test_an_exact_sum_is_the_sum_that_fsum_gives_of_all_numbers_also_after_it_was_saved() -> None:
+    rng = np.random.default_rng(0)
+    for exponents in (1, 30, 300):
+        numbers = (rng.standard_normal(3000) * 10.0 ** rng.integers(-exponents, exponents, 3000)).tolist()
+        total = ExactSum()
+        for number in numbers[:2000]:
+            total.add(number)
+        total = ExactSum(total.parts)
+        for number in numbers[2000:]:
+            total.add(number)
+        assert total.value == math.fsum(numbers)
+        assert len(total.parts) < 100
+
+
+def test_a_checkpoint_does_not_grow_with_the_steps_since_the_last_logged_line(tmp_path: Path) -> None:
+    rng, sizes = np.random.default_rng(0), []
+    for steps in (1, 100_000):
+        scene = Scene(tmp_path)
+        scene.state.log.window = Window()
+        for loss, norm in rng.random((steps, 2)).tolist():
+            scene.state.log.window.add(loss, norm)
+        scene.save()
+        sizes.append((tmp_path / "last.pt").stat().st_size)
+        loaded = Scene(tmp_path, 2).load().log.window
+        assert loaded.to_saved() == scene.state.log.window.to_saved()
+        assert loaded.steps == steps
+    assert sizes[1] - sizes[0] < 500
+
+
+def test_a_checkpoint_of_the_format_before_has_pairs_whose_sums_are_read(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    scene.save()
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    pairs = [(0.1 * i, 1e-9 * i) for i in range(1000)]
+    saved["format"], saved["state"]["window"] = 3, pairs
+    torch.save(saved, tmp_path / "last.pt")
+    window = Scene(tmp_path, 2).load().log.window
+    assert (window.steps, window.loss.value) == (1000, math.fsum(loss for loss, _ in pairs))
+    assert window.grad_norm.value == math.fsum(norm for _, norm in pairs)
+
+
+def test_a_window_that_is_no_window_is_refused(tmp_path: Path) -> None:
+    for wrong in (
+        [(1, 2.0)],
+        [(0.5,)],
+        {"steps": -1, "loss": [], "grad_norm": []},
+        {"steps": 1},
+        5,
+        [(0.5, math.nan)],
+    ):
+        Scene(tmp_path).save()
+        saved = torch.load(tmp_path / "last.pt", weights_only=True)
+        saved["state"]["window"] = wrong
+        torch.save(saved, tmp_path / "last.pt")
+        with pytest.raises(DistillError, match="no checkpoint of this run"):
+            Scene(tmp_path, 2).load()
+
+
+def test_a_student_of_thousands_of_parameters_resumes(tmp_path: Path) -> None:
+    def many() -> Scene:
+        scene = Scene(tmp_path)
+        scene.student = nn.ParameterDict(
+            {f"blocks_{i:04d}_attention_weight": torch.ones(1) for i in range(3000)}
+        )
+        scene.optimizer = torch.optim.AdamW(scene.student.parameters())
+        return scene
+
+    scene = many()
+    sum(parameter.sum() for parameter in scene.student.values()).backward()
+    scene.optimizer.step()
+    scene.save()
+    other = many()
+    other.load()
+    assert other.bytes() == scene.bytes()
+
+
+def test_a_checkpoint_that_could_not_be_read_is_refused_and_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Scene(tmp_path).save()
+    monkeypatch.setattr("mobilesam.sam.torch_file.MAX_PICKLE", 1000)
+    with pytest.raises(DistillError, match=r"last\.pt can't be saved .* at most 1,000 are read"):
+        Scene(tmp_path, 2).save()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert Scene(tmp_path, 3).load().step == 1
+
+
 def test_torch_itself_reads_a_flipped_weight_without_an_error(tmp_path: Path) -> None:
     """Why checksums are verified by us."""
     weights = torch.arange(1000.0)
@@ -120,7 +209,7 @@ def test_the_checkpoint_before_a_damaged_one_is_resumed_from(
 ) -> None:
     for steps in (1, 2):
         Scene(tmp_path, steps).save()
-    (tmp_path / "last.pt").write_bytes(flipped((tmp_path / "last.pt").read_bytes(), 40_000))
+    (tmp_path / "last.pt").write_bytes(flipped((tmp_path / "last.pt").read_bytes(), 8 * 200))
     other = Scene(tmp_path, 3)
     with caplog.at_level(logging.WARNING):
         assert other.load().step == 1
