@@ -1,4 +1,4 @@
-"""All exceptions of this package, advice that several messages share, and escaping of names in messages.
+"""All exceptions of this package, advice that several messages share, names and numbers in messages.
 
 Every message is ready for the user: the fact, the numbers and what to do, in one or two lines. Only `cli.py` turns
 exceptions into exit codes.
@@ -135,3 +135,14 @@ def shown(name: str) -> str:
     """Escape the unprintable characters of a key, path or message (newlines, bytes that are not UTF-8), so that it
     fits in one line of output."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun for a message: `1 image`, `1,200 images`.
+
+    Args:
+        number: number of things, 0 or more.
+        noun: name of one of them.
+        plural: name of several; by default the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
