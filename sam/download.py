@@ -85,7 +85,7 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or the cache
-            has no file and `download` is False.
+            has no file, and `download` is False or the official file's SHA-256 isn't known.
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
@@ -99,9 +99,14 @@ def find_checkpoint(
     cached = cache_directory() / info.checkpoint.name
     if cached.is_file():
         return cached
-    if not download:
-        raise CheckpointError(f"{info.checkpoint.name} ({teacher}) is not in the cache.\n{_mend(cached)}")
     file = info.checkpoint
+    if file.sha256 is None or file.bytes is None:
+        raise CheckpointError(
+            f"{file.name} ({teacher}) is not in the cache, and no SHA-256 is known to check a download with.\n"
+            f"Download it from {file.url}. {_mend(cached)}"
+        )
+    if not download:
+        raise CheckpointError(f"{file.name} ({teacher}) is not in the cache.\n{_mend(cached)}")
     request = Request(url=url or file.url, target=cached, size=file.bytes, sha256=file.sha256)
     try:
         download_file(request, progress)

@@ -24,6 +24,7 @@ EMBEDDED_TEACHER = "vit_nano"
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 _MOBILE_SAM_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
+_HQ_SAM_URL = "https://huggingface.co/lkeab/hq-sam/resolve/main"
 
 
 class Architecture(Protocol):
@@ -75,10 +76,10 @@ class CheckpointFile:
 
     name: str
     url: str
-    bytes: int
-    """Length of the file."""
-    sha256: str
-    """Hex digest of the whole file."""
+    bytes: int | None = None
+    """Length of the file; None if it isn't known."""
+    sha256: str | None = None
+    """Hex digest of the whole file; None if it isn't known, and the file then has to be downloaded by hand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,15 @@ class TeacherInfo:
     """Side in pixels of the square input that the checkpoint was trained with."""
     checkpoint: CheckpointFile | None
     """None for the embedded teacher."""
+    hq: bool = False
+    """True if its head is SAM-HQ's, which takes features of a ViT beside the embedding."""
     student_format: bool = False
     """True if students are exported in this checkpoint's format, so that a file in it is taken for a student."""
+
+    @property
+    def hq_features(self) -> int | None:
+        """Channels of the encoder's features that SAM-HQ's head takes; None for SAM's own head."""
+        return int(self.settings["width"]) if self.hq else None
 
     @property
     def embedded(self) -> bool:
@@ -117,8 +125,12 @@ class TeacherInfo:
         return architecture
 
 
+_VIT_H = {"width": 1280, "depth": 32, "heads": 16, "global_blocks": (7, 15, 23, 31)}
+_VIT_L = {"width": 1024, "depth": 24, "heads": 16, "global_blocks": (5, 11, 17, 23)}
+_VIT_B = {"width": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)}
+
 # Multiply-accumulates are published for SAM's ViTs and TinyViT, and counted for vit_nano. The sizes of SAM's ViTs are
-# from segment_anything/build_sam.py; vit_nano is this project's.
+# from segment_anything/build_sam.py; vit_nano is this project's. SAM-HQ's encoders are SAM's.
 TEACHERS: Mapping[str, TeacherInfo] = {
     info.name: info
     for info in (
@@ -127,7 +139,7 @@ TEACHERS: Mapping[str, TeacherInfo] = {
             parameters=637_026_048,
             macs_at_1024=2.98e12,
             architecture="vit.ViTConfig",
-            settings={"width": 1280, "depth": 32, "heads": 16, "global_blocks": (7, 15, 23, 31)},
+            settings=_VIT_H,
             checkpoint=CheckpointFile(
                 name="sam_vit_h_4b8939.pth",
                 url=f"{_SAM_URL}/sam_vit_h_4b8939.pth",
@@ -140,7 +152,7 @@ TEACHERS: Mapping[str, TeacherInfo] = {
             parameters=308_278_272,
             macs_at_1024=1.49e12,
             architecture="vit.ViTConfig",
-            settings={"width": 1024, "depth": 24, "heads": 16, "global_blocks": (5, 11, 17, 23)},
+            settings=_VIT_L,
             checkpoint=CheckpointFile(
                 name="sam_vit_l_0b3195.pth",
                 url=f"{_SAM_URL}/sam_vit_l_0b3195.pth",
@@ -153,12 +165,50 @@ TEACHERS: Mapping[str, TeacherInfo] = {
             parameters=89_670_912,
             macs_at_1024=0.49e12,
             architecture="vit.ViTConfig",
-            settings={"width": 768, "depth": 12, "heads": 12, "global_blocks": (2, 5, 8, 11)},
+            settings=_VIT_B,
             checkpoint=CheckpointFile(
                 name="sam_vit_b_01ec64.pth",
                 url=f"{_SAM_URL}/sam_vit_b_01ec64.pth",
                 bytes=375_042_383,
                 sha256="ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+            ),
+        ),
+        TeacherInfo(
+            name="hq_vit_h",
+            parameters=637_026_048,
+            macs_at_1024=2.98e12,
+            architecture="vit.ViTConfig",
+            settings=_VIT_H,
+            hq=True,
+            checkpoint=CheckpointFile(
+                name="sam_hq_vit_h.pth",
+                url=f"{_HQ_SAM_URL}/sam_hq_vit_h.pth",
+                bytes=2_570_940_653,
+                sha256="a7ac14a085326d9fa6199c8c698c4f0e7280afdbb974d2c4660ec60877b45e35",
+            ),
+        ),
+        TeacherInfo(
+            name="hq_vit_l",
+            parameters=308_278_272,
+            macs_at_1024=1.49e12,
+            architecture="vit.ViTConfig",
+            settings=_VIT_L,
+            hq=True,
+            checkpoint=CheckpointFile(
+                name="sam_hq_vit_l.pth",
+                url=f"{_HQ_SAM_URL}/sam_hq_vit_l.pth",
+            ),
+        ),
+        TeacherInfo(
+            name="hq_vit_b",
+            parameters=89_670_912,
+            macs_at_1024=0.49e12,
+            architecture="vit.ViTConfig",
+            settings=_VIT_B,
+            hq=True,
+            checkpoint=CheckpointFile(
+                name="sam_hq_vit_b.pth",
+                url=f"{_HQ_SAM_URL}/sam_hq_vit_b.pth",
             ),
         ),
         TeacherInfo(

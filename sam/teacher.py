@@ -19,7 +19,7 @@ from ..common.errors import CheckpointError, SamError
 from .checkpoint import ENCODER_PREFIX, check_state, encoder_state, read_state
 from .device import resolve_device, resolve_precision
 from .download import file_sha256
-from .modeling.head_shapes import HEAD_PREFIXES, head_shapes
+from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
 from .registry import EMBEDDED_TEACHER, TeacherInfo, find_teacher_info
 
 _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
@@ -127,12 +127,14 @@ def load_teacher(
     )
 
 
-def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:
+def load_head(name: str, checkpoint: Path | None, *, with_hq: bool = False) -> dict[str, Tensor]:
     """Read SAM's head, prompt encoder and mask decoder, from a teacher's checkpoint.
 
     Args:
         name: a key of `TEACHERS`.
         checkpoint: path of the file; None only for the embedded teacher.
+        with_hq: True to include SAM-HQ's own layers, which need features that only the teacher's encoder gives. The
+            rest of SAM-HQ's head is SAM's, unchanged, and decodes any embedding.
 
     Returns:
         Copies of `prompt_encoder.*` and `mask_decoder.*` by key, float32, on the CPU.
@@ -142,7 +144,12 @@ def load_head(name: str, checkpoint: Path | None) -> dict[str, Tensor]:
         SamError: an unknown teacher.
     """
     state = _read_whole_state(find_teacher_info(name), checkpoint)
-    return {key: value.float().clone() for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
+    head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
+    return {
+        key: value.float().clone()
+        for key, value in head.items()
+        if with_hq or not key.startswith(HQ_PREFIXES)
+    }
 
 
 def positions_interpolated(name: str, image_size: int) -> bool:
@@ -164,7 +171,7 @@ def state_shapes(info: TeacherInfo) -> dict[str, torch.Size]:
     with torch.device("meta"):
         encoder = info.encoder.build(info.trained_image_size)
     encoder_shapes = {ENCODER_PREFIX + key: value.shape for key, value in encoder.state_dict().items()}
-    return encoder_shapes | head_shapes()
+    return encoder_shapes | head_shapes(info.hq_features)
 
 
 def read_embedded_weights() -> dict[str, Tensor]:

@@ -31,15 +31,20 @@ class SamHead(nn.Module):
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         )
-        self.mask_decoder = MaskDecoder(
-            num_multimask_outputs=3,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=EMBEDDING_CHANNELS, mlp_dim=2048, num_heads=8
-            ),
-            transformer_dim=EMBEDDING_CHANNELS,
-            iou_head_depth=3,
-            iou_head_hidden_dim=256,
-        )
+        self.mask_decoder = MaskDecoder(**sam_mask_decoder_sizes())
+
+
+def sam_mask_decoder_sizes() -> dict[str, Any]:
+    """Return the arguments of segment_anything's MaskDecoder, its transformer built."""
+    return {
+        "num_multimask_outputs": 3,
+        "transformer": TwoWayTransformer(
+            depth=2, embedding_dim=EMBEDDING_CHANNELS, mlp_dim=2048, num_heads=8
+        ),
+        "transformer_dim": EMBEDDING_CHANNELS,
+        "iou_head_depth": 3,
+        "iou_head_hidden_dim": 256,
+    }
 
 
 def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
@@ -57,6 +62,22 @@ def build_head(state: Mapping[str, Tensor], image_size: int = 1024) -> SamHead:
     """
     with torch.device("meta"):
         head = SamHead(image_size)
+    return load_into(head, state)
+
+
+def load_into(head: SamHead, state: Mapping[str, Tensor]) -> SamHead:
+    """Give a head on the meta device a state's tensors, without a copy.
+
+    Args:
+        head: head to complete, in place.
+        state: `prompt_encoder.*` and `mask_decoder.*` by key.
+
+    Returns:
+        The head in evaluation mode, its parameters frozen.
+
+    Raises:
+        CheckpointError: a key is missing, unknown, or of another shape.
+    """
     try:
         head.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:

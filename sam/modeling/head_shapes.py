@@ -15,6 +15,12 @@ from .neck import EMBEDDING_CHANNELS
 HEAD_PREFIXES = ("prompt_encoder.", "mask_decoder.")
 """Prefixes of the head's keys in a SAM checkpoint."""
 
+HQ_PREFIXES = tuple(
+    f"mask_decoder.{layer}."
+    for layer in ("hf_token", "hf_mlp", "compress_vit_feat", "embedding_encoder", "embedding_maskfeature")
+)
+"""Prefixes of the keys that SAM-HQ's mask decoder has in addition; its other weights are SAM's own, frozen."""
+
 _WIDTH = EMBEDDING_CHANNELS
 _INNER = 128  # channels inside the transformer's cross-attention
 _MLP = 2048
@@ -23,9 +29,14 @@ _MASKS = 4  # the single mask for unambiguous prompts, and the three of `multima
 _Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def head_shapes() -> dict[str, torch.Size]:
-    """Return the shapes of the head's weights by key, prompt encoder first; the image size doesn't matter."""
-    return {key: torch.Size(shape) for key, shape in (*_prompt_encoder(), *_mask_decoder())}
+def head_shapes(hq_features: int | None = None) -> dict[str, torch.Size]:
+    """Return the shapes of the head's weights by key, prompt encoder first; the image size doesn't matter.
+
+    Args:
+        hq_features: channels of the encoder's features that SAM-HQ's decoder takes; None for SAM's own head.
+    """
+    hq = () if hq_features is None else _hq_layers(hq_features)
+    return {key: torch.Size(shape) for key, shape in (*_prompt_encoder(), *_mask_decoder(), *hq)}
 
 
 def _prompt_encoder() -> _Shapes:
@@ -58,6 +69,23 @@ def _mask_decoder() -> _Shapes:
     for mask in range(_MASKS):
         yield from _mlp(f"{prefix}.output_hypernetworks_mlps.{mask}", _WIDTH // 8)
     yield from _mlp(f"{prefix}.iou_prediction_head", _MASKS)
+
+
+def _hq_layers(features: int) -> _Shapes:
+    """Yield the weights that SAM-HQ's decoder adds: its token, and three branches of the features of its masks."""
+    prefix, quarter, eighth = "mask_decoder", _WIDTH // 4, _WIDTH // 8
+    yield f"{prefix}.hf_token.weight", (1, _WIDTH)
+    yield from _mlp(f"{prefix}.hf_mlp", eighth)
+    for name, inputs, between in (
+        ("compress_vit_feat", features, _WIDTH),
+        ("embedding_encoder", _WIDTH, quarter),
+    ):
+        yield from _layer(f"{prefix}.{name}.0", (inputs, between, 2, 2), between)
+        yield from _layer(f"{prefix}.{name}.1", (between,))
+        yield from _layer(f"{prefix}.{name}.3", (between, eighth, 2, 2), eighth)
+    yield from _layer(f"{prefix}.embedding_maskfeature.0", (quarter, eighth, 3, 3))
+    yield from _layer(f"{prefix}.embedding_maskfeature.1", (quarter,))
+    yield from _layer(f"{prefix}.embedding_maskfeature.3", (eighth, quarter, 3, 3))
 
 
 def _block(name: str) -> _Shapes:

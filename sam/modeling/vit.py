@@ -140,11 +140,28 @@ class ViTEncoder(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Compute the embeddings of normalised pixels."""
-        x_BYXC = self.patch_embed(pixels_BCHW)
-        x_BYXC += self.pos_embed.to(x_BYXC.dtype)
+        x_BYXC = self._embed_patches(pixels_BCHW)
         for block in self.blocks:
             x_BYXC = block(x_BYXC)
         return self.neck(x_BYXC).to(pixels_BCHW.dtype)
+
+    def embed_with_features(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute embeddings (B, 256, g, g), and the tokens (B, g, g, width) after the first block that attends to
+        the whole grid, which SAM-HQ's head takes."""
+        x_BYXC = self._embed_patches(pixels_BCHW)
+        features_BYXC = None
+        for block in self.blocks:
+            x_BYXC = block(x_BYXC)
+            if features_BYXC is None and not block.attn.windowed:
+                features_BYXC = x_BYXC
+        assert features_BYXC is not None, "SAM's ViTs have global blocks"
+        return self.neck(x_BYXC).to(pixels_BCHW.dtype), features_BYXC
+
+    def _embed_patches(self, pixels_BCHW: Tensor) -> Tensor:
+        """Return the tokens (B, Y, X, width) that the first block takes."""
+        x_BYXC: Tensor = self.patch_embed(pixels_BCHW)
+        x_BYXC += self.pos_embed.to(x_BYXC.dtype)
+        return x_BYXC
 
     def hold_in_bfloat16(self) -> ViTEncoder:
         """Convert weights of linear and convolution layers to bfloat16, in place; norms and positions stay float32.
