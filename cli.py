@@ -8,6 +8,7 @@ is fast.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from . import __version__
 from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
 from .common.durable import final_name
 from .common.errors import Interrupted, MobileSamError, ReportError
-from .common.terminal import Reporter
+from .common.terminal import MessageHandler, Reporter, guarded_streams
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
 from .predict.config import ExportConfig, SegmentConfig
@@ -32,8 +33,27 @@ from .verify.config import VerifyConfig
 from .verify.evaluate.config import EvaluateConfig
 from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
 
-# Exit codes. click itself exits with 2 for wrong usage; a signal's code is 128 + its number (130 and 143).
-DONE, FAILED_CHECK, INPUT = 0, 1, 3
+# Exit codes. click itself exits with 2 for wrong usage; a signal's code is 128 + its number (129, 130 and 143).
+DONE, FAILED_CHECK, INPUT, READER_GONE = 0, 1, 3, 141
+
+
+class MainGroup(click.Group):
+    """Group of all commands. A message that can't be written is dropped; a lost result becomes an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command, and exit unless `standalone_mode` is False."""
+        with guarded_streams() as output:
+            try:
+                return super().main(*args, **kwargs)
+            except SystemExit as end:
+                output.flush()
+                if output.failure is None or end.code:
+                    raise
+                if output.failure.errno == errno.EPIPE:  # as after `| head`
+                    raise SystemExit(READER_GONE) from None
+                reason = output.failure.strerror
+                click.echo(f"error: the work is done, but its result can't be printed: {reason}", err=True)
+                raise SystemExit(INPUT) from None
 
 
 class RoomCommand(click.Command):
@@ -100,7 +120,9 @@ def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], lis
         raise
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=MainGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="mobilesam")
 def main() -> None:
     """Distil Segment Anything's image encoder into a small one.
@@ -116,12 +138,12 @@ def main() -> None:
     mobilesam students                                    list the students and their cost
     mobilesam sweep --epochs 2,4,8 --seed 0,1,2           train and compare a grid of students
 
-    Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 130 and 143
-    interrupted.
+    Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 129, 130 and
+    143 interrupted; 141 nobody read the result.
     """
     # Only this package's logger: a root handler would also print messages of dask and matplotlib.
     logger = logging.getLogger(__package__)
-    logger.handlers[:] = [logging.StreamHandler()]
+    logger.handlers[:] = [MessageHandler()]
     logger.propagate = False
 
 
