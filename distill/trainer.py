@@ -22,6 +22,7 @@ from torch import nn
 from ..common.errors import DistillError, DistillInterrupted
 from ..common.signals import StopFlag
 from ..sam.modeling.neck import EMBEDDING_CHANNELS
+from .batch_norm import BatchNorms
 from .checkpoint import CHECKPOINT_FILE, BestEpoch, EmbeddingSum, TrainState
 from .config import DistillConfig
 from .data.loader import Batch, Loader
@@ -48,7 +49,6 @@ LINES_PER_EPOCH = 50
 """Most lines of kind "train" that are logged in an epoch."""
 TRAIN_EVAL_ROWS = 1024
 """Most training rows that the finished student is measured on."""
-BATCH_NORM_MOMENTUM = 0.1
 
 
 class Trainer:
@@ -81,7 +81,7 @@ class Trainer:
         self.config, self.run, self.loader, self.compute = config, run, loader, compute
         self.processes = processes or ProcessGroup()
         self.student = student.to(memory_format=compute.memory_format)
-        self.batch_norms = BatchNorms(student)
+        self.batch_norms = BatchNorms(student, config.student, run.description.image_size, compute.batch_size)
         self.objective = objective or Decoupled(config.loss_region)
         self.student.requires_grad_(self.objective.trains_encoder)
         self.trained = self.objective.trained(self.student)
@@ -191,7 +191,7 @@ class Trainer:
         trains, state = self.objective.trains_encoder, self.state
         if trains:
             frozen = state.step >= self.config.freeze_norm * self.steps
-            self.batch_norms.prepare(state.micro_steps, frozen=frozen)
+            self.batch_norms.prepare(state.micro_steps, frozen=frozen, images=len(batch.rows))
         with torch.set_grad_enabled(trains):
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.compute)
         generator = micro_batch_generator(self.config.seed, state.epoch, batch.rows[0])
@@ -414,42 +414,3 @@ def fill_gradients(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-
-
-class BatchNorms:
-    """Control of a student's batch norms in training: source of their statistics, and momentum.
-
-    Args:
-        student: encoder, with or without batch norms.
-    """
-
-    def __init__(self, student: nn.Module) -> None:
-        self._modules = [m for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    def prepare(self, micro_steps: int, *, frozen: bool) -> None:
-        """Set the batch norms up for a forward pass in training.
-
-        In a micro-batch of two images, the statistics of each depend on the other: noise that is absent in
-        evaluation, where statistics are fixed. Wu and Johnson find fixed statistics best for the end of training with
-        small batches ("Rethinking Batch in BatchNorm", arXiv 2105.07576).
-
-        Args:
-            micro_steps: number of the forward pass, from 1.
-            frozen: True normalises with the running statistics and doesn't update them; False uses those of the
-                micro-batch.
-        """
-        for module in self._modules:
-            module.train(not frozen)
-            module.momentum = batch_norm_momentum(micro_steps)
-
-
-def batch_norm_momentum(micro_steps: int) -> float:
-    """Return the momentum max(0.1, 1 / micro_steps): plain means at first, moving averages later.
-
-    With a constant momentum of 0.1 the statistics of a short run would still hold much of their initial 0 and 1: 35%
-    after ten forward passes.
-
-    Args:
-        micro_steps: number of the forward pass, from 1.
-    """
-    return max(BATCH_NORM_MOMENTUM, 1 / micro_steps)

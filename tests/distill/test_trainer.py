@@ -20,21 +20,10 @@ from mobilesam.distill import (
     distill,
 )
 from mobilesam.distill.data.sampler import split_batches
-from mobilesam.distill.trainer import Trainer, batch_norm_momentum, fill_gradients
+from mobilesam.distill.trainer import Trainer, fill_gradients
 from mobilesam.store import EmbeddingStore
 
 Options = Callable[..., DistillConfig]
-
-
-def test_early_batch_norm_statistics_are_plain_averages() -> None:
-    norm = nn.BatchNorm1d(3)
-    batches = torch.randn(7, 5, 3) * 4 + 2
-    for count, batch in enumerate(batches, start=1):
-        norm.momentum = batch_norm_momentum(count)
-        norm(batch)
-    torch.testing.assert_close(norm.running_mean, batches.mean(dim=(0, 1)))
-    torch.testing.assert_close(norm.running_var, batches.var(dim=1).mean(dim=0))
-    assert batch_norm_momentum(10) == batch_norm_momentum(10_000) == 0.1
 
 
 def test_accumulating_a_batch_gives_the_gradient_of_the_whole_batch(
