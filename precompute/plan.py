@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,13 +14,42 @@ import torch
 
 from ..common.errors import PrecomputeError, shown
 from ..common.image_ref import ImageRef
-from ..sam import KEPT_KIND, ImageSet, in_fraction, list_images, refuse_keeping
+from ..sam import (
+    KEPT_KIND,
+    ImageError,
+    ImageSet,
+    in_fraction,
+    list_images,
+    read_image,
+    refuse_keeping,
+)
 from ..sam.device import resolve_precision
-from ..store import EmbeddingStore, Selection, StoreSpec, exists, refuse_taken, rows_of, shard_count
+from ..sam.file_kinds import store_around
+from ..sam.image_files import expand_paths
+from ..sam.tar_files import place_on_disk
+from ..store import (
+    EmbeddingStore,
+    ImageRecord,
+    Selection,
+    StoreSpec,
+    exists,
+    refuse_taken,
+    rows_of,
+    shard_count,
+)
+from ..store.manifest import Manifest
 from . import sizing
 from .cluster import Cluster, connect, local_devices
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
 from .progress import Observer
+
+SHOWN_PROBLEMS = 20
+"""Most files that could not be listed and are told one by one."""
+
+_SAMPLE = 64
+"""Images of the store, and of a listing, among which images of both are looked for."""
+_COMPARED = 8
+"""About as many of them are compared by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,20 +253,21 @@ def make_plan(
         SamError: the images can't be listed.
         PrecomputeError: the selected images don't match the store's, or there are none.
     """
-    listing = list_images(config.images, root=_root(config, existing))
-    for problem in listing.problems:
-        observer.message(f"skipped: {problem}")
+    listing = _list_images(config, existing, observer)
+    _tell_skipped(listing, observer)
     selection = Selection(
         fraction=config.fraction,
         seed=config.seed,
         limit=config.limit,
-        sources=tuple(str(path.absolute()) for path in config.images),
+        sources=tuple(_source(path) for path in config.images),
         checkpoint=None if config.checkpoint is None else str(config.checkpoint.absolute()),
     )
     if existing:
         spec = existing.spec
+        absent = Absent()
         with EmbeddingStore.open(config.out) as store:
-            new = select_additional(listing.files, selection, store.manifest.sorted_keys())
+            new = select_additional(listing.files, selection, store.manifest.sorted_keys(), absent)
+        _refuse_absent(config, absent, existing, listing.root, observer)
         _refuse_unasked_growth(config, new, existing.rows)
         teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
     else:
@@ -261,15 +292,100 @@ def make_plan(
     )
 
 
-def _root(config: PrecomputeConfig, existing: ExistingStore | None) -> Path | None:
-    """Return the store's image root if the given images lie below it, else None.
+def _list_images(config: PrecomputeConfig, existing: ExistingStore | None, observer: Observer) -> ImageSet:
+    """List the images under the keys that the store knows them by.
 
-    Keys then stay the same if fewer or more folders are named than when the store was made.
+    Keys are relative to the store's image root, for images outside it too, so that any folders may be named later
+    than when the store was made. Only if the store's own photos are found elsewhere is that place the new root.
     """
     if existing is None:
-        return None
+        return list_images(config.images)
     root = Path(existing.spec.image_root)
-    return root if all(path.absolute().is_relative_to(root) for path in config.images) else None
+    paths = [Path(path) for path in expand_paths(config.images)]
+    if all(path.is_relative_to(root) for path in paths):
+        return list_images(paths, root)
+    first = Path(expand_paths(config.images[:1])[0])
+    with EmbeddingStore.open(config.out) as store:
+        for place in (None, first if first.is_dir() else first.parent):
+            listing = list_images(paths, place)
+            if _holds_stored(listing, store.manifest):
+                observer.message(f"the store's photos, once in {root}, are read from {listing.root}")
+                return listing
+    return list_images(paths, root)
+
+
+def _holds_stored(listing: ImageSet, manifest: Manifest) -> bool:
+    """Return True if files with the keys of the store's images are those images: most of a sample, by their SHA-256
+    where it is known, else by their length."""
+    sample: dict[str, ImageRecord] = {}
+    rows, files = manifest.row_count(), listing.files
+    for row in range(0, rows, max(rows // _SAMPLE, 1)):
+        (record,) = manifest.records(None, range(row, row + 1))
+        sample[record.key] = record
+    for file in files[:: max(len(files) // _SAMPLE, 1)]:
+        found = manifest.find(file.key)
+        if found is not None:
+            sample[found.key] = found
+    known = [file for file in files if file.key in sample]
+    known = known[:: max(len(known) // _COMPARED, 1)]
+    same = sum(_is_image_of(listing.root, file, sample[file.key]) for file in known)
+    return bool(known) and 2 * same >= len(known)
+
+
+def _is_image_of(root: Path, file: ImageRef, record: ImageRecord) -> bool:
+    if record.sha256 is None:
+        return file.size == record.size
+    if file.size != record.bytes:
+        return False
+    try:
+        data = read_image(root, file.key, offset=file.offset, size=file.size)
+    except ImageError:
+        return False
+    return hashlib.sha256(data).hexdigest() == record.sha256
+
+
+def _source(path: Path) -> str:
+    """Return the absolute path or pattern to be named when the store is resumed."""
+    return os.path.abspath(path if os.path.lexists(path) else path.expanduser())
+
+
+def _tell_skipped(listing: ImageSet, observer: Observer) -> None:
+    for problem in listing.problems[:SHOWN_PROBLEMS]:
+        observer.message(f"skipped: {problem}")
+    if len(listing.problems) > SHOWN_PROBLEMS:
+        observer.message(f"skipped: {len(listing.problems) - SHOWN_PROBLEMS:,} more")
+
+
+def _refuse_absent(
+    config: PrecomputeConfig, absent: Absent, existing: ExistingStore, root: Path, observer: Observer
+) -> None:
+    """Refuse a listing without images of the store, or tell of them if more images are to be added."""
+    if absent.first is None:
+        return
+    key, rows = os.fsdecode(absent.first), existing.rows
+    place = place_on_disk(root, key)
+    if store_around(place) is not None:
+        raise PrecomputeError(
+            f"{config.out} holds kept images of a store as if they were photos, the first: {shown(key)} (an older "
+            "version listed them); precompute the photos into a new store"
+        )
+    if not config.extend:
+        if os.path.lexists(place):
+            raise PrecomputeError(
+                f"{absent.count:,} of the store's {rows:,} images lie outside what --images names, the first: "
+                f"{shown(place)}; name all of the store's folders, or add images only with --extend"
+            )
+        raise PrecomputeError(
+            f"{absent.count:,} of the store's {rows:,} images are gone from the folder, the first: {shown(key)}; put "
+            "them back, give another --out, or add images only with --extend"
+        )
+    needs = (
+        "distill needs these photos" if existing.spec.kept_images is None else "the store keeps them resized"
+    )
+    observer.message(
+        f"{absent.count:,} of the store's {rows:,} images are not among those listed, the first: {shown(key)}; their "
+        f"embeddings stay, {needs}"
+    )
 
 
 def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) -> int:
@@ -307,8 +423,17 @@ def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
     return kept[: selection.limit]
 
 
+@dataclass(kw_only=True)
+class Absent:
+    """Images of a store that a listing lacks."""
+
+    count: int = 0
+    first: bytes | None = None
+    """Key of the first one."""
+
+
 def select_additional(
-    files: Iterable[ImageRef], selection: Selection, stored: Iterable[bytes]
+    files: Iterable[ImageRef], selection: Selection, stored: Iterable[bytes], absent: Absent | None = None
 ) -> list[ImageRef]:
     """Select the images to append to a store.
 
@@ -318,16 +443,17 @@ def select_additional(
         files: listed images, sorted by the bytes of their keys.
         selection: rule to apply; its limit counts the store's images, too.
         stored: keys of the store's images as bytes, sorted.
+        absent: counts the store's images that the listing lacks.
 
     Returns:
         The selected images that the store lacks, in the order given.
 
     Raises:
-        PrecomputeError: the listing or the selection lacks images of the store; a row is never dropped.
+        PrecomputeError: the selection lacks listed images of the store; a row is never dropped.
     """
     new: list[ImageRef] = []
-    rows = gone = dropped = 0
-    first_gone: bytes | None = None
+    rows = dropped = 0
+    absent = absent or Absent()
     listed = ((os.fsencode(file.key), file) for file in files)
     end: tuple[bytes, ImageRef | None] = (b"", None)
     name, file = next(listed, end)
@@ -338,29 +464,20 @@ def select_additional(
                 new.append(file)
             name, file = next(listed, end)
         if file is None or name != key:
-            gone += 1
-            first_gone = first_gone or key
+            absent.count += 1
+            absent.first = absent.first or key
             continue
         dropped += not _keeps(selection, file)
         name, file = next(listed, end)
     if file is not None:
         rest = chain([file], (later for _, later in listed))
         new += [later for later in rest if _keeps(selection, later)]
-    _refuse_gone(rows, gone, first_gone)
     _refuse_fewer(selection, rows, dropped)
     return new if selection.limit is None else new[: selection.limit - rows]
 
 
 def _keeps(selection: Selection, file: ImageRef) -> bool:
     return in_fraction(file.key, selection.fraction, selection.seed)
-
-
-def _refuse_gone(rows: int, gone: int, first_gone: bytes | None) -> None:
-    if first_gone is not None:
-        raise PrecomputeError(
-            f"{gone:,} of the store's {rows:,} images are gone from the folder, the first: "
-            f"{shown(os.fsdecode(first_gone))}; put them back, or give another --out"
-        )
 
 
 def _refuse_fewer(selection: Selection, rows: int, dropped: int) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ from distributed import Worker, get_worker
 
 from ..common.errors import PrecomputeError
 from ..sam import refuse_keeping
+from ..sam.tar_files import place_on_disk
 from ..store import RowResult, ShardWriter
 from .decode import Batch, LoadedImage, decoded_batches
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, Stopwatch
@@ -109,7 +111,9 @@ def probe(task: ShardTask, plugin_name: str) -> bool:
 
 
 def _refuse_unusable_worker(task: ShardTask, worker: Worker) -> None:
-    if not task.image_root.is_dir():
+    # The root itself may be gone from where photos beside it are read.
+    places = (Path(place_on_disk(task.image_root, image.ref.key)).parent for image in task.images)
+    if not any(place.is_dir() for place in chain([task.image_root], places)):
         raise PrecomputeError(
             f"worker {worker.address} sees no folder {task.image_root}: mount the images at the same path everywhere"
         )

@@ -5,33 +5,35 @@ Tars are read in place and never extracted: a listing records the offset of each
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-import re
-import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 
 from ..common.errors import ImageError as ImageError
 from ..common.errors import SamError as SamError
 from ..common.errors import shown
 from ..common.image_ref import ImageRef as ImageRef
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-"""Suffixes of image files, in upper or lower case; the format is recognised later, by the content."""
-
-TAR_SUFFIX = ".tar"
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
+from .file_kinds import (
+    COMPRESSED_SUFFIXES,
+    HEAD_BYTES,
+    TAR_SUFFIX,
+    hidden_kind,
+    is_image,
+    own_folder,
+    passed_over_line,
+    store_around,
+)
+from .tar_files import DECOMPRESS, path_of, scan_tar, split_tar_key
+from .tar_files import TarMember as TarMember
 
 MAX_BYTES = 2_000_000_000
 """Largest file that is read, in bytes. Images small enough to be decoded are never larger; without a limit, one stray
 file could take all memory."""
-
-_COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,40 +58,35 @@ class ImageSet:
     """Images sorted by the bytes of their keys, which are unique."""
     problems: tuple[Problem, ...]
     """Folders and tars that could not be read, or not to their end, and broken links; to be shown to the user."""
-    others: int
-    """Number of files skipped because they have no image suffix (such as SA-1B's .json files)."""
-    hidden: int
-    """Number of files and folders skipped because their name begins with a dot."""
+    passed_over: Mapping[str, int]
+    """Number of files skipped because they are no images that can be decoded here, by kind (see `file_kinds`), such as
+    SA-1B's "JSON"; a folder that is skipped as a whole (hidden, or one that mobilesam made) counts as one."""
 
 
 def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> ImageSet:
-    """Find the images in folders (searched recursively) and .tar files.
+    """Find the images in folders (searched recursively) and .tar files, and take single images.
 
     Symbolic links are followed, but a folder that is reached twice is listed once, under its own path rather than a
     link's. So loops of links end, and a link such as `latest` duplicates nothing. Names that begin with a dot are
-    skipped.
+    skipped, and so are stores, runs, sweeps and exports, whatever images they hold.
 
     Args:
-        paths: folders and .tar files, in any mixture and order.
-        root: folder that keys are relative to; None for the one folder, the folder of the one tar, or the deepest
-            folder that contains all of `paths`.
+        paths: folders, .tar files and images, in any mixture and order, or patterns as in `photos/*.jpg`.
+        root: folder that keys are relative to; None for the one folder, the folder of the one tar or image, or the
+            deepest folder that contains all of `paths`. Images outside it have keys that begin with "../".
 
     Returns:
         The images, sorted by key, and what was skipped.
 
     Raises:
-        SamError: a path is absent, unreadable, of another kind or outside `root`, or no image is found.
+        SamError: a path is absent, unreadable or no image, or no image is found.
     """
-    tops = sorted({_absolute(path) for path in paths}, key=os.fsencode)
-    if not tops:
-        raise SamError("no images: name a folder or a .tar file")
-    for top in tops:
-        _check_top(top)
+    tops = expand_paths(paths)
     folders = [top if os.path.isdir(top) else os.path.dirname(top) for top in tops]
     base = os.path.commonpath(folders) if root is None else _absolute(root)
-    listing = _Listing()
+    listing = _Listing(base, {top for top in tops if not os.path.isdir(top)})
     for top in tops:
-        listing.add(top, _key_below(base, top))
+        listing.add(top)
     listing.follow_links()
     if not listing.files:
         raise SamError(_nothing_found(tops, listing))
@@ -98,9 +95,43 @@ def list_images(paths: Sequence[Path | str], root: Path | str | None = None) -> 
         root=Path(base),
         files=tuple(listing.files),
         problems=tuple(sorted(listing.problems, key=lambda problem: os.fsencode(problem.path))),
-        others=listing.others,
-        hidden=listing.hidden,
+        passed_over=dict(listing.passed_over),
     )
+
+
+def expand_paths(paths: Sequence[Path | str]) -> list[str]:
+    """Return the absolute paths that `--images` names: patterns replaced by what they match, without repetition.
+
+    Args:
+        paths: paths or patterns; a leading ~ is the home folder. A path that exists is never a pattern.
+
+    Raises:
+        SamError: there are none, one is absent or can't be read, or a pattern matches nothing.
+    """
+    found: set[str] = set()
+    for given in map(os.fspath, paths):
+        path = given if os.path.lexists(given) else os.path.expanduser(given)
+        if os.path.lexists(path) or not glob.has_magic(path):
+            found.add(_absolute(path))
+            continue
+        matches = glob.glob(path, recursive=True)
+        if not matches:
+            raise SamError(f"no file matches --images {shown(given)}")
+        found.update(map(_absolute, matches))
+    if not found:
+        raise SamError("no images: name a folder, a .tar file or an image")
+    for path in found:
+        _check_readable(path)
+    return sorted(found, key=os.fsencode)
+
+
+def resolved_folder(path: Path | str) -> Path:
+    """Return the absolute path of an image root, given as a folder, or as a tar or an image in it.
+
+    The user's name of a linked folder is kept, since keys of images beside the root go up by that name.
+    """
+    absolute = Path(_absolute(os.path.expanduser(path) if not os.path.lexists(path) else path))
+    return absolute.parent if absolute.is_file() else absolute
 
 
 def read_image(root: Path | str, key: str, *, offset: int | None = None, size: int | None = None) -> bytes:
@@ -125,7 +156,7 @@ def read_image(root: Path | str, key: str, *, offset: int | None = None, size: i
             raise ValueError("a tar's member needs both offset and size")
         return _read_member(root, key, offset, size)
     try:
-        with open(Path(root, key), "rb", buffering=0) as file:
+        with open(path_of(root, key), "rb", buffering=0) as file:
             _refuse_huge(os.fstat(file.fileno()).st_size)
             data = file.readall()
     except FileNotFoundError as error:
@@ -189,91 +220,41 @@ def in_fraction(key: str, fraction: float, seed: int) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TarMember:
-    """Regular file inside a tar: `size` bytes of the tar, beginning at byte `offset`."""
-
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarContents:
-    """Members of one tar."""
-
-    members: dict[str, TarMember]
-    """Regular files by name, without a leading "./", otherwise verbatim: "../x" and "/x" are ordinary names."""
-    unusable: tuple[str, ...]
-    """Names of links and sparse files, whose content is not stored in one piece."""
-    problem: str | None
-    """Reason why the tar could not be read to its end; `members` then has the complete ones before that. None if it
-    could."""
-
-
-def scan_tar(path: str) -> TarContents:
-    """Read a tar's headers. Of members with the same name the last one counts, as in extraction.
-
-    Args:
-        path: path of the tar.
-
-    Returns:
-        The tar's members; if it is damaged, truncated or compressed, `problem` says so.
-
-    Raises:
-        OSError: the file can't be read.
-    """
-    members: dict[str, TarMember] = {}
-    unusable: dict[str, None] = {}
-    with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
-        if file.peek(8).startswith(_COMPRESSED_MAGIC):
-            return TarContents(members={}, unusable=(), problem=DECOMPRESS)
-        try:
-            problem = _scan(file, total, members, unusable)
-        except (tarfile.TarError, ValueError) as error:
-            problem = f"damaged or truncated ({total:,} bytes): {error}"
-    return TarContents(members=members, unusable=tuple(unusable), problem=problem)
-
-
-def split_tar_key(root: str | os.PathLike[str], key: str) -> tuple[str, str] | None:
-    """Split a key such as "a/b.tar/c.jpg" into the tar and the member's name.
-
-    The first prefix that is a regular file is the tar, so a name inside the tar is never used as a path on disk.
-
-    Args:
-        root: image root that the key is relative to.
-        key: key of an image.
-
-    Returns:
-        Path of the tar on disk, and the member's name in it; None if the key leads through no existing tar.
-    """
-    parts = key.split("/")
-    for count in range(1, len(parts)):
-        if parts[count - 1].lower().endswith(TAR_SUFFIX):
-            path = os.path.join(root, *parts[:count])
-            if os.path.isfile(path):
-                return path, "/".join(parts[count:])
-    return None
-
-
 class _Listing:
-    """Images found so far. Linked folders are walked after all others, so that real paths come first."""
+    """Images found so far. Linked folders are walked after all others, so that real paths come first.
 
-    def __init__(self) -> None:
+    Args:
+        base: folder that keys are relative to.
+        single: paths of the files that the user named; they are passed over in the folders around them.
+    """
+
+    def __init__(self, base: str, single: Set[str]) -> None:
         self.files: list[ImageRef] = []
         self.problems: list[Problem] = []
-        self.others = 0
-        self.hidden = 0
+        self.passed_over: Counter[str] = Counter()
+        self._base = base
         self._links: list[tuple[str, str]] = []
         self._seen: set[tuple[int, int]] = set()
+        self._single = single
         self._tars: set[str] = set()
+        # A folder around the root is walked as "..", "../.." and so on; going down from there leads to the root again.
+        self._ways_down: dict[str, str] = {}
+        up = ""
+        while base != os.path.dirname(base):
+            way = f"../{up}".rstrip("/")
+            self._ways_down[f"{way}/{os.path.basename(base)}"] = up
+            base, up = os.path.dirname(base), way
 
-    def add(self, path: str, key: str) -> None:
-        """List a folder or a tar; its key is "" if it is the root itself."""
-        if os.path.isdir(path):
+    def add(self, path: str) -> None:
+        """List a path that the user named."""
+        store = store_around(path)
+        key = _key_below(self._base, path)
+        if store is not None:
+            self._pass_own(path, "a store" if store == path else f"in the store {shown(store)}")
+        elif os.path.isdir(path):
             self._walk(path, key)
         else:
-            self._add_tar(path, key)
+            self._add_single(path, key)
 
     def follow_links(self) -> None:
         """Walk the linked folders, and those linked from there."""
@@ -297,35 +278,68 @@ class _Listing:
             except OSError as error:
                 self.problems.append(Problem(path=path, reason=f"folder can't be read: {error.strerror}"))
                 continue
+            own = own_folder(path, {entry.name for entry in entries})
+            if own is not None:
+                self._pass_own(path, own)
+                continue
             for entry in entries:
                 entry_key = f"{key}/{entry.name}" if key else entry.name
+                entry_key = self._ways_down.get(entry_key, entry_key)
                 if self._add_entry(entry, entry_key):
                     folders.append((entry.path, entry_key))
 
+    def _pass_own(self, path: str, what: str) -> None:
+        self.passed_over["folder of mobilesam"] += 1
+        self.problems.append(Problem(path=path, reason=f"{what}, no folder of photos: passed over"))
+
     def _add_entry(self, entry: os.DirEntry[str], key: str) -> bool:
         """List one entry of a folder; return True if it is a folder to walk now."""
-        name = entry.name.lower()
         try:
-            if name.startswith("."):
-                self.hidden += 1
+            hidden = hidden_kind(entry.name)
+            if hidden is not None:
+                self.passed_over[hidden] += 1
             elif entry.is_dir():
                 if not entry.is_symlink():
                     return True
                 self._links.append((entry.path, key))
-            elif not name.endswith((*IMAGE_SUFFIXES, TAR_SUFFIX, *COMPRESSED_SUFFIXES)):
-                self.others += 1
             elif not entry.is_file():
                 what = "broken link" if entry.is_symlink() else "not a regular file"
+                self.passed_over[what] += 1
                 self.problems.append(Problem(path=entry.path, reason=what))
-            elif name.endswith(IMAGE_SUFFIXES):
-                self.files.append(ImageRef(key=key, size=entry.stat().st_size, offset=None))
-            elif name.endswith(TAR_SUFFIX):
-                self._add_tar(entry.path, key)
-            else:
-                self.problems.append(Problem(path=entry.path, reason=DECOMPRESS))
+            elif entry.path not in self._single:
+                self._add_file(entry.path, key, lambda: entry.stat().st_size)
         except OSError as error:
             self.problems.append(Problem(path=entry.path, reason=f"can't be read: {error.strerror}"))
         return False
+
+    def _add_single(self, path: str, key: str) -> None:
+        """List a file that the user named; one that is no image is told by its name."""
+        try:
+            kind = self._add_file(path, key, lambda: os.stat(path).st_size)
+        except OSError as error:
+            self.problems.append(Problem(path=path, reason=f"can't be read: {error.strerror}"))
+            return
+        if kind is not None:
+            self.problems.append(
+                Problem(path=path, reason=f"no image that can be read here, by its kind ({kind})")
+            )
+
+    def _add_file(self, path: str, key: str, size: Callable[[], int]) -> str | None:
+        """List a file; return its kind if it is passed over without a problem of its own. Raises OSError."""
+        name = os.path.basename(path)
+        if name.lower().endswith(TAR_SUFFIX):
+            self._add_tar(path, key)
+            return None
+        if name.lower().endswith(COMPRESSED_SUFFIXES):
+            self.passed_over["compressed tar"] += 1
+            self.problems.append(Problem(path=path, reason=DECOMPRESS))
+            return None
+        listed, kind = is_image(name, partial(_head, path))
+        if listed:
+            self.files.append(ImageRef(key=key, size=size(), offset=None))
+            return None
+        self.passed_over[kind] += 1
+        return kind
 
     def _add_tar(self, path: str, key: str) -> None:
         if path in self._tars:
@@ -336,24 +350,38 @@ class _Listing:
         except OSError as error:
             self.problems.append(Problem(path=path, reason=f"tar can't be read: {error.strerror}"))
             return
-        for name, member in contents.members.items():
-            if _is_hidden(name):
-                self.hidden += 1
-            elif name.lower().endswith(IMAGE_SUFFIXES):
-                self.files.append(ImageRef(key=f"{key}/{name}", size=member.size, offset=member.offset))
-            else:
-                self.others += 1
+        with open(path, "rb", buffering=0) as tar:
+            for name, member in contents.members.items():
+                hidden = _hidden_member(name)
+                kind, listed = hidden or "", False
+                if hidden is None:
+                    size = min(member.size, HEAD_BYTES)
+                    head = partial(os.pread, tar.fileno(), size, member.offset)
+                    listed, kind = is_image(os.path.basename(name), head)
+                if listed:
+                    self.files.append(ImageRef(key=f"{key}/{name}", size=member.size, offset=member.offset))
+                else:
+                    self.passed_over[kind] += 1
         if contents.problem is not None:
+            if contents.problem == DECOMPRESS:
+                self.passed_over["compressed tar"] += 1
             self.problems.append(Problem(path=path, reason=contents.problem))
         for name in contents.unusable:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name):
+            if _hidden_member(name) is None and is_image(os.path.basename(name), bytes)[0]:
                 reason = "a link or sparse file in a tar can't be read in place: extract the tar to a folder"
+                self.passed_over["link or sparse file in a tar"] += 1
                 self.problems.append(Problem(path=f"{path}/{name}", reason=reason))
 
 
-def _is_hidden(name: str) -> bool:
-    """Return True if a tar member's name, or that of a folder in its path, begins with a dot."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+def _head(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(HEAD_BYTES)
+
+
+def _hidden_member(name: str) -> str | None:
+    """Return the kind of a tar's member that is passed over for its name, or that of a folder in its path."""
+    kinds = (hidden_kind(part) for part in name.split("/") if part not in (".", ".."))
+    return next((kind for kind in kinds if kind is not None), None)
 
 
 def _absolute(path: Path | str) -> str:
@@ -362,74 +390,36 @@ def _absolute(path: Path | str) -> str:
     return os.path.realpath(path) if ".." in path.split(os.sep) else os.path.abspath(path)
 
 
-def _check_top(path: str) -> None:
-    """Raise SamError unless the path is a readable folder or .tar file."""
+def _check_readable(path: str) -> None:
+    """Raise SamError unless the path is a readable folder or file."""
     try:
         if os.path.isdir(path):
             os.scandir(path).close()
             return
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise SamError(f"--images {shown(path)} is neither a folder nor a regular file")
         with open(path, "rb"):
             pass
     except FileNotFoundError:
-        raise SamError(f"no such folder or tar: {shown(path)}") from None
+        raise SamError(f"--images {shown(path)}: no such folder, tar or image") from None
     except OSError as error:
-        raise SamError(f"{shown(path)} can't be read: {error.strerror}") from error
-    if path.lower().endswith(COMPRESSED_SUFFIXES):
-        raise SamError(f"{shown(path)}: {DECOMPRESS}")
-    if not path.lower().endswith(TAR_SUFFIX):
-        raise SamError(f"{shown(path)} is neither a folder nor a .tar file: name the folder that holds it")
+        raise SamError(f"--images {shown(path)} can't be read: {error.strerror}") from error
 
 
 def _key_below(base: str, path: str) -> str:
-    if path == base:
-        return ""
-    prefix = base.rstrip("/") + "/"
-    if not path.startswith(prefix):
-        raise SamError(f"{shown(path)} lies outside the image root {shown(base)}: name a path below it")
-    return path[len(prefix) :]
+    """Return the key of a path, "" for the base itself; one outside it begins with as many ".." as lead up."""
+    key = os.path.relpath(path, base)
+    return "" if key == "." else key
 
 
 def _nothing_found(tops: Sequence[str], listing: _Listing) -> str:
     where = shown(tops[0]) + (f" and {len(tops) - 1} more" if len(tops) > 1 else "")
-    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-    message = f"no images in {where} ({kinds}): {listing.others:,} other files"
-    if listing.hidden:
-        message += f", {listing.hidden:,} hidden ones"
+    message = f"no images in {where}"
+    if listing.passed_over:
+        message += f"; {passed_over_line(listing.passed_over)}"
     if listing.problems:
         message += f"\n{len(listing.problems):,} problems, the first: {listing.problems[0]}"
     return message
-
-
-def _scan(
-    file: BufferedReader, total: int, members: dict[str, TarMember], unusable: dict[str, None]
-) -> str | None:
-    """Fill `members` and `unusable` from a tar of `total` bytes; return the problem that ended the scan, if any."""
-    # The encoding is given since the default depends on the locale, and keys must not.
-    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
-            name = re.sub(r"^(\./+)+", "", member.name)
-            members.pop(name, None)
-            unusable.pop(name, None)
-            if member.issym() or member.islnk() or member.issparse():
-                unusable[name] = None
-            elif member.isreg():
-                end = member.offset_data + member.size
-                if end > total:
-                    return f"truncated: {name!r} ends at byte {end:,}, the tar has {total:,}"
-                members[name] = TarMember(offset=member.offset_data, size=member.size)
-        file.seek(tar.offset)
-        return _check_end(file.read(_BLOCK), tar.offset)
-
-
-def _check_end(block: bytes, offset: int) -> str | None:
-    """Return the problem with a tar's end, if any. The end is a block of zeros, but `tarfile` also stops silently at
-    a damaged header."""
-    if block == bytes(_BLOCK):
-        return None
-    if not block:
-        return f"no end-of-archive mark after {offset:,} bytes: it may be truncated"
-    return f"damaged or truncated: no valid header at byte {offset:,}"
 
 
 def _read_member(root: Path | str, key: str, offset: int, size: int) -> bytes:

@@ -199,6 +199,11 @@ class Manifest:
                 yield key
                 last = key
 
+    def find(self, key: str) -> ImageRecord | None:
+        """Return the record of the image with this key; None if there is none."""
+        found = self.query("SELECT row FROM images WHERE key = ?", (os.fsencode(key),))
+        return self.records(None, range(found[0][0], found[0][0] + 1))[0] if found else None
+
     def selections(self) -> list[Selection]:
         """Return the selections of the first set of images and of each extension, in order."""
         found = self.query(

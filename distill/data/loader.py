@@ -28,6 +28,8 @@ from ...sam import (
     read_checked,
     valid_cells,
 )
+from ...sam.file_kinds import is_store
+from ...sam.image_files import resolved_folder
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import AnnotationLabels
 
@@ -314,7 +316,10 @@ def find_image_root(
     """
     if asked is None and store.spec.kept_images is not None:
         return None
-    root = asked or last or Path(store.spec.image_root)
+    root = resolved_folder(asked or last or Path(store.spec.image_root))
+    if asked is not None and (not root.is_dir() or is_store(str(root))):
+        what = "a store, no folder of photos" if root.is_dir() else "no such folder"
+        raise refusal(f"--images {asked}: {what}; give the folder that holds the images of {store.path}")
     if not root.is_dir():
         raise refusal(f"the images of {store.path} are not at {root}; say where they are with --images DIR")
-    return root.resolve()
+    return root

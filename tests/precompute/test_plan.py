@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mobilesam.common.image_ref import ImageRef
 from mobilesam.precompute import PrecomputeError
-from mobilesam.precompute.plan import select, select_additional
+from mobilesam.precompute.plan import Absent, select, select_additional
 from mobilesam.sam import in_fraction
 from mobilesam.store import Selection
 
@@ -82,11 +82,6 @@ def test_a_file_that_sorts_first_does_not_displace_what_is_stored_under_a_limit(
 @pytest.mark.parametrize(
     ("files", "selection", "message"),
     [
-        (
-            _files(8),
-            _selection(),
-            r"2 of the store's 10 images are gone from the folder, the first: 0008\.jpg",
-        ),
         (_files(10), _selection(0.5), r"--fraction 0\.5 --seed 0 leaves out \d of the store's 10"),
         (_files(10), _selection(limit=9), r"--limit 9 is fewer than the 10"),
     ],
@@ -105,6 +100,13 @@ def test_another_seed_that_drops_stored_images_is_refused() -> None:
         select_additional(files, _selection(0.5, seed=2), stored)
 
 
+def test_stored_images_that_the_listing_lacks_are_counted_and_the_first_is_named() -> None:
+    absent = Absent()
+    files = [*_files(8), ImageRef(key="0009.jpg", size=1)]
+    assert select_additional(files, _selection(), _stored(_files(11)), absent) == []
+    assert absent == Absent(count=2, first=b"0008.jpg")
+
+
 _KEYS = st.lists(st.text("abcé€😀\udcff/", min_size=1, max_size=3), unique=True)
 
 
@@ -115,23 +117,22 @@ def test_walking_listing_and_store_side_by_side_gives_the_same_as_sets(
     files = [ImageRef(key=key, size=1, offset=None) for key in sorted(listed, key=os.fsencode)]
     selection = _selection(fraction, limit=limit)
     kept = [file for file in files if in_fraction(file.key, fraction, 0)]
-    problem = None
-    if gone := set(stored) - set(listed):
-        problem = f"{len(gone)} of the store's {len(stored)} images are gone"
-    elif dropped := set(stored) - set(_keys(kept)):
+    problem, absent, gone = None, Absent(), sorted(map(os.fsencode, set(stored) - set(listed)))
+    if dropped := (set(stored) & set(listed)) - set(_keys(kept)):
         problem = f"leaves out {len(dropped)} of the store's {len(stored)} images"
     elif limit is not None and limit < len(stored):
         problem = f"--limit {limit} is fewer than the {len(stored)} images"
     walked = iter(sorted(map(os.fsencode, stored)))
     if problem:
         with pytest.raises(PrecomputeError, match=problem):
-            select_additional(iter(files), selection, walked)
+            select_additional(iter(files), selection, walked, absent)
         return
     new = [file for file in kept if file.key not in stored]
     assert (
-        select_additional(iter(files), selection, walked)
+        select_additional(iter(files), selection, walked, absent)
         == new[: None if limit is None else limit - len(stored)]
     )
+    assert absent == Absent(count=len(gone), first=gone[0] if gone else None)
 
 
 def test_the_keys_of_a_store_are_never_all_in_memory() -> None:

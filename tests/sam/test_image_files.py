@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mobilesam.common.errors import shown
-from mobilesam.sam import ImageRef, SamError, list_images, read_image
+from mobilesam.sam import ImageError, ImageRef, SamError, file_kinds, list_images, read_image
 
 
 def put(path: Path, data: bytes = b"x") -> Path:
@@ -21,12 +21,13 @@ def keys(*paths: Path, root: Path | None = None) -> list[str]:
 
 def test_images_are_found_recursively_by_suffix_in_any_case(tmp_path: Path) -> None:
     wanted = ["a.jpg", "b.JPEG", "c.Png", "d.webp", "e.BMP", "sub/f.tif", "sub/deep/er/g.TIFF", "sub/h.gif"]
-    for name in [*wanted, "i.txt", "j.json", "jpg", "k.jpg.part", "sub/l.heic"]:
+    wanted += ["m.jfif", "n.JPE"]
+    for name in [*wanted, "i.txt", "j.json", "jpg", "k.jpg.part", "sub/l.mov"]:
         put(tmp_path / name)
     found = list_images([tmp_path])
     assert [file.key for file in found.files] == sorted(wanted)
     assert found.root == tmp_path
-    assert found.others == 5
+    assert found.passed_over == {"text": 1, "JSON": 1, "other": 1, "unfinished download": 1, "video": 1}
     assert found.problems == ()
 
 
@@ -88,7 +89,7 @@ def test_hidden_files_and_folders_are_passed_over_and_counted(tmp_path: Path) ->
         put(tmp_path / name)
     found = list_images([tmp_path])
     assert [file.key for file in found.files] == ["a.jpg"]
-    assert found.hidden == 2
+    assert found.passed_over == {"Mac's ._ twin": 1, "hidden": 1}
 
 
 def test_a_hidden_folder_that_is_named_is_listed(tmp_path: Path) -> None:
@@ -179,8 +180,24 @@ def test_paths_that_overlap_or_repeat_list_each_image_once(tmp_path: Path) -> No
 def test_a_given_root_stands_before_the_keys(tmp_path: Path) -> None:
     put(tmp_path / "a" / "b" / "1.jpg")
     assert keys(tmp_path / "a" / "b", root=tmp_path) == ["a/b/1.jpg"]
-    with pytest.raises(SamError, match=r"/a lies outside the image root .*/ab: name a path below it"):
-        list_images([tmp_path / "a"], tmp_path / "ab")
+
+
+def test_keys_outside_the_root_lead_up_from_it_and_are_read_back_even_when_it_is_gone(tmp_path: Path) -> None:
+    put(tmp_path / "far" / "day2" / "1.jpg", b"day2")
+    put(tmp_path / "far" / "day1" / "1.jpg", b"day1")
+    root = tmp_path / "days" / "day1"
+    (tmp_path / "days").symlink_to("far")
+    listed = ["../day2/1.jpg", "1.jpg"]
+    # The folder around the root holds the root, too: its images keep their keys.
+    assert keys(tmp_path / "days", root=root) == keys(root, tmp_path / "days" / "day2", root=root) == listed
+    assert keys(tmp_path / "days" / "day2", root=root) == ["../day2/1.jpg"]
+    assert keys(tmp_path, root=root) == [f"../../far/{day}/1.jpg" for day in ("day1", "day2")]
+    put(tmp_path / "9.jpg")
+    assert keys(tmp_path / "9.jpg", root=root) == ["../../9.jpg"]
+    (tmp_path / "far" / "day1").rename(tmp_path / "far" / "archive")
+    assert read_image(root, "../day2/1.jpg") == b"day2"
+    with pytest.raises(ImageError, match="missing"):
+        read_image(root, "1.jpg")
 
 
 def test_relative_paths_give_an_absolute_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,22 +220,76 @@ def test_a_linked_root_keeps_the_name_the_user_gave_it(tmp_path: Path) -> None:
 
 
 def test_absent_wrong_and_empty_paths_each_say_what_is_the_matter(tmp_path: Path) -> None:
-    put(tmp_path / "a.jpg")
     put(tmp_path / "empty" / "notes.txt")
     put(tmp_path / "empty" / ".b.jpg")
     (tmp_path / "bare").mkdir()
-    with pytest.raises(SamError, match=r"no such folder or tar: .*/gone"):
+    with pytest.raises(SamError, match=r"--images .*/gone: no such folder, tar or image"):
         list_images([tmp_path / "gone"])
-    with pytest.raises(
-        SamError, match=r"a\.jpg is neither a folder nor a \.tar file: name the folder that holds it"
-    ):
-        list_images([tmp_path / "a.jpg"])
-    with pytest.raises(SamError, match=r"no images in .*/empty \(jpg, .*gif\): 1 other files, 1 hidden ones"):
+    with pytest.raises(SamError, match=r"no file matches --images .*/bare/\*\.jpg"):
+        list_images([tmp_path / "bare" / "*.jpg"])
+    with pytest.raises(SamError, match=r"notes\.txt: no image that can be read here, by its kind \(text\)"):
+        list_images([tmp_path / "empty" / "notes.txt"])
+    with pytest.raises(SamError, match=r"no images in .*/empty; passed over: 1 hidden, 1 text"):
         list_images([tmp_path / "empty"])
     with pytest.raises(SamError, match=r"no images in .*/bare and 1 more"):
         list_images([tmp_path / "empty", tmp_path / "bare"])
-    with pytest.raises(SamError, match=r"name a folder or a \.tar file"):
+    with pytest.raises(SamError, match=r"name a folder, a \.tar file or an image"):
         list_images([])
+
+
+def test_single_images_and_patterns_are_listed_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ["p/a.jpg", "p/b.jpg", "p/c.txt", "p/q/d.jpg", "p/[x].jpg"]:
+        put(tmp_path / name)
+    assert keys(tmp_path / "p" / "a.jpg") == ["a.jpg"]
+    assert keys(tmp_path / "p" / "a.jpg", tmp_path / "p" / "q") == ["a.jpg", "q/d.jpg"]
+    assert keys(tmp_path / "p" / "*.jpg") == ["[x].jpg", "a.jpg", "b.jpg"]
+    assert keys(tmp_path / "p" / "[x].jpg") == ["[x].jpg"]  # a file of that name stands before the pattern
+    assert len(keys(tmp_path / "p", tmp_path / "p" / "a.jpg", tmp_path / "**" / "*.jpg")) == 4
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert keys(Path("~/p/q")) == ["d.jpg"]
+
+
+JPEG, HEIC = b"\xff\xd8\xff\xe0" + bytes(40), b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
+
+
+def test_names_that_say_nothing_are_judged_by_content_and_no_others_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = ["IMG_0001", "a.jpg_large", "b.jpeg_original", "c.jpg~", "2021.05.03"]
+    for name in images:
+        put(tmp_path / name, JPEG)
+    put(tmp_path / "notes")
+    put(tmp_path / "clip", b"\0\0\0\x18ftypmp42" + bytes(40))
+    put(tmp_path / "backup.old", b"PK\x03\x04" + bytes(40))
+    for number in range(9):
+        put(tmp_path / f"{number}.jpg")
+        put(tmp_path / f"{number}.json")
+    opened = []
+    real = file_kinds.content_kind
+    monkeypatch.setattr(file_kinds, "content_kind", lambda head: opened.append(head) or real(head))
+    found = list_images([tmp_path])
+    assert [file.key for file in found.files if file.size > 1] == sorted(images)
+    assert found.passed_over == {"JSON": 9, "other": 1, "video": 1, "ZIP archive": 1}
+    assert len(opened) == len(images) + 3
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_heic_photos_are_listed_where_they_can_be_decoded_and_else_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(file_kinds, "find_spec", lambda _: object() if installed else None)
+    file_kinds.decodable.cache_clear()
+    try:
+        for name in ["a.HEIC", "b.hif", "c"]:
+            put(tmp_path / name, HEIC)
+        put(tmp_path / "d.jpg")
+        found = list_images([tmp_path])
+        assert found.passed_over == ({} if installed else {"HEIC": 3})
+        assert len(found.files) == (4 if installed else 1)
+    finally:
+        file_kinds.decodable.cache_clear()
 
 
 def test_what_cannot_be_printed_is_escaped_for_one_line() -> None:

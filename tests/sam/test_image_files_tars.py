@@ -50,7 +50,7 @@ def test_a_tar_of_sa_1b_is_read_in_place(tmp_path: Path, format: int) -> None:
     path = make_tar(tmp_path / "sa_000000.tar", SA_1B, format=format)
     found = list_images([path])
     assert found.root == tmp_path
-    assert found.others == 20
+    assert found.passed_over == {"JSON": 20}
     assert found.problems == ()
     assert contents(path) == {f"sa_000000.tar/sa_{n}.jpg": f"{n} jpg".encode() * (n + 1) for n in range(20)}
     assert list(tmp_path.iterdir()) == [path]
@@ -116,7 +116,7 @@ def test_hidden_members_and_folders_in_tars_are_passed_over(tmp_path: Path) -> N
     members = [member("._1.jpg"), member(".git/2.jpg"), member("3.jpg"), folder, member("../4.jpg")]
     found = list_images([make_tar(tmp_path / "t.tar", members)])
     assert [file.key for file in found.files] == ["t.tar/../4.jpg", "t.tar/3.jpg"]
-    assert found.hidden == 2
+    assert found.passed_over == {"Mac's ._ twin": 1, "hidden": 1}
 
 
 def test_links_in_a_tar_are_recorded_and_replace_what_they_overwrite(tmp_path: Path) -> None:
@@ -205,6 +205,36 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     assert [problem.reason for problem in found.problems] == [
         "damaged or truncated: no valid header at byte 1,024"
     ]
+
+
+@pytest.mark.parametrize("between", [0, 3_000_320])
+def test_joined_tars_are_read_to_the_last_one(tmp_path: Path, between: int) -> None:
+    parts = [
+        make_tar(tmp_path / f"{n}.tar", [member(f"{n}.jpg", b"%d" % n), member("same.jpg", b"%d" % n)])
+        for n in range(3)
+    ]
+    joined = tmp_path / "in" / "joined.tar"
+    joined.parent.mkdir()
+    joined.write_bytes((bytes(between)).join(part.read_bytes() for part in parts))
+    expected = {f"joined.tar/{n}.jpg": b"%d" % n for n in range(3)}
+    assert contents(joined) == {**expected, "joined.tar/same.jpg": b"2"}
+    assert list_images([joined]).problems == ()
+    joined.write_bytes(joined.read_bytes() + b"no header of a tar" * 40)
+    (problem,) = list_images([joined]).problems
+    assert "damaged or truncated: no valid header at byte" in problem.reason
+    assert len(contents(joined)) == 4
+
+
+def test_members_without_a_suffix_are_judged_by_content(tmp_path: Path) -> None:
+    members = [
+        member("IMG_1", b"\xff\xd8\xff\xe0" + bytes(40)),
+        member("x/notes", b"text"),
+        member("empty", b""),
+    ]
+    members += [member("__MACOSX/a.jpg"), member("b.txt")]
+    found = list_images([make_tar(tmp_path / "t.tar", members)])
+    assert [file.key for file in found.files] == ["t.tar/IMG_1"]
+    assert found.passed_over == {"other": 2, "Mac's __MACOSX folder": 1, "text": 1}
 
 
 @pytest.mark.parametrize("data", [b"", b"text, not a tar at all" * 100, b"\xff" * 2048])
