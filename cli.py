@@ -25,6 +25,7 @@ from . import __version__
 from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
 from .common.durable import final_name
 from .common.errors import Interrupted, MobileSamError, ReportError
+from .common.signals import StopFlag, stopped_by_signals
 from .common.terminal import MessageHandler, Reporter, guarded_streams
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
@@ -63,7 +64,8 @@ class RoomCommand(click.Command):
         """Run the command and exit."""
         debug = context.params.pop("debug")
         try:
-            code = super().invoke(context)
+            with stopped_by_signals(StopFlag(), Interrupted, "interrupted"):
+                code = super().invoke(context)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except KeyboardInterrupt:
@@ -196,7 +198,8 @@ def distill(config: DistillConfig, as_json: bool) -> int:
 
     The student learns the teacher's embeddings, or the masks that SAM's decoder makes of them. Writes checkpoints,
     metrics and student.safetensors to runs/NAME and points runs/latest to it. A rerun of the same command resumes the
-    run; a finished one is only reported. Exit code 130 or 143 if a signal stopped it, after its checkpoint was saved.
+    run; a finished one is only reported. Exit code 129, 130 or 143 if a signal stopped it, after its
+    checkpoint was saved.
 
     \b
     Examples:

@@ -1,44 +1,78 @@
-"""Stop on SIGINT and SIGTERM: the first signal requests a stop that loses nothing, the second stops at once."""
+"""Stop on SIGINT, SIGTERM and SIGHUP: the first requests a stop that loses nothing, the second stops at once."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 
 from .errors import Interrupted
+from .terminal import end_progress
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_SECONDS = 0.25
+"""Time within which signals are one request: coreutils' `timeout` sends each to the process and to its group."""
+
+_EXIT_SECONDS = 1.0
+"""Time that a second signal gives Python to end the process; then it is ended in the middle of a step or a write."""
+
+
+def _hangup() -> tuple[signal.Signals, ...]:
+    """Return SIGHUP, sent when a terminal closes, unless it doesn't exist here or `nohup` has it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return () if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN else (hangup,)
 
 
 class _StopNow(BaseException):
     """Immediate stop. No Exception, like KeyboardInterrupt: code that treats an Exception as a damaged file must not
-    catch it."""
+    catch it.
+
+    Args:
+        signum: number of the signal.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
 class StopFlag:
     """Request to stop, from a signal or from the program that drives the work.
 
     `signum` is the signal's number, None until a stop is requested. `graceful` is True while the work checks the flag
-    and saves before it stops; while it is False, the first signal already stops at once.
+    and saves before it stops; while it is False, the first signal already stops at once. `kept` says what is saved so
+    far, for the last line of a process that is killed.
 
     Args:
-        second_kills: leave the second signal to the kernel, which ends the process even in the middle of a long step
-            or write, after which Python would handle it. If False, the second signal unwinds the stack, so that
-            worker processes and temporary files are cleaned up, and later signals are ignored.
+        second_kills: let the second signal end the process, even in the middle of a long step or write, after which
+            Python would handle it. If False, the second signal unwinds the stack, so that worker processes and
+            temporary files are cleaned up, and later signals are ignored.
+        answer: line to print after the first signal, while the work goes on to a point where it can stop.
     """
 
-    def __init__(self, *, second_kills: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        second_kills: bool = True,
+        answer: str = "stopping after this step and saving; interrupt again to stop at once without saving",
+    ) -> None:
         self.signum: int | None = None
         self.graceful = False
-        self._second_kills = second_kills
-        self._signalled = False
+        self.kept = ""
+        self.answer = answer
+        self.second_kills = second_kills
+        self.watched = False
+        """True while a watcher of signals prints the answer and the last line."""
+        self.told = threading.Event()
+        """Set once the watcher has printed the last line."""
+        self._signalled_at: float | None = None
         self._stopping = False
 
     def set(self, signum: int = signal.SIGINT) -> None:
@@ -47,26 +81,108 @@ class StopFlag:
 
     def on_signal(self, signum: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
+        # A stop requested by the program is no signal: the first signal after it still lets the work be saved.
+        first = self._signalled_at is None
+        if not first and not self.counts(signum, self._signalled_at):
+            return
+        if not first and self.second_kills:
+            self._die(signum)
         if self._stopping:
             return
-        # A stop requested by the program is no signal: the first signal after it still lets the work be saved.
-        first, self._signalled = not self._signalled, True
+        if first:
+            self._signalled_at = time.monotonic()
         self.set(signum)
-        if self._second_kills:
-            for each in _SIGNALS:
-                signal.signal(each, signal.SIG_DFL)
         if not (self.graceful and first):
             self._stopping = True
-            raise _StopNow
-        if self._second_kills:
-            logger.warning(
-                "stopping after this step and saving; interrupt again to stop at once without saving"
-            )
+            raise _StopNow(signum)
+        if not self.watched:
+            self.reply()
+
+    @staticmethod
+    def counts(signum: int, before: float | None) -> bool:
+        """Return True if a signal is a second request, after a first one at time.monotonic() `before`.
+
+        A terminal that closes sends SIGHUP more than once, and its user can't have meant the second one.
+        """
+        assert before is not None
+        return signum not in _hangup() and time.monotonic() - before >= REPEAT_SECONDS
+
+    def reply(self) -> None:
+        """Print the answer to the first signal."""
+        logger.warning("%s", self.answer)
+
+    def last_line(self, signum: int) -> None:
+        """End the progress line, and say that the process is killed."""
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        end_progress()
+        unsaved = " without saving" if self.graceful else ""
+        logger.warning("killed by a second %s%s%s", name, unsaved, self.kept and f"; {self.kept}")
+
+    def _die(self, signum: int) -> None:
+        if self.watched:
+            self.told.wait(_EXIT_SECONDS)
+        else:
+            self.last_line(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
+
+
+class _Watcher:
+    """Thread that answers signals at once, while the main thread is in a step that may take minutes.
+
+    Python calls its signal handlers between two bytecodes of the main thread; the number of each signal is written
+    into a pipe at once (`signal.set_wakeup_fd`).
+
+    Args:
+        flag: flag whose lines are printed.
+    """
+
+    def __init__(self, flag: StopFlag) -> None:
+        self._flag = flag
+        self._numbers, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        self._before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        flag.watched = True
+
+    def close(self) -> None:
+        """End the thread, and restore what was there before."""
+        self._flag.watched = False
+        signal.set_wakeup_fd(self._before)
+        os.write(self._wakeup, b"\0")
+        self._thread.join(_EXIT_SECONDS)
+        os.close(self._wakeup)
+
+    def _watch(self) -> None:
+        first: float | None = None
+        while True:
+            (number,) = os.read(self._numbers, 1)
+            if number == 0:
+                os.close(self._numbers)
+                return
+            if number not in (signal.SIGINT, signal.SIGTERM, *_hangup()):
+                continue
+            if first is None:
+                first = time.monotonic()
+                if self._flag.graceful:
+                    self._flag.reply()
+            elif self._flag.second_kills and self._flag.counts(number, first):
+                self._kill(number)
+
+    def _kill(self, signum: int) -> None:
+        # In a thread of its own: a terminal that is paused with Ctrl-S takes no line, and the process ends anyway.
+        last = threading.Thread(target=self._flag.last_line, args=(signum,), daemon=True)
+        last.start()
+        last.join(_EXIT_SECONDS)
+        self._flag.told.set()
+        time.sleep(_EXIT_SECONDS)
+        os._exit(128 + signum)
 
 
 @contextmanager
 def stopped_by_signals(flag: StopFlag, interrupted: type[Interrupted], message: str) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set a flag in the context.
+    """Let SIGINT, SIGTERM and SIGHUP set a flag in the context. A SIGHUP that is ignored (`nohup`) stays ignored.
 
     Outside the main thread, where Python handles no signals, the context does nothing.
 
@@ -81,36 +197,40 @@ def stopped_by_signals(flag: StopFlag, interrupted: type[Interrupted], message: 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, flag.on_signal) for signum in _SIGNALS}
+    handled = (signal.SIGINT, signal.SIGTERM, *_hangup())
+    before = {signum: signal.signal(signum, flag.on_signal) for signum in handled}
+    watcher = _Watcher(flag)
     try:
         yield
-    except _StopNow:
-        assert flag.signum is not None
-        raise interrupted(message, flag.signum) from None
+    except _StopNow as stop:
+        raise interrupted(message, stop.signum) from None
     finally:
+        watcher.close()
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
 
 @contextmanager
 def starting_processes() -> Iterator[None]:
-    """Block SIGINT in worker processes started in the context.
+    """Block SIGINT and SIGHUP in worker processes started in the context.
 
-    Ctrl-C reaches the whole process group, but only the coordinator may act on it. Processes started in the context,
-    and later by threads that began in it, inherit the blocked SIGINT. A SIGINT that comes during the context is
-    delivered at its end.
+    Ctrl-C and the end of a terminal reach the whole process group, but only the coordinator may act on them.
+    Processes started in the context, and later by threads that began in it, inherit the blocked signals. A signal
+    that comes during the context is delivered at its end.
     """
     came: list[int] = []
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, lambda signum, _: came.append(signum)) if in_main_thread else None
+    blocked = (signal.SIGINT, *_hangup())
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {signum: signal.signal(signum, lambda number, _: came.append(number)) for signum in blocked}
     # If a thread of the context started the tracker later, that would unblock the signal in the thread.
     resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if in_main_thread:
-            signal.signal(signal.SIGINT, before)
-    if came:
-        signal.raise_signal(signal.SIGINT)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    for signum in dict.fromkeys(came):
+        signal.raise_signal(signum)

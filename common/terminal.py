@@ -289,6 +289,8 @@ class Reporter:
                     vertical_overflow="crop",
                 )
                 self._live.start()
+                # rich hides the cursor. Whoever kills or stops the process (Ctrl-Z) would be left without one.
+                self._console.show_cursor(True)
 
     def _render(self) -> RenderableType:
         from rich.progress_bar import ProgressBar
@@ -369,11 +371,10 @@ def say(text: str) -> None:
         click.echo(text, err=True)
 
 
-def say_last(text: str) -> None:
-    """End all progress, show the cursor, and print a last line."""
+def end_progress() -> None:
+    """End all progress lines, before the process does."""
     for reporter in reversed(_active):
         reporter.close()
-    say(text)
 
 
 class MessageHandler(logging.Handler):
