@@ -1,103 +1,142 @@
-"""Checkpoint files: read safely and without a copy, identified, and checked, with a clear error for any defect."""
+"""Checkpoints of SAM by anybody: read safely and without a copy, identified, and checked, with a clear error for any defect.
+
+`read_weights` is the one reader for all commands and options that take weights. `weight_files.py` reads the files,
+`state_dict.py` finds SAM's weights in them and gives them the names of SAM's own checkpoints.
+"""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError, CheckpointError, ForeignObjects
+from ..common.errors import CheckpointError, shown
+from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES
 from .registry import TEACHERS, TeacherInfo
-from .torch_file import PICKLE_MAGIC, ZIP_MAGIC, read_torch_file
+from .state_dict import ENCODER_PREFIX as ENCODER_PREFIX
+from .state_dict import Fits, StateDict, count_by_prefix, find_state_dicts
+from .unpickler import Foreign
+from .weight_files import load_weights
 
-ENCODER_PREFIX = "image_encoder."
-"""Prefix of the image encoder's keys in a SAM checkpoint."""
-
-PIXEL_STATISTICS = ("pixel_mean", "pixel_std")
-"""Keys that some tools save with the weights; they are SAM's fixed preprocessing, not weights."""
+PLAIN = "torch.save(model.state_dict(), FILE)"
 
 
-def read_state(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read the flat state dict in a `torch.save` file.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Weights:
+    """Weights read from a file or a folder, by SAM's names, and a description of what was taken."""
 
-    Only tensors and plain containers are unpickled. In files of torch's zip format every checksum is verified first
-    (2.4 GB take about a second once they are in the page cache); then the file is mapped, so that memory holds only
-    the tensors that are used. Older files are read whole.
+    path: Path
+    """File or folder, as the user named it."""
+    state: dict[str, Tensor] = field(repr=False)
+    """Tensors by key on the CPU, in the file's dtypes; those that SAM doesn't have keep their names."""
+    found: StateDict = field(repr=False)
+    """Where they were found in the file, and by which names."""
+    left: tuple[str, ...]
+    """Parts of the file that hold no weights or were not taken: names of its dictionaries' keys."""
+
+    def note(self, used: Collection[str] | None = None) -> str | None:
+        """Describe in one sentence what was taken of the file and what was left out.
+
+        Args:
+            used: keys of `state` that are used; None: all.
+
+        Returns:
+            The sentence; None if the file is a plain checkpoint that is used as a whole.
+        """
+        unused = set() if used is None else self.state.keys() - set(used)
+        counts = count_by_prefix(unused, 2)
+        left = [*(f"{name} ({_tensors(n)})" for name, n in counts.items()), *self.left]
+        how = []
+        if self.found.place:
+            how.append(f"under {'.'.join(self.found.place)!r}")
+        if self.found.prefix or self.found.containers:
+            words = [self.found.prefix] * bool(self.found.prefix)
+            words += ["module. or _orig_mod."] * self.found.containers
+            how.append(f"whose names have {' and '.join(words)} before SAM's")
+        if self.found.huggingface:
+            how.append("by Hugging Face's names")
+        if not any(key.startswith(HEAD_PREFIXES) for key in self.state):
+            how.append("of an image encoder alone" if self.found.known else "of no SAM")
+        if not how and not left:
+            return None
+        more = f", and {len(left) - 8} more" if len(left) > 8 else ""
+        taken = f"took {_tensors(len(self.state) - len(unused))} {', '.join(how)}".rstrip()
+        return shown(f"{self.path.name}: {taken}; left out: {', '.join(left[:8]) or 'nothing'}{more}")
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'' if count == 1 else 's'}"
+
+
+def read_weights(path: Path, fits: Fits | None = None) -> Weights:
+    """Read SAM's weights from a file of anybody.
 
     Args:
-        path: path of the file.
-        wrappers: keys under which training scripts save the state dict in a larger dictionary; the first one that
-            the file has is used. If empty, only a flat state dict is read.
+        path: a file of `torch.save` or of safetensors, the index of a sharded model, or a folder of Hugging Face.
+        fits: test of a state dict, which decides if a file holds several (see `find_state_dicts`).
 
     Returns:
-        Tensors by key, on the CPU, without PIXEL_STATISTICS.
+        The weights by the names of SAM's checkpoints. They may be of another network: `check_weights` and
+        `identify_teacher` look at them.
 
     Raises:
-        CheckpointError: the file is absent, empty, truncated, damaged or no checkpoint, or holds other objects.
+        CheckpointError: the file is absent, empty, truncated, damaged or no checkpoint, or holds no tensors by name.
     """
-    _check_start(path)
-    try:
-        loaded = read_torch_file(path)
-    except ForeignObjects as error:
-        raise CheckpointError(
-            f"{path} holds Python objects other than tensors ({error}); it was refused, since loading them can run "
-            "code.\nSave the plain state dict: torch.save(model.state_dict(), FILE)."
-        ) from None
-    except ArchiveError as error:
-        raise CheckpointError(_damage(path, str(error))) from None
-    except OSError as error:
-        if error.errno == errno.EIO:
-            raise CheckpointError(_damage(path, "the disk can't read it")) from None
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in wrappers if isinstance(loaded.get(key), Mapping)), loaded)
-    return _tensors_only(path, loaded)
+    path = Path(path)
+    content = load_weights(path)
+    dicts = find_state_dicts(content, fits)
+    if not dicts:
+        raise CheckpointError(f"{path} holds {_other_content(content)}")
+    return Weights(path=path, state=dicts[0].state, found=dicts[0], left=_left(content, dicts))
 
 
-def _check_start(path: Path) -> None:
-    """Raise CheckpointError if the path or the file's first bytes can't be a checkpoint's."""
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a directory, not a checkpoint file; name the .pth or .pt file in it"
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file by SAM's names; see `read_weights`."""
+    return read_weights(path).state
+
+
+def _other_content(content: object) -> str:
+    """Describe a file's content that has no tensors by name, and how to save one that has."""
+    if isinstance(content, Foreign) and content.items is None:
+        return (
+            f"a whole pickled object ({content.name}), not its weights; it was refused, since loading it can run "
+            f"code.\nSave its weights: {PLAIN}."
         )
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; --checkpoint takes a .pth or .pt file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if not start:
-        raise CheckpointError(f"{path} is empty (0 bytes); download it again")
-    if not start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint: it starts with {start!r}")
-
-
-def _damage(path: Path, reason: str) -> str:
-    """Return the message about a damaged file, with the expected length if it is named like an official one."""
-    size = path.stat().st_size
-    official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
-    wanted = [file.bytes for file in official if file.name == path.name and file.bytes != size]
-    lengths = f", {wanted[0]:,} expected" if wanted else ""
-    return f"{path} ({size:,} bytes{lengths}) is truncated or damaged; download it again.\n({reason})"
-
-
-def _tensors_only(path: Path, loaded: object) -> dict[str, Tensor]:
-    """Return a file's content as a state dict without PIXEL_STATISTICS; CheckpointError for any other content."""
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict of tensors")
-    state = {str(key): value for key, value in loaded.items() if str(key) not in PIXEL_STATISTICS}
-    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if other or not state:
-        keys = ", ".join(repr(key[:80]) for key in list(state)[:4]) or "nothing"
-        raise CheckpointError(
-            f"{path} is not a flat state dict of tensors: it holds {keys}.\n"
-            "Save the plain state dict with keys image_encoder.*, prompt_encoder.*, mask_decoder.*."
+    if isinstance(content, Foreign):
+        content = content.items
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}, not a state dict of tensors.\nSave the weights: {PLAIN}."
+    pickled = [(key, value.name) for key, value in content.items() if isinstance(value, Foreign)]
+    if pickled:
+        key, name = pickled[0]
+        return (
+            shown(
+                f"Python objects other than tensors ({name}, under {str(key)[:80]!r}), and no weights; it was refused, "
+                "since loading them can run code."
+            )
+            + f"\nSave the weights: {PLAIN}."
         )
-    return state
+    keys = ", ".join(repr(str(key)[:80]) for key in list(content)[:4]) or "nothing"
+    return f"no tensors by name: it holds {keys}.\nSave the weights: {PLAIN}."
+
+
+def _left(content: object, dicts: list[StateDict]) -> tuple[str, ...]:
+    """List what of a file is outside its first state dict: its other keys, by the dictionaries that lead to it."""
+    found = dicts[0]
+    left = [
+        f"{key} ({kind})" if "." in kind else key for key, kind in found.foreign.items() if kind != "NoneType"
+    ]
+    inner: object = content
+    for depth, key in enumerate(found.place):
+        items = inner.items if isinstance(inner, Foreign) else inner
+        assert isinstance(items, Mapping), "the place of a state dict leads through dictionaries"
+        outer = ".".join((*found.place[:depth], ""))
+        left += [outer + str(other) for other in items if other != key]
+        inner = items[key]
+    return tuple(name[:60] for name in left)
 
 
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,10 +148,14 @@ def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def identify_teacher(state: Mapping[str, Tensor]) -> str | None:
     """Return the name of the teacher whose encoder has a checkpoint's sizes; None if there is none.
 
-    Of several teachers with the same encoder, it is the first whose trained image size fits, too.
+    Of several teachers with the same encoder, it is the first whose head (SAM's or SAM-HQ's) and trained image size
+    fit, too.
     """
     encoder = encoder_state(state)
     found = [info for info in TEACHERS.values() if info.encoder.matches(encoder)]
+    if len(found) > 1:
+        hq = any(key.startswith(HQ_PREFIXES) for key in state)
+        found = [info for info in found if info.hq == hq] or found
     if len(found) > 1:
         found = [info for info in found if _has_trained_shapes(info, encoder)] or found
     return found[0].name if found else None
@@ -125,40 +168,41 @@ def _has_trained_shapes(info: TeacherInfo, encoder: Mapping[str, Tensor]) -> boo
     return all(encoder[key].shape == value.shape for key, value in built.items() if key in encoder)
 
 
-def check_state(
-    path: Path, info: TeacherInfo, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+def check_weights(
+    weights: Weights, info: TeacherInfo, expected: Mapping[str, torch.Size], *, encoder_alone: bool = False
 ) -> dict[str, Tensor]:
     """Check every key, shape and dtype of a teacher's checkpoint.
 
     Args:
-        path: path of the file, for messages.
+        weights: content of the file.
         info: entry of the teacher that it should belong to.
-        state: content of the file, as `read_state` returns it.
         expected: shapes by key, as `state_shapes` returns them.
+        encoder_alone: True to take a file that has none of the head's keys.
 
     Returns:
-        The tensors that the teacher uses; unused ones, such as mobile_sam's classifier, are left out.
+        The tensors that the teacher uses; others are left out, such as mobile_sam's classifier, or SAM-HQ's layers for
+        a teacher with SAM's own head.
 
     Raises:
-        CheckpointError: the file doesn't fit; the message names the teacher that it belongs to, or the first
+        CheckpointError: the file doesn't fit; the message names the network that it belongs to, or the first
             differences.
     """
-    name = info.name
+    name, path, state = info.name, weights.path, weights.state
     # The same encoder may belong to several teachers, whose files don't differ in their shapes.
-    found = None if info.encoder.matches(encoder_state(state)) else identify_teacher(state)
-    if found is not None:
-        raise CheckpointError(f"{path} is a {found} checkpoint, not {name}; use --teacher {found}")
-    unused = tuple(ENCODER_PREFIX + prefix for prefix in info.encoder.unused_prefixes)
-    state = {key: value for key, value in state.items() if not key.startswith(unused)}
-    missing = [key for key in expected if key not in state]
-    unknown = [key for key in state if key not in expected]
-    if missing or unknown:
-        examples = [f"{key} is missing" for key in missing[:1]]
-        examples += [f"{key[:80]} is unknown" for key in unknown[:1]]
-        raise CheckpointError(
-            f"{path} is not a {name} checkpoint: of {len(expected)} weights {len(missing)} are missing, "
-            f"{len(unknown)} are unknown.\n({'; '.join(examples)})"
-        )
+    teacher = None if info.encoder.matches(encoder_state(state)) else identify_teacher(state)
+    if teacher is not None:
+        raise CheckpointError(f"{path} is a {teacher} checkpoint, not {name}; use --teacher {teacher}")
+    if not any(key in state for key in expected):
+        raise CheckpointError(f"{path} is not a {name} checkpoint: {describe_other(state)}")
+    has_head = any(key.startswith(HEAD_PREFIXES) for key in state)
+    if not has_head:
+        if not encoder_alone:
+            raise CheckpointError(
+                f"{path} holds an image encoder alone: SAM's prompt encoder and mask decoder, which masks need, are "
+                f"not in it.\nSave the whole model's weights: {PLAIN}."
+            )
+        expected = {key: shape for key, shape in expected.items() if key.startswith(ENCODER_PREFIX)}
+    _check_keys(weights, info, expected)
     for key, shape in expected.items():
         if state[key].shape != shape:
             wrong, right = tuple(state[key].shape), tuple(shape)
@@ -167,4 +211,91 @@ def check_state(
             raise CheckpointError(
                 f"{path} is not a {name} checkpoint: {key} holds {state[key].dtype} numbers"
             )
-    return dict(state)
+    return {key: state[key] for key in expected}
+
+
+def _check_keys(weights: Weights, info: TeacherInfo, expected: Mapping[str, torch.Size]) -> None:
+    """Raise CheckpointError for a missing weight, or one of the encoder's that the teacher doesn't have.
+
+    One more in the encoder (an adapter's) may change what it computes, one more elsewhere doesn't.
+    """
+    unused = tuple(ENCODER_PREFIX + prefix for prefix in info.encoder.unused_prefixes)
+    missing = [key for key in expected if key not in weights.state]
+    unknown = [
+        key
+        for key in weights.state
+        if key.startswith(ENCODER_PREFIX) and key not in expected and not key.startswith(unused)
+    ]
+    if not missing and not unknown:
+        return
+    examples = [
+        f"{key} is a {weights.found.foreign[key]}, no tensor"
+        if key in weights.found.foreign
+        else f"{key} is missing"
+        for key in missing[:1]
+    ]
+    examples += [f"{shown(key[:80])} is unknown" for key in unknown[:1]]
+    if unknown and not missing:
+        examples.append("an adapter, such as LoRA's, has to be merged into the weights first")
+    raise CheckpointError(
+        f"{weights.path} is not a {info.name} checkpoint: of {len(expected)} weights {len(missing)} are missing, "
+        f"{len(unknown)} are unknown.\n({'; '.join(examples)})"
+    )
+
+
+# Networks whose files people give for SAM's, by a part of a name that only they have.
+_OTHER_NETWORKS = (
+    ("image_encoder.trunk.", "SAM 2's"),
+    ("sam_mask_decoder.", "SAM 2's"),
+    ("memory_attention.", "SAM 2's"),
+    ("backbone.vision_backbone.", "SAM 3's"),
+    ("lora_", "an adapter's (LoRA), not a model's: merge it into its model first"),
+    ("linear_a_q.", "an adapter's (LoRA), not a model's: merge it into its model first"),
+    ("w_a_0", "an adapter's (LoRA), not a model's: merge it into its model first"),
+    ("model.0.conv.weight", "YOLO's or FastSAM's"),
+    ("register_tokens", "DINOv2's"),
+    ("cls_token", "a vision transformer's"),
+    ("visual.conv1", "CLIP's"),
+    ("layer1.0.conv1.", "a ResNet's"),
+)
+
+
+def describe_other(state: Mapping[str, Tensor]) -> str:
+    """Describe the content of a file that is no teacher's, as a whole.
+
+    Args:
+        state: tensors of the file, by key.
+    """
+    kind = next((kind for part, kind in _OTHER_NETWORKS if any(part in key for key in state)), None)
+    first = shown(next(iter(state))[:80])
+    count = f"{_tensors(len(state))}, {'' if len(state) == 1 else 'the first '}{first}"
+    named = f"; the names are {kind}" if kind else ""
+    if any(key.startswith((ENCODER_PREFIX, *HEAD_PREFIXES)) for key in state):
+        sizes = state.get(ENCODER_PREFIX + "patch_embed.proj.weight")
+        blocks = {key.split(".")[2] for key in state if key.startswith(ENCODER_PREFIX + "blocks.")}
+        if named or sizes is None or not blocks:
+            return f"it holds {count}{named}"
+        return (
+            f"its encoder has {len(blocks)} blocks of width {sizes.shape[0]}, which is no teacher's: that of a "
+            "pruned or distilled SAM (SlimSAM, EfficientSAM, ...)"
+        )
+    return f"it holds none of SAM's names, but {count}{named}"
+
+
+def check_state(
+    path: Path, info: TeacherInfo, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Check a state dict; see `check_weights`."""
+    found = StateDict(
+        place=(),
+        prefix="",
+        huggingface=False,
+        containers=False,
+        encoder_alone=False,
+        known=0,
+        state=dict(state),
+        foreign={},
+    )
+    return check_weights(
+        Weights(path=path, state=dict(state), found=found, left=()), info, expected, encoder_alone=True
+    )

@@ -62,31 +62,34 @@ def is_torch_file(path: Path, error: type[MobileSamError]) -> bool:
         raise error(f"{path} can't be read: {cause.strerror or cause}") from cause
 
 
-def read_torch_file(path: Path) -> object:
+def read_torch_file(path: Path, *, foreign: bool = False) -> object:
     """Read a file of `torch.save`.
 
     In the zip format every record's checksum is verified, with bounded memory, before anything is unpickled; the
-    tensors are then mapped privately from the verified file. The older format has no checksums and is read whole.
+    tensors are then mapped privately from the verified file. Files whose checksums were not computed
+    (`torch.utils.serialization.config.save.compute_crc32`) and the older format, which has none and is read whole, are
+    not verified.
 
     Args:
         path: path of the file.
+        foreign: True to return a `Foreign` in place of each object of another kind; False to refuse the file.
 
     Returns:
         The saved object: tensors on the CPU in plain containers.
 
     Raises:
         ArchiveError: the file is damaged.
-        ForeignObjects: it holds other objects than tensors and plain values.
+        ForeignObjects: it holds other objects than tensors and plain values, and `foreign` is False.
         OSError: it can't be read.
     """
     with path.open("rb") as file:
         if file.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
-            return _read_zip(file)
+            return _read_zip(file, foreign)
         file.seek(0)
-        return _read_old(file)
+        return _read_old(file, foreign)
 
 
-def _read_zip(file: io.BufferedReader) -> object:
+def _read_zip(file: io.BufferedReader, foreign: bool) -> object:
     records = read_records(file)
     order = _content(file, records, "byteorder", default=b"little")
     if order.decode("ascii", "replace") != sys.byteorder:
@@ -101,7 +104,7 @@ def _read_zip(file: io.BufferedReader) -> object:
             flat[key, dtype] = _mapped(mapped, records.get(f"data/{key}"), dtype, elements)
         return flat[key, dtype]
 
-    return read_pickle(io.BytesIO(description), storage)
+    return read_pickle(io.BytesIO(description), storage, foreign=foreign)
 
 
 def _content(
@@ -119,14 +122,20 @@ def _content(
 
 
 def _mapped(mapped: mmap.mmap, record: Record | None, dtype: torch.dtype, elements: int) -> Tensor:
-    if record is None or record.size != elements * dtype.itemsize or record.start % dtype.itemsize:
-        raise ArchiveError("a storage is missing, of another size, or not aligned")
+    if record is None or record.size != elements * dtype.itemsize:
+        raise ArchiveError("a storage is missing or of another size")
     if not elements:
         return torch.empty(0, dtype=dtype)
+    if (
+        record.start % dtype.itemsize
+    ):  # torch.save aligns storages, a program that repacks the archive may not
+        return torch.frombuffer(
+            bytearray(mapped[record.start : record.start + record.size]), dtype=dtype, count=elements
+        )
     return torch.frombuffer(mapped, dtype=dtype, count=elements, offset=record.start)
 
 
-def _read_old(file: io.BufferedReader) -> object:
+def _read_old(file: io.BufferedReader, foreign: bool) -> object:
     """Read the older format: pickles of a magic number, a version, the writer's type sizes, the object and the keys
     of its storages; then the storages, each preceded by its number of elements."""
     flat: dict[str, Tensor] = {}
@@ -146,7 +155,7 @@ def _read_old(file: io.BufferedReader) -> object:
     if tuple(read_pickle(file, storage) for _ in range(2)) != _OLD_FORMAT:
         raise ArchiveError("it doesn't begin like a file of torch.save")
     read_pickle(file, storage)
-    content, keys = read_pickle(file, storage), read_pickle(file, storage)
+    content, keys = read_pickle(file, storage, foreign=foreign), read_pickle(file, storage)
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(flat):
         raise ArchiveError("its list of storages isn't that of its tensors")
     for key in keys:
@@ -173,6 +182,8 @@ class Record:
 def read_records(file: BinaryIO) -> dict[str, Record]:
     """Find every record of a zip archive and verify its checksum, a megabyte at a time.
 
+    If all checksums are 0, they were not computed, and aren't compared.
+
     Args:
         file: archive, open for reading bytes.
 
@@ -184,8 +195,9 @@ def read_records(file: BinaryIO) -> dict[str, Record]:
         OSError: the file can't be read.
     """
     records = _locate(file)
+    computed = any(record.crc32 for record in records.values())
     for name, record in records.items():
-        if _crc32(file, record) != record.crc32:
+        if computed and _crc32(file, record) != record.crc32:
             raise ArchiveError(f"the checksum of {name[:60]!r} is wrong")
     root = next(iter(records), "").partition("/")[0] + "/"
     if not all(name.startswith(root) for name in records):
@@ -220,6 +232,19 @@ class _BoundedFile(io.RawIOBase):
         if size > MAX_DIRECTORY:
             raise ArchiveError(f"its directory has {size:,} bytes; at most {MAX_DIRECTORY:,} are read")
         return self._file.read(size)
+
+
+def archive_names(file: BinaryIO) -> list[str] | None:
+    """Return the names in a zip archive's directory, of any program; None if it has no intact one.
+
+    Args:
+        file: archive, open for reading bytes.
+    """
+    try:
+        with zipfile.ZipFile(_BoundedFile(file)) as archive:
+            return archive.namelist()
+    except (ArchiveError, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error):
+        return None
 
 
 def _locate(file: BinaryIO) -> dict[str, Record]:

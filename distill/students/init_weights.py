@@ -36,7 +36,6 @@ from .student_file import (
 
 logger = logging.getLogger(__name__)
 
-WRAPPERS = ("model", "state_dict")
 NECK_PREFIXES = ("neck.", "laterals.")
 MIN_SHARE = 0.5
 """Smallest share of the encoder's parameters, without the neck, that a file must have; one with fewer belongs to
@@ -176,7 +175,7 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
             file.seek(0)
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if in_torch_format(start):
-            return sha256, read_state(path, WRAPPERS)
+            return sha256, read_state(path)
         if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER:
             raise DistillError(
                 f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"

@@ -1,0 +1,309 @@
+"""Files that weights come in, recognised by content: of torch.save, of safetensors, sharded, in a folder.
+
+A file of another kind is called what it is: an unfinished download, a Git LFS pointer, a web page, a photo.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..common.errors import ArchiveError, CheckpointError, shown
+from .registry import TEACHERS
+from .torch_file import archive_names, in_torch_format, read_torch_file
+
+INDEX_SUFFIX = ".index.json"
+FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors" + INDEX_SUFFIX,
+    "pytorch_model.bin",
+    "pytorch_model.bin" + INDEX_SUFFIX,
+)
+"""Files of weights in Hugging Face's folders, the one to read first; an index names the files of a sharded model."""
+
+MAX_HEADER = 4 << 20
+"""Largest header of a safetensors file that is read, in bytes: a hundred times that of ViT-H's. Parsed it takes about
+100 MB."""
+
+MAX_INDEX = 4 << 20
+"""Largest index of a sharded model that is read, in bytes."""
+
+MAX_SHARDS = 1000
+"""Most files of a sharded model."""
+
+_CHUNK = 1 << 20
+_START = 512
+_AGAIN = "download or copy it again"
+
+# Beginnings of files that people take for weights.
+_MAGIC = (
+    (b"\xff\xd8\xff", "a JPEG image"),
+    (b"\x89PNG\r\n", "a PNG image"),
+    (b"GIF8", "a GIF image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+    (b"%PDF", "a PDF document"),
+    (b"\x1f\x8b", "gzip-compressed: unpack it first"),
+    (b"BZh", "bzip2-compressed: unpack it first"),
+    (b"\xfd7zXZ\0", "xz-compressed: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras and TensorFlow write: save the weights with PyTorch"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"GGUF", "a GGUF file of llama.cpp: save the weights with PyTorch"),
+)
+# The same, at a later place.
+_LATER = (
+    (4, b"TFL3", "a TensorFlow Lite model: save the weights with PyTorch"),
+    (8, b"WEBP", "a WebP image"),
+    (4, b"ftyp", "a HEIC or AVIF image, or a video"),
+    (257, b"ustar", "a tar archive: unpack it first"),
+)
+
+
+def load_weights(path: Path) -> object:
+    """Load the content of a file or folder of weights.
+
+    In files of torch's zip format every checksum is verified first (2.4 GB take about a second once they are in the
+    page cache); then the file is mapped, as safetensors files are, so that memory holds only the tensors that are
+    used. Files in torch's older format are read whole.
+
+    Args:
+        path: a file of `torch.save` or of safetensors, the index of a sharded model, or a folder with one of
+            FOLDER_FILES.
+
+    Returns:
+        The saved object: tensors on the CPU in plain containers, a `Foreign` in place of any other object.
+
+    Raises:
+        CheckpointError: the path is absent, the file is empty, damaged or of another kind, or the folder has none.
+    """
+    files = weight_files(path)
+    if len(files) == 1:
+        return _load_file(files[0])
+    state: dict[Any, object] = {}
+    for file in files:
+        part = _load_file(file)
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{file} holds a {type(part).__name__}, not a part of a state dict")
+        state |= part
+    return state
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the hex SHA-256 that identifies weights: of the file, or of the one file in the folder.
+
+    For a sharded model it is the digest of its files' names and digests, in the order of the names.
+
+    Args:
+        path: as for `load_weights`.
+
+    Raises:
+        CheckpointError: a file is absent or can't be read.
+    """
+    files = weight_files(path)
+    digests = []
+    for file in files:
+        with _readable(file), file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    if len(files) == 1:
+        return digests[0]
+    lines = [f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that hold the weights: the path itself, or those of its folder or index, by name.
+
+    Args:
+        path: as for `load_weights`.
+
+    Raises:
+        CheckpointError: the path is absent, a folder without weights, or an index that can't be used.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _file_in(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a file of weights (.pth, .pt, .safetensors)")
+    return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+
+
+def _file_in(folder: Path) -> Path:
+    for name in FOLDER_FILES:
+        if (folder / name).exists():
+            return folder / name
+    names = sorted(file.name for file in folder.iterdir())
+    if any(name.endswith(".distcp") for name in names):
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint of PyTorch; make one file of it:\n"
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
+        )
+    candidates = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
+    there = f"it has {', '.join(candidates[:3])}" if candidates else f"{FOLDER_FILES[0]} or {FOLDER_FILES[2]}"
+    raise CheckpointError(
+        f"{folder} is a directory without {FOLDER_FILES[0]} and {FOLDER_FILES[2]}, not a checkpoint: name the file of "
+        f"weights in it ({there})"
+        if candidates
+        else f"{folder} is a directory without {there}, not a checkpoint file"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    """Return the files that an index of a sharded model names."""
+    with _readable(index), index.open("rb") as opened:
+        text = opened.read(MAX_INDEX + 1)
+    try:
+        names = set(json.loads(text)["weight_map"].values()) if len(text) <= MAX_INDEX else set()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = set()
+    if (
+        not names
+        or len(names) > MAX_SHARDS
+        or not all(isinstance(n, str) and n == Path(n).name for n in names)
+    ):
+        raise CheckpointError(
+            f"{index} is no index of a sharded model: it has no weight_map of files beside it"
+        )
+    files = [index.parent / name for name in sorted(names)]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index} names {len(files)} files, of which {len(absent)} are not beside it, the first "
+            f"{shown(absent[0])}; {_AGAIN}"
+        )
+    return files
+
+
+def _load_file(path: Path) -> object:
+    """Load one file, of torch's or safetensors' format."""
+    with _readable(path):
+        with path.open("rb") as file:
+            start = file.read(_START)
+        if not start:
+            raise CheckpointError(f"{path} is empty (0 bytes); {_AGAIN}")
+        try:
+            if is_safetensors(start):
+                return _read_safetensors(path)
+            if in_torch_format(start):
+                kind = _kind_of_zip(path)
+                if kind:
+                    raise CheckpointError(f"{path} is {kind}")
+                return read_torch_file(path, foreign=True)
+        except ArchiveError as error:
+            raise CheckpointError(_damage(path, str(error))) from None
+    raise CheckpointError(
+        f"{path} ({path.stat().st_size:,} bytes) is not a checkpoint of PyTorch or safetensors: it is "
+        f"{_kind(start, path)}"
+    )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointError(_damage(path, "the disk can't read it")) from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _damage(path: Path, reason: str) -> str:
+    """Return the message about a damaged file, with the expected length if it is named like an official one."""
+    size = path.stat().st_size
+    official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
+    wanted = [file.bytes for file in official if file.name == path.name and file.bytes not in (size, None)]
+    lengths = f", {wanted[0]:,} expected" if wanted else ""
+    return f"{path} ({size:,} bytes{lengths}) is truncated or damaged; {_AGAIN}.\n({reason})"
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Return True if a file that begins with these nine bytes or more is of safetensors: a length, a JSON object.
+
+    The first byte of the length may equal a pickle's.
+    """
+    return start[8:9] == b"{" and start[6:8] == b"\0\0"
+
+
+def _read_safetensors(path: Path) -> dict[str, object]:
+    """Map the tensors of a safetensors file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ArchiveError(f"its header alone has {length:,} bytes")
+        if length > MAX_HEADER:
+            raise ArchiveError(f"its header has {length:,} bytes; at most {MAX_HEADER:,} are read")
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(entry["data_offsets"][1]) for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            raise ArchiveError("its header isn't that of safetensors") from None
+    wanted = 8 + length + max(ends, default=0)
+    if wanted > size:
+        raise ArchiveError(f"by its header it has {wanted:,} bytes: an unfinished download or copy")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ArchiveError((str(error).splitlines() or [""])[0][:100]) from None
+
+
+def _kind_of_zip(path: Path) -> str | None:
+    """Return the kind of a zip archive that `torch.save` didn't write; None for one that it did, or a damaged one."""
+    with path.open("rb") as file:
+        names = archive_names(file) if file.read(2) == b"PK" else None
+    if names is None:
+        return None
+    inner = {name.partition("/")[2] for name in names}
+    if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
+        return "a TorchScript archive: save the network's weights with torch.save(model.state_dict(), FILE)"
+    exported = {"archive_format", "serialized_exported_program.json", "models/model.json"}
+    if exported & inner or "serialized_exported_program.json" in names:
+        return (
+            "a program of torch.export: save the network's weights with torch.save(model.state_dict(), FILE)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive: save the weights with torch.save(model.state_dict(), FILE)"
+    if any(name == "data.pkl" or name.startswith("data/") for name in inner):
+        return None  # torch.save's, perhaps damaged
+    first = f", the first {shown(names[0][:80])}" if names else ""
+    return f"a zip archive of {len(names):,} files{first}, not a checkpoint of PyTorch: unpack it first"
+
+
+def _kind(start: bytes, path: Path) -> str:
+    """Return what a file is that is in no format of weights, by its first bytes."""
+    if start.startswith(b"version https://git-lfs"):
+        size = next(
+            (line[5:] for line in start.decode("ascii", "replace").splitlines() if line[:5] == "size "), "?"
+        )
+        return f"a Git LFS pointer to a file of {size[:20]} bytes; fetch it with: git lfs pull"
+    for magic, kind in _MAGIC:
+        if start.startswith(magic):
+            return kind
+    for place, magic, kind in _LATER:
+        if start[place:].startswith(magic):
+            return kind
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")) or b"<html" in text:
+        return f"an HTML page, as a server sends in place of a file; {_AGAIN}"
+    if text.startswith(b"<?xml"):
+        return f"an XML page, as a server sends in place of a file; {_AGAIN}"
+    if start[:1] == b"\x08" and (path.suffix == ".onnx" or b"pytorch" in start or b"onnx" in start):
+        return "an ONNX model: give the weights that it was exported from"
+    if path.suffix in (".pb", ".index", ".h5", ".tflite") or ".data-" in path.name:
+        return "TensorFlow's: save the weights with PyTorch"
+    decoded = start.decode("utf-8", "ignore")  # the last letter may be cut
+    if len(decoded.encode()) > len(start) - 4 and all(c.isprintable() or c.isspace() for c in decoded):
+        return f"{'JSON' if text[:1] in (b'{', b'[') else 'a'} text that begins with {decoded[:40]!r}"
+    return f"of an unknown kind: it starts with {start[:16]!r}"
