@@ -45,6 +45,15 @@ def read_checksummed(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_checksummed(path: Path) -> bool:
+    """Return True if a file has a checksum of `write_checksummed`, even if it was damaged since."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get(_FILE_KEY), str)
+
+
 def encode_line(value: Mapping[str, Any]) -> bytes:
     """Return one line of JSON; its last key is the CRC-32 (8 hexadecimal digits) of the line without that key.
 

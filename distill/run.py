@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ..common.durable import explain_os_errors
-from ..common.errors import DistillError, DistillInterrupted
+from ..common.errors import DistillError, DistillInterrupted, counted
 from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.allocator import keep_freed_memory
 from ..sam.device import resolve_device, resolve_precision
@@ -25,17 +26,19 @@ from .data.labels import AnnotationLabels, count_annotated
 from .data.loader import Loader, check_preprocessing, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
+from .latest_run import RUNS, point_latest
 from .loss.coupled import MaskOptions
 from .loss.registry import build_objective
 from .metrics.evaluate import ComputeSettings
 from .run_description import (
+    CONFIG_FILE,
     DataDescription,
     ResolvedSettings,
     RunDescription,
     StoreDescription,
     rows_digest,
 )
-from .run_folder import RUNS, Run, open_or_create_run, point_latest, split_sha256
+from .run_folder import Run, closest_run, open_or_create_run, split_sha256
 from .students.cost import default_micro_batch
 from .students.init_weights import InitialWeights, read_initial
 from .students.registry import build_student, student_info
@@ -65,12 +68,13 @@ def distill(
         config: all options.
         progress: callback for display, after each step and before each batch of an evaluation.
         stop: flag to set from elsewhere to save a checkpoint and stop.
-        latest: make `runs/latest` point to the run.
+        latest: make `runs/latest` point to the run as soon as it has a student.
 
     Returns:
         `run` (absolute path), `epochs`, `steps`, `seconds` (total over all sessions of the run), `images_per_second`
         (in the training loop), `data_wait_share` (share of the training loop's time spent waiting for data), `val`
-        (metrics of the validation rows after the last epoch); with labels from annotations also `labels`
+        (metrics of the validation rows after the last epoch), `finished` (time of the run's end, in ISO 8601),
+        `already_finished` (True if nothing was trained by this call); with labels from annotations also `labels`
         (`annotated`, `images`, `empty` and `broken`, numbers of images).
 
     Raises:
@@ -91,9 +95,12 @@ def distill(
         started: tuple[Path, dict[str, Any] | None] | None = None
         if processes.is_main:
             stack.enter_context(explain_os_errors(folder))
+            unnamed = config.out is None and not (folder / CONFIG_FILE).exists()
             run = stack.enter_context(
                 open_or_create_run(folder, description, split, head, restart=config.restart)
             )
+            if unnamed and initial is None:
+                _name_closest_run(run)
             if latest:
                 point_latest(run.path)
             started = run.path, _finished_result(run)
@@ -101,8 +108,14 @@ def distill(
         if not processes.is_main:
             run = Run.open(path)
         if finished is not None:
-            return {**finished, "run": str(path)}
-        return _train(config, run, store, records, initial, processes, stop, progress)
+            return {**finished, "run": str(path), "already_finished": True}
+
+        def on_student() -> None:
+            if latest:
+                point_latest(run.path)
+
+        result = _train(config, run, store, initial, processes, stop, progress, on_student)
+        return {**result, "already_finished": False}
 
 
 def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
@@ -236,6 +249,22 @@ def _folder_name(description: RunDescription) -> str:
     return f"{label}-{digest(description.identity, description.data.to_json())}"
 
 
+def _name_closest_run(run: Run) -> None:
+    """Tell that a run in a folder of its own begins anew, where an earlier one was asked for almost the same."""
+    closest = closest_run(run)
+    if closest is None:
+        return
+    earlier, differences = closest
+    logger.warning(
+        "a new run begins in %s, from new weights: the earlier one in %s was begun differently (%s); to start from "
+        "its student, add --init %s",
+        RUNS / run.path.name,
+        earlier,
+        "; ".join(differences),
+        earlier,
+    )
+
+
 def _finished_result(run: Run) -> dict[str, Any] | None:
     """Return the result of a finished run; None if it must be trained, or restored from its last checkpoint."""
     finished = run.result()
@@ -248,7 +277,6 @@ def _finished_result(run: Run) -> dict[str, Any] | None:
         logger.warning("%s\nthe run's last checkpoint restores it", error)
         return None
     run.checkpoints.drop_previous()
-    logger.info("%s is finished: its result is reported again; --restart trains from the start", run.path)
     return finished
 
 
@@ -256,11 +284,11 @@ def _train(
     config: DistillConfig,
     run: Run,
     store: EmbeddingStore,
-    records: Sequence[ImageRecord],
     initial: InitialWeights | None,
     processes: ProcessGroup,
     stop: StopFlag,
     progress: Callable[[Progress], None] | None,
+    on_student: Callable[[], None],
 ) -> dict[str, Any]:
     """Build student, objective and loader, train, and return the run's result."""
     device = resolve_device(processes.local_device(config.device))
@@ -277,7 +305,7 @@ def _train(
         objective.head.load_state_dict(initial.head)
     loader = Loader(
         store,
-        records,
+        store.manifest.records("done"),
         run.image_root,
         workers=config.workers or default_workers(device),
         pin_memory=device.type == "cuda",
@@ -287,7 +315,7 @@ def _train(
         trainer = Trainer(
             config, run, student, loader, compute=compute, objective=objective, processes=processes
         )
-        return trainer.fit(stop, progress)
+        return trainer.fit(stop, progress, on_student)
 
 
 def _annotation_labels(config: DistillConfig, run: Run) -> AnnotationLabels | None:
@@ -325,9 +353,18 @@ def default_workers(device: torch.device) -> int:
 
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of `distill` as lines for the terminal; metrics are of the validation rows' valid cells."""
-    val = result["val"]
+    val, finished = result["val"], ""
+    if result["already_finished"]:
+        when = datetime.fromisoformat(result["finished"]).astimezone()
+        finished = (
+            f" was finished on {when:%Y-%m-%d at %H:%M}, and nothing was trained now; --restart starts over"
+        )
+    size = (
+        f"{counted(result['epochs'], 'epoch')}, {counted(result['steps'], 'step')}, {result['seconds']:.0f} s"
+    )
     lines = [
-        f"{result['run']}: {result['epochs']} epochs, {result['steps']:,} steps, {result['seconds']:.0f} s",
+        *([f"{result['run']}{finished}"] if finished else []),
+        f"it took {size}" if finished else f"{result['run']}: {size}",
         f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
         f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
     ]

@@ -12,6 +12,7 @@ from ..store import ImageRecord
 from ..store.spec import StoreSpec
 from .checksummed_json import digest
 
+CONFIG_FILE = "config.json"
 FORMAT = 2
 """Version of config.json."""
 CONFIG_MEND = "put back a whole copy, or start over with distill --restart"

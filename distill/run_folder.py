@@ -1,4 +1,4 @@
-"""Folder of a run: reading its files; creating, resuming and locking the folder; the link runs/latest.
+"""Folder of a run: reading its files; creating, resuming and locking the folder.
 
 config.json (run_description.py), split.json, metrics.jsonl and TensorBoard's events (train_log.py), last.pt and
 previous.pt (checkpoint.py), student.safetensors, sam_head.safetensors, mean_embedding.safetensors, run.lock.
@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,24 @@ import torch
 from torch import Tensor, nn
 
 from ..common.durable import make_folder, write_atomic
-from ..common.errors import DistillError, RunLocked
+from ..common.errors import DistillError, RunLocked, shown
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
 from .checksummed_json import (
     decode_line,
     decode_lines,
-    digest,
+    is_checksummed,
     json_sha256,
     read_checksummed,
     write_checksummed,
 )
 from .data.sampler import Split
+from .latest_run import LATEST, has_student, latest_run, runs_with_student
+from .run_description import CONFIG_FILE as CONFIG_FILE
 from .run_description import CONFIG_MEND, FORMAT, RunDescription
 from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
-RUNS = Path("runs")
-LATEST = RUNS / "latest"
-CONFIG_FILE = "config.json"
 SPLIT_FILE = "split.json"
 METRICS_FILE = "metrics.jsonl"
 HEAD_FILE = "sam_head.safetensors"
@@ -69,14 +69,15 @@ class Run:
         """Open a run's folder.
 
         Args:
-            path: the folder; None: the one that `runs/latest` points to.
+            path: the folder; None: the latest run (`latest_run`).
 
         Raises:
             DistillError: there is no run, or its description or split is damaged.
         """
-        folder = Path(path) if path is not None else LATEST
+        folder = latest_run() if path is None or Path(path) == LATEST else Path(path)
         if not folder.is_dir():
-            raise DistillError(f"no run at {folder}; run distill first, or give a run's folder")
+            gone = f": it points to {LATEST.readlink()}, which is gone" if folder.is_symlink() else ""
+            raise DistillError(f"no run at {folder}{gone}; run distill first, or give a run's folder")
         folder = folder.resolve()
         if not (folder / CONFIG_FILE).is_file():
             raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE}")
@@ -122,10 +123,19 @@ class Run:
         Raises:
             DistillError: the file is missing, damaged or another run's.
         """
+        if not self.student_path.exists():
+            raise DistillError(self._without_student())
         student, info = load_student(self.student_path, device)
         if info.get("run_id") != self.id:
             raise DistillError(f"{self.student_path} is another run's; {MEND}")
         return student, info
+
+    def _without_student(self) -> str:
+        """Return the message for a run whose student isn't there."""
+        again = "run the same distill command again"
+        if self.last("val") is None:
+            return f"{self.path} is not finished: no student yet; {again} to go on"
+        return f"{self.student_path} is missing; {again}, which restores it"
 
     def student_metadata(self) -> dict[str, Any]:
         """Return the student's origin, for its file: teacher, preprocessing, store, initial weights, run."""
@@ -229,7 +239,12 @@ class Run:
             line = decode_line(self._lines()[-1])
         except (IndexError, ValueError):
             return None
-        return line if line.pop("kind") == "result" else None
+        if line.pop("kind") != "result":
+            return None
+        if "finished" not in line:  # older versions didn't record it
+            written = (self.path / METRICS_FILE).stat().st_mtime
+            line["finished"] = datetime.fromtimestamp(written, UTC).isoformat(timespec="seconds")
+        return line
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -307,12 +322,19 @@ def _refuse_other_content(folder: Path) -> None:
     """Refuse a path that is a file, or a folder that holds something other than a run."""
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"{folder} is a file; give another --out")
-    if not folder.exists() or (folder / CONFIG_FILE).exists():
+    if not folder.exists():
         return
+    config = folder / CONFIG_FILE
+    if config.exists() and (is_checksummed(config) or (folder / LOCK_FILE).exists()):
+        return  # a run, perhaps a damaged one
     ours = {LOCK_FILE, HEAD_FILE, SPLIT_FILE}
     others = [path.name for path in folder.iterdir() if path.name not in ours and path.suffix != ".partial"]
+    if (folder / SPLIT_FILE).exists() and not is_checksummed(folder / SPLIT_FILE):
+        others.append(SPLIT_FILE)  # a split of something else
     if others:
-        raise DistillError(f"{folder} holds {len(others)} other file(s) and no run; give another --out")
+        raise DistillError(
+            f"{folder} holds {len(others)} other file(s), such as {shown(min(others))}, and no run; give another --out"
+        )
 
 
 def _set_aside(folder: Path) -> None:
@@ -332,24 +354,30 @@ def _resume_or_clear(folder: Path, description: RunDescription) -> None:
     """
     # JSON, not the typed description: keys that this version doesn't know stay in the file.
     config, wanted = _read_config(folder), description.to_json()
-    differences = [
+    differences = _differences(config, wanted)
+    if differences and not _has_learned(folder):
+        _clear(folder)
+    elif differences:
+        init = f"--init {folder} --out OTHER to start from its student, " if has_student(folder) else ""
+        raise DistillError(
+            f"the run in {folder} was begun differently ({'; '.join(differences)})\n"
+            f"ask for the same, or give {init}another --out, or --restart to set it aside and start over"
+        )
+    else:
+        moved = {"image_root": wanted["image_root"], "store": wanted["store"]}
+        if any(config.get(name) != value for name, value in moved.items()):
+            write_checksummed(folder / CONFIG_FILE, {**config, **moved})
+
+
+def _differences(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the options and data that differ between the values of two config.json, one text each."""
+    return [
         f"{name}: {old.get(name)!r} then, {new.get(name)!r} now"
         for part in ("identity", "data")
         for old, new in [(config.get(part, {}), wanted[part])]
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    if differences and not _has_learned(folder):
-        _clear(folder)
-    elif differences:
-        raise DistillError(
-            f"the run in {folder} was begun differently ({'; '.join(differences)})\n"
-            "ask for the same, give another --out, or --restart to set it aside and start over"
-        )
-    else:
-        moved = {"image_root": wanted["image_root"], "store": wanted["store"]}
-        if any(config.get(name) != value for name, value in moved.items()):
-            write_checksummed(folder / CONFIG_FILE, {**config, **moved})
 
 
 def _has_learned(folder: Path) -> bool:
@@ -403,17 +431,22 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def point_latest(folder: Path) -> None:
-    """Make `runs/latest` a relative link to a folder, replaced atomically.
+def closest_run(run: Run) -> tuple[Path, list[str]] | None:
+    """Find the run in `runs` with a student of the same name that was begun with the fewest other options or data.
 
-    Raises:
-        DistillError: `runs/latest` is not a link.
+    Args:
+        run: run that has just begun.
+
+    Returns:
+        Its folder and the differences, one text each; None if there is no other run.
     """
-    RUNS.mkdir(exist_ok=True)
-    if os.path.lexists(LATEST) and not LATEST.is_symlink():
-        raise DistillError(f"{LATEST} is not a link; move it away: it must point to the latest run")
-    # The temporary name depends on the folder, which the caller has locked: the next start replaces a leftover link.
-    draft = RUNS / f".latest.{digest(str(folder.resolve()))}"
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(folder.resolve(), RUNS.resolve()))
-    os.replace(draft, LATEST)
+    wanted = run.description.to_json()
+    found: list[tuple[Path, list[str]]] = []
+    for folder in runs_with_student():
+        try:
+            config = _read_config(folder)
+        except DistillError:
+            continue  # damaged, or of another version: not worth a word while another run begins
+        if folder.resolve() != run.path and config.get("student") == run.description.student:
+            found.append((folder, _differences(config, wanted)))
+    return min(found, key=lambda one: len(one[1]), default=None)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from itertools import chain, islice
 from typing import Any
 
@@ -102,12 +103,18 @@ class Trainer:
         self.meter = Meter(self.state, loader)
         self.recorder: Recorder | None = None
 
-    def fit(self, stop: StopFlag, progress: Callable[[Progress], None] | None = None) -> dict[str, Any]:
+    def fit(
+        self,
+        stop: StopFlag,
+        progress: Callable[[Progress], None] | None = None,
+        on_student: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
         """Train to the last epoch, from the last checkpoint if there is one.
 
         Args:
             stop: stop request, checked after each step and before each batch of an evaluation.
             progress: callback for display, called at the same points.
+            on_student: called in rank 0 after each write of the student.
 
         Returns:
             The run's result, with the keys that `distill` documents.
@@ -116,7 +123,7 @@ class Trainer:
             DistillInterrupted: a stop was requested; a checkpoint has been saved.
             DistillError: a loss or a gradient is not finite, or the run has a student but no checkpoint.
         """
-        self.stop, self.progress = stop, progress
+        self.stop, self.progress, self.on_student = stop, progress, on_student
         self.resume()
         state = self.state
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
@@ -131,8 +138,9 @@ class Trainer:
                 self.gather_label_faults()
                 self.validate()
                 state.epoch, state.batch = state.epoch + 1, 0
-                self.save_student()
+                # In this order: after a kill in between, the checkpoint writes the student again.
                 self.save_checkpoint()
+                self.save_student()
             return self.finish()
 
     def train_epoch(self) -> None:
@@ -259,6 +267,7 @@ class Trainer:
             "seconds": state.throughput.elapsed,
             "images_per_second": state.throughput.images / state.throughput.seconds,
             "data_wait_share": state.throughput.waited / state.throughput.seconds,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "val": {
                 name: value for name, value in val.items() if name not in ("kind", "epoch", "step", "rows")
             },
@@ -347,6 +356,7 @@ class Trainer:
             },
             None if head is None else head_state(head),
         )
+        self.on_student()
 
     def gather_and_write_mean_embedding(self) -> None:
         """After the first epoch, write the mean of the training rows' embeddings, the baseline of skill.

@@ -190,7 +190,7 @@ def test_wrong_use_exits_2_and_names_what_is_wrong(arguments: list[str], told: s
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["precompute", "--images", "missing"], "no such folder or tar"),
+        (["precompute", "--images", "missing"], "missing: no such folder, tar or image"),
         (["precompute", "--images", ".", "--teacher", "vit_nano"], "no images in"),
         (["precompute", "--images", PHOTOS, "--teacher", "vit_b", "--checkpoint", "none.pth"], "none.pth"),
         (
@@ -291,7 +291,7 @@ def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
     documented = {
         "precompute": "images done done_before failed seconds images_per_second teacher_share decode_seconds "
         "audit",
-        "distill": "run epochs steps seconds images_per_second data_wait_share val",
+        "distill": "run epochs steps seconds images_per_second data_wait_share val finished already_finished",
         "verify": "images mse relative_mse cosine skill mse_valid relative_mse_valid cosine_valid skill_valid "
         "miou passed failed_checks",
         "inspect": "rows bytes teacher problems",

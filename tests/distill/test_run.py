@@ -52,7 +52,8 @@ def run(finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) 
 def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[str, Any]], run: Run) -> None:
     result = finished[1]
     assert list(result) == [
-        *("run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "val")
+        *("run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "finished", "val"),
+        "already_finished",
     ]
     assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
     assert set(result["val"]) == {
@@ -142,7 +143,7 @@ def test_a_finished_run_reports_its_result_again_without_training(
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir() if path.name != "run.lock"}
     again = distill(options(store, micro_batch=1, loss_region="valid"))
-    assert again == finished[1]
+    assert again == {**finished[1], "already_finished": True}
     assert before == {
         path.name: path.stat().st_mtime_ns for path in run.path.iterdir() if path.name != "run.lock"
     }

@@ -65,7 +65,7 @@ def ran(
 
 
 def losses(run: Path) -> list[object]:
-    clocks = ("images_per_second", "data_wait_share", "seconds", "run")
+    clocks = ("images_per_second", "data_wait_share", "seconds", "finished", "run")
     return [{k: v for k, v in line.items() if k not in clocks} for line in Run.open(run).history()]
 
 

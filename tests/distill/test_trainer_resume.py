@@ -29,7 +29,7 @@ from mobilesam.sam import ImageError
 Options = Callable[..., DistillConfig]
 
 # Times alone may differ, and so the line's checksum.
-CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
+CLOCKS = ("images_per_second", "data_wait_share", "seconds", "finished", "run", "crc32")
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:

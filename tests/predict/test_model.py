@@ -69,7 +69,7 @@ def test_a_run_without_its_student_or_head_is_an_error_with_the_mend(run: Path) 
     with pytest.raises(DistillError, match=r"sam_head.safetensors can't be read"):
         load_model(run)
     (run / "student.safetensors").unlink()
-    with pytest.raises(DistillError, match=r"no student at .*student.safetensors; run distill first"):
+    with pytest.raises(DistillError, match=r"student.safetensors is missing; run .*distill command again, which restores"):
         load_model(run)
 
 

@@ -21,7 +21,7 @@ from faults.kills.trace import Trace, read_trace
 from faults.recovery import living_processes
 from safetensors.torch import load_file
 
-_CLOCKS = ("images_per_second", "data_wait_share", "seconds", "run", "crc32")
+_CLOCKS = ("images_per_second", "data_wait_share", "seconds", "finished", "run", "crc32")
 """Fields of a line that depend on time, and the line's checksum."""
 
 _SESSIONS = re.compile(r"events\.out\.tfevents\..*")
