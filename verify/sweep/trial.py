@@ -21,6 +21,9 @@ from .grid import Trial
 DONE, FAILED, INTERRUPTED = "done", "failed", "interrupted"
 """Values of an outcome's `status`."""
 
+PRECISION = "float32"
+"""Precision in which the students are compared with their teacher, on any device."""
+
 Outcome = Mapping[str, Any]
 """Result of a trial as JSON values; see `run_trial`."""
 
@@ -60,6 +63,7 @@ class VerifySettings:
     def to_json(self) -> dict[str, Any]:
         """Return the settings that the numbers depend on, as JSON values."""
         return {
+            "precision": PRECISION,
             "points": self.points,
             "test_store": None if self.test_store is None else str(self.test_store),
             "test_data": self.test_data,
@@ -188,10 +192,16 @@ def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[st
     with run.student_path.open("rb") as file:
         student = hashlib.file_digest(file, "sha256").hexdigest()
     verified_with = {"student_sha256": student, **settings.to_json()}
-    if known.get("judged") == verified_with:
+    # Sweeps of older versions compared in the precision of the training, and didn't record it.
+    if {"precision": run.description.resolved.precision} | known.get("judged", {}) == verified_with:
         return {name: known[name] for name in ("val", "test", "judged", "judged_seconds") if name in known}
     begun = time.monotonic()
-    common: dict[str, Any] = {"student": run.path, "device": settings.device, "points": settings.points}
+    common: dict[str, Any] = {
+        "student": run.path,
+        "device": settings.device,
+        "precision": PRECISION,
+        "points": settings.points,
+    }
     numbers = {"val": _verify(VerifyConfig(**common, images=settings.images))}
     if settings.test_store is not None:
         on_test = VerifyConfig(**common, store=settings.test_store, images=settings.test_images, split="all")
