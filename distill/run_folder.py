@@ -333,7 +333,8 @@ def _refuse_other_content(folder: Path) -> None:
         others.append(SPLIT_FILE)  # a split of something else
     if others:
         raise DistillError(
-            f"{folder} holds {len(others)} other file(s), such as {shown(min(others))}, and no run; give another --out"
+            f"{folder} holds {len(others)} other file(s) and no run, the first: {shown(min(others))}; "
+            "give another --out"
         )
 
 

@@ -10,10 +10,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..common.durable import explain_os_errors
 from ..common.errors import PrecomputeError, PrecomputeInterrupted
+from ..common.outputs import refuse_foreign, write_output
 from ..common.signals import StopFlag, stopped_by_signals
 from ..store import Counts, EmbeddingStore
 from . import sizing
@@ -27,6 +31,9 @@ from .progress import Observer, Progress, SilentObserver
 from .scheduler import RunTotals, ShardScheduler
 from .supervision import ClusterMonitor
 from .worker import TeacherPlugin
+
+PERFORMANCE_REPORT = "precompute performance report"
+"""Kind of output of --performance-report, as its mark names it."""
 
 
 def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> dict[str, Any]:
@@ -100,10 +107,18 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
 
 def _refuse_unwritable_report(path: Path | None) -> None:
     """Raise PrecomputeError before the work if dask could not write its report at the end."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise PrecomputeError(
             f"{path} can't be written: --performance-report takes a file in a folder that exists"
         )
+    with explain_os_errors(path, PrecomputeError):
+        _refuse_foreign_report(path)
+
+
+def _refuse_foreign_report(path: Path) -> None:
+    refuse_foreign(path, PERFORMANCE_REPORT, "--performance-report", PrecomputeError)
 
 
 def _report_start(store: EmbeddingStore, counts: Counts, observer: Observer) -> None:
@@ -170,11 +185,17 @@ def _performance_report(config: PrecomputeConfig, cluster: Cluster) -> Iterator[
         return
     from distributed import performance_report
 
-    with (
-        cluster.client.as_current(),
-        performance_report(filename=str(config.performance_report), mode="inline"),
-    ):
-        yield
+    path = config.performance_report
+    with TemporaryDirectory(prefix="mobilesam-") as folder:
+        draft = Path(folder) / "report.html"
+        try:
+            with cluster.client.as_current(), performance_report(filename=str(draft), mode="inline"):
+                yield
+        finally:
+            if draft.exists():  # also of a run that was interrupted
+                with explain_os_errors(path, PrecomputeError, "--performance-report"):
+                    refuse = partial(_refuse_foreign_report, path)
+                    write_output(path, draft.read_bytes(), PERFORMANCE_REPORT, refuse)
 
 
 @contextmanager

@@ -189,9 +189,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         paths_from_text(self, "out", "student", "head")
         require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)
-        kind = self.kind
+        _ = self.kind  # checked on construction
         for name, path in (("--student", self.student), ("--head", self.head)):
-            same = path is not None and kind != FOLDER and path.resolve() == self.out.resolve()
+            same = path is not None and path.resolve() == self.out.resolve()
             require(not same, f"--out {self.out} is {name} itself: give another name", PredictError)
 
     @property

@@ -21,11 +21,11 @@ from pycocotools import mask as coco
 
 from ..common.durable import explain_os_errors
 from ..common.errors import PredictError, shown
-from .outputs import Outputs, check_writable, is_partial
+from ..common.outputs import read_mark
+from .outputs import MASK, Outputs, check_writable, is_partial
 
 SOFTWARE = "mobilesam"
-"""Value of the text field "Software" of each PNG, by which masks of an earlier run are recognised: other numbered
-pictures must not be deleted."""
+"""Value of the text field "Software" of each PNG."""
 
 _MASK_NAME = re.compile(r"\d{3,}\.png")
 
@@ -167,16 +167,28 @@ def add_masks(outputs: Outputs, path: Path, masks: Sequence[Mask], option: str =
     with explain_os_errors(path, PredictError, option):
         stale = [file for file in path.iterdir() if _is_ours(file)]
     for index, mask in enumerate(masks):
-        outputs.add(path / mask_name(index), encode_mask(mask), option)
+        outputs.add(path / mask_name(index), encode_mask(mask), option, MASK, _is_older_mask)
     return stale
 
 
 def _is_ours(file: Path) -> bool:
-    """Return True if an earlier run wrote the file: a mask, or a temporary file left behind by a kill."""
+    """Return True if an earlier run wrote the file: a mask, or a temporary file left behind by a kill.
+
+    Other numbered pictures, and masks that were edited since, must not be deleted.
+    """
     if is_partial(file):
         return file.is_file()
     if not _MASK_NAME.fullmatch(file.name) or not file.is_file():
         return False
+    try:
+        mark = read_mark(file)
+    except OSError:
+        return False
+    return _is_older_mask(file) if mark is None else mark.kind == MASK and mark.intact
+
+
+def _is_older_mask(file: Path) -> bool:
+    """Return True if the file is a mask that a version without marks wrote."""
     try:
         with PngImageFile(file) as image:
             return image.info.get("Software") == SOFTWARE

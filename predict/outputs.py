@@ -5,25 +5,36 @@ from __future__ import annotations
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 from ..common.durable import explain_os_errors, fsync_directory
 from ..common.errors import PredictError, shown
+from ..common.outputs import marked, place_output, refuse_foreign
 
 _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 
+OVERLAY, MASK, RLE, EXPORT = "segment overlay", "segment mask", "segment rle file", "export"
+"""Kinds of output files, as their marks name them."""
 
-def check_file(path: Path, option: str) -> None:
-    """Refuse a file that can't be created or replaced.
+
+def _no_older(_: Path) -> bool:
+    return False
+
+
+def check_file(path: Path, option: str, kind: str, is_older: Callable[[Path], bool] = _no_older) -> None:
+    """Refuse a file that can't be created, or that may not be replaced.
 
     Args:
         path: file to be written later.
         option: option of the command line that names it, for messages.
+        kind: kind of output; files of the same kind may be replaced.
+        is_older: returns True for a file of this kind that a version without marks wrote.
 
     Raises:
-        PredictError: it is a folder or a device, or its folder is missing or can't be written to.
+        PredictError: it is a folder or a device, its folder is missing or can't be written to, or it is there and no
+            unchanged output of the same kind.
     """
     with explain_os_errors(path, PredictError, option):
         if path.is_dir():
@@ -31,6 +42,8 @@ def check_file(path: Path, option: str) -> None:
         if path.exists() and not path.is_file():
             raise PredictError(f"{option} {shown(str(path))} is not a regular file: give another name")
         check_writable(path.resolve().parent, option)
+    with explain_os_errors(path, PredictError):
+        refuse_foreign(path, kind, option, PredictError, is_older)
 
 
 def check_writable(folder: Path, option: str) -> None:
@@ -59,15 +72,15 @@ class Outputs:
     """
 
     def __init__(self) -> None:
-        # Temporary file, final path, option that names it.
-        self._written: list[tuple[Path, Path, str]] = []
+        # Temporary file, final path, option that names it, check of a file that is there.
+        self._written: list[tuple[Path, Path, str, Callable[[], None]]] = []
         self._made: list[Path] = []
 
     def __enter__(self) -> Outputs:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        for partial, _, _ in self._written:
+        for partial, *_ in self._written:
             partial.unlink(missing_ok=True)
         if kind is not None:
             for folder in self._made:
@@ -86,28 +99,64 @@ class Outputs:
                 path.mkdir()
                 self._made.append(path)
 
-    def add(self, path: Path, data: bytes, option: str) -> None:
-        """Write a file durably under a temporary name in the folder of `path`.
+    def add(
+        self,
+        path: Path,
+        data: bytes,
+        option: str,
+        kind: str,
+        is_older: Callable[[Path], bool] = _no_older,
+    ) -> bytes:
+        """Write a file with a mark, durably, under a temporary name in the folder of `path`.
+
+        Args:
+            path: final path, which passed `check_file`; of a symbolic link, the target is replaced.
+            data: content without a mark.
+            option: option of the command line that names the file, for messages.
+            kind: kind of output.
+            is_older: as for `check_file`.
+
+        Returns:
+            The content with its mark.
+        """
+        data = marked(data, kind)
+        self.add_unmarked(
+            path, data, option, lambda: refuse_foreign(path, kind, option, PredictError, is_older)
+        )
+        return data
+
+    def add_unmarked(self, path: Path, data: bytes, option: str, refuse: Callable[[], None]) -> None:
+        """Write a file as it is, durably, under a temporary name in the folder of `path`.
 
         Args:
             path: final path; of a symbolic link, the target is replaced.
             data: content.
             option: option of the command line that names the file, for messages.
+            refuse: called by `commit` if there is a file at `path`; raises if it may not be replaced.
         """
         path = path.resolve()
         partial = _partial(path.parent)
-        self._written.append((partial, path, option))
+        self._written.append((partial, path, option, refuse))
         with explain_os_errors(path, PredictError, option), open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
     def commit(self, stale: Iterable[Path] = ()) -> None:
-        """Rename every file to its final path, and remove the `stale` files that weren't replaced."""
-        for partial, path, option in self._written:
+        """Rename every file to its final path, and remove the `stale` files that weren't replaced.
+
+        Raises:
+            PredictError: a file can't be renamed, or another file appeared at its path; then none is renamed that
+                comes after it.
+        """
+        for _, path, option, refuse in self._written:
             with explain_os_errors(path, PredictError, option):
-                os.replace(partial, path)
-        replaced = {path for _, path, _ in self._written}
+                if path.exists():
+                    refuse()
+        for partial, path, option, refuse in self._written:
+            with explain_os_errors(path, PredictError, option):
+                place_output(partial, path, refuse)
+        replaced = {path for _, path, *_ in self._written}
         for path in stale:
             if path.resolve() not in replaced:
                 with explain_os_errors(path, PredictError, "an older file"):

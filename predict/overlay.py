@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..common.errors import PredictError
-from .mask_files import Mask
+from .mask_files import SOFTWARE, Mask
 from .prompts import ImagePrompts, Point
 
 Rgb = npt.NDArray[np.uint8]
@@ -158,5 +159,8 @@ def encode_picture(rgb_HWC: Rgb, suffix: str) -> bytes:
     """
     kind, options = FORMATS[suffix.lower()]
     buffer = io.BytesIO()
-    Image.fromarray(rgb_HWC).save(buffer, kind, **options)
+    text = PngInfo()
+    text.add_text("Software", SOFTWARE)
+    described = {"pnginfo": text} if kind == "PNG" else {}
+    Image.fromarray(rgb_HWC).save(buffer, kind, **options, **described)
     return buffer.getvalue()

@@ -19,7 +19,7 @@ from ..sam.download import Progress
 from .config import SegmentConfig
 from .mask_files import Mask, add_masks, check_masks_folder, encode_rle, mask_name
 from .model import Model, load_model, load_teacher_model
-from .outputs import Outputs, check_file
+from .outputs import OVERLAY, RLE, Outputs, check_file
 from .overlay import check_format, draw_overlay, encode_picture
 from .predictor import Prediction, predict
 
@@ -58,9 +58,9 @@ def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[
 
 
 def _check_outputs(config: SegmentConfig) -> None:
-    check_file(config.out, "--out")
+    check_file(config.out, "--out", OVERLAY)
     if config.rle is not None:
-        check_file(config.rle, "--rle")
+        check_file(config.rle, "--rle", RLE)
     if config.masks is not None:
         check_masks_folder(config.masks)
 
@@ -120,10 +120,10 @@ def _write(config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], masks: Seque
     picture = draw_overlay(image_HWC, masks, config.prompts)
     with Outputs() as outputs:
         stale = [] if config.masks is None else add_masks(outputs, config.masks, masks)
-        outputs.add(config.out, encode_picture(picture, config.out.suffix), "--out")
+        outputs.add(config.out, encode_picture(picture, config.out.suffix), "--out", OVERLAY)
         if config.rle is not None:
             text = encode_rle(masks, config.image.name, (image_HWC.shape[0], image_HWC.shape[1]))
-            outputs.add(config.rle, text, "--rle")
+            outputs.add(config.rle, text, "--rle", RLE)
         outputs.commit(stale)
 
 

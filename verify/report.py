@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ import torch
 
 from .. import __version__
 from ..common.config import missing_packages
-from ..common.durable import write_atomic
+from ..common.durable import explain_os_errors
 from ..common.errors import ReportError, VerifyError, shown
+from ..common.outputs import refuse_foreign, write_output
 from .gallery import Gallery
 from .inputs import Inputs
 from .rendering.charts import Curves, verify_charts
@@ -23,6 +25,12 @@ from .thresholds import describe, distinguishable, run_checks, store_audit
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+VERIFY_REPORT, EVALUATE_REPORT, SWEEP_REPORT = "verify report", "evaluate report", "sweep report"
+"""Kinds of reports, as their marks name them."""
+
+_OLDER_START = 4096
+"""Bytes at a page's start in which its title is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +51,15 @@ class ReportData:
     """Worst and best images; None if there are none."""
 
 
-def check_report(path: Path) -> None:
+def check_report(path: Path, kind: str) -> None:
     """Check, before any long work, that a report can be written.
 
+    Args:
+        path: HTML file to create; a report of the same kind may be replaced.
+        kind: kind of report, as its mark names it.
+
     Raises:
-        VerifyError: matplotlib or jinja2 isn't installed, or `path` can't be created or replaced.
+        VerifyError: matplotlib or jinja2 isn't installed, `path` can't be created, or something else is there.
     """
     missing = missing_packages(("matplotlib", "jinja2"))
     if missing:
@@ -62,12 +74,26 @@ def check_report(path: Path) -> None:
         raise VerifyError(
             f"cannot write the report: its folder {path.parent} does not exist; create it first"
         )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    trial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch()
-        partial.unlink()
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise VerifyError(f"cannot write the report in {path.parent}: {error.strerror}") from error
+    with explain_os_errors(path, VerifyError):
+        _refuse_foreign(path, kind)
+
+
+def _refuse_foreign(path: Path, kind: str) -> None:
+    refuse_foreign(path, kind, "--report", VerifyError, partial(_is_older_page, kind))
+
+
+def _is_older_page(kind: str, path: Path) -> bool:
+    """Return True if the file is a page of this kind that a version without marks wrote."""
+    with open(path, "rb") as file:
+        start, _, _ = file.read(_OLDER_START).partition(b"<style>")
+    command = kind.removesuffix(" report")
+    return start.startswith(b"<!DOCTYPE html>\n") and f": mobilesam {command}</title>\n".encode() in start
 
 
 @contextmanager
@@ -101,21 +127,22 @@ def write_report(path: Path, data: ReportData) -> None:
     Raises:
         VerifyError: the file can't be written.
     """
-    write_page(path, render(data))
+    write_page(path, render(data), VERIFY_REPORT)
 
 
-def write_page(path: Path, html: str) -> None:
+def write_page(path: Path, html: str, kind: str) -> None:
     """Write a page atomically: an interrupted or failed write leaves the old content.
 
     Args:
-        path: HTML file to create or replace.
-        html: content of the file.
+        path: HTML file to create; a report of the same kind is replaced.
+        html: content of the file, without a mark.
+        kind: kind of report.
 
     Raises:
-        VerifyError: the file can't be written.
+        VerifyError: the file can't be written, or something else is there.
     """
     try:
-        write_atomic(path, html.encode())
+        write_output(path, html.encode(), kind, lambda: _refuse_foreign(path, kind))
     except OSError as error:
         raise VerifyError(f"cannot write the report {path}: {error.strerror}") from error
 

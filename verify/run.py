@@ -12,7 +12,7 @@ from .config import VerifyConfig
 from .gallery import build_gallery, load_samples
 from .inputs import Inputs, open_head, open_inputs, open_student_head
 from .rendering.charts import read_curves
-from .report import ReportData, check_report, provenance, report_errors, write_report
+from .report import VERIFY_REPORT, ReportData, check_report, provenance, report_errors, write_report
 from .thresholds import audit_checks, failed_checks, run_checks, store_audit
 
 
@@ -42,7 +42,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
         StoreError, DistillError, SamError: a store or student is missing or damaged, or an image changed.
     """
     if config.report is not None:
-        check_report(config.report)
+        check_report(config.report, VERIFY_REPORT)
     inputs = open_inputs(config)
     with inputs.store:
         numbers, per_image, masks = _measure(inputs, config.points, progress)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from ...common.durable import explain_os_errors
 from ...common.errors import PredictError, shown
+from ...common.outputs import marked, read_mark
 from ...distill import DistillError, save_student
 from ...distill.students.student_file import MODEL_FILE
 from ...sam import preprocessing_recipe
 from ...sam.checkpoint import ENCODER_PREFIX
+from ...sam.download import file_sha256
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ..model import Model
-from ..outputs import Outputs, check_writable, is_partial
+from ..outputs import EXPORT, Outputs, check_writable, is_partial
 from .model_card import model_card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
@@ -49,23 +52,45 @@ def check_folder(folder: Path) -> None:
         return
     with explain_os_errors(folder, PredictError, "--out"):
         names = {path.name for path in folder.iterdir() if not is_partial(path)}
-    others = sorted(names - set(FILES)) if _is_export(folder) else sorted(names)
+    description = _read_description(folder)
+    others = sorted(names if description is None else names - set(FILES))
     if others:
         raise PredictError(
             f"{shown(str(folder))} holds {len(others)} file(s) that no export has, such as "
             f"{shown(others[0])}: give a new folder"
         )
+    if description is not None:
+        for name in sorted(names):
+            _refuse_changed(folder / name, description)
     check_writable(folder, "--out")
 
 
-def _is_export(folder: Path) -> bool:
-    """Return True if the folder holds a model.json of this format, so that its files may be replaced."""
+def _read_description(folder: Path) -> dict[str, Any] | None:
+    """Return the folder's model.json, None if it isn't one of this format."""
     try:
         with open(folder / DESCRIPTION_FILE, "rb") as file:
             description = json.loads(file.read(MAX_DESCRIPTION))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(description, dict) and description.get("format") == FORMAT
+        return None
+    return description if isinstance(description, dict) and description.get("format") == FORMAT else None
+
+
+def _refuse_changed(path: Path, description: Mapping[str, Any] | None) -> None:
+    """Refuse to replace a file of an export, described by its model.json, that isn't as it was written."""
+    with explain_os_errors(path, PredictError):
+        mark = read_mark(path)
+        if mark is not None:
+            known = mark.kind == EXPORT and mark.intact
+        elif path.name == DESCRIPTION_FILE:
+            known = description is not None  # of a version without marks
+        else:
+            listed = _object((_object((description or {}).get("files")) or {}).get(path.name)) or {}
+            known = listed.get("sha256") == file_sha256(path)
+    if not known:
+        raise PredictError(
+            f"{shown(str(path))} was changed since mobilesam exported it, or is damaged: give --out a new folder, or "
+            "delete that file first"
+        )
 
 
 def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
@@ -90,12 +115,12 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     left_out = {}
     reason = unsupported_reason(model.student)
     if reason is None:
-        content[TORCH_FILE] = export_torch(model)
+        content[TORCH_FILE] = marked(export_torch(model), EXPORT)
     else:
         left_out[TORCH_FILE] = reason
     content[MODEL_FILE] = _safetensors(model, known)
     encoder, decoder = export_encoder(model, ENCODER_FILE), export_decoder(model, DECODER_FILE)
-    content |= {ENCODER_FILE: encoder.data, DECODER_FILE: decoder.data}
+    content |= {ENCODER_FILE: marked(encoder.data, EXPORT), DECODER_FILE: marked(decoder.data, EXPORT)}
     description = {
         "format": FORMAT,
         **known,
@@ -104,9 +129,9 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     }
     warning = size_warning(model) if reason is None else None
     warnings += [] if warning is None else [f"{TORCH_FILE}: {warning}"]
-    content[CARD_FILE] = model_card(description, warnings).encode()
+    content[CARD_FILE] = marked(model_card(description, warnings).encode(), EXPORT)
     description["files"] = {name: describe_file(data) for name, data in content.items()}
-    content[DESCRIPTION_FILE] = json.dumps(description, indent=1).encode() + b"\n"
+    content[DESCRIPTION_FILE] = marked(json.dumps(description, indent=1).encode() + b"\n", EXPORT)
     _write(folder, content)
     return {
         "files": {name: describe_file(data) for name, data in content.items()},
@@ -119,9 +144,11 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
 def _write(folder: Path, content: Mapping[str, bytes]) -> None:
     with Outputs() as outputs:
         outputs.make_folder(folder, "--out")
+        description = _read_description(folder)
         stale = [path for path in folder.iterdir() if path.name in FILES or is_partial(path)]
         for name, data in content.items():
-            outputs.add(folder / name, data, "--out")
+            refuse = partial(_refuse_changed, folder / name, description)
+            outputs.add_unmarked(folder / name, data, "--out", refuse)
         outputs.commit(stale)
 
 

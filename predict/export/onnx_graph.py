@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,10 @@ from ...store.spec import package_versions
 from ..model import Model
 
 TOOLS = ("onnx", "onnxscript", "onnxruntime")
+FORMAT = "mobilesam onnx 1"
+_METADATA_BYTES = 1 << 14
+"""Bytes at a file's end that hold its metadata."""
+
 MAX_BYTES = 2**31 - 2**20
 """Largest size in bytes of an ONNX file's weights: a protobuf message is limited to 2 GiB."""
 
@@ -131,13 +137,21 @@ def _metadata(model: Model) -> dict[str, str]:
     """Return the file's metadata as strings: names unchanged, other values as JSON."""
     known = {key: model.info[key] for key in ("teacher", "checkpoint_sha256") if key in model.info}
     return {
-        "format": "mobilesam onnx 1",
+        "format": FORMAT,
         "student": model.student,
         "image_size": str(model.image_size),
         "preprocessing": json.dumps(preprocessing_recipe(model.image_size)),
         **{key: str(value) for key, value in known.items()},
         "versions": json.dumps(versions()),
     }
+
+
+def is_older_onnx(path: Path) -> bool:
+    """Return True if the file is an ONNX file that a version of mobilesam without marks exported."""
+    entry = b"\n\x06format\x12" + bytes([len(FORMAT)]) + FORMAT.encode()
+    with open(path, "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size - _METADATA_BYTES, 0))
+        return path.suffix.lower() == ".onnx" and entry in file.read()
 
 
 def versions() -> dict[str, str]:

@@ -11,11 +11,11 @@ from ...common.errors import shown
 from ...common.table import Table
 from ..config import DECODER, ENCODER, FOLDER, TORCH, ExportConfig
 from ..model import Model, load_model
-from ..outputs import Outputs, check_file
+from ..outputs import EXPORT, Outputs, check_file
 from .bundle import check_folder, describe_file, write_bundle
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
-from .onnx_graph import OnnxFile, check_tools
+from .onnx_graph import OnnxFile, check_tools, is_older_onnx
 from .torch_export import export_torch, size_warning
 
 
@@ -43,7 +43,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     if kind == FOLDER:
         check_folder(config.out)
     else:
-        check_file(config.out, "--out")
+        check_file(config.out, "--out", EXPORT, is_older_onnx)
     model = load_model(config.student, head=config.head, image_size=config.image_size)
     made = write_bundle(model, config.out) if kind == FOLDER else _write_file(model, config.out, kind)
     return {
@@ -71,7 +71,7 @@ def _write_file(model: Model, out: Path, kind: str) -> dict[str, Any]:
         made = makers[kind](model, out.name)
         data, checks[out.name] = made.data, made.check()
     with Outputs() as outputs:
-        outputs.add(out, data, "--out")
+        data = outputs.add(out, data, "--out", EXPORT, is_older_onnx)
         outputs.commit()
     return {"files": {out.name: describe_file(data)}, "checks": checks, "left_out": {}, "warnings": warnings}
 

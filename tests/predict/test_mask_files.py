@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco
 
 from mobilesam.predict import PredictError
 from mobilesam.predict.mask_files import Mask, add_masks, check_masks_folder, encode_mask, encode_rle
-from mobilesam.predict.outputs import Outputs
+from mobilesam.predict.outputs import RLE, Outputs
 
 PIXELS = arrays(np.bool_, st.tuples(st.integers(1, 9), st.integers(1, 9)))
 
@@ -47,7 +48,7 @@ def write_together(folder: Path, others: Iterable[tuple[Path, str]]) -> None:
     with Outputs() as outputs:
         stale = add_masks(outputs, folder, masks(3))
         for path, option in others:
-            outputs.add(path, b"new", option)
+            outputs.add(path, b'{"new": 1}', option, RLE)
         outputs.commit(stale)
 
 
@@ -153,6 +154,29 @@ def test_a_failure_leaves_every_old_file_and_no_new_one(tmp_path: Path) -> None:
         write_together(folder, [(other, "--out"), (tmp_path / "missing" / "rle.json", "--rle")])
     assert {path: path.read_bytes() for path in (*folder.iterdir(), other)} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "overlay.png"]
+
+
+def test_a_mask_that_was_edited_since_is_not_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "masks"
+    write(folder, masks(2))
+    with Image.open(folder / "001.png") as picture:
+        picture.putpixel((0, 0), 128)
+        text = PngInfo()
+        for key, value in picture.info.items():
+            text.add_text(key, value)
+        picture.save(folder / "001.png", pnginfo=text)
+    before = (folder / "001.png").read_bytes()
+    with pytest.raises(PredictError, match=r"holds 1 other files, such as 001\.png"):
+        write(folder, masks(1))
+    assert (folder / "001.png").read_bytes() == before
+
+
+def test_masks_of_a_version_without_marks_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    (folder / "000.png").write_bytes(encode_mask(masks(1)[0]))
+    write(folder, masks(2))
+    assert sorted(path.name for path in folder.iterdir()) == ["000.png", "001.png"]
 
 
 def test_an_interrupt_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from mobilesam.common.errors import VerifyError
+from mobilesam.common.outputs import marked
 from mobilesam.verify.gallery import Sample, build_gallery
 from mobilesam.verify.rendering.charts import Curves
-from mobilesam.verify.report import ReportData, check_report, render, write_report
+from mobilesam.verify.report import VERIFY_REPORT, ReportData, check_report, render, write_report
 from mobilesam.verify.table import table_lines
 
 HOSTILE = 'a/<script>alert("1")</script>&amp;\n\udcff" onload="x.jpg'
@@ -201,13 +202,14 @@ def test_without_run_and_pictures_the_page_still_stands():
 
 def test_a_report_replaces_the_old_one_whole(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
-    path.write_text("old")
+    old = marked(b"<html><head></head></html>", VERIFY_REPORT)
+    path.write_bytes(old)
     monkeypatch.setattr(
         "mobilesam.common.durable.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space"))
     )
     with pytest.raises(VerifyError, match="No space"):
         write_report(path, data())
-    assert path.read_text() == "old"
+    assert path.read_bytes() == old
     monkeypatch.undo()
     write_report(path, data())
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
@@ -215,23 +217,23 @@ def test_a_report_replaces_the_old_one_whole(tmp_path, monkeypatch):
 
 
 def test_a_report_that_could_not_be_written_is_refused_beforehand(tmp_path):
-    check_report(tmp_path / "report.html")
-    check_report(Path("report.html"))
+    check_report(tmp_path / "report.html", VERIFY_REPORT)
+    check_report(Path("report.html"), VERIFY_REPORT)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(VerifyError, match="does not exist"):
-        check_report(tmp_path / "absent" / "report.html")
+        check_report(tmp_path / "absent" / "report.html", VERIFY_REPORT)
     with pytest.raises(VerifyError, match="is a folder"):
-        check_report(tmp_path)
+        check_report(tmp_path, VERIFY_REPORT)
     (tmp_path / "file").touch()
     with pytest.raises(VerifyError, match="does not exist"):
-        check_report(tmp_path / "file" / "report.html")
+        check_report(tmp_path / "file" / "report.html", VERIFY_REPORT)
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_a_missing_extra_is_named_with_its_install_command(missing, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(VerifyError, match=rf"{missing}.*pip install 'mobilesam\[report\]'"):
-        check_report(tmp_path / "report.html")
+        check_report(tmp_path / "report.html", VERIFY_REPORT)
 
 
 def test_without_a_report_neither_matplotlib_nor_jinja2_is_imported():

@@ -20,7 +20,7 @@ from ...sam import ImageError
 from ...sam.modeling.decode_prompts import Prompts
 from ..gallery import worst_and_best
 from ..rendering.images import POINT_COLOURS, Bools, Floats, Rgb, choose_points, paint_masks, thumbnail_uri
-from ..report import page_environment, write_page
+from ..report import EVALUATE_REPORT, page_environment, write_page
 from .config import EvaluateConfig
 from .images import LazyImage
 from .inputs import EvaluationInputs
@@ -105,7 +105,7 @@ def write_evaluation_report(
             no_numbers=None if result["evaluated"] else no_numbers(result),
         )
     )
-    write_page(path, page)
+    write_page(path, page, EVALUATE_REPORT)
 
 
 def _worst_and_best(per_image: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any]]:

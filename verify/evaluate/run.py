@@ -16,7 +16,7 @@ from torch import Tensor
 from ...common.errors import shown
 from ...sam import AnnotationError, Annotations, CocoInstances, ImageError
 from ...sam.modeling.decode_prompts import Prompts
-from ..report import check_report, report_errors
+from ..report import EVALUATE_REPORT, check_report, report_errors
 from . import iou
 from .config import EvaluateConfig
 from .images import LazyImage
@@ -71,7 +71,7 @@ def evaluate_masks(
         StoreError, DistillError, SamError: a model or store is missing or damaged.
     """
     if config.report is not None:
-        check_report(config.report)
+        check_report(config.report, EVALUATE_REPORT)
     with ExitStack() as stack:
         inputs = open_evaluation(config, stack, download)
         evaluation = _Evaluation(inputs, config)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ...common.durable import explain_os_errors, write_atomic
-from ...common.errors import DistillInterrupted, VerifyError
+from ...common.errors import DistillInterrupted, VerifyError, shown
+from ...common.outputs import marked, refuse_foreign
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
 from ...distill.data.loader import check_preprocessing, find_image_root
@@ -26,7 +27,7 @@ from ...distill.run_description import rows_digest
 from ...distill.run_folder import LOCK_FILE, run_lock
 from ...store import EmbeddingStore, ImageRecord
 from ..inputs import open_head
-from ..report import check_report
+from ..report import SWEEP_REPORT, check_report
 from ..thresholds import audit_faults
 from .config import SweepConfig
 from .grid import RUNS, Trial, plan_trials
@@ -37,6 +38,8 @@ from .trial import DONE, FAILED, Outcome, VerifySettings, run_locally
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE, PAGE_FILE, MARKDOWN_FILE = "results.json", "report.html", "tables.md"
+TABLES = "sweep table"
+"""Kind of output of tables.md, as its mark names it."""
 FORMAT = 1
 WRITE_SECONDS = 10.0
 """Shortest time between two updates of the tables and the page."""
@@ -74,7 +77,7 @@ def sweep(
         check_folder(config.out)
         stack.enter_context(explain_os_errors(config.out))
         stack.enter_context(run_lock(config.out))
-        check_report(config.out / PAGE_FILE)
+        _check_tables(config.out)
         results = Results.open(config.out)
         names = [trial.name for trial in trials]
         settings, written = VerifySettings.of(config, test_data), time.monotonic()
@@ -177,13 +180,14 @@ def _outcomes(
 
 def _write(config: SweepConfig, outcomes: Sequence[Outcome]) -> dict[str, str]:
     """Write the tables and the page, and return their paths."""
-    lines: list[str] = []
+    lines = [f"# {shown(config.out.name)}, a sweep of mobilesam", ""]
     for table in sweep_tables(outcomes):
         lines += [*table.markdown(), ""]
     lines += [caption(outcomes), ""]
     lines += [f"- {line}" for line in failure_lines(outcomes)]
-    write_atomic(config.out / MARKDOWN_FILE, ("\n".join(lines).rstrip() + "\n").encode())
-    write_atomic(config.out / PAGE_FILE, render_sweep(config, outcomes).encode())
+    tables, page = ("\n".join(lines).rstrip() + "\n").encode(), render_sweep(config, outcomes).encode()
+    write_atomic(config.out / MARKDOWN_FILE, marked(tables, TABLES))
+    write_atomic(config.out / PAGE_FILE, marked(page, SWEEP_REPORT))
     return {"tables": str(config.out / MARKDOWN_FILE), "page": str(config.out / PAGE_FILE)}
 
 
@@ -241,10 +245,30 @@ def check_folder(folder: Path) -> None:
     """Refuse a path that is a file, or a folder that holds something other than a sweep. Raises VerifyError."""
     if folder.exists() and not folder.is_dir():
         raise VerifyError(f"{folder} is a file; give another --out")
-    if not folder.exists() or (folder / RESULTS_FILE).exists():
+    if not folder.exists() or _is_sweep(folder):
         return
-    ours = (RUNS, LOCK_FILE, PAGE_FILE, MARKDOWN_FILE)
-    others = [path.name for path in folder.iterdir() if path.name not in ours]
+    others = [path.name for path in folder.iterdir() if path.name not in (RUNS, LOCK_FILE)]
     others = [name for name in others if not name.endswith(".partial")]
     if others:
-        raise VerifyError(f"{folder} holds {len(others)} other file(s) and no sweep; give another --out")
+        raise VerifyError(
+            f"{folder} holds {len(others)} other file(s) and no sweep, the first: {shown(min(others))}; "
+            "give another --out"
+        )
+
+
+def _is_sweep(folder: Path) -> bool:
+    """Return True if the folder's results, or a lock and runs, show that it is a sweep's."""
+    try:
+        value = json.loads((folder / RESULTS_FILE).read_bytes())
+        if value["format"] == FORMAT and isinstance(value["runs"], list):
+            return True
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return (folder / LOCK_FILE).is_file() and (folder / RUNS).is_dir()
+
+
+def _check_tables(folder: Path) -> None:
+    """Refuse to replace a page or tables that were changed since they were written; check that pages can be made."""
+    check_report(folder / PAGE_FILE, SWEEP_REPORT)
+    # A sweep's tables without a mark are an older version's.
+    refuse_foreign(folder / MARKDOWN_FILE, TABLES, "--out", VerifyError, is_older=lambda _: True)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mobilesam.common.outputs import read_mark
 from mobilesam.distill import load_student
 from mobilesam.predict import ExportConfig, PredictError, export, load_model
+from mobilesam.predict.export import bundle
 from mobilesam.sam import preprocessing_recipe
 
 FILES = {"model.pt", "model.safetensors", "model.json", "encoder.onnx", "decoder.onnx", "README.md"}
@@ -107,8 +109,42 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_was(run: Path, tmp
 
 
 @pytest.mark.usefixtures("_quick_onnx")
-def test_a_runs_own_folder_is_refused(run: Path) -> None:
+def test_a_runs_own_folder_is_refused(run: Path, toy: Path) -> None:
     before = {path.name for path in run.iterdir()}
-    with pytest.raises(PredictError, match="give a new folder"):
-        export(ExportConfig(student=run, out=run))
+    for student, told in ((run, "is --student itself"), (toy, "give a new folder")):
+        with pytest.raises(PredictError, match=told):
+            export(ExportConfig(student=student, out=run))
     assert {path.name for path in run.iterdir()} == before
+
+
+@pytest.mark.usefixtures("_quick_onnx")
+@pytest.mark.parametrize("name", sorted(FILES - {"model.json"}))
+def test_a_file_of_an_export_that_was_edited_since_is_not_replaced(
+    name: str, run: Path, tmp_path: Path
+) -> None:
+    export(ExportConfig(student=run, out=tmp_path / "out"))
+    with open(tmp_path / "out" / name, "ab") as file:
+        file.write(b"\nMy own words.\n")
+    before = (tmp_path / "out" / name).read_bytes()
+    with pytest.raises(PredictError, match=rf"{name}.* was changed since mobilesam exported it"):
+        export(ExportConfig(student=run, out=tmp_path / "out"))
+    assert (tmp_path / "out" / name).read_bytes() == before
+    (tmp_path / "out" / name).unlink()
+    export(ExportConfig(student=run, out=tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("_quick_onnx")
+def test_an_export_of_a_version_without_marks_is_replaced_unless_it_was_edited(
+    run: Path, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bundle, "marked", lambda data, _: data)
+        export(ExportConfig(student=run, out=tmp_path / "out"))
+    assert all(read_mark(path) is None for path in (tmp_path / "out").iterdir())
+    card = (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "README.md").write_text(card + "My own words.")
+    with pytest.raises(PredictError, match=r"README\.md was changed since"):
+        export(ExportConfig(student=toy, out=tmp_path / "out"))
+    (tmp_path / "out" / "README.md").write_text(card)
+    export(ExportConfig(student=toy, out=tmp_path / "out"))
+    assert load_model(tmp_path / "out").student == "toy"
