@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from .config import Option
+from .config import Listing, Option
 from .errors import MobileSamError
 
 # click must not check that a path is readable: that would be wrong input (exit code 3), not wrong usage (2).
@@ -128,10 +128,13 @@ def _value_type(described: Option, hint: Any) -> dict[str, Any]:
 def _callback(parse: Callable[[Any], Any], flag: str) -> Callable:
     """Return a click callback that converts the command line's value to the field's by `parse`."""
 
-    def callback(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+    def callback(context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
         try:
             with usage_errors():
                 return None if value is None else parse(value)
+        except Listing as listing:
+            click.echo(str(listing))
+            context.exit(0)
         except ValueError as error:
             raise click.UsageError(f"{flag} {value!r}: {error}") from None
 

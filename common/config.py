@@ -63,6 +63,13 @@ def option(
     return dataclasses.field(default=default, metadata={"option": shown})
 
 
+class Listing(ValueError):
+    """Text that a value asks for, such as the list of possible values; it is printed instead of running the command.
+
+    Raised by an option's `parse`.
+    """
+
+
 def device_option() -> Any:
     """Return the field `device`, which all commands that compute share."""
     return option(
@@ -86,6 +93,15 @@ def checkpoint_option() -> Any:
         None,
         metavar="FILE",
         help="Teacher's weights [default: found in MOBILESAM_CACHE, else downloaded into it]",
+    )
+
+
+def head_option() -> Any:
+    """Return the field `head` of commands that compare masks with a teacher's."""
+    return option(
+        None,
+        metavar="STORE_OR_FILE",
+        help="Store or file with SAM's prompt encoder and mask decoder, for a teacher that has none.",
     )
 
 

@@ -42,6 +42,10 @@ class StoreLocked(StoreError):
     """Another live process writes to the store."""
 
 
+class HeadMissing(StoreError):
+    """A store's teacher has no mask head, so the store has none."""
+
+
 class StoreDamaged(StoreError):
     """Bytes on disk are not those that were committed."""
 

@@ -19,7 +19,7 @@ from ..common.config import (
 # For `mobilesam.precompute`, whose stub can only name modules of this room.
 from ..common.errors import PrecomputeError as PrecomputeError
 from ..common.errors import PrecomputeInterrupted as PrecomputeInterrupted
-from ..sam.registry import TEACHERS
+from ..sam.registry import teacher_option
 
 DEFAULT_TEACHER = "vit_h"
 DEFAULT_IMAGE_SIZE = 1024
@@ -56,10 +56,9 @@ class PrecomputeConfig:
         help="Folders (searched recursively) and .tar files with the images; several may follow one --images.",
     )
     out: Path = option(Path("store.zarr"), help="Store to write; an existing one is resumed.")
-    teacher: str | None = option(
-        None,
-        choices=tuple(TEACHERS),
-        help="Teacher that embeds the images [default: the store's, else vit_h]",
+    teacher: str | None = teacher_option(
+        "Teacher that embeds the images; NAME is of another package, help lists all [default: the store's, else "
+        "vit_h]"
     )
     checkpoint: Path | None = checkpoint_option()
     fraction: float = option(

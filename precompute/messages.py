@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..common.image_ref import ImageRef
+from ..sam.registry import TeacherPackage
 from ..store import PIXELS_PER_CELL, ArrayLayout, Audit, RowResult
 
 BATCH_TOPIC = "mobilesam-batch"
@@ -32,7 +33,7 @@ class TeacherSetup:
 
     name: str
     checkpoint: Path | None
-    """None for the embedded teacher."""
+    """None for a teacher whose weights are in its package."""
     checkpoint_sha256: str
     image_size: int
     """Side of the padded square, in pixels."""
@@ -44,6 +45,8 @@ class TeacherSetup:
     """Devices that the workers take in turn."""
     threads: int | None
     """Threads for torch on a CPU and for decoding; None for as many as the worker has."""
+    package: TeacherPackage | None = None
+    """Package that the coordinator's teacher comes from, which every worker must have too; None for mobilesam's."""
     local: bool
     """True if the workers are children of the coordinator and must die with it."""
 

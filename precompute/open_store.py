@@ -6,11 +6,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.errors import PrecomputeError
+from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch
 from ..sam import KEPT_KIND, preprocessing_recipe
 from ..sam.download import file_sha256, find_checkpoint
-from ..sam.registry import TEACHERS
-from ..sam.teacher import embedded_sha256, load_head, positions_interpolated
+from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package
+from ..sam.teacher import embedded_sha256, load_head, positions_interpolated, read_package_head
+from ..sam.teacher_package import package_sha256
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
 from ..store.spec import package_versions
 from .plan import ExistingStore, Plan
@@ -26,9 +27,12 @@ class TeacherFile:
 
     name: str
     path: Path | None
-    """None for the embedded teacher."""
+    """None for the embedded teacher, and for another package's that was given no file."""
     sha256: str
-    """SHA-256 of the checkpoint; of the package's weights for the embedded teacher."""
+    """SHA-256 of the checkpoint; of the package's weights for the embedded teacher; for another package's, as
+    `package_sha256` returns it."""
+    package: TeacherPackage | None = None
+    """Package of the teacher; None for those of this package."""
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
@@ -47,10 +51,19 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
             download.
         CheckpointError: the checkpoint is absent or can't be read.
         DownloadError: it can't be downloaded.
+        SamError: no installed package has the teacher, or two have one of this name.
+        StoreMismatch: the store was made with another package's or another version of the teacher.
     """
     stored = plan.existing.spec if plan.existing else None
+    found = find_teacher_package(plan.teacher)
+    package = None if found is None else found[0]
+    if stored:
+        _refuse_other_package(plan.config.out, stored, package)
+    if package is not None:
+        return _of_package(plan, stored, package)
     official = TEACHERS[plan.teacher].checkpoint
-    if stored and plan.config.checkpoint is None and official and official.sha256 != stored.checkpoint_sha256:
+    known = None if official is None else official.sha256
+    if stored and plan.config.checkpoint is None and known not in (None, stored.checkpoint_sha256):
         raise PrecomputeError(
             f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}), which "
             f"is not the official {plan.teacher}: name it with --checkpoint"
@@ -61,6 +74,38 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
     if path is None:
         return TeacherFile(name=plan.teacher, path=None, sha256=embedded_sha256())
     return TeacherFile(name=plan.teacher, path=path.absolute(), sha256=file_sha256(path))
+
+
+def _refuse_other_package(out: Path, stored: StoreSpec, found: TeacherPackage | None) -> None:
+    """Refuse to mix embeddings of two packages, or of two versions of one: nothing says that they are equal."""
+    now = None if found is None else found.to_json()
+    if stored.teacher_package == now:
+        return
+    made_by = (
+        "this package" if stored.teacher_package is None else str(TeacherPackage(**stored.teacher_package))
+    )
+    raise StoreMismatch(
+        f"{out} was made with the teacher {stored.teacher} of {made_by}, and here it is of {found or 'this package'}"
+        f"{'' if found is None else f' ({found.entry_point})'}: install what it was made with, or give another --out"
+    )
+
+
+def _of_package(plan: Plan, stored: StoreSpec | None, package: TeacherPackage) -> TeacherFile:
+    """Return another package's teacher with its checkpoint, if one is given."""
+    path = plan.config.checkpoint
+    if stored and path is None and stored.checkpoint is not None:
+        raise PrecomputeError(
+            f"{plan.config.out} was made with {stored.checkpoint} (SHA-256 {stored.checkpoint_sha256[:16]}): name it "
+            "with --checkpoint"
+        )
+    if stored and path is not None and stored.checkpoint is None:
+        raise CheckpointError(
+            f"{plan.config.out} was made with {plan.teacher} ({package}) without a file: leave out --checkpoint"
+        )
+    sha256 = package_sha256(plan.teacher, package, path)
+    return TeacherFile(
+        name=plan.teacher, path=None if path is None else path.absolute(), sha256=sha256, package=package
+    )
 
 
 def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> EmbeddingStore:
@@ -80,7 +125,12 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
         PrecomputeError: another process has extended it since the plan was made.
     """
     if plan.existing is None:
-        head, head_sha256 = _head(teacher)
+        head, head_sha256 = _head(teacher, plan.image_size)
+        if head is None:
+            observer.message(
+                f"{teacher.name} of {teacher.package} has no mask head: students learn its embeddings; for masks "
+                "give --head with a file that has SAM's head"
+            )
         spec = _new_spec(plan, teacher, head_sha256)
         return EmbeddingStore.create(plan.config.out, spec, plan.new_images, plan.selection, head)
     plan.existing.spec.refuse_differences(
@@ -120,19 +170,33 @@ def _update(
 
 def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
     """Restore a damaged or missing copy of SAM's prompt encoder and mask decoder from the teacher's file."""
+    if store.spec.head_sha256 is None:
+        return
     try:
         store.read_head()
     except StoreDamaged as error:
-        store.restore_head(_head(teacher)[0])
+        head, _ = _head(teacher, store.spec.image_size)
+        if head is None:
+            raise PrecomputeError(
+                f"{error}\n{teacher.name} of {teacher.package} gives no head any more: its head_state() is gone"
+            ) from error
+        store.restore_head(head)
         observer.message(f"rewrote {store.head_path} from the teacher's file: {error}")
 
 
-def _head(teacher: TeacherFile) -> tuple[bytes, str]:
-    tensors = load_head(teacher.name, teacher.path)
+def _head(teacher: TeacherFile, image_size: int) -> tuple[bytes, str] | tuple[None, None]:
+    """Return the bytes and SHA-256 of the teacher's head; None for another package's teacher without one."""
+    if teacher.package is None:
+        tensors = load_head(teacher.name, teacher.path)
+    else:
+        found = read_package_head(teacher.name, teacher.path, image_size)
+        if found is None:
+            return None, None
+        tensors = found
     return encode_head({name: value.numpy() for name, value in tensors.items()})
 
 
-def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
+def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str | None) -> StoreSpec:
     return StoreSpec(
         store_id=uuid.uuid4().hex,
         teacher=teacher.name,
@@ -140,7 +204,9 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str) -> StoreSpec:
         checkpoint_sha256=teacher.sha256,
         head_sha256=head_sha256,
         image_size=plan.image_size,
-        positions_interpolated=positions_interpolated(teacher.name, plan.image_size),
+        teacher_package=None if teacher.package is None else teacher.package.to_json(),
+        positions_interpolated=teacher.package is None
+        and positions_interpolated(teacher.name, plan.image_size),
         preprocessing=preprocessing_recipe(plan.image_size),
         dtype=plan.dtype,
         precision=plan.hardware.precision,

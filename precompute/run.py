@@ -168,6 +168,7 @@ def _teacher_setup(
         name=teacher.name,
         checkpoint=teacher.path,
         checkpoint_sha256=teacher.sha256,
+        package=teacher.package,
         image_size=plan.image_size,
         precision=store.spec.precision,
         compiled_batch=compiled_batch,

@@ -82,14 +82,15 @@ def compile_timeout(batch_size: int) -> float:
 
 
 def estimated_seconds(teacher: str, image_size: int, macs_per_second: float) -> float:
-    """Estimate a worker's seconds for one image.
+    """Estimate a worker's seconds for one image. Another package's teacher, of unknown cost, counts as the largest.
 
     Args:
         teacher: name of the teacher.
         image_size: side of the padded square, in pixels.
         macs_per_second: the worker's speed of matrix products, in multiply-accumulates per second.
     """
-    return TEACHERS[teacher].macs_at_1024 * (image_size / 1024) ** 2 / (macs_per_second * _EFFICIENCY)
+    info = TEACHERS.get(teacher) or max(TEACHERS.values(), key=lambda each: each.macs_at_1024)
+    return info.macs_at_1024 * (image_size / 1024) ** 2 / (macs_per_second * _EFFICIENCY)
 
 
 def measure_macs_per_second(device: torch.device, precision: str) -> float:

@@ -150,6 +150,7 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
     from ..sam.device import resolve_device
     from ..sam.teacher import load_teacher
 
+    _refuse_other_package(setup)
     where = resolve_device(device)
     if where.type == "cpu":
         # dask starts its workers with one OpenMP thread.
@@ -168,6 +169,19 @@ def _load(setup: TeacherSetup, device: str, threads: int) -> Teacher:
             f"coordinator's {setup.checkpoint_sha256[:16]}: give every worker the same file"
         )
     return teacher
+
+
+def _refuse_other_package(setup: TeacherSetup) -> None:
+    """Raise PrecomputeError unless this worker has the package of the coordinator's teacher, in its version."""
+    from ..sam.registry import find_teacher_package, is_teacher
+
+    found = find_teacher_package(setup.name) if is_teacher(setup.name) else None
+    package = None if found is None else found[0]
+    if package != setup.package:
+        raise PrecomputeError(
+            f"a worker has {package or 'no package'} for the teacher {setup.name}, the coordinator "
+            f"{setup.package or 'has none'}: install the same on both"
+        )
 
 
 def compile_teacher(teacher: Teacher, batch_size: int) -> None:

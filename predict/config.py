@@ -17,7 +17,7 @@ from ..common.config import (
 )
 from ..common.errors import PredictError as PredictError
 from ..common.errors import shown
-from ..sam.registry import TEACHERS
+from ..sam.registry import TEACHERS, teacher_option
 
 if TYPE_CHECKING:
     from .prompts import ImagePrompts
@@ -59,8 +59,8 @@ class SegmentConfig:
     image: Path = option(flag="image", help="Image to segment.")
     student: Path | None = _student_option()
     head: Path | None = _head_option()
-    teacher: str | None = option(
-        None, choices=tuple(TEACHERS), help="Segment with this teacher instead of a student."
+    teacher: str | None = teacher_option(
+        "Segment with this teacher instead of a student; NAME is of another package, help lists all."
     )
     checkpoint: Path | None = checkpoint_option()
     points: Sequence[tuple[float, float]] = option(
@@ -135,7 +135,7 @@ class SegmentConfig:
             f"--checkpoint {self.checkpoint} is a teacher's: give --teacher with it, or --student alone",
         )
         self._require(
-            self.head is None or self.teacher is None,
+            self.head is None or self.teacher not in TEACHERS,
             f"--head {self.head} goes with a student: the teacher {self.teacher} has its own",
         )
         require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)

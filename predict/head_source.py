@@ -80,7 +80,7 @@ def find_head(
     trained = trained_head(file)
     if trained is not None:
         return LoadedHead(state=trained, source=str(file))
-    if run is not None:
+    if run is not None and run.description.store.spec.head_sha256 is not None:
         return LoadedHead(state=_decode(run.read_head(), run.head_path), source=str(run.head_path))
     own = load_own_head(file)
     if own is not None:

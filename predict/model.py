@@ -23,14 +23,18 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
-from ..common.errors import DistillError
+from ..common.errors import DistillError, HeadNotFound
 from ..distill.run_folder import CONFIG_FILE, Run
 from ..distill.students.student_file import load_student, student_path
 from ..sam.device import resolve_device
 from ..sam.download import Progress, find_checkpoint
 from ..sam.modeling.head import assemble, build_head
+from ..sam.modeling.hq import HqEncoder, build_hq_head
+from ..sam.modeling.vit import ViTEncoder
+from ..sam.registry import find_teacher_info, find_teacher_package, hq_note
 from ..sam.teacher import load_head, load_teacher
-from .head_source import LoadedHead, find_head
+from ..sam.teacher_package import PackageEncoder
+from .head_source import LoadedHead, find_head, read_head_file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -139,6 +143,8 @@ def _notes(info: Mapping[str, Any], run: Run | None, head: LoadedHead) -> tuple[
     notes: list[str] = []
     if run is not None:
         notes += run.unfinished(info)
+    if (note := hq_note(info.get("teacher"))) is not None:
+        notes.append(note)
     learned, own = info.get("checkpoint_sha256"), head.checkpoint_sha256
     if None not in (learned, own) and learned != own:
         notes.append(
@@ -152,15 +158,19 @@ def load_teacher_model(
     teacher: str,
     checkpoint: Path | None = None,
     *,
+    head: Path | None = None,
     device: str = "cpu",
     image_size: int = 1024,
     download: Progress | None = None,
 ) -> Model:
     """Load a teacher as a whole SAM.
 
+    SAM-HQ's teachers decode with SAM-HQ's head: one mask per prompt, whether or not several are asked for.
+
     Args:
-        teacher: name in the registry of teachers.
+        teacher: name in the registry of teachers, or of another package's teacher.
         checkpoint: checkpoint's file; None: the file in the cache, downloaded if missing (see `find_checkpoint`).
+        head: store or file with SAM's head, for a teacher of another package.
         device: "auto", "cpu", "cuda" or "cuda:i".
         image_size: side of the encoder's square in pixels; position tables are interpolated if it isn't the size of
             the teacher's training.
@@ -168,16 +178,54 @@ def load_teacher_model(
 
     Raises:
         SamError: the checkpoint is missing, damaged or of another architecture, or could not be downloaded.
+        HeadNotFound: the teacher is of another package, has no mask head, and none is given.
+        DistillError, StoreError: the given head is missing or damaged.
     """
+    if find_teacher_package(teacher) is not None:
+        return _load_package_model(teacher, checkpoint, head, device, image_size)
     file = find_checkpoint(teacher, checkpoint, progress=download)
     loaded = load_teacher(teacher, file, image_size=image_size, device=device)
-    head = build_head(load_head(teacher, file), image_size)
+    own = load_head(teacher, file, with_hq=True)
+    features = find_teacher_info(teacher).hq_features
+    if features is None:
+        sam = assemble(loaded.image_encoder, build_head(own, image_size))
+    else:
+        assert isinstance(loaded.image_encoder, ViTEncoder), "SAM-HQ's encoders are ViTs"
+        sam = assemble(HqEncoder(loaded.image_encoder), build_hq_head(own, image_size, features))
     return Model(
-        sam=assemble(loaded.image_encoder, head).to(loaded.device),
+        sam=sam.to(loaded.device),
         student=teacher,
         file=file,
         run=None,
         info={"teacher": teacher},
         head_source=f"{teacher}'s own",
+        device=loaded.device,
+    )
+
+
+def _load_package_model(
+    teacher: str, checkpoint: Path | None, head: Path | None, device: str, image_size: int
+) -> Model:
+    """Load another package's teacher with the given head, else with its own."""
+    loaded = load_teacher(teacher, checkpoint, image_size=image_size, device=device)
+    encoder, package = loaded.image_encoder, loaded.package
+    assert isinstance(encoder, PackageEncoder), "made by load_teacher for other packages' teachers"
+    own = encoder.head_state() if head is None else None
+    if head is not None:
+        found = read_head_file(head)
+    elif own is not None:
+        found = LoadedHead(state=own, source=f"{teacher}'s own")
+    else:
+        raise HeadNotFound(
+            f"the teacher {teacher} of {package} has no mask head (no head_state()): give --head with a store or "
+            "file that has SAM's head for its embeddings"
+        )
+    return Model(
+        sam=assemble(encoder, found.build(image_size)).to(loaded.device),
+        student=teacher,
+        file=checkpoint,
+        run=None,
+        info={"teacher": teacher, "package": str(package)},
+        head_source=found.source,
         device=loaded.device,
     )

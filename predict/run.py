@@ -91,6 +91,7 @@ def _load(config: SegmentConfig, download: Progress | None) -> Model:
     return load_teacher_model(
         config.teacher,
         config.checkpoint,
+        head=config.head,
         device=config.device,
         image_size=config.image_size or 1024,
         download=download,

@@ -1,7 +1,8 @@
-"""Teachers by name: architecture, cost and checkpoint file of each.
+"""Teachers by name: architecture, cost and checkpoint file of each, and the teachers of other packages.
 
 To add a teacher, add one entry to TEACHERS; no other code has to change. An architecture that `sam/modeling` doesn't
-have also needs its module there, with a class that has the members of `Architecture`.
+have also needs its module there, with a class that has the members of `Architecture`. A teacher of another package is
+an entry point of the group TEACHER_GROUP; `teacher_package.py` says what its function has to return.
 
 Neither torch nor numpy is imported here, since the command line reads the names for `--help`; an architecture's
 module in `sam/modeling` is imported only when its encoder is needed.
@@ -10,17 +11,22 @@ module in `sam/modeling` is imported only when its encoder is needed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..common.errors import SamError
+from ..common.config import Listing, option
+from ..common.errors import SamError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 EMBEDDED_TEACHER = "vit_nano"
 """Teacher whose weights are part of the package, for trials and tests."""
+
+TEACHER_GROUP = "mobilesam.teachers"
+"""Group of entry points by which other packages add teachers."""
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything"
 _MOBILE_SAM_URL = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights"
@@ -240,7 +246,128 @@ TEACHERS: Mapping[str, TeacherInfo] = {
 
 
 def find_teacher_info(name: str) -> TeacherInfo:
-    """Return the entry of a teacher; SamError for an unknown name."""
+    """Return the entry of a teacher of this package; SamError for any other name."""
     if name not in TEACHERS:
-        raise SamError(f"unknown teacher {name!r}: use {', '.join(TEACHERS)}")
+        raise SamError(f"unknown teacher {shown(name)!r}: {_choice()}")
     return TEACHERS[name]
+
+
+def hq_note(name: str | None) -> str | None:
+    """Return the note about masks decoded from an SAM-HQ teacher's stored embeddings or a student's.
+
+    Args:
+        name: name of the teacher that the embeddings are of, or were learned from; None if it isn't known.
+
+    Returns:
+        The note; None if the teacher isn't SAM-HQ's.
+    """
+    if name not in TEACHERS or not TEACHERS[name].hq:
+        return None
+    return (
+        f"masks are of SAM's part of {name}'s head, which SAM-HQ left unchanged: its HQ token needs features that "
+        f"only {name}'s own encoder gives"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherPackage:
+    """Another package's teacher: the function that makes it, and the version that is installed."""
+
+    distribution: str
+    """Name of the package as in `pip install`."""
+    version: str
+    entry_point: str
+    """`package.module:function`."""
+
+    def to_json(self) -> dict[str, str]:
+        """Return the fields, as a store records them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def installed_teachers() -> dict[str, list[tuple[TeacherPackage, EntryPoint]]]:
+    """Return the teachers of other packages by name, with every package that claims the name."""
+    found: dict[str, list[tuple[TeacherPackage, EntryPoint]]] = {}
+    for point in entry_points(group=TEACHER_GROUP):
+        made_by = TeacherPackage(
+            distribution="a package without metadata" if point.dist is None else point.dist.name,
+            version="" if point.dist is None else point.dist.version,
+            entry_point=point.value,
+        )
+        claims = found.setdefault(point.name, [])
+        # A package may be found twice: in the checkout that is the working directory, and as installed.
+        if made_by not in [package for package, _ in claims]:
+            claims.append((made_by, point))
+    return found
+
+
+def find_teacher_package(name: str) -> tuple[TeacherPackage, EntryPoint] | None:
+    """Find the package that a teacher comes from.
+
+    Args:
+        name: name of a teacher.
+
+    Returns:
+        The package and its entry point; None for a teacher of this package.
+
+    Raises:
+        SamError: there is no such teacher, or two have this name.
+    """
+    claims = installed_teachers().get(name, [])
+    others = " and ".join(str(package) for package, _ in claims)
+    if name in TEACHERS and claims:
+        raise SamError(
+            f"{others} has an entry point {name} in {TEACHER_GROUP}, which is the name of a built-in teacher: rename "
+            "the entry point, or uninstall the package"
+        )
+    if len(claims) > 1:
+        raise SamError(
+            f"the teacher {shown(name)} is in two packages, {others}: uninstall one of them, or rename its "
+            "entry point"
+        )
+    if not claims:
+        find_teacher_info(name)
+        return None
+    return claims[0]
+
+
+def list_teachers() -> str:
+    """Return the names of all teachers as text for people, a line each for those of other packages."""
+    lines = [f"built-in: {', '.join(TEACHERS)}"]
+    for name, claims in sorted(installed_teachers().items()):
+        lines += [f"{name}: from {package} ({package.entry_point})" for package, _ in claims]
+    if len(lines) == 1:
+        lines.append(f"no installed package adds one (entry points of {TEACHER_GROUP})")
+    return "\n".join(lines)
+
+
+def teacher_option(help: str) -> Any:
+    """Return a config field `teacher`: a teacher's name, or `help` for a list.
+
+    Args:
+        help: help text of the command's option.
+    """
+    return option(None, metavar=f"[{'|'.join(TEACHERS)}|NAME]", parse=_teacher_name, help=help)
+
+
+def is_teacher(name: str) -> bool:
+    """Return True if this or another package has a teacher of this name; others are only searched if needed."""
+    return name in TEACHERS or name in installed_teachers()
+
+
+def _teacher_name(text: str) -> str:
+    if is_teacher(text):
+        return text
+    if text == "help":
+        raise Listing(list_teachers())
+    raise ValueError(f"there is no such teacher: {_choice()}")
+
+
+def _choice() -> str:
+    """Return a message's end with all teachers' names."""
+    added = [f"{name} ({claims[0][0]})" for name, claims in sorted(installed_teachers().items())]
+    others = f", or of other packages {', '.join(added)}" if added else ""
+    none = "" if added else f"; no installed package adds one (entry points of {TEACHER_GROUP})"
+    return f"use {', '.join(TEACHERS)}{others}{none}"

@@ -20,7 +20,8 @@ from .checkpoint import ENCODER_PREFIX, check_state, encoder_state, read_state
 from .device import resolve_device, resolve_precision
 from .download import file_sha256
 from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
-from .registry import EMBEDDED_TEACHER, TeacherInfo, find_teacher_info
+from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
+from .teacher_package import build_from_package, package_sha256
 
 _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
 
@@ -30,7 +31,9 @@ class Teacher:
     """Loaded image encoder."""
 
     name: str
-    """A key of `TEACHERS`."""
+    """A key of `TEACHERS`, or the name of another package's teacher."""
+    package: TeacherPackage | None = None
+    """Package that it comes from; None for a teacher of this package."""
     image_size: int
     """Side in pixels of its padded square input, a multiple of 16."""
     device: torch.device
@@ -38,7 +41,8 @@ class Teacher:
     precision: str
     """`float32` or `bfloat16`, never `auto`."""
     checkpoint_sha256: str
-    """Hex SHA-256 of the whole checkpoint file; for the embedded teacher, of the package's file of weights."""
+    """Hex SHA-256 of the whole checkpoint file; for the embedded teacher, of the package's file of weights; for
+    another package's, as `package_sha256` returns it."""
     positions_interpolated: bool
     """True if the position tables were resampled for `image_size`."""
     image_encoder: nn.Module
@@ -69,7 +73,9 @@ class Teacher:
                 f"pixels have shape {tuple(pixels_BCHW.shape)}; {self.name} was built for {wanted}"
             )
         pixels_BCHW = pixels_BCHW.to(self.device, torch.float32, non_blocking=True)
-        cast = self.precision == "bfloat16" and find_teacher_info(self.name).encoder.uses_autocast
+        cast = self.precision == "bfloat16" and (
+            self.package is not None or find_teacher_info(self.name).encoder.uses_autocast
+        )
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=cast):
             emb_BCHW = self.image_encoder(pixels_BCHW)
         return emb_BCHW.float().contiguous()
@@ -90,8 +96,9 @@ def load_teacher(
     rewritten in place while the teacher exists (replacing it is safe).
 
     Args:
-        name: a key of `TEACHERS`.
-        checkpoint: path of the file, as `find_checkpoint` returns it; None only for the embedded teacher.
+        name: a key of `TEACHERS`, or the name of another package's teacher.
+        checkpoint: path of the file, as `find_checkpoint` returns it; None only for the embedded teacher, and for
+            another package's.
         image_size: side in pixels of the square input, a multiple of 16; position tables are resampled if it is not
             the trained one.
         device: `auto`, `cpu`, `cuda` or `cuda:i`.
@@ -103,17 +110,33 @@ def load_teacher(
 
     Raises:
         CheckpointError: the file is unusable or belongs to another teacher.
-        SamError: another argument is wrong.
+        SamError: another argument is wrong, or another package's teacher fails or gives something else than
+            embeddings.
     """
-    info = find_teacher_info(name)
     if image_size < 16 or image_size % 16:
         raise SamError(f"image size {image_size} is not a positive multiple of 16")
     where = resolve_device(device)
     resolved = resolve_precision(precision, where)
+    found = find_teacher_package(name)
+    if found is not None:
+        sha256 = checkpoint_sha256 or package_sha256(name, found[0], checkpoint)
+        encoder = build_from_package(name, found, checkpoint, where, image_size)
+        encoder.probe(image_size, where)
+        return Teacher(
+            name=name,
+            package=found[0],
+            image_size=image_size,
+            device=where,
+            precision=resolved,
+            checkpoint_sha256=sha256,
+            positions_interpolated=False,
+            image_encoder=encoder,
+        )
+    info = find_teacher_info(name)
     state = encoder_state(_read_whole_state(info, checkpoint))
     # Half-precision weights are converted to float32; counters of batch norm stay integers.
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    encoder, interpolated = info.encoder.load(state, image_size, resolved)
+    module, interpolated = info.encoder.load(state, image_size, resolved)
     if checkpoint_sha256 is None:
         checkpoint_sha256 = embedded_sha256() if checkpoint is None else file_sha256(checkpoint)
     return Teacher(
@@ -123,7 +146,7 @@ def load_teacher(
         precision=resolved,
         checkpoint_sha256=checkpoint_sha256,
         positions_interpolated=interpolated,
-        image_encoder=encoder.requires_grad_(False).eval().to(where),
+        image_encoder=module.requires_grad_(False).eval().to(where),
     )
 
 
@@ -150,6 +173,22 @@ def load_head(name: str, checkpoint: Path | None, *, with_hq: bool = False) -> d
         for key, value in head.items()
         if with_hq or not key.startswith(HQ_PREFIXES)
     }
+
+
+def read_package_head(name: str, checkpoint: Path | None, image_size: int) -> dict[str, Tensor] | None:
+    """Build another package's teacher on the CPU, and return SAM's head from it, float32; None if it has none.
+
+    Args:
+        name: name of the teacher.
+        checkpoint: path of a file or folder, or None.
+        image_size: side of the square input, in pixels.
+
+    Raises:
+        SamError: the package's function or module fails, or its head isn't SAM's.
+    """
+    found = find_teacher_package(name)
+    assert found is not None, "only called for other packages' teachers"
+    return build_from_package(name, found, checkpoint, torch.device("cpu"), image_size).head_state()
 
 
 def positions_interpolated(name: str, image_size: int) -> bool:

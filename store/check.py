@@ -200,9 +200,11 @@ def _changed(store: InspectedStore) -> list[str]:
 
 
 def _head_problems(store: InspectedStore) -> Iterator[Problem]:
-    path = store.path / HEAD
+    path, sha256 = store.path / HEAD, store.spec.head_sha256
+    if sha256 is None:
+        return
     try:
-        read_head(path, store.spec.head_sha256)
+        read_head(path, sha256)
     except StoreDamaged as error:
         yield Problem(kind="head", message=str(error), file=str(path))
 

@@ -122,6 +122,8 @@ def _description(store: InspectedStore) -> dict[str, Any]:
         "rows": {"done": counts.done, "pending": counts.pending, "failed": counts.failed},
         "bytes": _bytes_on_disk(store),
         "teacher": spec.teacher,
+        "teacher_package": None if spec.teacher_package is None else dict(spec.teacher_package),
+        "head": spec.head_sha256 is not None,
         "checkpoint": spec.checkpoint,
         "checkpoint_sha256": spec.checkpoint_sha256,
         "image_size": spec.image_size,
@@ -193,7 +195,8 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"images        {rows['done']:,} done, {rows['pending']:,} pending, {rows['failed']:,} failed"
     yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {result['shard_size']} images each"
     yield f"bytes         {result['bytes']:,} ({result['bytes'] / 1e9:.2f} GB)"
-    yield f"teacher       {result['teacher']}"
+    made_by = result["teacher_package"]
+    yield f"teacher       {result['teacher']}{'' if made_by is None else f' of {_package(made_by)}'}"
     if result["checkpoint"] is not None:
         yield f"checkpoint    {shown(result['checkpoint'])}, SHA-256 {result['checkpoint_sha256']}"
     yield f"embeddings    {result['dtype']}, computed in {result['precision']} at {result['image_size']} pixels"
@@ -209,6 +212,10 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"audit         {_audit(result['audit'])}"
     if result["writer"]:
         yield f"writer        process {result['writer']['pid']} on {result['writer']['host']}, is writing now"
+
+
+def _package(made_by: Mapping[str, str]) -> str:
+    return shown(f"{made_by['distribution']} {made_by['version']} ({made_by['entry_point']})")
 
 
 def _steps(recipe: Mapping[str, Any]) -> Iterator[str]:

@@ -58,12 +58,16 @@ class StoreSpec:
     """Random identifier, the same in zarr.json and manifest."""
     teacher: str
     """Name of the teacher, as in the registry."""
+    teacher_package: Mapping[str, str] | None = None
+    """Package that the teacher came from, by `distribution`, `version` and `entry_point`; None for those of
+    mobilesam."""
     checkpoint: str | None
-    """File name of the teacher's checkpoint; None for an embedded teacher."""
+    """Name of the teacher's checkpoint, a file or folder; None for a teacher whose weights are in its package."""
     checkpoint_sha256: str
-    """SHA-256 of the checkpoint; of the package's weights for an embedded teacher."""
-    head_sha256: str
-    """SHA-256 of the safetensors file with SAM's prompt encoder and mask decoder."""
+    """SHA-256 of the checkpoint; of the package's weights for an embedded teacher; for another package's teacher
+    without a file, of its name and version."""
+    head_sha256: str | None
+    """SHA-256 of the safetensors file with SAM's prompt encoder and mask decoder; None if the teacher has none."""
     image_size: int
     """Side of the teacher's square input, in pixels."""
     positions_interpolated: bool
@@ -111,8 +115,11 @@ class StoreSpec:
         return array_layouts(self.dtype, self.image_size, self.shard_size)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, with the format's version."""
-        return {"format": FORMAT_VERSION, **asdict(self)}
+        """Return plain JSON values, with the format's version; `teacher_package` only if there is one."""
+        value = {"format": FORMAT_VERSION, **asdict(self)}
+        if self.teacher_package is None:
+            del value["teacher_package"]
+        return value
 
     def digest(self) -> str:
         """Return the SHA-256 (hex) of all fields. The manifest keeps it, so that a changed zarr.json is detected."""
@@ -133,7 +140,7 @@ class StoreSpec:
                 "use the version that wrote it"
             )
         # Stores from before images could be kept lack this field.
-        value = {"kept_images": None, **value}
+        value = {"kept_images": None, "teacher_package": None, **value}
         names = {field.name for field in fields(cls)}
         missing = sorted(names - value.keys())
         if missing:

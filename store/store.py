@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..common.durable import explain_os_errors, fsync_directory, make_folder, write_atomic
-from ..common.errors import REPAIR_SHARDS, StoreDamaged, StoreError, StoreLocked
+from ..common.errors import REPAIR_SHARDS, HeadMissing, StoreDamaged, StoreError, StoreLocked
 from ..common.image_ref import ImageRef
 from .audit_limits import tolerance
 from .kept_images import FOLDER, partial_tar_path, read_kept, tar_bytes, tar_path
@@ -101,7 +101,7 @@ class EmbeddingStore:
         spec: StoreSpec,
         images: Sequence[ImageRef],
         selection: Selection,
-        head: bytes,
+        head: bytes | None,
     ) -> EmbeddingStore:
         """Make a store with a pending row for every image, and open it for writing.
 
@@ -112,7 +112,7 @@ class EmbeddingStore:
             spec: description of the store.
             images: one for each row, in order.
             selection: rule by which the images were chosen.
-            head: SAM's prompt encoder and mask decoder, as `encode_head` makes them.
+            head: SAM's prompt encoder and mask decoder, as `encode_head` makes them; None if the teacher has none.
 
         Raises:
             StoreError: something is at the path already, or it can't be written.
@@ -122,7 +122,8 @@ class EmbeddingStore:
             with closing(ManifestWriter.create(draft / MANIFEST, spec)) as manifest:
                 manifest.append(images, selection, partial(documents_of, spec))
                 write_documents(draft, manifest.documents(spec))
-            write_atomic(draft / HEAD, head)
+            if head is not None:
+                write_atomic(draft / HEAD, head)
         return cls.open(path, writable=True)
 
     def close(self) -> None:
@@ -162,8 +163,21 @@ class EmbeddingStore:
         return self.path / HEAD
 
     def read_head(self) -> bytes:
-        """Return the content of `head_path`; StoreDamaged if it is missing or was changed."""
-        return read_head(self.head_path, self.spec.head_sha256)
+        """Return the content of `head_path`.
+
+        Raises:
+            StoreDamaged: it is missing or was changed.
+            HeadMissing: the store's teacher has none.
+        """
+        return read_head(self.head_path, self._head_sha256())
+
+    def _head_sha256(self) -> str:
+        if self.spec.head_sha256 is None:
+            raise HeadMissing(
+                f"{self.path} has no mask head: its teacher {self.spec.teacher} gave none; give --head with a file "
+                "or store that has SAM's head"
+            )
+        return self.spec.head_sha256
 
     def read(self, rows: Sequence[int], out: StoredBatch | None = None) -> StoredBatch:
         """Read the embeddings of done rows, in the order given; safe to call from several threads.
@@ -295,7 +309,7 @@ class EmbeddingStore:
     def restore_head(self, data: bytes) -> None:
         """Write the file of SAM's head again; StoreMismatch unless it is the one that the store was made with."""
         self._manifest_writer()
-        write_head(self.head_path, data, self.spec.head_sha256)
+        write_head(self.head_path, data, self._head_sha256())
 
     def extend(self, images: Sequence[ImageRef], selection: Selection) -> range:
         """Append rows for more images. A last shard that is not full is withdrawn first, since it grows.

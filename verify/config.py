@@ -8,6 +8,7 @@ from pathlib import Path
 from ..common.config import (
     AUTO_PRECISIONS,
     device_option,
+    head_option,
     moved_images_option,
     must_be,
     option,
@@ -59,8 +60,10 @@ class VerifyConfig:
         4, metavar="N", help="Compare the masks of N x N points in each image; 0 compares no masks."
     )
 
+    head: Path | None = head_option()
+
     def __post_init__(self) -> None:
-        paths_from_text(self, "student", "store", "images", "report")
+        paths_from_text(self, "student", "store", "images", "report", "head")
         self._require(self.split in SPLITS, "split", ", ".join(SPLITS))
         self._require(self.precision in AUTO_PRECISIONS, "precision", ", ".join(AUTO_PRECISIONS))
         self._require(self.batch_size is None or self.batch_size >= 1, "batch_size", "at least 1")
@@ -70,6 +73,8 @@ class VerifyConfig:
         self._require(cosine is None or -1 <= cosine <= 1, "min_cosine", "between -1 and 1")
         self._require(skill is None or float("-inf") < skill <= 1, "min_skill", "at most 1")
         self._require(miou is None or 0 <= miou <= 1, "min_miou", "between 0 and 1")
+        if self.head is not None and self.points == 0:
+            raise VerifyError(f"--head {self.head} is for masks, but points is 0: give at least 1")
         if miou is not None and self.points == 0:
             raise VerifyError(f"min miou {miou:g} asks for masks, but points is 0: give at least 1")
 

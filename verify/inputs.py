@@ -19,6 +19,7 @@ from ..distill.data.loader import check_preprocessing, find_image_root
 from ..distill.loss.coupled import store_head
 from ..distill.run_folder import CONFIG_FILE
 from ..distill.students.student_file import STUDENT_FILE, lacks_image_size, trained_head
+from ..predict.head_source import read_head_file
 from ..sam.device import resolve_device, resolve_precision
 from ..sam.modeling.head import SamHead, build_head
 from ..store import EmbeddingStore
@@ -216,17 +217,36 @@ def _notes(student: Student, store: EmbeddingStore, own_store: bool) -> list[str
     return notes
 
 
-def open_head(store: EmbeddingStore, device: torch.device) -> SamHead:
-    """Build the store's head, frozen.
+def no_masks(store: EmbeddingStore, given: Path | None) -> str | None:
+    """Return the reason why no masks can be made of a store's embeddings; None if they can.
+
+    Args:
+        store: store open for reading.
+        given: store or file with a head, as the user named it.
+    """
+    if store.spec.head_sha256 is not None or given is not None:
+        return None
+    return (
+        f"{store.path} has no mask head, since its teacher {store.spec.teacher} gave none: give --head with a store "
+        "or file that has SAM's head"
+    )
+
+
+def open_head(store: EmbeddingStore, device: torch.device, given: Path | None = None) -> SamHead:
+    """Build the head that the user gave, else the store's, frozen.
 
     Args:
         store: store open for reading.
         device: device of the head.
+        given: store or file with a head; None for the store's own.
 
     Raises:
         VerifyError: it isn't a SAM head; the message says how to continue without masks.
         StoreDamaged: the file is not what was stored.
+        DistillError, CheckpointError, StoreError: the given head is missing or damaged.
     """
+    if given is not None:
+        return read_head_file(given).build(store.spec.image_size).to(device)
     try:
         return store_head(store, device)
     except DistillError as error:

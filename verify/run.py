@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ..common.errors import VerifyError
 from ..distill import ImageMetrics, evaluate
 from ..distill.metrics.masks import MaskComparison
+from ..sam.registry import hq_note
 from .config import VerifyConfig
 from .gallery import build_gallery, load_samples
-from .inputs import Inputs, open_head, open_inputs, open_student_head
+from .inputs import Inputs, no_masks, open_head, open_inputs, open_student_head
 from .rendering.charts import read_curves
 from .report import VERIFY_REPORT, ReportData, check_report, provenance, report_errors, write_report
 from .thresholds import audit_checks, failed_checks, run_checks, store_audit
@@ -28,10 +30,11 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 
         - `images`, their number; the metrics (see `METRICS`) over all cells, and with `_valid` appended to their
           names over valid cells.
-        - Unless `config.points` is 0: `miou` (intersection over union of the student's and the teacher's mask, mean
-          over an image's points, then over images) and `miou_min` (the worst image's mean), both None if an embedding
-          isn't finite; `prompts`, the number of points per image; `empty_masks`, the number of empty masks of
-          `teacher` and `student`. The IoU of two empty masks is 1, that of an empty and another mask 0.
+        - Unless `config.points` is 0, or the store has no head and none is given: `miou` (intersection over union of
+          the student's and the teacher's mask, mean over an image's points, then over images) and `miou_min` (the
+          worst image's mean), both None if an embedding isn't finite; `prompts`, the number of points per image;
+          `empty_masks`, the number of empty masks of `teacher` and `student`. The IoU of two empty masks is 1, that
+          of an empty and another mask 0.
         - `passed`; `failed_checks`: {check, metric, value, threshold} of each. An audit of the store that is out of
           tolerance fails too, since its embeddings are not the teacher's.
         - `subject`: student, store, settings and notes of the comparison.
@@ -45,7 +48,7 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
         check_report(config.report, VERIFY_REPORT)
     inputs = open_inputs(config)
     with inputs.store:
-        numbers, per_image, masks = _measure(inputs, config.points, progress)
+        numbers, per_image, masks = _measure(inputs, config, progress)
         result = _result(config, inputs, numbers)
         if config.report is not None:
             with report_errors(result, result["subject"]):
@@ -54,10 +57,10 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
 
 
 def _measure(
-    inputs: Inputs, points: int, progress: Callable[[int, int], None] | None
+    inputs: Inputs, config: VerifyConfig, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], list[ImageMetrics], MaskComparison | None]:
-    """Return the metrics over all rows, the metrics of each image, and the comparison of masks, if `points` > 0."""
-    masks = _open_masks(inputs, points) if points else None
+    """Return the metrics over all rows, the metrics of each image, and the comparison of masks, if there is one."""
+    masks = _open_masks(inputs, config) if config.points else None
     numbers, per_image = evaluate(
         inputs.student.encoder,
         inputs.store,
@@ -71,12 +74,22 @@ def _measure(
     return numbers | ({} if masks is None else masks.result()), per_image, masks
 
 
-def _open_masks(inputs: Inputs, side: int) -> MaskComparison:
-    """Open a comparison of masks with side x side points per image. Raises like `open_head`."""
-    device = inputs.compute.device
+def _open_masks(inputs: Inputs, config: VerifyConfig) -> MaskComparison | None:
+    """Open a comparison of masks, and note its limits; return None if the store's teacher has no head.
+
+    Raises like `open_head`, and VerifyError if masks are asked for that can't be made.
+    """
+    device, store = inputs.compute.device, inputs.store
+    if (reason := no_masks(store, config.head)) is not None:
+        if config.min_miou is not None:
+            raise VerifyError(f"--min-miou {config.min_miou:g} asks for masks, but {reason}")
+        inputs.notes.append(f"no masks are compared: {reason}")
+        return None
+    if config.head is None and (note := hq_note(store.spec.teacher)) is not None:
+        inputs.notes.append(note)
     records = {record.row: record for record in inputs.store.manifest.records("done")}
-    student_head = open_student_head(inputs.student, inputs.store.spec.image_size, device)
-    return MaskComparison(open_head(inputs.store, device), records, side, student_head)
+    student_head = open_student_head(inputs.student, store.spec.image_size, device)
+    return MaskComparison(open_head(store, device, config.head), records, config.points, student_head)
 
 
 def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) -> dict[str, Any]:

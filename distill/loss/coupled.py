@@ -71,6 +71,11 @@ class MaskObjective(Objective):
     @classmethod
     def from_config(cls, config: DistillConfig, store: EmbeddingStore, device: torch.device) -> Self:
         """See `Objective.from_config`."""
+        if store.spec.head_sha256 is None:
+            raise DistillError(
+                f"{store.path} has no mask head, which the objective {config.objective} needs: its teacher "
+                f"{store.spec.teacher} gave none; use --objective decoupled"
+            )
         if not store.head_path.exists():
             raise DistillError(
                 f"{store.path} has no mask decoder, which the objective {config.objective} needs: "

@@ -90,14 +90,15 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def count_macs(student: nn.Module, image_size: int) -> int:
+def count_macs(student: nn.Module, image_size: int, device: torch.device | str = "meta") -> int:
     """Return the multiply-accumulates of one image.
 
     Args:
-        student: encoder on the meta device (`outline_student`).
+        student: encoder on the device (`outline_student`).
         image_size: side of the encoder's square in pixels.
+        device: the meta device, where nothing is computed, or the one where the encoder is.
     """
-    pixels_BCHW = torch.empty(1, 3, image_size, image_size, device="meta")
+    pixels_BCHW = torch.zeros(1, 3, image_size, image_size, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.eval()(pixels_BCHW)
     return counter.get_total_flops() // 2

@@ -86,7 +86,8 @@ class HqMaskDecoder(MaskDecoder):
             image_pe: (1, 256, g, g).
             sparse_prompt_embeddings: (P, N, 256).
             dense_prompt_embeddings: (P, 256, g, g).
-            multimask_output: take the best of SAM's three masks for each prompt, by predicted IoU, not its single one.
+            multimask_output: take the best of SAM's three masks for each prompt, by predicted IoU, instead of its
+                single one.
 
         Returns:
             Logits (P, 1, 4g, 4g) and predicted IoUs of SAM's masks (P, 1).

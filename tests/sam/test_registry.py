@@ -33,7 +33,9 @@ def test_teachers_are_found_by_name_in_the_order_of_the_command_line() -> None:
         "vit_h", "vit_l", "vit_b", "hq_vit_h", "hq_vit_l", "hq_vit_b", "mobile_sam", "vit_nano",
     ]  # fmt: skip
     assert all(find_teacher_info(name).name == name for name in TEACHERS)
-    with pytest.raises(SamError, match="'vit_x': use vit_h, vit_l, vit_b, hq_vit_h, .*, mobile_sam, vit_nano"):
+    with pytest.raises(
+        SamError, match=r"unknown teacher 'vit_x': use vit_h, vit_l, vit_b, hq_vit_h, .*, vit_nano"
+    ):
         find_teacher_info("vit_x")
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from ...common.config import (
     checkpoint_option,
     device_option,
+    head_option,
     option,
     paths_from_text,
     require,
     require_image_size,
 )
 from ...common.errors import VerifyError, shown
-from ...sam.registry import TEACHERS
+from ...sam.registry import is_teacher, teacher_option
 from ..config import MOST_POINTS
 
 SPLITS = ("auto", "val", "all")
@@ -64,7 +65,9 @@ class EvaluateConfig:
         metavar="DIR|TAR",
         help="Images to evaluate, without --store; with it, the folder that holds the store's images now.",
     )
-    teacher: str | None = option(None, choices=tuple(TEACHERS), help="Teacher to run on --images.")
+    teacher: str | None = teacher_option(
+        "Teacher to run on --images; NAME is of another package, help lists all."
+    )
     checkpoint: Path | None = checkpoint_option()
     coco: Path | None = option(
         None,
@@ -105,8 +108,10 @@ class EvaluateConfig:
         None, metavar="FILE.html", help="Write one self-contained page with all models' masks side by side."
     )
 
+    head: Path | None = head_option()
+
     def __post_init__(self) -> None:
-        paths_from_text(self, "store", "images", "checkpoint", "coco", "report")
+        paths_from_text(self, "store", "images", "checkpoint", "coco", "report", "head")
         self._check_models()
         self._check_sources()
         self._require(
@@ -143,7 +148,7 @@ class EvaluateConfig:
             "no images to evaluate: give --store STORE or --images DIR",
         )
         self._require(
-            self.teacher is None or self.teacher in TEACHERS, f"--teacher: there is no {self.teacher!r}"
+            self.teacher is None or is_teacher(self.teacher), f"--teacher: there is no {self.teacher!r}"
         )
         self._require(
             self.store is None or self.teacher is None,

@@ -14,8 +14,9 @@ from ...distill import Run
 from ...distill.data.loader import check_preprocessing, find_image_root
 from ...sam import AnnotationFiles, Annotations, CocoInstances
 from ...sam.device import resolve_device
+from ...sam.registry import hq_note
 from ...store import EmbeddingStore, ImageRecord
-from ..inputs import open_head
+from ..inputs import no_masks, open_head
 from ..thresholds import audit_faults
 from .config import DEFAULT_IMAGE_SIZE, EvaluateConfig
 from .images import FolderImages, Images, LazyImage, StoreImages
@@ -87,7 +88,7 @@ def _open_folder(
     """Open the images of a folder or tar, and the teacher, if one is given."""
     assert config.images is not None, "checked by EvaluateConfig"
     images = FolderImages(config.images, config.limit)
-    loader = ModelLoader(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE)
+    loader = ModelLoader(device=device, image_size=config.image_size or DEFAULT_IMAGE_SIZE, head=config.head)
     teacher, reference = None, None
     if config.teacher is not None:
         teacher = loader.load_teacher(config.teacher, config.teacher, config.checkpoint, download)
@@ -116,7 +117,8 @@ def _open_store(
     """Open the images of a store's rows, with the store's embeddings as the teacher."""
     size = store.spec.image_size
     check_preprocessing(store, refusal=VerifyError)
-    loader = ModelLoader(device=device, image_size=config.image_size or size, store=config.store)
+    with_head = config.store if config.head is None and store.spec.head_sha256 is not None else config.head
+    loader = ModelLoader(device=device, image_size=config.image_size or size, head=with_head)
     models = [loader.load(name, value) for name, value in config.models]
     own_runs = [run for run in (model.run for model in models) if run is not None and _trained_on(run, store)]
     last = next((run.image_root for run in own_runs if run.image_root is not None), None)
@@ -129,10 +131,14 @@ def _open_store(
             )
     records, split = _records(config, store, own_runs)
     images = StoreImages(store, records[: config.limit], root)
+    reason = no_masks(store, config.head)
+    teacher = None
+    if config.points and reason is None:
+        teacher = StorePredictor(store, open_head(store, device, config.head), device)
     return EvaluationInputs(
         images=images,
         labels=_labels(coco, images),
-        teacher=StorePredictor(store, open_head(store, device), device) if config.points else None,
+        teacher=teacher,
         reference={
             "teacher": store.spec.teacher,
             "store": str(config.store),
@@ -142,7 +148,11 @@ def _open_store(
         models=models,
         device=device,
         split=split,
-        notes=[*_notes(store, own_runs, models), *_missing_labels(coco, images)],
+        notes=[
+            *_notes(store, own_runs, models),
+            *_missing_labels(coco, images),
+            *_head_notes(store, config, reason),
+        ],
     )
 
 
@@ -195,6 +205,16 @@ def _notes(store: EmbeddingStore, own_runs: Sequence[Run], models: Sequence[Load
                 "images that it is evaluated on here"
             )
     return notes
+
+
+def _head_notes(store: EmbeddingStore, config: EvaluateConfig, reason: str | None) -> list[str]:
+    """Return a note about the masks that the store's embeddings give; `reason` says why there are none."""
+    if not config.points:
+        return []
+    note = hq_note(store.spec.teacher) if config.head is None else None
+    return (
+        [f"nothing is compared with the teacher: {reason}"] if reason is not None else [note] if note else []
+    )
 
 
 def _missing_labels(coco: CocoInstances | None, images: Images) -> list[str]:

@@ -80,8 +80,8 @@ class ModelLoader:
     device: torch.device
     image_size: int
     """Side in pixels of the encoder's square, for files that don't record theirs."""
-    store: Path | None = None
-    """Store whose head is used for a student that has none elsewhere."""
+    head: Path | None = None
+    """Store or file whose head is used for a model that has none elsewhere."""
 
     def load(self, name: str, value: str) -> LoadedModel:
         """Load the model that `--model NAME=FILE` names; its kind is recognised by content.
@@ -131,19 +131,24 @@ class ModelLoader:
             SamError: the checkpoint is missing, damaged or of another architecture, or could not be downloaded.
         """
         model = load_teacher_model(
-            teacher, file, device=str(self.device), image_size=self.image_size, download=download
+            teacher,
+            file,
+            head=None if teacher in TEACHERS else self.head,
+            device=str(self.device),
+            image_size=self.image_size,
+            download=download,
         )
         return self._from_sam(name, model)
 
     def _load_student(self, name: str, path: Path) -> LoadedModel:
         try:
             model = load_model(
-                path, fallback_head=self.store, device=str(self.device), image_size=self._size_of(path)
+                path, fallback_head=self.head, device=str(self.device), image_size=self._size_of(path)
             )
         except HeadNotFound:
             raise VerifyError(
-                f"--model {shown(name)}: there is no mask decoder for {shown(str(path))}: give its run's folder, or "
-                "--store with the store that it was trained on"
+                f"--model {shown(name)}: there is no mask decoder for {shown(str(path))}: give its run's folder, "
+                "--store with the store that it was trained on, or --head"
             ) from None
         return self._from_sam(name, model)
 
@@ -151,7 +156,9 @@ class ModelLoader:
         return None if path.is_dir() or not is_torch_file(path, CheckpointError) else self.image_size
 
     def _from_sam(self, name: str, model: Model) -> LoadedModel:
-        outline = partial(outline_encoder, model.student, model.image_size)
+        outline = (
+            None if "package" in model.info else partial(outline_encoder, model.student, model.image_size)
+        )
         return LoadedModel(
             predictor=EncoderPredictor(name, model.sam, outline, self.device),
             kind=model.student,

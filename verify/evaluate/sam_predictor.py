@@ -52,7 +52,7 @@ class HeadPredictor:
         """Set the embedding of the next prompts' image.
 
         Args:
-            emb_1CHW: float (1, 256, g, g), on the head's device.
+            emb_1CHW: float (1, 256, g, g), on the head's device; for SAM-HQ's head with more channels (`HqEncoder`).
             original_size: height and width of the image in pixels.
             resized_size: height and width in pixels of the image in the encoder's square.
 
@@ -77,6 +77,7 @@ class HeadPredictor:
         Args:
             prompts: P prompts, coordinates in pixels of the original image, on the CPU.
             multimask_output: True for SAM's three masks per prompt (T = 3), False for its single mask (T = 1).
+                SAM-HQ's head gives one, either way.
 
         Returns:
             Logits over the encoder's square, (P, T, 4g, 4g), and predicted IoUs, (P, T), float32 on the head's
@@ -116,11 +117,14 @@ class EncoderPredictor(HeadPredictor):
     Args:
         name: name of the model in the evaluation.
         sam: SAM in evaluation mode, on `device`.
-        outline: function that builds its encoder on the meta device, for counting parameters and operations.
+        outline: function that builds its encoder on the meta device, for counting parameters and operations; None to
+            count those of the encoder itself.
         device: device that it computes on.
     """
 
-    def __init__(self, name: str, sam: Sam, outline: Callable[[], nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, name: str, sam: Sam, outline: Callable[[], nn.Module] | None, device: torch.device
+    ) -> None:
         super().__init__(name, sam)
         self._outline = outline
         self._device = device
@@ -137,21 +141,23 @@ class EncoderPredictor(HeadPredictor):
         """Count parameters and multiply-accumulates; time one image and one point, on zeros. See `Predictor.cost`."""
         size = self.image_size
         pixels_1CHW = torch.zeros(1, 3, size, size, device=self._device)
-        encoder_seconds = median_seconds(
-            lambda: self.sam.image_encoder(pixels_1CHW), self._device, TIMING_SECONDS
-        )
-        self.set_embedding(
-            torch.zeros(1, 256, size // 16, size // 16, device=self._device), (size, size), (size, size)
-        )
+        embeddings: list[Tensor] = []
+
+        def embed() -> None:
+            embeddings[:] = [self.sam.image_encoder(pixels_1CHW)]
+
+        encoder_seconds = median_seconds(embed, self._device, TIMING_SECONDS)
+        self.set_embedding(embeddings[0], (size, size), (size, size))
         prompt = Prompts.of_points(np.array([[size / 2, size / 2]]))
         decoder_seconds = median_seconds(lambda: self.decode(prompt, False), self._device, TIMING_SECONDS)
-        outline = self._outline()
+        outline = self.sam.image_encoder if self._outline is None else self._outline()
+        where = self._device if self._outline is None else "meta"
         encoder = sum(parameter.numel() for parameter in outline.parameters())
         head = (*self.sam.prompt_encoder.parameters(), *self.sam.mask_decoder.parameters())
         return Cost(
             parameters=encoder + sum(parameter.numel() for parameter in head),
             encoder_parameters=encoder,
-            encoder_macs=count_macs(outline, size),
+            encoder_macs=count_macs(outline, size, where),
             encoder_ms=1000 * encoder_seconds,
             decoder_ms=1000 * decoder_seconds,
         )
