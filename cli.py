@@ -14,7 +14,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,7 @@ def main() -> None:
     # Only this package's logger: a root handler would also print messages of dask and matplotlib.
     logger = logging.getLogger(__package__)
     logger.handlers[:] = [MessageHandler()]
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
@@ -174,13 +175,17 @@ def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, 
       mobilesam precompute --images /nfs/photos --image-timeout 600 --audit 10
       mobilesam precompute --images /data/photos --out /data/store.zarr --scheduler tcp://10.0.0.1:8786 --debug
     """
-    from .precompute import dry_run as plan
-    from .precompute import precompute as run
-    from .precompute.dry_run import plan_lines
-    from .precompute.run import summary_lines
+    from .common.dask_settings import own_dask_settings
 
     config = replace(config, images=config.images + more)
-    with Reporter("precompute") as reporter:
+    settings = own_dask_settings() if config.scheduler is None else nullcontext()
+    # dask takes some settings when it is imported.
+    with settings, Reporter("precompute") as reporter:
+        from .precompute import dry_run as plan
+        from .precompute import precompute as run
+        from .precompute.dry_run import plan_lines
+        from .precompute.run import summary_lines
+
         result = plan(config, reporter) if dry_run else run(config, reporter)
     _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
     if dry_run:

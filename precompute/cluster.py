@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import dask
 from distributed import Client, LocalCluster
 
 from .. import __version__
-from ..common.dask_client import DASK_CLIENT_LOG, connected
+from ..common.dask_client import DASK_CLIENT_LOG, connected, dashboard_link
+from ..common.dask_settings import own_dask_settings
 from ..common.errors import PrecomputeError
 from ..common.signals import starting_processes
 from .config import PrecomputeConfig
@@ -78,7 +78,7 @@ class Cluster:
     @property
     def dashboard(self) -> str:
         """Address of dask's dashboard."""
-        return str(self.client.dashboard_link)
+        return dashboard_link(self.client)
 
     def describe_workers(self, precision: str) -> set[tuple[str, str]]:
         """Resolve device and precision on every worker.
@@ -182,7 +182,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
     cores = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
         scratch = stack.enter_context(scratch_folder())
-        stack.enter_context(dask.config.set(_settings(config)))
+        stack.enter_context(own_dask_settings(_settings(config)))
         with starting_processes():
             cluster = stack.enter_context(_start(make_cluster, workers, scratch))
         yield Cluster(
