@@ -1,0 +1,66 @@
+"""dask's settings for a cluster of one's own.
+
+A site's settings (`/etc/dask`, `~/.config/dask`, `DASK_...` variables) are made for the site's clusters: a dashboard
+behind a proxy, TLS, preloaded modules, limits of memory. They hold for `--scheduler ADDRESS`, whose cluster is the
+site's, and not for the workers that a run starts on its own machine and ends again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from .errors import MobileSamError
+
+try:
+    import dask
+except ValueError as error:
+    raise MobileSamError(f"dask's settings can't be read: {' '.join(str(error).split())}") from error
+
+_PREFIX = "DASK_"
+_INHERITED = "DASK_INTERNAL_INHERIT_CONFIG"
+"""Variable from which a new process takes dask's settings, before those of any file."""
+
+_LINK = "distributed.dashboard.link"
+"""Setting with the template of a dashboard's address; the site's may lead through its proxy, and is kept."""
+
+
+@contextmanager
+def own_dask_settings(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Let dask, and processes started in the context, use dask's defaults and `settings`, and nothing of the site's.
+
+    Args:
+        settings: settings by dotted name, such as "distributed.worker.daemon".
+    """
+    variables = {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
+    config = dask.config.config
+    before = dict(config)
+    link = dask.config.get(_LINK, None)
+    for name in variables:
+        del os.environ[name]
+    try:
+        config.clear()
+        # `distributed`, if it isn't imported yet, adds its own defaults at its import.
+        config.update(dask.config.merge(*dask.config.defaults))
+        if _can_be_filled_in(link):
+            dask.config.set({_LINK: link})
+        os.environ[_INHERITED] = dask.config.serialize(config)
+        with dask.config.set(dict(settings or {})):
+            yield
+    finally:
+        # What was imported in the context has added its defaults.
+        added = {name: value for name, value in config.items() if name not in before}
+        config.clear()
+        config.update(added | before)
+        del os.environ[_INHERITED]
+        os.environ.update(variables)
+
+
+def _can_be_filled_in(template: Any) -> bool:
+    """Return True for a template that dask can make a dashboard's address of, with this process's variables."""
+    try:
+        return bool(template.format(**{**os.environ, "scheme": "http", "host": "localhost", "port": 8787}))
+    except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+        return False
