@@ -7,6 +7,7 @@ site's, and not for the workers that a run starts on its own machine and ends ag
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +26,15 @@ _INHERITED = "DASK_INTERNAL_INHERIT_CONFIG"
 
 _LINK = "distributed.dashboard.link"
 """Setting with the template of a dashboard's address; the site's may lead through its proxy, and is kept."""
+WORKER_PRELOAD = "distributed.worker.preload"
+"""Setting with modules and scripts that workers run first; those that are there are kept."""
 
 
 @contextmanager
 def own_dask_settings(settings: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Let dask, and processes started in the context, use dask's defaults and `settings`, and nothing of the site's.
+    """Let dask, and processes started in the context, use dask's defaults and `settings`, not the site's settings.
+
+    Of these only two are kept, where they can be used: modules that workers run first, and the dashboard's address.
 
     Args:
         settings: settings by dotted name, such as "distributed.worker.daemon".
@@ -37,7 +42,7 @@ def own_dask_settings(settings: Mapping[str, Any] | None = None) -> Iterator[Non
     variables = {name: value for name, value in os.environ.items() if name.startswith(_PREFIX)}
     config = dask.config.config
     before = dict(config)
-    link = dask.config.get(_LINK, None)
+    link, preloads = dask.config.get(_LINK, None), dask.config.get(WORKER_PRELOAD, None)
     for name in variables:
         del os.environ[name]
     try:
@@ -46,6 +51,7 @@ def own_dask_settings(settings: Mapping[str, Any] | None = None) -> Iterator[Non
         config.update(dask.config.merge(*dask.config.defaults))
         if _can_be_filled_in(link):
             dask.config.set({_LINK: link})
+        dask.config.set({WORKER_PRELOAD: [name for name in _listed(preloads) if _can_be_loaded(name)]})
         os.environ[_INHERITED] = dask.config.serialize(config)
         with dask.config.set(dict(settings or {})):
             yield
@@ -63,4 +69,26 @@ def _can_be_filled_in(template: Any) -> bool:
     try:
         return bool(template.format(**{**os.environ, "scheme": "http", "host": "localhost", "port": 8787}))
     except (AttributeError, KeyError, IndexError, ValueError, TypeError):
+        return False
+
+
+def _listed(preloads: Any) -> list[Any]:
+    return (
+        [preloads]
+        if isinstance(preloads, str)
+        else list(preloads)
+        if isinstance(preloads, list | tuple)
+        else []
+    )
+
+
+def _can_be_loaded(preload: Any) -> bool:
+    """Return True for a script or a module that is there."""
+    if not isinstance(preload, str):
+        return False
+    if preload.endswith(".py"):
+        return os.path.isfile(preload)
+    try:
+        return importlib.util.find_spec(preload) is not None
+    except (ImportError, ValueError):
         return False

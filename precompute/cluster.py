@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
 
 from .. import __version__
 from ..common.dask_client import DASK_CLIENT_LOG, connected, dashboard_link
-from ..common.dask_settings import own_dask_settings
+from ..common.dask_settings import WORKER_PRELOAD, own_dask_settings
 from ..common.errors import PrecomputeError
 from ..common.signals import starting_processes
 from .config import PrecomputeConfig
@@ -184,7 +185,7 @@ def _local(config: PrecomputeConfig) -> Iterator[Cluster]:
         scratch = stack.enter_context(scratch_folder())
         stack.enter_context(own_dask_settings(_settings(config)))
         with starting_processes():
-            cluster = stack.enter_context(_start(make_cluster, workers, scratch))
+            cluster = stack.enter_context(_start_with_preloads(make_cluster, workers, scratch))
         yield Cluster(
             client=stack.enter_context(Client(cluster, set_as_default=False)),
             address=cluster.scheduler_address,
@@ -226,6 +227,19 @@ def _cluster_class(
         # Tasks return no GPU arrays that dask would have to spill.
         return partial(LocalCUDACluster, device_memory_limit=None), ("cuda:0",)
     return LocalCluster, devices
+
+
+def _start_with_preloads(
+    make_cluster: Callable[..., LocalCluster], workers: int, scratch: str
+) -> LocalCluster:
+    """Start the workers; without the site's preloaded modules if they don't start with them."""
+    if dask.config.get(WORKER_PRELOAD):
+        try:
+            return _start(make_cluster, workers, scratch)
+        except PrecomputeError as error:
+            logger.warning("%s; trying without dask's setting %s", error, WORKER_PRELOAD)
+            dask.config.set({WORKER_PRELOAD: []})
+    return _start(make_cluster, workers, scratch)
 
 
 def _start(make_cluster: Callable[..., LocalCluster], workers: int, scratch: str) -> LocalCluster:
