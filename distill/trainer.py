@@ -126,6 +126,10 @@ class Trainer:
         self.stop, self.progress, self.on_student = stop, progress, on_student
         self.resume()
         state = self.state
+        if state.step:
+            self.tell_kept()
+        else:
+            self.stop.kept = "there is no checkpoint yet"
         self.meter, self.saved_at = Meter(state, self.loader), time.monotonic()
         with ExitStack() as stack:
             if self.processes.is_main:
@@ -337,6 +341,11 @@ class Trainer:
             self.state.log.metrics_bytes = self.recorder.sync()
             self.run.checkpoints.save(self.trained, self.optimizer, self.state, self.compute.device)
         self.saved_at = time.monotonic()
+        self.tell_kept()
+
+    def tell_kept(self) -> None:
+        """Tell the stop flag what a kill leaves."""
+        self.stop.kept = f"the last checkpoint is of step {self.state.step:,} of {self.steps:,}"
 
     def save_student(self) -> None:
         """Write the student of the last complete epoch, with its head if that is trained."""
