@@ -215,6 +215,8 @@ def distill(config: DistillConfig, as_json: bool) -> int:
       mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
       mobilesam distill --objective semi_coupled --objects 16 --rounds 3 --boxes 0.5 --mse-weight 1
       mobilesam distill --objective coupled --labels annotations --focal-weight 20 --dice-weight 1 --iou-weight 1
+      mobilesam distill --objective coupled --coco labels.json
+      mobilesam distill --objective semi_coupled --label-masks masks
       mobilesam distill --objective decoder --init runs/mine --lr 1e-4
       mobilesam distill --restart --json --debug
       mobilesam distill --resume
@@ -377,8 +379,8 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
     """Compare models by their masks and cost.
 
     The masks are compared with the teacher's and with labels; all models get the same prompts. Prints tables and
-    writes only the --report. A broken image or label fails that image alone. Exit code 3 if there was nothing to
-    compare.
+    writes only the --report. A broken image fails alone; a labelled object that can't be used is left out and counted.
+    Exit code 3 if there was nothing to compare.
 
     \b
     Examples:
@@ -386,6 +388,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
       mobilesam evaluate --images sa_000020.tar --teacher vit_h --model mobile=mobile_sam.pt --model mine=exported
       mobilesam evaluate --images photos --teacher vit_h --checkpoint vit_h.pth --model fastsam=FastSAM-s.pt
       mobilesam evaluate --images val2017 --coco instances_val2017.json --model b=vit_b.pth --max-objects 20
+      mobilesam evaluate --images photos --label-masks masks --model mine=runs/latest
       mobilesam evaluate --store store.zarr --model mine=runs/latest --split val --points 8 --distances 50,100
       mobilesam evaluate --images photos --model other=their_predictor:weights.pt --limit 100 --seed 1 --json
       mobilesam evaluate --store of_another_packages_teacher.zarr --model mine=runs/latest --head sam_vit_b_01ec64.pth
@@ -423,6 +426,8 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
       mobilesam sweep --student tiny_vit,deit_tiny --lr 5e-4,1e-3 --weight-decay 0,0.01 --warmup 0.05 --init a.pt
       mobilesam sweep --objective semi_coupled --labels teacher,annotations --rounds 1,2 --boxes 0,0.5 --mse-weight 1
       mobilesam sweep --objective coupled --focal-weight 5,20 --dice-weight 1,5 --iou-weight 1 --json
+      mobilesam sweep --objective coupled --coco labels.json --lr 5e-4,1e-3
+      mobilesam sweep --objective semi_coupled,coupled --label-masks masks
       mobilesam sweep --store store.zarr --images /data/photos --loss-region all,valid --val-fraction 0.1 --points 8
       mobilesam sweep --test-store other.zarr --test-images /data/other --precision float32 --device cpu
       mobilesam sweep --seed 0,1,2,3 --scheduler tcp://10.0.0.1:8786 --micro-batch 8 --compile --debug

@@ -105,6 +105,15 @@ def head_option() -> Any:
     )
 
 
+def label_masks_option() -> Any:
+    """Return the field `label_masks` of commands that read labels."""
+    return option(
+        None,
+        metavar="DIR",
+        help="Folder of PNG masks named like the images, as labels: one integer an object, 0 is background.",
+    )
+
+
 def moved_images_option() -> Any:
     """Return the field `images` of commands that read a store's images."""
     return option(

@@ -71,7 +71,16 @@ class AnnotationError(SamError):
 
 
 class BadAnnotation(SamError):
-    """An image's objects can't be used: the fact alone, without the image's name, which the caller adds."""
+    """An image's objects, or one of them, can't be used.
+
+    Args:
+        message: the fact alone, without the image's name, which the caller adds.
+        reason: kind of the fault, the same for all objects with it, by which they are counted; None: the message.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class ArchiveError(SamError):

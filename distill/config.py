@@ -11,6 +11,7 @@ from typing import Any
 from ..common.config import (
     AUTO_PRECISIONS,
     device_option,
+    label_masks_option,
     moved_images_option,
     must_be,
     option,
@@ -34,9 +35,21 @@ MASK_FIELDS = frozenset(
 """Options of the objectives that compare masks; the decoupled objective refuses them."""
 
 # Options that don't change what the student learns: places of files, and speed.
-# The run's description adds the SHA-256 of the file of initial weights instead of its path.
+# The run's description adds the SHA-256 of the files of initial weights and labels instead of their paths.
 _NOT_IDENTITY = frozenset(
-    {"store", "images", "init", "out", "restart", "device", "workers", "compile", "checkpoint_seconds"}
+    {
+        "store",
+        "images",
+        "coco",
+        "label_masks",
+        "init",
+        "out",
+        "restart",
+        "device",
+        "workers",
+        "compile",
+        "checkpoint_seconds",
+    }
 )
 
 
@@ -90,11 +103,18 @@ class DistillConfig:
         help="Training objective: the embeddings (decoupled); the masks of SAM's decoder, which is frozen "
         "(semi_coupled) or trained too (coupled); or the decoder alone, for the student that --init names (decoder).",
     )
-    labels: str = option(
-        "teacher",
+    labels: str | None = option(
+        None,
         choices=LABELS,
-        help="Source of the target masks: the teacher, or SA-1B's JSON files beside the images where they exist.",
+        help="Source of the target masks: the teacher, or labels where they exist: SA-1B's JSON files beside the "
+        "images, or those of --coco or --label-masks [default: teacher without these two]",
     )
+    coco: Path | None = option(
+        None,
+        metavar="FILE.json",
+        help="COCO instances file with the labels of the images, as evaluate reads it.",
+    )
+    label_masks: Path | None = label_masks_option()
     objects: int = option(8, metavar="N", help="Objects per image and step.")
     rounds: int = option(2, metavar="N", help="Prompts per object: the first one, then corrective points.")
     boxes: float = option(
@@ -132,7 +152,9 @@ class DistillConfig:
     )
 
     def __post_init__(self) -> None:
-        paths_from_text(self, "store", "images", "init", "out")
+        paths_from_text(self, "store", "images", "coco", "label_masks", "init", "out")
+        if self.labels is None:
+            object.__setattr__(self, "labels", "teacher" if self.label_source is None else "annotations")
         for name in ("epochs", "batch_size", "micro_batch", "workers", "objects", "rounds"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
@@ -149,6 +171,7 @@ class DistillConfig:
         self._require(0 <= self.boxes <= 1, "boxes", "a share of all objects, from 0 to 1")
         self._require(self.objective in OBJECTIVES, "objective", ", ".join(OBJECTIVES))
         self._require(self.labels in LABELS, "labels", " or ".join(LABELS))
+        self._check_label_source()
         self._check_objective()
         self._require(0 <= self.seed < 2**63, "seed", "0 or more")
         self._require(self.loss_region in LOSS_REGIONS, "loss_region", " or ".join(LOSS_REGIONS))
@@ -157,9 +180,31 @@ class DistillConfig:
     def _require(self, good: bool, name: str, wanted: str) -> None:
         require(good, must_be(name, getattr(self, name), wanted), DistillError)
 
+    @property
+    def label_source(self) -> Path | None:
+        """COCO file or folder of masks with the labels; None for SA-1B's files beside the images, or the teacher."""
+        return self.coco or self.label_masks
+
+    def _check_label_source(self) -> None:
+        if self.label_source is None:
+            return
+        name = "coco" if self.coco is not None else "label masks"
+        if self.coco is not None and self.label_masks is not None:
+            raise DistillError("coco and label masks are two sources of labels: leave out one of them")
+        if self.objective == "decoupled":
+            raise DistillError(
+                f"{name} is {str(self.label_source)!r}, but the decoupled objective learns from no labels: choose "
+                "--objective coupled, semi_coupled or decoder, or leave it out"
+            )
+        if self.labels == "teacher":
+            raise DistillError(
+                f"{name} is {str(self.label_source)!r}, but labels is 'teacher': leave out one of them"
+            )
+
     def _check_objective(self) -> None:
         if self.objective == "decoupled":
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            defaults["labels"] = "teacher"
             given = [name for name in sorted(MASK_FIELDS) if getattr(self, name) != defaults[name]]
             if given:
                 raise DistillError(

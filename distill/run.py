@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..store import EmbeddingStore, ImageRecord
 from ..store.spec import package_versions
 from .checksummed_json import digest
 from .config import DistillConfig
-from .data.labels import AnnotationLabels, count_annotated
+from .data.labels import AnnotationLabels, OpenLabels, open_labels
 from .data.loader import Loader, check_preprocessing, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
@@ -75,7 +76,8 @@ def distill(
         (in the training loop), `data_wait_share` (share of the training loop's time spent waiting for data), `val`
         (metrics of the validation rows after the last epoch), `finished` (time of the run's end, in ISO 8601),
         `already_finished` (True if nothing was trained by this call); with labels from annotations also `labels`
-        (`annotated`, `images`, `empty` and `broken`, numbers of images).
+        (`annotated`, `images`, `empty` and `broken`, numbers of images; `objects` and `left_out` by reason, numbers of
+        labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names).
 
     Raises:
         DistillInterrupted: stopped by a signal or by `stop`.
@@ -89,7 +91,8 @@ def distill(
         records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
         initial = _initial_weights(config, store)
-        description = describe(config, store, records, split, initial, processes)
+        labels = open_labels(config, _checked_image_root(config, store), records, split.train)
+        description = describe(config, store, records, split, initial, processes, labels)
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / _folder_name(description)
         started: tuple[Path, dict[str, Any] | None] | None = None
@@ -114,7 +117,8 @@ def distill(
             if latest:
                 point_latest(run.path)
 
-        result = _train(config, run, store, initial, processes, stop, progress, on_student)
+        inputs = _Inputs(store=store, initial=initial, labels=labels)
+        result = _train(config, run, inputs, processes, stop, progress, on_student)
         return {**result, "already_finished": False}
 
 
@@ -167,6 +171,7 @@ def describe(
     split: Split,
     initial: InitialWeights | None,
     processes: ProcessGroup,
+    labels: OpenLabels | None,
 ) -> RunDescription:
     """Describe a run that begins now, with device, precision and micro-batch resolved for this machine.
 
@@ -177,9 +182,10 @@ def describe(
         split: the same rows, divided into training and validation.
         initial: weights to start from; None: random.
         processes: processes that train together.
+        labels: source of labels; None: the teacher's masks.
 
     Raises:
-        DistillError: the student is unknown, the images are missing, or there are no annotations to learn from.
+        DistillError: the student is unknown, or the images are missing.
         SamError: the device or the precision isn't available on this machine.
     """
     device = resolve_device(processes.local_device(config.device))
@@ -193,18 +199,20 @@ def describe(
         masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
     )
     counts = store.manifest.counts()
-    root = _checked_image_root(config, store)
     return RunDescription(
         student=config.student,
         image_size=store.spec.image_size,
         options=config.to_json(),
-        identity=config.identity() | ({"init_sha256": initial.sha256} if initial else {}),
+        identity=config.identity()
+        | ({"init_sha256": initial.sha256} if initial else {})
+        | (dict(labels.identity) if labels else {}),
         init=initial.report() if initial else None,
+        labels=labels.report() if labels else None,
         data=DataDescription(
             store_id=store.spec.store_id,
             rows=len(records),
             rows_digest=rows_digest(records),
-            annotated=_count_annotated(root, records) if config.labels == "annotations" else None,
+            annotated=None if labels is None else labels.annotated,
         ),
         resolved=ResolvedSettings(
             device=str(device),
@@ -213,7 +221,7 @@ def describe(
             processes=processes.world_size,
         ),
         store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
-        image_root=root,
+        image_root=_checked_image_root(config, store),
         counts={"done": counts.done, "failed": counts.failed, "pending": counts.pending},
         versions=package_versions(("torch", "numpy", "pillow")),
         split_sha256=split_sha256(split),
@@ -221,25 +229,14 @@ def describe(
 
 
 def _checked_image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
-    """Return the folder of the images; None for the images that the store keeps, which have no annotations."""
+    """Return the folder of the images; None for the images that the store keeps, beside which are no annotations."""
     root = find_image_root(store, config.images)
-    if root is None and config.labels == "annotations":
+    if root is None and config.labels == "annotations" and config.label_source is None:
         raise DistillError(
-            f"{store.path} keeps images but no annotations: say where both are with --images DIR"
+            f"{store.path} keeps images but no annotations: say where both are with --images DIR, or give a COCO file "
+            "with --coco"
         )
     return root
-
-
-def _count_annotated(root: Path | None, records: Sequence[ImageRecord]) -> int:
-    """Return the number of images with annotation files; DistillError if it is 0."""
-    assert root is not None, "checked by _checked_image_root"
-    count = count_annotated(root, records)
-    if not count:
-        raise DistillError(
-            f"none of the {len(records):,} images in {root} has annotations beside it, as 1.json is beside 1.jpg: "
-            "say with --images where there are some, or learn from the teacher's masks with --labels teacher"
-        )
-    return count
 
 
 def _folder_name(description: RunDescription) -> str:
@@ -280,17 +277,28 @@ def _finished_result(run: Run) -> dict[str, Any] | None:
     return finished
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Inputs of a training, open for reading."""
+
+    store: EmbeddingStore
+    initial: InitialWeights | None
+    """Weights to start from; None: random."""
+    labels: OpenLabels | None
+    """Source of labels; None: the teacher's masks."""
+
+
 def _train(
     config: DistillConfig,
     run: Run,
-    store: EmbeddingStore,
-    initial: InitialWeights | None,
+    inputs: _Inputs,
     processes: ProcessGroup,
     stop: StopFlag,
     progress: Callable[[Progress], None] | None,
     on_student: Callable[[], None],
 ) -> dict[str, Any]:
     """Build student, objective and loader, train, and return the run's result."""
+    store, initial = inputs.store, inputs.initial
     device = resolve_device(processes.local_device(config.device))
     if device.type == "cpu":
         keep_freed_memory()
@@ -309,7 +317,7 @@ def _train(
         run.image_root,
         workers=config.workers or default_workers(device),
         pin_memory=device.type == "cuda",
-        labels=_annotation_labels(config, run),
+        labels=_annotation_labels(config, run, inputs.labels),
     )
     with _compiled(student, config), loader:
         trainer = Trainer(
@@ -318,12 +326,12 @@ def _train(
         return trainer.fit(stop, progress, on_student)
 
 
-def _annotation_labels(config: DistillConfig, run: Run) -> AnnotationLabels | None:
-    """Return the reader of annotations; None if labels are the teacher's masks."""
-    if config.labels == "teacher":
+def _annotation_labels(config: DistillConfig, run: Run, labels: OpenLabels | None) -> AnnotationLabels | None:
+    """Return the reader of labels; None if labels are the teacher's masks."""
+    if labels is None:
         return None
-    assert run.image_root is not None, "checked by _checked_image_root"
-    return AnnotationLabels(run.image_root, run.description.image_size, config.objects, config.seed)
+    size, root = run.description.image_size, run.image_root
+    return AnnotationLabels(labels.source, size, config.objects, config.seed, root)
 
 
 @contextmanager
@@ -370,10 +378,27 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     if "labels" in result:
         labels = result["labels"]
-        fact = f"annotations beside {labels['annotated']:,} of {labels['images']:,} images"
+        words = "labels of" if "names" in labels else "annotations beside"
+        fact = f"{words} {labels['annotated']:,} of {labels['images']:,} images"
         unused = [f"{labels[kind]:,} {kind}" for kind in ("empty", "broken") if labels[kind]]
         lines.append(f"{fact}, {', '.join(unused)}" if unused else fact)
+        lines += _object_lines(labels)
     if "miou" in val:
         miou = "undefined" if val["miou"] is None else f"{val['miou']:.4f}"
         lines.append(f"held out: mIoU {miou} with the teacher's masks")
+    return lines
+
+
+def _object_lines(labels: Mapping[str, Any]) -> list[str]:
+    """Return lines on the labelled objects of the images trained on, and on the names that list the images."""
+    if "objects" not in labels:  # a result of an older version
+        return []
+    lines, left_out = [], labels["left_out"]
+    count = sum(left_out.values())
+    if count:
+        reasons = "; ".join(f"{reason}: {number:,}" for reason, number in left_out.items())
+        lines.append(f"{count:,} of {labels['objects'] + count:,} labelled objects left out ({reasons})")
+    if "names" in labels:
+        names = labels["names"]
+        lines.append(f"{names['matched']:,} of {names['listed']:,} listed images are among the store's")
     return lines

@@ -13,6 +13,9 @@ from ..store.spec import StoreSpec
 from .checksummed_json import digest
 
 CONFIG_FILE = "config.json"
+STUDENT_FILE = "student.safetensors"
+NO_STUDENT = "no student yet; run the same distill command again to go on"
+"""End of the message about a run that has written no student."""
 FORMAT = 2
 """Version of config.json."""
 CONFIG_MEND = "put back a whole copy, or start over with distill --restart"
@@ -71,9 +74,12 @@ class RunDescription:
     """All options given when the run began (`DistillConfig.to_json`); the key in JSON is `config`."""
     identity: Mapping[str, Any]
     """Options that decide what the student learns (`DistillConfig.identity`), with the SHA-256 of the file of initial
-    weights as `init_sha256`, if there is one; a run resumes only if they are the same."""
+    weights as `init_sha256`, and of labels as `coco_sha256` or `label_masks_sha256`, if there is one; a run resumes
+    only if they are the same."""
     init: Mapping[str, Any] | None = None
     """Report on the initial weights (`InitialWeights.report`); None if all were random."""
+    labels: Mapping[str, Any] | None = None
+    """Report on the labels (`OpenLabels.report`); None if they are the teacher's masks."""
     data: DataDescription
     resolved: ResolvedSettings
     store: StoreDescription
@@ -95,6 +101,7 @@ class RunDescription:
             "config": self.options,
             "identity": self.identity,
             **({} if self.init is None else {"init": self.init}),
+            **({} if self.labels is None else {"labels": self.labels}),
             "data": self.data.to_json(),
             "resolved": asdict(self.resolved),
             "store": {"path": str(self.store.path), "spec": self.store.spec.to_json()},

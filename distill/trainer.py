@@ -280,8 +280,8 @@ class Trainer:
             result["labels"] = {
                 "annotated": self.run.description.data.annotated,
                 "images": self.run.description.data.rows,
-                "empty": len(self.loader.labels.empty),
-                "broken": len(self.loader.labels.broken),
+                **self.loader.labels.to_json(),
+                **{name: value for name, value in (self.run.description.labels or {}).items() if name == "names"},
             }
         self.recorder.line("result", result)
         self.recorder.sync()
@@ -394,10 +394,12 @@ class Trainer:
         labels = self.loader.labels
         if labels is None:
             return
-        for broken, empty in self.processes.gather((dict(labels.broken), set(labels.empty)))[1:]:
+        mine = dict(labels.broken), set(labels.empty), dict(labels.read)
+        for broken, empty, read in self.processes.gather(mine)[1:]:
             for key, reason in broken.items():
                 labels.mark_broken(key, reason)
             labels.empty |= empty
+            labels.read |= read
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line to the run's metrics; ranks other than 0 do nothing."""

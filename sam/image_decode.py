@@ -93,6 +93,18 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise ImageError(_reason(image, error)) from error
 
 
+def exif_orientation(data: bytes) -> int:
+    """Return the EXIF orientation of an image file, 1 to 8: 5 to 8 exchange width and height. 1 if it states none.
+
+    Args:
+        data: the file's bytes.
+
+    Raises:
+        ImageError: it is no image file.
+    """
+    return _orientation(_open(data))
+
+
 def _open(data: bytes) -> ImageFile.ImageFile:
     """Read the header with Pillow's class of the format: `Image.open` has a global pixel limit of its own."""
     if not data:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mobilesam.sam import list_images
-from mobilesam.sam.annotations import AnnotationFiles
+from mobilesam.sam.labels.annotations import AnnotationFiles
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "generate_pictures.py"
 

@@ -9,6 +9,7 @@ from ...common.config import (
     checkpoint_option,
     device_option,
     head_option,
+    label_masks_option,
     option,
     paths_from_text,
     require,
@@ -74,6 +75,7 @@ class EvaluateConfig:
         metavar="FILE.json",
         help="COCO instances file with the labels [default: SA-1B's JSON beside each image]",
     )
+    label_masks: Path | None = label_masks_option()
     points: int = option(
         4,
         metavar="N",
@@ -111,7 +113,7 @@ class EvaluateConfig:
     head: Path | None = head_option()
 
     def __post_init__(self) -> None:
-        paths_from_text(self, "store", "images", "checkpoint", "coco", "report", "head")
+        paths_from_text(self, "store", "images", "checkpoint", "coco", "label_masks", "report", "head")
         self._check_models()
         self._check_sources()
         self._require(
@@ -153,6 +155,10 @@ class EvaluateConfig:
         self._require(
             self.store is None or self.teacher is None,
             "--store has its teacher's embeddings, so --teacher has nothing to do: leave out one of them",
+        )
+        self._require(
+            self.coco is None or self.label_masks is None,
+            "--coco and --label-masks are two sources of labels: leave out one of them",
         )
         self._require(
             self.teacher is not None or self.checkpoint is None,

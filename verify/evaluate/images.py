@@ -57,6 +57,8 @@ class Images(Protocol):
 
     root: Path | None
     """Folder that the keys are relative to; None if the images are kept in a store."""
+    all_keys: Sequence[str]
+    """Keys of all images of the folder or store, those that are not evaluated included."""
 
     def __len__(self) -> int: ...
 
@@ -82,6 +84,7 @@ class FolderImages:
         listed = list_images([path])
         self.root: Path | None = listed.root
         self.problems = [str(problem) for problem in listed.problems]
+        self.all_keys = [file.key for file in listed.files]
         self._files: Sequence[ImageRef] = listed.files[:limit]
 
     def __len__(self) -> int:
@@ -110,6 +113,7 @@ class StoreImages:
 
     def __init__(self, store: EmbeddingStore, records: Sequence[ImageRecord], root: Path | None) -> None:
         self.root = root
+        self.all_keys = [record.key for record in store.manifest.records()]
         self._store = store
         self._records = records
 

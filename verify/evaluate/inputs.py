@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ import torch
 from ...common.errors import VerifyError
 from ...distill import Run
 from ...distill.data.loader import check_preprocessing, find_image_root
-from ...sam import AnnotationFiles, Annotations, CocoInstances
+from ...sam import (
+    AnnotationFiles,
+    Annotations,
+    CocoInstances,
+    LabelMasks,
+    LabelSource,
+    NameMatch,
+    exif_orientation,
+)
 from ...sam.device import resolve_device
 from ...sam.registry import hq_note
 from ...store import EmbeddingStore, ImageRecord
@@ -25,6 +34,7 @@ from .predictor import Predictor
 from .sam_predictor import EncoderPredictor, StorePredictor
 
 Progress = Callable[[int, int], None]
+ListedLabels = CocoInstances | LabelMasks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,8 +42,10 @@ class EvaluationInputs:
     """Images, models, and the references that masks are compared with."""
 
     images: Images
-    labels: AnnotationFiles | CocoInstances | None
+    labels: LabelSource | None
     """Source of labelled objects; None without labels."""
+    match: NameMatch | None
+    """Names in the source of labels against those of all images; None for files beside the images."""
     teacher: Predictor | None
     """Predictor of the teacher's masks; None without a teacher."""
     reference: dict[str, Any] | None
@@ -58,7 +70,11 @@ class EvaluationInputs:
 
     def read_labels(self, image: LazyImage) -> Annotations | None:
         """Return the labelled objects of an image; None if it has no labels. Raises AnnotationError."""
-        return None if self.labels is None else self.labels.read(image.key, size=image.original_size)
+        if self.labels is None:
+            return None
+        # A store's kept images are upright and have no EXIF any more.
+        turn = None if self.images.root is None else partial(exif_orientation, image.data)
+        return self.labels.read(image.key, size=image.original_size, turn=turn)
 
 
 def open_evaluation(
@@ -76,14 +92,14 @@ def open_evaluation(
         StoreError, DistillError, SamError: an input is missing or damaged.
     """
     device = resolve_device(config.device)
-    coco = None if config.coco is None else CocoInstances(config.coco)
+    listed = _listed_labels(config)
     if config.store is not None:
-        return _open_store(config, stack.enter_context(EmbeddingStore.open(config.store)), device, coco)
-    return _open_folder(config, device, coco, download)
+        return _open_store(config, stack.enter_context(EmbeddingStore.open(config.store)), device, listed)
+    return _open_folder(config, device, listed, download)
 
 
 def _open_folder(
-    config: EvaluateConfig, device: torch.device, coco: CocoInstances | None, download: Progress | None
+    config: EvaluateConfig, device: torch.device, listed: ListedLabels | None, download: Progress | None
 ) -> EvaluationInputs:
     """Open the images of a folder or tar, and the teacher, if one is given."""
     assert config.images is not None, "checked by EvaluateConfig"
@@ -101,7 +117,8 @@ def _open_folder(
         }
     return EvaluationInputs(
         images=images,
-        labels=_labels(coco, images),
+        labels=_labels(listed, images),
+        match=None if listed is None else listed.match(images.all_keys),
         teacher=None if teacher is None else teacher.predictor,
         reference=reference,
         models=[loader.load(name, value) for name, value in config.models],
@@ -112,7 +129,7 @@ def _open_folder(
 
 
 def _open_store(
-    config: EvaluateConfig, store: EmbeddingStore, device: torch.device, coco: CocoInstances | None
+    config: EvaluateConfig, store: EmbeddingStore, device: torch.device, listed: ListedLabels | None
 ) -> EvaluationInputs:
     """Open the images of a store's rows, with the store's embeddings as the teacher."""
     size = store.spec.image_size
@@ -137,7 +154,8 @@ def _open_store(
         teacher = StorePredictor(store, open_head(store, device, config.head), device)
     return EvaluationInputs(
         images=images,
-        labels=_labels(coco, images),
+        labels=_labels(listed, images),
+        match=None if listed is None else listed.match(images.all_keys),
         teacher=teacher,
         reference={
             "teacher": store.spec.teacher,
@@ -150,16 +168,22 @@ def _open_store(
         split=split,
         notes=[
             *_notes(store, own_runs, models),
-            *_missing_labels(coco, images),
+            *_missing_labels(listed, images),
             *_head_notes(store, config, reason),
         ],
     )
 
 
-def _labels(coco: CocoInstances | None, images: Images) -> AnnotationFiles | CocoInstances | None:
-    if coco is not None:
-        coco.expect_names(images.key(index) for index in range(len(images)))
-        return coco
+def _listed_labels(config: EvaluateConfig) -> ListedLabels | None:
+    """Open the COCO file or the folder of masks, if one is given."""
+    if config.coco is not None:
+        return CocoInstances(config.coco)
+    return None if config.label_masks is None else LabelMasks(config.label_masks)
+
+
+def _labels(listed: ListedLabels | None, images: Images) -> LabelSource | None:
+    if listed is not None:
+        return listed
     return None if images.root is None else AnnotationFiles(images.root)
 
 
@@ -217,8 +241,8 @@ def _head_notes(store: EmbeddingStore, config: EvaluateConfig, reason: str | Non
     )
 
 
-def _missing_labels(coco: CocoInstances | None, images: Images) -> list[str]:
-    if coco is not None or images.root is not None:
+def _missing_labels(listed: ListedLabels | None, images: Images) -> list[str]:
+    if listed is not None or images.root is not None:
         return []
     return [
         "the images are read from the store, which has no labels: give the folder of photos and labels with "

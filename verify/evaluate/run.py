@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import shown
-from ...sam import AnnotationError, Annotations, CocoInstances, ImageError
+from ...sam import AnnotationError, Annotations, CocoInstances, ImageError, LabelCounts, LabelMasks
 from ...sam.modeling.decode_prompts import Prompts
 from ..report import EVALUATE_REPORT, check_report, report_errors
 from . import iou
@@ -54,6 +54,9 @@ def evaluate_masks(
         - `images`: total number of images; `evaluated`: number of images that were compared; `labelled`: number of
           images with labelled objects; `failed`: {key, reason} of each image that couldn't be read or whose labels
           are damaged.
+        - `labels`: the labels' `source` (None for files beside the images), `images` that they are of, number of
+          `objects` that can be used and of those `left_out` by reason; None without labels. From a file or folder also
+          its `names`: numbers of `listed`, `matched`, `missing` and `ambiguous` ones, and the first of these.
         - `reference`: the teacher, None without one. `left_out`: number of pairs of points that didn't fit into their
           images, by protocol.
         - `models`: for each its names, its cost (see `Cost`), and
@@ -102,6 +105,7 @@ class _Evaluation:
         self.labelled = 0
         self.covered = 0
         """Number of images with a label file or an entry in one, even if it lists no object."""
+        self.objects = LabelCounts()
 
     def add(self, index: int) -> None:
         """Measure one image. Errors in the image or its labels are found before any model is run."""
@@ -114,7 +118,9 @@ class _Evaluation:
             key = self.inputs.images.key(index)
             self.failed.append({"key": shown(key), "reason": shown(" ".join(str(error).split()))})
             return
-        self.covered += labels is not None
+        if labels is not None:
+            self.covered += 1
+            self.objects.add(image.key, len(labels), labels.left_out)
         if not self.compares_teacher and not labels:
             return
         finite = {predictor.name: predictor.set_image(image) for predictor in self.inputs.predictors}
@@ -205,6 +211,7 @@ class _Evaluation:
             "evaluated": self.evaluated,
             "labelled": self.labelled,
             "failed": self.failed,
+            "labels": self._labels_result(),
             "reference": inputs.reference,
             "split": inputs.split,
             "points": config.points,
@@ -228,14 +235,27 @@ class _Evaluation:
             "labels": {name: totals.by_object(name) for name in label_protocols},
         }
 
+    def _labels_result(self) -> dict[str, Any] | None:
+        """Return the numbers of labels; None if there are none."""
+        source, match = self.inputs.labels, self.inputs.match
+        if source is None or (match is None and not self.covered):
+            return None
+        return {
+            "source": str(source.path) if isinstance(source, CocoInstances | LabelMasks) else None,
+            "images": self.covered,
+            "objects": self.objects.used,
+            "left_out": self.objects.by_reason(),
+            **({} if match is None else {"names": match.to_json()}),
+            **({"unusable": dict(source.unusable)} if isinstance(source, CocoInstances) else {}),
+        }
+
     def _label_notes(self) -> list[str]:
-        """Return a note if the COCO file names none of the images, with an example of both names."""
-        coco, images = self.inputs.labels, self.inputs.images
-        if not isinstance(coco, CocoInstances) or self.covered or self.failed or not len(images):
-            return []
-        example = coco.example()
-        has = "is empty" if example is None else f"has names such as {shown(example)!r}"
-        return [
-            f"{coco.path.name} names none of the {len(images):,} images: it {has}, the images have names such as "
-            f"{shown(images.key(0))!r}"
-        ]
+        """Return notes on labels that were left out, and on listed names that match no image or several."""
+        source, match = self.inputs.labels, self.inputs.match
+        notes = self.objects.lines()
+        if isinstance(source, CocoInstances) and source.unusable:
+            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in source.unusable.most_common())
+            notes.append(f"{source.path.name}: entries left out ({reasons})")
+        if match is not None and isinstance(source, CocoInstances | LabelMasks):
+            notes += match.lines(source.path.name)
+        return notes

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...common.errors import shown
 from ...common.table import Table
+from ...sam.labels.annotations import CROWD
 from ..table import number
 from . import iou
 
@@ -77,10 +78,36 @@ def no_numbers(result: Mapping[str, Any]) -> str:
     """Explain why no image could be evaluated."""
     if result["failed"]:
         return "nothing could be evaluated: every image failed, or has nothing to be compared with"
-    return (
-        "nothing to compare with: give --store, --teacher, or labels of these images (--coco, or SA-1B's JSON beside "
-        "each image)"
-    )
+    teacher = " (--points 0 leaves out the teacher's masks)" if result["reference"] is not None else ""
+    labels = result["labels"]
+    if labels is None:
+        return (
+            "nothing to compare with: give --store, --teacher, or labels of these images (--coco, --label-masks, or "
+            f"SA-1B's JSON beside each image){teacher}"
+        )
+    if labels["left_out"]:
+        return f"nothing to judge: {_all_left_out(labels['left_out'])}{teacher}"
+    if not labels["images"]:
+        return f"nothing to judge: the labels are of other images{teacher}"
+    images = labels["images"]
+    return f"nothing to judge: the labels name {images:,} image{_s(images)} and no object in {_them(images)}{teacher}"
+
+
+def _all_left_out(left_out: Mapping[str, int]) -> str:
+    """Return the number of objects of which none can be used, and why."""
+    count = sum(left_out.values())
+    objects = f"{count:,} labelled object{_s(count)}"
+    if list(left_out) == [CROWD]:
+        return f"{objects}, a crowd" if count == 1 else f"{objects}, all crowds"
+    return f"{objects}, left out ({_reasons(left_out)})"
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
+
+
+def _them(count: int) -> str:
+    return "it" if count == 1 else "them"
 
 
 def _cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
@@ -131,10 +158,12 @@ def _label_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]])
     images = f"{result['labelled']:,} image{_s(result['labelled'])}"
     headings = [LABEL_HEADINGS[name] for name in iou.LABEL_PROTOCOLS]
     objects = max((one["prompts"] for model in models for one in model["labels"].values() if one), default=0)
+    left_out = result["labels"]["left_out"]
+    fewer = f" {sum(left_out.values()):,} left out ({_reasons(left_out)})." if left_out else ""
     return Table(
-        title=f"mIoU with labels, {objects:,} objects in {images}",
+        title=f"mIoU with labels, {objects:,} object{_s(objects)} in {images}",
         note="Single masks for the object's box and for its innermost point; of three masks for that point, the one "
-        "with the highest predicted IoU, and the best one. Mean over objects.",
+        f"with the highest predicted IoU, and the best one. Mean over objects.{fewer}",
         columns=["model", *headings],
         numeric=[False, *(True for _ in headings)],
         rows=[[model["name"], *_ious(model["labels"], iou.LABEL_PROTOCOLS)] for model in models],

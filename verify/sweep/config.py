@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from ...common.config import Option, must_be, option, require
+from ...common.config import Option, label_masks_option, must_be, option, require
 from ...common.errors import VerifyError
 from ...distill.config import DistillConfig
 from ..config import MOST_POINTS
@@ -54,6 +54,12 @@ class SweepConfig:
     test_images: Path | None = option(
         None, metavar="DIR", help="Folder that holds the images of --test-store now, if they moved."
     )
+    coco: Path | None = option(
+        None,
+        metavar="FILE.json",
+        help="COCO instances file with the labels of the images, for the runs whose objective compares masks.",
+    )
+    label_masks: Path | None = label_masks_option()
     scheduler: str | None = option(
         None,
         metavar="ADDRESS",
@@ -64,11 +70,15 @@ class SweepConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("out", "test_store", "test_images"):
+        for name in ("coco", "label_masks"):
+            object.__setattr__(self, name, getattr(self, name) or getattr(self.base, name))
+        for name in ("out", "test_store", "test_images", "coco", "label_masks"):
             object.__setattr__(self, name, _absolute(getattr(self, name)))
         places: dict[str, Any] = {
             name: _absolute(getattr(self.base, name)) for name in ("store", "images", "init")
         }
+        if self.base.label_source is not None:  # each trial that uses labels gets it again
+            places |= {"coco": None, "label_masks": None, "labels": None}
         object.__setattr__(self, "base", dataclasses.replace(self.base, out=None, restart=False, **places))
         _require(self.axes.keys() <= AXES.keys(), "axes", sorted(self.axes), f"some of {', '.join(AXES)}")
         axes = {name: tuple(dict.fromkeys(self.axes[name])) for name in AXES if name in self.axes}
@@ -82,8 +92,20 @@ class SweepConfig:
         _require(1 <= self.points <= MOST_POINTS, "points", self.points, f"between 1 and {MOST_POINTS}")
         if self.iterations and "epochs" in axes:
             raise VerifyError("epochs and iterations both set the length of training: give one of them")
+        self._check_labels()
         if self.test_images is not None and self.test_store is None:
             raise VerifyError("test images belong to a test store, and none is given: give --test-store too")
+
+    def _check_labels(self) -> None:
+        if self.coco is None and self.label_masks is None:
+            return
+        if self.coco is not None and self.label_masks is not None:
+            raise VerifyError("coco and label masks are two sources of labels: leave out one of them")
+        if set(self.axes.get("objective", (self.base.objective,))) == {"decoupled"}:
+            raise VerifyError(
+                f"{'coco' if self.coco else 'label masks'} is {str(self.coco or self.label_masks)!r}, but every run is "
+                "decoupled and learns from no labels: add coupled to --objective, or leave it out"
+            )
 
 
 def parse_axis(name: str, text: str) -> tuple[Any, ...]:

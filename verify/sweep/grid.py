@@ -77,6 +77,8 @@ def _objective(config: SweepConfig, options: Mapping[str, Any]) -> str:
 def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:
     if _objective(config, options) == DECOUPLED:
         options = {name: value for name, value in options.items() if name not in MASK_FIELDS}
+    elif (config.coco or config.label_masks) and options.get("labels") != "teacher":
+        options = {**options, "labels": "annotations", "coco": config.coco, "label_masks": config.label_masks}
     unnamed = dataclasses.replace(config.base, **options)
     values = unnamed.to_json()
     inapplicable = set(MASK_FIELDS) if unnamed.objective == DECOUPLED else set()
@@ -85,7 +87,8 @@ def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = 
     # The name depends on the trial's own options, not on the axes, so that a grid can be widened.
     label = f"{unnamed.student.replace(':', '-')}-{unnamed.objective}"
     length = f"b{unnamed.batch_size}-e{unnamed.epochs}-s{unnamed.seed}"
-    name = "-".join([label, length, digest(unnamed.identity(), after or values["init"])])
+    sources = [] if unnamed.label_source is None else [str(unnamed.label_source)]
+    name = "-".join([label, length, digest(unnamed.identity(), after or values["init"], *sources)])
     return Trial(
         name=name,
         config=dataclasses.replace(unnamed, out=config.out / RUNS / name),

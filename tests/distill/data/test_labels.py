@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from mobilesam.distill.data.labels import AnnotationLabels, count_annotated, to_square_mask
+from mobilesam.distill.data.labels import AnnotationLabels, to_square_mask
+from mobilesam.sam import AnnotationFiles
 from mobilesam.store import ImageRecord
 
 
@@ -57,12 +58,12 @@ def test_objects_are_drawn_without_repetition_differently_by_epoch_and_reproduci
     for i, mask in enumerate(masks):
         mask[8 * i : 8 * i + 8] = True
     write(tmp_path, 3, masks)
-    labels = AnnotationLabels(tmp_path, 64, objects=4, seed=0)
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=4, seed=0)
     epochs = [labels.draw(record(3, (64, 64)), epoch) for epoch in range(6)]
     assert all(drawn is not None and drawn.shape == (4, 32, 32) for drawn in epochs)
     assert all(drawn.sum(axis=0).max() == 1 for drawn in epochs)
     assert any(not np.array_equal(epochs[0], drawn) for drawn in epochs[1:])
-    again = AnnotationLabels(tmp_path, 64, objects=4, seed=0).draw(record(3, (64, 64)), 2)
+    again = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=4, seed=0).draw(record(3, (64, 64)), 2)
     assert np.array_equal(epochs[2], again)
 
 
@@ -71,7 +72,7 @@ def test_an_image_with_few_objects_gives_all_but_those_smaller_than_a_pixel(tmp_
     speck[5, 5] = True
     large[100:500, 100:500] = True
     write(tmp_path, 0, [speck, large])
-    drawn = AnnotationLabels(tmp_path, 64, objects=8, seed=0).draw(record(0, (640, 640)), 0)
+    drawn = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0).draw(record(0, (640, 640)), 0)
     assert drawn is not None
     assert drawn.shape == (1, 32, 32)
     assert drawn.sum() == 20 * 20
@@ -80,7 +81,7 @@ def test_an_image_with_few_objects_gives_all_but_those_smaller_than_a_pixel(tmp_
 def test_a_missing_file_means_no_annotations_and_a_broken_one_no_objects_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    labels = AnnotationLabels(tmp_path, 64, objects=8, seed=0)
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0)
     assert labels.draw(record(0, (64, 64)), 0) is None
     write(tmp_path, 1, [np.ones((60, 64), bool)])  # of another image
     for epoch in range(2):
@@ -112,7 +113,7 @@ def test_annotations_that_could_not_be_read_are_tried_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     write(tmp_path, 1, [np.ones((64, 64), bool)])
-    labels = AnnotationLabels(tmp_path, 64, objects=8, seed=0)
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr("os.pread", _too_many_files)
         for _ in range(2):
@@ -129,17 +130,10 @@ def _too_many_files(*_: object) -> bytes:
     raise OSError(24, "Too many open files")
 
 
-def test_annotations_beside_images_are_counted_without_being_read(tmp_path: Path):
-    write(tmp_path, 1, [np.ones((64, 64), bool)])
-    (tmp_path / "2.json").write_text("{broken")
-    records = [record(row, (64, 64)) for row in range(4)]
-    assert count_annotated(tmp_path, records) == 2
-
-
 def test_annotations_without_an_object_are_listed_as_empty(tmp_path: Path):
     about = {"image_id": 0, "width": 64, "height": 64, "file_name": "0.png"}
     (tmp_path / "0.json").write_text(json.dumps({"image": about, "annotations": []}))
-    labels = AnnotationLabels(tmp_path, 64, objects=8, seed=0)
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0)
     drawn = labels.draw(record(0, (64, 64)), 0)
     assert drawn is not None
     assert labels.empty == {"0.png"}

@@ -153,7 +153,8 @@ def test_broken_annotations_are_reported_by_image_and_the_run_goes_on(
     assert all(first.stem in line for line in named)
     count = len(list(root.glob("*.json")))
     assert result["labels"] == {
-        "annotated": count, "images": count + 1, "empty": 0, "broken": int(0 in trained)
+        "annotated": count, "images": count + 1, "empty": 0, "broken": int(0 in trained),
+        "objects": 2 * len(set(trained) - {0, 1}), "left_out": {},
     }  # fmt: skip
     assert any(f"annotations beside {count} of {count + 1} images" in line for line in summary_lines(result))
 

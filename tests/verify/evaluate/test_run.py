@@ -172,20 +172,26 @@ def test_a_broken_image_or_label_fails_alone_and_by_name(labelled: Any) -> None:
     photos[3].unlink()
     options = {"points": 1, "distances": (), "device": "cpu", "models": (("nano", "vit_nano"),)}
     result = evaluate_masks(EvaluateConfig(store=labelled.store, images=labelled.photos, **options))
-    assert (result["images"], result["evaluated"]) == (6, 2)
+    assert (result["images"], result["evaluated"]) == (6, 3)
     reasons = {one["key"]: one["reason"] for one in result["failed"]}
-    assert list(reasons) == [f"photo{i}.bmp" for i in range(4)]
+    assert list(reasons) == ["photo0.bmp", "photo1.bmp", "photo3.bmp"]
     assert "not JSON" in reasons["photo0.bmp"]
     assert "changed since precompute" in reasons["photo1.bmp"]
-    assert "annotation 1: bbox" in reasons["photo2.bmp"]
     assert "missing" in reasons["photo3.bmp"]
+    # A broken object costs itself alone.
+    assert result["labels"]["left_out"] == {"bbox not in the image": 1}
+    assert result["labels"]["objects"] == 8
     lines = evaluation_lines(result)
-    assert "4 images failed:" in lines
-    assert sum(line.startswith("  photo") for line in lines) == 4
+    assert "3 images failed:" in lines
+    assert sum(line.startswith("  photo") for line in lines) == 3
+    assert "note: 1 of 9 labelled objects left out (bbox not in the image: 1)" in lines
+    assert any(
+        line.startswith("note: left out: photo2.bmp: annotation 1: bbox [0, 0, nan, 1]") for line in lines
+    )
     photos[1].write_bytes(photos[1].read_bytes()[:500])
     folder = evaluate_masks(EvaluateConfig(images=labelled.photos, image_size=64, **options))
-    assert (folder["images"], folder["evaluated"]) == (5, 2)
-    assert [one["key"] for one in folder["failed"]] == ["photo0.bmp", "photo1.bmp", "photo2.bmp"]
+    assert (folder["images"], folder["evaluated"]) == (5, 3)
+    assert [one["key"] for one in folder["failed"]] == ["photo0.bmp", "photo1.bmp"]
 
 
 def test_labels_of_coco_of_a_folder_and_of_a_tar_give_the_same_numbers(world: Any, tmp_path: Path) -> None:
@@ -260,8 +266,9 @@ def test_a_coco_file_that_names_none_of_the_images_is_noted(world: Any, tmp_path
         EvaluateConfig(models=(("nano", "vit_nano"),), teacher="vit_nano", distances=(), **options)
     )
     (note,) = result["notes"]
-    assert note.startswith(
-        "instances.json names none of the 6 images: it has names such as 'elsewhere/9.jpg'"
+    assert note == (
+        "instances.json: 0 of 1 listed images are among yours; not among them: elsewhere/9.jpg; yours have names such "
+        "as photo0.bmp"
     )
     assert result["evaluated"] == 6
 

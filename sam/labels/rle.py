@@ -10,12 +10,13 @@ Shape suffixes: N corners of a polygon or runs of a mask, 2 (x, y), 6 letters of
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..common.errors import BadAnnotation
+from ...common.errors import BadAnnotation
 
 Runs = npt.NDArray[np.int64]
 
@@ -28,15 +29,47 @@ SCALE = 5
 MOST_STEPS = 10_000_000
 """Greatest length of an object's outline at that resolution: 100,000 is a long one, and each step takes memory."""
 
+NO_OUTLINE = "no outline"
+FEW_CORNERS = "outline of fewer than three corners"
+BAD_OUTLINE = "outline that can't be drawn"
+BAD_RLE = "RLE that doesn't decode to the image's size"
+
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+
 MOST_RUNS = 2**20
 """Most runs of one mask: an object has a few thousand, and a million, which take much memory, are noise."""
+
+
+def number(value: object) -> float | int | None:
+    """Return a number of JSON, or the one that a text of JSON holds; None for anything else.
+
+    Args:
+        value: value from JSON; numbers may be of any size, infinite, or NaN.
+    """
+    if type(value) in (int, float):
+        return value  # type: ignore[return-value]
+    if isinstance(value, str) and len(value) < 40 and _NUMBER.fullmatch(value):
+        return int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+    return None
+
+
+def whole_number(value: object) -> int | None:
+    """Return an integer of JSON, also if it is written as 128.0 or as a text; None for anything else.
+
+    Args:
+        value: value from JSON.
+    """
+    found = number(value)
+    if isinstance(found, float):
+        return int(found) if found.is_integer() else None
+    return found
 
 
 def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
     """Read and check the runs of a mask.
 
     Args:
-        segmentation: value from COCO's JSON: compressed or uncompressed RLE, or polygons.
+        segmentation: value from COCO's JSON: compressed or uncompressed RLE, or polygons; also a single polygon.
         size: (height, width) of the image in pixels.
 
     Returns:
@@ -48,10 +81,20 @@ def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
     if isinstance(segmentation, list):
         return _polygon_runs(segmentation, size)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        raise BadAnnotation("a segmentation is neither RLE with size and counts nor polygons")
-    if segmentation["size"] != list(size):
-        raise BadAnnotation(f"RLE of size {str(segmentation['size'])[:40]}, the image is {list(size)}")
-    counts = segmentation["counts"]
+        raise BadAnnotation(
+            "a segmentation is neither RLE with size and counts nor polygons",
+            BAD_OUTLINE if segmentation else NO_OUTLINE,
+        )
+    try:
+        return _rle_runs(segmentation["size"], segmentation["counts"], size)
+    except BadAnnotation as error:
+        raise BadAnnotation(str(error), BAD_RLE) from error
+
+
+def _rle_runs(stated: object, counts: object, size: tuple[int, int]) -> Runs:
+    """Return the runs of RLE, compressed or not."""
+    if not isinstance(stated, list) or [whole_number(each) for each in stated] != list(size):
+        raise BadAnnotation(f"RLE of size {str(stated)[:40]}, the image is {list(size)}")
     if isinstance(counts, str):
         runs = read_runs(counts)
     elif isinstance(counts, list):
@@ -114,13 +157,34 @@ def write_runs(runs: Runs) -> str:
     return letters_N6[used_N6].astype(np.uint8).tobytes().decode("ascii")
 
 
+def runs_box(runs: Runs, height: int) -> tuple[float, float, float, float]:
+    """Return the box around the pixels of a mask, as pycocotools' `toBbox` does.
+
+    Args:
+        runs: runs of the mask, at least one of them of ones.
+        height: rows of the mask.
+
+    Returns:
+        x0, y0, x1, y1 in pixels.
+    """
+    ends = np.cumsum(runs)
+    first, last = (ends - runs)[1::2], ends[1::2] - 1
+    first, last = first[runs[1::2] > 0], last[runs[1::2] > 0]
+    columns, rows = (first // height, last // height), (first % height, last % height)
+    # A run that goes on in the next column holds the last row of one and the first row of the other.
+    over = bool((columns[0] != columns[1]).any())
+    top, bottom = (0, height) if over else (int(rows[0].min()), int(rows[1].max()) + 1)
+    return float(columns[0].min()), float(top), float(columns[1].max()) + 1, float(bottom)
+
+
 def _listed_runs(counts: list[Any]) -> Runs:
     """Return the runs of uncompressed RLE."""
     if not counts:
         raise BadAnnotation("RLE counts are empty")
-    if any(type(count) is not int or not 0 <= count < 2**31 for count in counts):
+    numbers = [whole_number(count) for count in counts]
+    if any(count is None or not 0 <= count < 2**31 for count in numbers):
         raise BadAnnotation("RLE counts hold values other than numbers of pixels")
-    return np.array(counts, dtype=np.int64)
+    return np.array(numbers, dtype=np.int64)
 
 
 def _checked_total(runs: Runs, size: tuple[int, int]) -> Runs:
@@ -134,35 +198,60 @@ def _checked_total(runs: Runs, size: tuple[int, int]) -> Runs:
     return runs
 
 
-def _polygon_runs(polygons: list[Any], size: tuple[int, int]) -> Runs:
-    """Draw all polygons of one object into one mask."""
+def _polygon_runs(segmentation: list[Any], size: tuple[int, int]) -> Runs:
+    """Draw all polygons of one object into one mask. A polygon of fewer than three corners has no area: it is left
+    out if there is another one."""
     from pycocotools import mask as coco
 
-    if not polygons:
-        raise BadAnnotation("a segmentation has no polygon")
-    steps, checked = 0.0, []
-    for polygon in polygons:
+    if not segmentation:
+        raise BadAnnotation("a segmentation has no polygon", NO_OUTLINE)
+    steps, drawn = 0.0, []
+    for polygon in _polygons(segmentation):
         corners_N2 = _corners(polygon, size)
+        if len(corners_N2) < 3:
+            continue
         moves_N2 = np.abs(corners_N2 - np.roll(corners_N2, -1, axis=0))
         steps += SCALE * float(moves_N2.max(axis=1).sum()) + len(moves_N2)
-        checked.append(corners_N2.ravel().tolist())
+        drawn.append(corners_N2.ravel().tolist())
+    if not drawn:
+        raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each", FEW_CORNERS)
     if steps > MOST_STEPS:
-        raise BadAnnotation(f"polygons with boundaries of {steps / SCALE:,.0f} pixels")
-    merged = coco.merge(coco.frPyObjects(checked, *size))
-    return _checked_total(read_runs(merged["counts"].decode("ascii")), size)
+        raise BadAnnotation(f"polygons with boundaries of {steps / SCALE:,.0f} pixels", BAD_OUTLINE)
+    merged = coco.merge(coco.frPyObjects(drawn, *size))
+    try:
+        return _checked_total(read_runs(merged["counts"].decode("ascii")), size)
+    except BadAnnotation as error:
+        raise BadAnnotation(str(error), BAD_OUTLINE) from error
+
+
+def _polygons(segmentation: list[Any]) -> list[Any]:
+    """Return the polygons of a segmentation, each as a flat list: some tools write the only polygon without the list
+    around it, or each corner as a pair."""
+    if not any(isinstance(part, list) for part in segmentation):
+        return [segmentation]
+    if len(segmentation) > 2 and _are_pairs(segmentation):
+        return [[value for pair in segmentation for value in pair]]
+    return [
+        [value for pair in part for value in pair] if isinstance(part, list) and _are_pairs(part) else part
+        for part in segmentation
+    ]
+
+
+def _are_pairs(parts: list[Any]) -> bool:
+    return bool(parts) and all(isinstance(part, list) and len(part) == 2 for part in parts)
 
 
 def _corners(polygon: object, size: tuple[int, int]) -> npt.NDArray[np.float64]:
     """Return x, y of each corner, float64 (N, 2). Corners more than the image's longest side outside it are refused,
     since they could overflow C's int."""
-    numbers = polygon if isinstance(polygon, list) else []
-    if len(numbers) < 6 or len(numbers) % 2 or any(type(number) not in (int, float) for number in numbers):
-        raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each")
+    numbers = [number(value) for value in polygon] if isinstance(polygon, list) else [None]
+    if len(numbers) % 2 or None in numbers:
+        raise BadAnnotation("a polygon is not a list of three or more corners, x and y of each", BAD_OUTLINE)
     try:
         corners_N2 = np.array(numbers, dtype=np.float64).reshape(-1, 2)
     except OverflowError:
-        raise BadAnnotation("a polygon has a corner far outside the image") from None
+        raise BadAnnotation("a polygon has a corner far outside the image", BAD_OUTLINE) from None
     margin = max(size)
     if not bool(np.all((corners_N2 >= -margin) & (corners_N2 <= np.array(size[::-1]) + margin))):
-        raise BadAnnotation("a polygon has a corner far outside the image")
+        raise BadAnnotation("a polygon has a corner far outside the image", BAD_OUTLINE)
     return corners_N2

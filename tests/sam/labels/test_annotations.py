@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from mobilesam.sam import AnnotationError, AnnotationFiles, Annotations, annotations, list_images
+from mobilesam.sam import AnnotationError, AnnotationFiles, Annotations, list_images
+from mobilesam.sam.labels import annotations
 
 HEIGHT, WIDTH = 30, 40
 
@@ -112,7 +113,7 @@ def test_every_key_of_a_listing_finds_its_own_file(tmp_path: Path) -> None:
     keys = [file.key for file in list_images([tmp_path]).files]
     found = {key: files.read(key) for key in keys}
     counts = {key: None if each is None else len(each) for key, each in found.items()}
-    assert {key: files.has_file(key) for key in keys} == {
+    assert {key: files.has_labels(key) for key in keys} == {
         key: count is not None for key, count in counts.items()
     }
     assert counts == {
@@ -161,11 +162,13 @@ def test_lists_of_counts_and_objects_without_a_pixel_are_read_too(
     write: Callable[[Any], AnnotationFiles],
 ) -> None:
     empty = {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, "bbox": [0, 0, 0, 0]}
-    listed = one(0)
+    listed: dict[str, Any] = one(0)
     runs = np.flatnonzero(np.diff(mask_of(0).T.ravel(), prepend=False, append=True))
     listed["segmentation"]["counts"] = np.diff(runs, prepend=0).tolist()
     found = write(sa1b(annotations=[empty, listed, empty, one(1), one(2)])).read("sa_7.jpg")
     assert_whole(found)
+    assert found is not None
+    assert [reason for reason, _ in found.left_out] == ["mask without a pixel"] * 2
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -196,23 +199,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no annotations": ({"image": {}}, "has no image and annotations"),
     "no size": ({"image": {}, "annotations": []}, "no height and width"),
     "a size of nothing": (imaged(height=0), "no height and width"),
-    "a size of text": (imaged(width="40"), "no height and width"),
+    "a size of words": (imaged(width="forty"), "no height and width"),
+    "half a pixel": (imaged(width=39.5), "no height and width"),
     "a huge size": (imaged(width=10**9), "the limit is 200,000,000 pixels"),
     "a size beyond all bounds": (imaged(width=10**4000), "the limit is 200,000,000 pixels"),
     "another size": (imaged(width=41), "for an image of 41 x 30, this one is 40 x 30"),
-    "an annotation of text": (sa1b(annotations=["x"]), "annotation 0: it has no segmentation or no bbox"),
-    "no segmentation": (without("segmentation"), "annotation 0: it has no segmentation or no bbox"),
-    "no bbox": (without("bbox"), "annotation 0: it has no segmentation or no bbox"),
-    "a mask of another size": (segmented(size=[40, 30]), "annotation 1: RLE of size"),
-    "a mask too short": (segmented(counts="1"), "annotation 1: RLE counts add up to 1 pixels"),
-    "a mask cut short": (segmented(counts="o"), "annotation 1: RLE counts end within a run"),
-    "a box of NaN": (changed(bbox=[0, 0, float("nan"), 1]), "annotation 1: bbox .* is not in the image"),
-    "an infinite box": (changed(bbox=[0, 0, float("inf"), 1]), "annotation 1: bbox .* is not in the image"),
-    "a huge box": (changed(bbox=[0, 0, 10**300, 1]), "annotation 1: bbox .* is not in the image"),
-    "a box outside": (changed(bbox=[30, 0, 20, 1]), "annotation 1: bbox .* is not in the image"),
-    "a box turned inside out": (changed(bbox=[3, 3, -1, 1]), "annotation 1: bbox .* is not in the image"),
-    "a box of three": (changed(bbox=[0, 0, 1]), "annotation 1: a bbox is not four numbers"),
-    "a box of text": (changed(bbox="0 0 1 1"), "annotation 1: a bbox is not four numbers"),
 }  # fmt: skip
 
 
@@ -226,6 +217,111 @@ def test_a_broken_file_is_an_error_that_names_the_image_and_the_fact(
     assert str(caught.value).startswith("sa_7.jpg: its annotations can't be used: ")
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
+
+
+# The mask of annotation 1 lies in x 3 to 21, y 1 to 6.
+LEFT_OUT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "an annotation of text": (sa1b(annotations=[one(0), "x"]), "no JSON object", "annotation 1: it is no JSON object"),
+    "a mask of another size": (segmented(size=[40, 30]), "RLE that doesn't decode to the image's size", "RLE of size"),
+    "a mask too short": (segmented(counts="1"), "RLE that doesn't decode to the image's size", "add up to 1 pixels"),
+    "a mask cut short": (segmented(counts="o"), "RLE that doesn't decode to the image's size", "end within a run"),
+    "no outline": (changed(segmentation=[]), "no outline", "a segmentation has no polygon"),
+    "null for an outline": (changed(segmentation=None), "no outline", "neither RLE with size and counts nor polygons"),
+    "an outline of text": (changed(segmentation="1 2 3"), "outline that can't be drawn", "neither RLE"),
+    "two corners": (changed(segmentation=[[3, 1, 9, 5]]), "outline of fewer than three corners", "three or more"),
+    "half a corner": (changed(segmentation=[[3, 1, 9, 5, 3, 5, 2]]), "outline that can't be drawn", "x and y of each"),
+    "an outline beside the image": (changed(segmentation=[[-9, -9, -5, -9, -5, -5]]), "mask without a pixel", "no pixel"),
+    "a box of NaN": (changed(bbox=[0, 0, float("nan"), 1]), "bbox not in the image", "is not in the image"),
+    "an infinite box": (changed(bbox=[0, 0, float("inf"), 1]), "bbox not in the image", "is not in the image"),
+    "a huge box": (changed(bbox=[0, 0, 10**300, 1]), "bbox not in the image", "is not in the image"),
+    "a box outside": (changed(bbox=[30, 0, 20, 1]), "bbox not in the image", "[30, 0, 20, 1] is not in the image"),
+    "a box turned inside out": (changed(bbox=[3, 3, -1, 1]), "bbox not in the image", "is not in the image"),
+    "two corners in place of a box": (changed(bbox=[3, 1, 21, 6]), "bbox holds two corners", "two corners (x0, y0, x1"),
+    "a box elsewhere": (changed(bbox=[25, 20, 5, 5]), "bbox not around its mask", "lies in (3.0, 1.0, 21.0, 6.0)"),
+    "a box of three": (changed(bbox=[0, 0, 1]), "bbox is not four numbers", "a bbox is not four numbers"),
+    "a box of text": (changed(bbox="0 0 1 1"), "bbox is not four numbers", "a bbox is not four numbers"),
+    "a box of words": (changed(bbox=["a", "b", "c", "d"]), "bbox is not four numbers", "not four numbers"),
+    "a crowd": (changed(iscrowd=1), "crowd", "a region of many objects"),
+    "a crowd as text": (changed(iscrowd="1"), "crowd", "a region of many objects"),
+    "a crowd in a word": (changed(iscrowd="True"), "crowd", "a region of many objects"),
+    "a crowd or not": (changed(iscrowd=7), "iscrowd is neither 0 nor 1", "its iscrowd is '7'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_an_object_that_cannot_be_used_costs_itself_and_says_why(
+    name: str, write: Callable[[Any], AnnotationFiles]
+) -> None:
+    content, reason, fact = LEFT_OUT[name]
+    found = write(content).read("sa_7.jpg", size=(HEIGHT, WIDTH))
+    assert found is not None
+    assert len(found) == 1
+    assert np.array_equal(found.mask(0), mask_of(0))
+    ((told, text),) = found.left_out
+    assert told == reason
+    assert fact in text
+    assert text.startswith(("annotation 1: ", "annotation with id 1001: "))
+    assert len(text) < 300
+
+
+UNDERSTOOD: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "no box": (changed(bbox=[]), [3, 1, 21, 6]),
+    "null for a box": (changed(bbox=None), [3, 1, 21, 6]),
+    "a box without an area": (changed(bbox=[0, 0, 0, 0]), [3, 1, 21, 6]),
+    "a box of numbers as text": (changed(bbox=["3", "1.0", "17", " 4 "]), [3, 1, 20, 5]),
+    "a box one pixel over the edge": (changed(bbox=[-1, 0, 25, 7]), [0, 0, 24, 7]),
+    "a box far over the edge where its mask ends there": (
+        changed(bbox=[-9, 1, 29, 5], segmentation=[[-9, 1, 20, 1, 20, 6, -9, 6]]), [0, 1, 20, 6],
+    ),
+    "an object that is no crowd, in a word": (changed(iscrowd="false"), [3, 1, 20, 5]),
+    "a size of numbers as text": (changed(iscrowd=False) | {"image": {"width": "40", "height": 30.0}}, [3, 1, 20, 5]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_what_is_unambiguous_is_understood_and_boxes_stay_in_the_image(
+    name: str, write: Callable[[Any], AnnotationFiles]
+) -> None:
+    content, box = UNDERSTOOD[name]
+    found = write(content).read("sa_7.jpg", size=(HEIGHT, WIDTH))
+    assert found is not None
+    assert len(found) == 2
+    assert not found.left_out
+    assert found.boxes_P4[1].tolist() == box
+
+
+def test_objects_without_a_box_have_that_of_their_mask(write: Callable[[Any], AnnotationFiles]) -> None:
+    bare = [{"segmentation": one(index)["segmentation"]} for index in range(3)]
+    found = write(sa1b(annotations=bare)).read("sa_7.jpg")
+    assert found is not None
+    for index in range(3):
+        x, y, width, height = coco.toBbox(found.rle(index)).tolist()
+        assert found.boxes_P4[index].tolist() == [x, y, x + width, y + height]
+
+
+def test_cocos_layout_beside_an_image_is_read_too(write: Callable[[Any], AnnotationFiles]) -> None:
+    content = {"images": [sa1b()["image"]], "annotations": sa1b()["annotations"]}
+    assert_whole(write(content).read("sa_7.jpg", size=(HEIGHT, WIDTH)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_are_understood(encoding: str, write: Callable[[Any], AnnotationFiles]) -> None:
+    assert_whole(write(json.dumps(sa1b()).encode(encoding)).read("sa_7.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        (lambda: 6, r"its EXIF orientation \(6\) turns it and the labels are of the unturned photo"),
+        (lambda: 1, r"this one is 30 x 40: width and height are exchanged$"),
+        (None, r"width and height are exchanged, as for a photo that its EXIF orientation turns"),
+    ],
+)
+def test_labels_of_a_photo_that_exif_turns_say_so(
+    turn: Callable[[], int] | None, told: str, write: Callable[[Any], AnnotationFiles]
+) -> None:
+    with pytest.raises(AnnotationError, match=told):
+        write(sa1b()).read("sa_7.jpg", size=(WIDTH, HEIGHT), turn=turn)
 
 
 def test_a_huge_file_and_too_many_objects_are_not_read(
@@ -286,4 +382,4 @@ def test_an_annotation_file_is_found_without_being_read(tmp_path: Path) -> None:
     make_tar(tmp_path / "b.tar", {"c.jpg": b"-", "c.json": b"{", "e.jpg": b"-"})
     files = AnnotationFiles(tmp_path)
     keys = ("a.jpg", "d.jpg", "b.tar/c.jpg", "b.tar/e.jpg")
-    assert [files.has_file(key) for key in keys] == [True, False, True, False]
+    assert [files.has_labels(key) for key in keys] == [True, False, True, False]

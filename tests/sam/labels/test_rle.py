@@ -10,8 +10,8 @@ from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco
 
 from mobilesam.common.errors import BadAnnotation
-from mobilesam.sam import rle
-from mobilesam.sam.rle import checked_runs, read_runs, write_runs
+from mobilesam.sam.labels import rle
+from mobilesam.sam.labels.rle import checked_runs, read_runs, runs_box, write_runs
 
 masks = arrays.arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.booleans())
 
@@ -68,6 +68,42 @@ def test_polygons_of_one_object_are_one_mask_as_pycocotools_draws_them() -> None
     assert 0 < wanted.sum() < wanted.size
 
 
+RING = [2, 2, 20.5, 3, 10, 18.2, 4, 12]
+PAIRS = [RING[i : i + 2] for i in range(0, 8, 2)]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        RING, [*map(str, RING)], PAIRS, [PAIRS], [RING, [20, 20, 21, 21]], [[], RING], [[5, 5], RING],
+        [RING, PAIRS], [[*RING, *RING[:2]]],
+    ],
+)  # fmt: skip
+def test_outlines_as_exporters_write_them_are_drawn_as_pycocotools_draws_the_ring(segmentation: Any) -> None:
+    wanted = coco.decode(coco.merge(coco.frPyObjects([RING], 40, 50)))
+    assert checked_runs(segmentation, (40, 50)).tolist() == counted(wanted)
+
+
+def test_rle_with_numbers_as_texts_or_floats_is_read() -> None:
+    wanted = [1, 2, 17]
+    assert checked_runs({"size": ["4", 5.0], "counts": ["1", 2.0, 17]}, (4, 5)).tolist() == wanted
+
+
+@given(masks)
+def test_the_box_of_runs_is_pycocotools_own(mask_HW: np.ndarray) -> None:
+    if not mask_HW.any():
+        return
+    x, y, width, height = coco.toBbox(coco.encode(np.asfortranarray(mask_HW, dtype=np.uint8))).tolist()
+    assert runs_box(np.array(counted(mask_HW)), len(mask_HW)) == (x, y, x + width, y + height)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 55), st.floats(-5, 45)), min_size=3, max_size=9))
+def test_any_polygon_is_drawn_as_pycocotools_draws_it(corners: list[tuple[float, float]]) -> None:
+    flat = [value for corner in corners for value in corner]
+    wanted = coco.decode(coco.frPyObjects([flat], 40, 50))[..., 0]
+    assert checked_runs([flat], (40, 50)).tolist() == counted(wanted)
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "nothing": (None, "neither RLE with size and counts nor polygons"),
     "no counts": ({"size": [4, 5]}, "neither RLE"),
@@ -92,7 +128,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a polygon of two corners": ([[0, 0, 1, 1]], "three or more corners"),
     "half a corner": ([[0, 0, 1, 1, 2, 2, 3]], "three or more corners"),
     "corners of text": ([["a"] * 6], "three or more corners"),
-    "numbers where polygons are": ([0, 0, 4, 0, 4, 4], "three or more corners"),
+    "words where polygons are": (["left", "right"], "three or more corners"),
+    "two pairs": ([[0, 0], [4, 4]], "three or more corners"),
     "a corner that is no number": ([[0, 0, 1, 1, 2, float("nan")]], "far outside"),
     "an infinite corner": ([[0, 0, 1, 1, 2, float("inf")]], "far outside"),
     "a huge corner": ([[0, 0, 1, 1, 2, 10**400]], "far outside"),

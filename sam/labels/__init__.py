@@ -1,0 +1,1 @@
+"""Labels of images: object masks from SA-1B's JSON, COCO files and PNGs."""
