@@ -126,6 +126,10 @@ class TrainingProgress(Protocol):
     def images_per_second(self) -> float: ...
     @property
     def eta_seconds(self) -> float: ...
+    @property
+    def evaluated(self) -> int: ...
+    @property
+    def to_evaluate(self) -> int: ...
 
 
 class EmbeddingProgress(Protocol):
@@ -254,15 +258,18 @@ class Reporter:
         self.show(done, total, "images")
 
     def training(self, progress: TrainingProgress) -> None:
-        """Show the progress of a distillation, in steps."""
+        """Show the progress of a distillation, in steps, and of its evaluations, in images."""
         loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]
+        place = [f"epoch {progress.epoch} of {progress.epochs}", progress.phase]
+        if progress.to_evaluate:
+            images = f"{progress.evaluated:,}/{progress.to_evaluate:,} images"
+            place = [f"{progress.phase} {images}", place[0]]
         self.show(
             progress.step,
             progress.steps,
             "steps",
             f"{_time(progress.eta_seconds)} left",
-            f"epoch {progress.epoch} of {progress.epochs}",
-            progress.phase,
+            *place,
             *loss,
             f"{progress.images_per_second:.3g} images/s",
         )

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from ..common.errors import DistillError
 from .checksummed_json import digest
-from .run_description import CONFIG_FILE
-from .students.student_file import STUDENT_FILE
+from .run_description import CONFIG_FILE, STUDENT_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -311,6 +311,8 @@ def _train(
     objective = build_objective(config, store, device)
     if initial is not None and initial.head is not None and objective.head is not None:
         objective.head.load_state_dict(initial.head)
+        if not run.checkpoints.exist():
+            logger.info("starting from the mask decoder of %s, too", initial.path)
     loader = Loader(
         store,
         store.manifest.records("done"),

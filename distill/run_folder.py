@@ -36,7 +36,7 @@ from .checksummed_json import (
 from .data.sampler import Split
 from .latest_run import LATEST, has_student, latest_run, runs_with_student
 from .run_description import CONFIG_FILE as CONFIG_FILE
-from .run_description import CONFIG_MEND, FORMAT, RunDescription
+from .run_description import CONFIG_MEND, FORMAT, NO_STUDENT, RunDescription
 from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -132,10 +132,9 @@ class Run:
 
     def _without_student(self) -> str:
         """Return the message for a run whose student isn't there."""
-        again = "run the same distill command again"
         if self.last("val") is None:
-            return f"{self.path} is not finished: no student yet; {again} to go on"
-        return f"{self.student_path} is missing; {again}, which restores it"
+            return f"{self.path} is not finished: {NO_STUDENT}"
+        return f"{self.student_path} is missing; run the same distill command again, which restores it"
 
     def student_metadata(self) -> dict[str, Any]:
         """Return the student's origin, for its file: teacher, preprocessing, store, initial weights, run."""

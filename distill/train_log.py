@@ -99,11 +99,14 @@ class Meter:
 
     Attributes:
         last_loss: the newest loss fetched, or None.
+        evaluated: images evaluated in this session.
+        evaluating: seconds that took.
     """
 
     def __init__(self, state: TrainState, loader: Loader) -> None:
         self.state, self._loader = state, loader
         self.last_loss: float | None = None
+        self.evaluated, self.evaluating = 0, 0.0
         self._unfetched: list[Tensor] = []
         self._elapsed_at = time.perf_counter()
         self.start()
@@ -162,6 +165,19 @@ class Meter:
         done = self.state.throughput
         return done.images / (done.seconds + unfetched) if done.images else 0.0
 
+    def seconds_left(self, to_train: int, to_evaluate: int) -> float:
+        """Estimate the time left in seconds; before the first evaluation its rate is taken for that of training.
+
+        Args:
+            to_train: images left to train on; one counts once per epoch.
+            to_evaluate: images left to evaluate; likewise.
+        """
+        rate = self.images_per_second()
+        if not rate:
+            return 0.0
+        per_image = self.evaluating / self.evaluated if self.evaluated else 1 / rate
+        return to_train / rate + to_evaluate * per_image
+
     def count_elapsed(self) -> None:
         """Add the seconds since the last call, validation included, to `throughput.elapsed`."""
         now = time.perf_counter()
@@ -174,7 +190,8 @@ class Progress:
     """Progress of a run, for display."""
 
     phase: str
-    """"train", "validate" or, after the last epoch, "evaluate"."""
+    """"train"; "validate", after each epoch, the held-out images; "evaluate", after the last one, a sample of those
+    trained on; in a sweep also "verify"."""
     epoch: int
     """Number of the current epoch, from 1."""
     epochs: int
@@ -186,4 +203,8 @@ class Progress:
     images_per_second: float
     """Rate in the training loop, over all sessions."""
     eta_seconds: float
-    """Estimated time left in the training loop, in seconds."""
+    """Estimated time left, evaluations included, in seconds."""
+    evaluated: int = 0
+    """Images done in the evaluation that `phase` names; 0 in training."""
+    to_evaluate: int = 0
+    """Images of that evaluation; 0 in training."""

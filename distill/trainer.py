@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -234,17 +234,27 @@ class Trainer:
         if score < self.state.best.score:
             self.state.best = BestEpoch(epoch=epoch, score=score)
 
-    def evaluate(self, rows: Iterable[int], phase: str) -> dict[str, Any]:
+    def evaluate(self, rows: Sequence[int], phase: str) -> dict[str, Any]:
         """Return the student's metrics over `rows`; on a stop request, save a checkpoint and stop.
 
         An unfinished evaluation changes nothing in the state, so the checkpoint resumes at its beginning.
         """
+        in_round = self.compute.batch_size * self.processes.world_size
+        begun, rounds, meter = time.perf_counter(), count(), self.meter
+        evaluated, evaluating = meter.evaluated, meter.evaluating
+
+        def count_done(done: int) -> None:
+            meter.evaluated, meter.evaluating = evaluated + done, evaluating + time.perf_counter() - begun
 
         def before_batch() -> None:
-            self.report_progress(phase)
+            done = min(next(rounds) * in_round, len(rows))
+            count_done(done)
+            self.report_progress(phase, done, len(rows))
             self.save_or_stop(due=False)
 
-        return self.validation.measure(rows, before_batch)
+        metrics = self.validation.measure(rows, before_batch)
+        count_done(len(rows))
+        return metrics
 
     def finish(self) -> dict[str, Any]:
         """Measure the student on training rows; write and return the run's result."""
@@ -406,12 +416,21 @@ class Trainer:
         if self.recorder is not None:
             self.recorder.line(kind, values)
 
-    def report_progress(self, phase: str) -> None:
-        """Call `progress`, without waiting for the device."""
+    def report_progress(self, phase: str, evaluated: int = 0, to_evaluate: int = 0) -> None:
+        """Call `progress`, without waiting for the device.
+
+        Args:
+            phase: `Progress.phase`.
+            evaluated: images done in the evaluation.
+            to_evaluate: images of the evaluation.
+        """
         if self.progress is None:
             return
-        state, rate = self.state, self.meter.images_per_second()
-        left = self.config.epochs * len(self.run.split.train) - state.throughput.images
+        state, split, epochs = self.state, self.run.split, self.config.epochs
+        to_train = epochs * len(split.train) - state.throughput.images
+        validations = epochs - state.epoch - (phase == "validate")
+        last = 0 if phase == "evaluate" else min(TRAIN_EVAL_ROWS, len(split.train))
+        waiting = to_evaluate - evaluated + validations * len(split.val) + last
         self.progress(
             Progress(
                 phase=phase,
@@ -420,8 +439,10 @@ class Trainer:
                 step=state.step,
                 steps=self.steps,
                 loss=self.meter.last_loss,
-                images_per_second=rate,
-                eta_seconds=left / rate if rate else 0.0,
+                images_per_second=self.meter.images_per_second(),
+                eta_seconds=self.meter.seconds_left(to_train, waiting),
+                evaluated=evaluated,
+                to_evaluate=to_evaluate,
             )
         )
 

@@ -30,8 +30,9 @@ MOST_POINTS = 64
 class VerifyConfig:
     """All options of one verification, checked on construction.
 
-    With `precision` "auto", the precision of training, the numbers agree with the trainer's. The thresholds apply to
-    the headline metrics: mean cosine and skill over valid cells, and the mean IoU of masks.
+    In `precision` float32 a student that is its teacher has a skill and a mean IoU of 1; with "auto", the precision of
+    training, the numbers agree with the trainer's. The thresholds apply to the headline metrics: mean cosine and
+    skill over valid cells, and the mean IoU of masks.
 
     Raises:
         VerifyError: a value is outside its range, or options contradict each other.
@@ -46,7 +47,7 @@ class VerifyConfig:
         "val", choices=SPLITS, help="Rows of the store to compare: held out, trained on, or all."
     )
     precision: str = precision_option(
-        "Precision of the student's arithmetic; auto is the one it was trained in."
+        "Precision of the student's arithmetic; auto is the one it was trained in.", default="float32"
     )
     device: str = device_option()
     batch_size: int | None = option(None, metavar="B", help="Images per batch [default: by device]")

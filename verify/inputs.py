@@ -179,8 +179,9 @@ def _compute_settings(config: VerifyConfig, run: Run | None, device: torch.devic
     """Choose precision, batch size and memory format.
 
     The precision is the requested one; for "auto" the run's, so that the numbers equal the trainer's; without a run
-    the device's. The memory format of a run is the trainer's. A file without a run may contain the teacher itself: in
-    float32 it is computed as in precompute, so that equal weights give bit-identical embeddings.
+    the one that the device is faster in. The memory format of a run is the trainer's. A file without a run may
+    contain the teacher itself: in float32 it is computed as in precompute, so that equal weights give bit-identical
+    embeddings.
     """
     asked = config.precision
     if asked == "auto" and run is not None:

@@ -24,9 +24,10 @@ from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import load_head, load_teacher
 from ...sam.torch_file import is_torch_file
+from ..run_description import CONFIG_FILE, NO_STUDENT
+from ..run_description import STUDENT_FILE as STUDENT_FILE
 from .registry import outline_student, student_info
 
-STUDENT_FILE = "student.safetensors"
 MODEL_FILE = "model.safetensors"
 """File of student and head together in an export's folder."""
 
@@ -167,6 +168,8 @@ def student_path(path: Path | str) -> Path:
     for file in files:
         if file.is_file():
             return file
+    if (path / CONFIG_FILE).is_file():
+        raise DistillError(f"{path} is not finished: {NO_STUDENT}")
     raise DistillError(f"no student at {files[0]}; run distill first, or give a run or a {STUDENT_FILE}")
 
 
