@@ -33,7 +33,7 @@ from .worker import TeacherPlugin
 if TYPE_CHECKING:
     from ..sam.teacher import Teacher
 
-_TINY = 1e-30  # keeps the cosine of a zero vector at 0
+_TINY = 1e-30  # keeps the cosine of one zero vector at 0
 
 
 class ReservoirSample:
@@ -221,15 +221,19 @@ def compare(row: int, stored_CHW: np.ndarray, fresh_CHW: np.ndarray) -> Audit:
         fresh_CHW: (256, g, g), any floating dtype.
 
     Returns:
-        `cosine`: over the channels at each cell, mean over cells. `relative_mse`: sum (s - t)^2 / sum (t - t_c)^2,
-        with s the stored and t the fresh embedding, and t_c the latter's mean per channel. If either is undefined,
-        -1 and the largest float, since neither JSON nor SQLite has a NaN.
+        `cosine`: over the channels at each cell, 1 where both are zero vectors, mean over cells. `relative_mse`:
+        sum (s - t)^2 / sum (t - t_c)^2, with s the stored and t the fresh embedding, and t_c the latter's mean per
+        channel. If either is undefined, -1 and the largest float, since neither JSON nor SQLite has a NaN.
     """
     stored_CL = stored_CHW.reshape(len(stored_CHW), -1).astype(np.float64)
     fresh_CL = fresh_CHW.reshape(len(fresh_CHW), -1).astype(np.float64)
     with np.errstate(all="ignore"):
         norms_L = np.linalg.norm(stored_CL, axis=0) * np.linalg.norm(fresh_CL, axis=0)
-        cosine = float(((stored_CL * fresh_CL).sum(axis=0) / np.maximum(norms_L, _TINY)).mean())
+        cosine_L = (stored_CL * fresh_CL).sum(axis=0) / np.maximum(norms_L, _TINY)
+        cosine_L[~(stored_CL.any(axis=0) | fresh_CL.any(axis=0))] = (
+            1  # such as the padding, for some teachers
+        )
+        cosine = float(cosine_L.mean())
         spread = float(np.square(fresh_CL - fresh_CL.mean(axis=1, keepdims=True)).sum())
         relative_mse = float(np.square(stored_CL - fresh_CL).sum() / spread)
     if not np.isfinite([cosine, relative_mse]).all():

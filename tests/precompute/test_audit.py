@@ -257,3 +257,10 @@ def test_rows_of_a_bfloat16_run_are_audited_in_float32(run: Run) -> None:
     # bfloat16 against itself would differ by the rounding to float16 alone.
     assert 1e-6 < result["audit"]["relative_mse_max"] < tolerance("float16", "bfloat16").relative_mse
     assert result["out_of_tolerance"] is False
+
+
+def test_cells_that_are_zero_in_both_are_equal() -> None:
+    fresh = np.random.default_rng(0).standard_normal((256, 4, 4)).astype(np.float32)
+    fresh[:, 3] = 0  # padding
+    assert compare(0, fresh, fresh).cosine == pytest.approx(1)
+    assert compare(0, np.where(np.arange(4) < 1, 0, fresh), fresh).cosine == pytest.approx(13 / 16)
