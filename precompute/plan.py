@@ -309,7 +309,8 @@ def _list_images(config: PrecomputeConfig, existing: ExistingStore | None, obser
         for place in (None, first if first.is_dir() else first.parent):
             listing = list_images(paths, place)
             if _holds_stored(listing, store.manifest):
-                observer.message(f"the store's photos, once in {root}, are read from {listing.root}")
+                if listing.root != root:
+                    observer.message(f"the store's photos, once in {root}, are read from {listing.root}")
                 return listing
     return list_images(paths, root)
 

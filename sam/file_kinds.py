@@ -1,4 +1,4 @@
-"""Kinds of files in photo folders: images by name or content, everything else by what it is, mobilesam's own folders."""
+"""Kinds of files in photo folders: images by name or content, all else by what it is, mobilesam's own folders."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _KINDS = {
     "text": "txt md csv tsv log rst tex yaml yml toml ini cfg conf",
     "HTML": "html htm css js",
     "program": "py pyc pyi ipynb sh bat c h cc cpp hpp rs go java class o a so dll exe",
-    "array or weights": "npy npz h5 hdf5 mat pkl pickle pt pth ckpt bin safetensors onnx engine parquet tfrecord lmdb mdb",
+    "array or weights": "npy npz h5 hdf5 mat pkl pickle pt pth ckpt bin safetensors onnx parquet tfrecord lmdb mdb",
     "database": "db sqlite sqlite3",
     "ZIP archive": "zip",
     "archive": "7z rar gz bz2 xz zst iso dmg",

@@ -59,7 +59,7 @@ class ImageSet:
     problems: tuple[Problem, ...]
     """Folders and tars that could not be read, or not to their end, and broken links; to be shown to the user."""
     passed_over: Mapping[str, int]
-    """Number of files skipped because they are no images that can be decoded here, by kind (see `file_kinds`), such as
+    """Number of files skipped because they are no images that can be decoded here, by kind (see `file_kinds`), as
     SA-1B's "JSON"; a folder that is skipped as a whole (hidden, or one that mobilesam made) counts as one."""
 
 
@@ -237,7 +237,7 @@ class _Listing:
         self._seen: set[tuple[int, int]] = set()
         self._single = single
         self._tars: set[str] = set()
-        # A folder around the root is walked as "..", "../.." and so on; going down from there leads to the root again.
+        # A folder around the root is walked as "..", "../.." and so on; from there the way down leads to the root.
         self._ways_down: dict[str, str] = {}
         up = ""
         while base != os.path.dirname(base):

@@ -175,7 +175,7 @@ def test_grey_of_12_bits_is_scaled_by_its_own_range() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_pixels_without_a_white_level_are_refused_with_the_mend(encode: Encode, dtype: type) -> None:
-    with pytest.raises(ImageError, match="no known white level: convert it to 8 or 16 bits"):
+    with pytest.raises(ImageError, match="no known white level: convert it to 8 or 16 bits, unsigned"):
         decode_image(encode(np.ones((4, 4), dtype), "TIFF"))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 import tracemalloc
 import warnings
@@ -11,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, load_image
+from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, image_decode, load_image
 
 Encode = Callable[..., bytes]
-FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"]
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]
 
 
 def reason(data: bytes) -> str:
@@ -137,3 +139,116 @@ def test_memory_that_runs_out_fails_the_image_with_its_size(
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", exhausted)
     assert reason(encode(scene, "PNG")) == "out of memory while decoding 60 x 40 pixels"
+
+
+TEXT = "x" * (2 << 20)
+
+
+def texts(*added: tuple[str, bool]) -> PngInfo:
+    info = PngInfo()
+    for kind, packed in added:
+        (info.add_itxt if kind == "iTXt" else info.add_text)("prompt", TEXT, zip=packed)
+    return info
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pnginfo": texts(("zTXt", True))},
+        {"pnginfo": texts(("iTXt", True))},
+        {"pnginfo": texts(("iTXt", False))},
+        {"pnginfo": texts(*[("zTXt", True)] * 40)},
+        {"icc_profile": bytes(2 << 20)},
+    ],
+)
+def test_a_png_with_any_amount_of_metadata_has_the_pixels_of_one_without(
+    scene: np.ndarray, encode: Encode, options: dict
+) -> None:
+    data = encode(scene, "PNG", **options)
+    assert np.array_equal(decode_image(data), scene)
+    tracemalloc.start()
+    decode_image(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 << 20
+
+
+def test_large_texts_behind_the_pixels_and_an_orientation_beside_them_change_nothing(
+    scene: np.ndarray, encode: Encode
+) -> None:
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    info = texts(("zTXt", True))
+    info.add_itxt("XML:com.adobe.xmp", xmp)
+    data = encode(scene, "PNG", pnginfo=info)
+    assert np.array_equal(decode_image(data), np.rot90(scene, -1))
+    start = data.index(b"zTXt") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    moved = data[:start] + data[end:last] + data[start:end] + data[last:]
+    assert np.array_equal(decode_image(moved), np.rot90(scene, -1))
+
+
+def test_damaged_pixels_beside_large_texts_are_still_an_error(scene: np.ndarray, encode: Encode) -> None:
+    data = bytearray(encode(scene, "PNG", pnginfo=texts(("zTXt", True))))
+    data[data.index(b"IDAT") + 30] ^= 0xFF
+    assert reason(bytes(data)).startswith("damaged or truncated PNG")
+    assert reason(bytes(data[:-60])).startswith("damaged or truncated PNG")
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0, "quality": 95}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("picture", ["noise", "smooth", "flat", "half"])
+def test_a_jpeg_that_lacks_only_its_end_mark_is_whole_and_one_byte_less_is_not(
+    scene: np.ndarray, encode: Encode, picture: str, options: dict
+) -> None:
+    pictures = {
+        "noise": np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8),
+        "smooth": scene,
+        "flat": np.full((48, 64, 3), 90, np.uint8),
+        "half": np.concatenate([scene, np.full_like(scene, 255)]),
+    }
+    data = encode(pictures[picture], "JPEG", **options)
+    whole = decode_image(data)
+    assert np.array_equal(decode_image(data[:-1]), whole)
+    assert np.array_equal(decode_image(data[:-2]), whole)
+    for cut in range(3, 200):
+        assert reason(data[:-cut]).startswith("damaged or truncated JPEG"), cut
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_heic_and_avif_photos_are_decoded_whatever_their_names(
+    scene: np.ndarray, encode: Encode, orientation: int
+) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = np.rot90(scene, -1) if orientation == 6 else scene
+    assert np.abs(decode_image(encode(scene, "AVIF", exif=exif)).astype(int) - turned).mean() < 3
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(Image.fromarray(scene)).save(buffer, quality=95)
+    heic = buffer.getvalue()
+    assert np.abs(decode_image(heic).astype(int) - scene).mean() < 3
+    for share in (0.1, 0.5, 0.95):
+        assert reason(heic[: int(len(heic) * share)]).startswith(("damaged or truncated HEIF", "not a JPEG"))
+
+
+def test_without_pillow_heif_a_heic_photo_is_called_that_with_the_mend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(image_decode, "decodable", lambda kind: False)
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+    assert (
+        reason(data)
+        == "the file is an image in HEIC, which can't be decoded here: pip install 'mobilesam[heif]'"
+    )
+    assert "an image in AVIF, which can't be decoded here: install a Pillow" in reason(
+        data.replace(b"heic", b"avif")
+    )
+
+
+def test_files_of_other_kinds_are_called_what_they_are() -> None:
+    assert " but ZIP archive: " in reason(b"PK\x03\x04" + bytes(40))
+    assert " but video: " in reason(b"\0\0\0\x18ftypmp42" + bytes(40))
+    assert " but HTML: " in reason(b"<!DOCTYPE html><title>Not found</title>")
