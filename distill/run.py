@@ -76,8 +76,8 @@ def distill(
         (in the training loop), `data_wait_share` (share of the training loop's time spent waiting for data), `val`
         (metrics of the validation rows after the last epoch), `finished` (time of the run's end, in ISO 8601),
         `already_finished` (True if nothing was trained by this call); with labels from annotations also `labels`
-        (`annotated`, `images`, `empty` and `broken`, numbers of images; `objects` and `left_out` by reason, numbers of
-        labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names).
+        (`annotated`, `images`, `empty` and `broken`, numbers of images; `objects` and `left_out` by reason, numbers
+        of labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names).
 
     Raises:
         DistillInterrupted: stopped by a signal or by `stop`.
@@ -229,7 +229,7 @@ def describe(
 
 
 def _checked_image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
-    """Return the folder of the images; None for the images that the store keeps, beside which are no annotations."""
+    """Return the folder of the images; None for those that the store keeps, beside which are no annotations."""
     root = find_image_root(store, config.images)
     if root is None and config.labels == "annotations" and config.label_source is None:
         raise DistillError(

@@ -30,8 +30,8 @@ MOST_POINTS = 64
 class VerifyConfig:
     """All options of one verification, checked on construction.
 
-    In `precision` float32 a student that is its teacher has a skill and a mean IoU of 1; with "auto", the precision of
-    training, the numbers agree with the trainer's. The thresholds apply to the headline metrics: mean cosine and
+    In `precision` float32 a student that is its teacher has a skill and a mean IoU of 1; with "auto", the precision
+    of training, the numbers agree with the trainer's. The thresholds apply to the headline metrics: mean cosine and
     skill over valid cells, and the mean IoU of masks.
 
     Raises:

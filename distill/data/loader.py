@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ...common.errors import DistillError, MobileSamError
+from ...common.errors import DistillError, MobileSamError, shown
 from ...sam import (
     DecodedImage,
     ImageError,
@@ -29,7 +29,7 @@ from ...sam import (
     valid_cells,
 )
 from ...sam.file_kinds import is_store
-from ...sam.image_files import resolved_folder
+from ...sam.image_files import read_image, resolved_folder
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import AnnotationLabels
 
@@ -299,6 +299,7 @@ def find_image_root(
     last: Path | None = None,
     *,
     refusal: type[MobileSamError] = DistillError,
+    option: str = "--images",
 ) -> Path | None:
     """Find the folder of a store's images.
 
@@ -306,20 +307,36 @@ def find_image_root(
         store: store; its spec names the folder that it was made from.
         asked: folder given by the user; takes precedence over all others, kept images included.
         last: folder in which the images were last used, if known; takes precedence over the store's folder.
-        refusal: exception class for a folder that doesn't exist.
+        refusal: exception class for a folder that doesn't exist or holds other images.
+        option: option that `asked` came from.
 
     Returns:
         The absolute path; None if the images that the store keeps are to be used.
 
     Raises:
-        refusal: there is no such folder.
+        refusal: there is no such folder, or the one that the user gave lacks the store's first image.
     """
     if asked is None and store.spec.kept_images is not None:
         return None
     root = resolved_folder(asked or last or Path(store.spec.image_root))
     if asked is not None and (not root.is_dir() or is_store(str(root))):
         what = "a store, no folder of photos" if root.is_dir() else "no such folder"
-        raise refusal(f"--images {asked}: {what}; give the folder that holds the images of {store.path}")
+        raise refusal(f"{option} {asked}: {what}; give the folder that holds the images of {store.path}")
     if not root.is_dir():
-        raise refusal(f"the images of {store.path} are not at {root}; say where they are with --images DIR")
+        raise refusal(f"the images of {store.path} are not at {root}; say where they are with {option} DIR")
+    if asked is not None:
+        _check_first_image(store, root, f"{option} {asked}", refusal)
     return root
+
+
+def _check_first_image(store: EmbeddingStore, root: Path, given: str, refusal: type[MobileSamError]) -> None:
+    """Refuse a folder in which the first image of the store can't be read."""
+    for record in store.manifest.records("done", range(store.spec.shard_size))[:1]:
+        try:
+            size = None if record.offset is None else record.bytes
+            read_image(root, record.key, offset=record.offset, size=size)
+        except ImageError as error:
+            raise refusal(
+                f"{given} doesn't hold the images of {store.path}: {shown(record.key)}: {error};\n"
+                "give the folder that precompute read, or a copy of it"
+            ) from error
