@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +108,19 @@ def _common(command: Callable) -> Callable:
     return json_option(debug_option(command))
 
 
+def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = ()) -> None:
+    """Refuse paths that hold no store or no images, before the seconds that torch takes to load."""
+    from .sam.image_files import expand_paths
+    from .store.zarr_metadata import local_path, read_spec
+
+    for store in stores:
+        if store is not None:
+            read_spec(local_path(store))
+    given = [path for path in images if path is not None]
+    if given:
+        expand_paths(given)
+
+
 def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
     click.echo(json.dumps(result) if as_json else "\n".join(lines))
 
@@ -181,6 +194,7 @@ def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, 
     settings = own_dask_settings() if config.scheduler is None else nullcontext()
     # dask takes some settings when it is imported.
     with settings, Reporter("precompute") as reporter:
+        _check_paths([], config.images)
         from .precompute import dry_run as plan
         from .precompute import precompute as run
         from .precompute.dry_run import plan_lines
@@ -222,6 +236,10 @@ def distill(config: DistillConfig, as_json: bool) -> int:
       mobilesam distill --resume
       torchrun --nproc-per-node 4 -m mobilesam distill --batch-size 64 --compile
     """
+    if (
+        config.student == DistillConfig().student
+    ):  # of another one the name is checked first, which takes torch
+        _check_paths([config.store])
     from .distill import distill as run
     from .distill.run import summary_lines
     from .distill.students.registry import student_info
@@ -257,6 +275,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
       mobilesam verify --precision float32 --device cpu --batch-size 2 --debug
       mobilesam verify --store of_another_packages_teacher.zarr --head sam_vit_b_01ec64.pth
     """
+    _check_paths([config.store])
     from .verify import table_lines
     from .verify import verify as run
 
@@ -379,8 +398,8 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
     """Compare models by their masks and cost.
 
     The masks are compared with the teacher's and with labels; all models get the same prompts. Prints tables and
-    writes only the --report. A broken image fails alone; a labelled object that can't be used is left out and counted.
-    Exit code 3 if there was nothing to compare.
+    writes only the --report. A broken image fails alone; a labelled object that can't be used is left out and
+    counted. Exit code 3 if there was nothing to compare.
 
     \b
     Examples:
@@ -394,6 +413,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
       mobilesam evaluate --store of_another_packages_teacher.zarr --model mine=runs/latest --head sam_vit_b_01ec64.pth
       mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
     """
+    _check_paths([config.store], [] if config.store else [config.images])
     from .verify import evaluate_masks, evaluation_lines
 
     with _printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
@@ -432,6 +452,8 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
       mobilesam sweep --test-store other.zarr --test-images /data/other --precision float32 --device cpu
       mobilesam sweep --seed 0,1,2,3 --scheduler tcp://10.0.0.1:8786 --micro-batch 8 --compile --debug
     """
+    if "student" not in axes:
+        _check_paths([base.store, config.test_store])
     from .distill.students.registry import student_info
     from .verify import sweep as run
     from .verify.sweep.grid import plan_trials

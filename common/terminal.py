@@ -201,6 +201,8 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         _active.append(self)
+        if self._redraws:  # elsewhere the seconds in which libraries load are worth no line
+            self.phase("starting")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,6 +220,8 @@ class Reporter:
         """Print one line, or a few, above the progress."""
         from rich.text import Text
 
+        if self._live is None or not self._live.is_started:
+            _return_to_line_start()
         self._console.print(Text(text), soft_wrap=True)
 
     def show(self, done: float, total: float, unit: str, *details: str) -> None:
@@ -338,8 +342,8 @@ BAR_WIDTHS = (10, 40)
 def fit(parts: list[str], title: str, width: int, with_bar: bool) -> tuple[str, str, int]:
     """Choose what of a progress line fits into a terminal.
 
-    The first two parts (the count, and the time left) come first, then the title, a short bar, the other parts, and a
-    longer bar.
+    As many as fit of the first three parts (the count, the time left, the place) come first, then the title, a short
+    bar, the other parts, and a longer bar.
 
     Args:
         parts: parts of the text, the most important first.
@@ -351,15 +355,15 @@ def fit(parts: list[str], title: str, width: int, with_bar: bool) -> tuple[str, 
         The text; the title, empty if it is left out; the columns of the bar, 0 without one.
     """
     shortest, longest = BAR_WIDTHS
-    text = ", ".join(parts[:2])
-    if len(text) > width:
-        text = parts[0]
+    text, others = parts[0], parts[1:]
+    while others and len(parts) - len(others) < 3 and len(text) + 2 + len(others[0]) <= width:
+        text = f"{text}, {others.pop(0)}"
     left = width - len(text)
     title = title if left >= len(title) + 1 else ""
     left -= len(title) + 1 if title else 0
     bar = shortest if with_bar and left >= shortest + 1 else 0
     left -= bar + 1 if bar else 0
-    for part in parts[2:]:
+    for part in others:
         if len(part) + 2 > left:
             break
         text, left = f"{text}, {part}", left - len(part) - 2
@@ -375,7 +379,14 @@ def say(text: str) -> None:
     if _active:
         _active[-1].message(text)
     else:
+        _return_to_line_start()
         click.echo(text, err=True)
+
+
+def _return_to_line_start() -> None:
+    """Overwrite the "^C" that a terminal shows for Ctrl-C, to which the next line would be glued."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\r")
 
 
 def end_progress() -> None:
