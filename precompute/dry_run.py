@@ -15,12 +15,13 @@ from typing import Any
 
 from ..common.errors import CheckpointError
 from ..sam import normalize_and_pad
+from ..sam.file_kinds import passed_over_line
 from ..store import array_layouts
 from .config import PrecomputeConfig
 from .decode import Batch, decoded_batches
 from .messages import TaskImage
 from .open_store import TeacherFile, find_teacher
-from .plan import Plan, plan_run
+from .plan import SHOWN_PROBLEMS, Plan, plan_run
 from .progress import Observer, SilentObserver
 
 
@@ -32,11 +33,12 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
         observer: receives messages.
 
     Returns:
-        `images, pending`: rows in all, and to compute. `shards, shard_size`: shards in all, and images per shard.
-        `bytes_needed, bytes_free`: disk space for the pending rows (assuming that every kept image is as large as the
-        first), and free space there. `seconds_per_image`: time of one image, measured on this machine without
-        `compile`. `seconds`: time of all pending images on all workers. Both are None if nothing is pending, no
-        image can be decoded, or the checkpoint is absent.
+        `images, pending`: rows in all, and to compute. `passed_over`: number of files that the listing passed over,
+        by kind, and `skipped`: the first of those that could not be listed, with the reason. `shards, shard_size`:
+        shards in all, and images per shard. `bytes_needed, bytes_free`: disk space for the pending rows (assuming
+        that every kept image is as large as the first), and free space there. `seconds_per_image`: time of one image,
+        measured on this machine without `compile`. `seconds`: time of all pending images on all workers. Both are
+        None if nothing is pending, no image can be decoded, or the checkpoint is absent.
 
     Raises:
         PrecomputeError, SamError, StoreError: as in `precompute`.
@@ -50,6 +52,8 @@ def dry_run(config: PrecomputeConfig, observer: Observer | None = None) -> dict[
     return {
         "images": plan.rows,
         "pending": pending,
+        "passed_over": dict(plan.listing.passed_over),
+        "skipped": [str(problem) for problem in plan.listing.problems[:SHOWN_PROBLEMS]],
         "shards": plan.shards,
         "shard_size": plan.shard_size,
         "bytes_needed": _bytes_needed(plan, first),
@@ -75,6 +79,8 @@ def plan_lines(estimate: Mapping[str, Any]) -> list[str]:
         f"bytes free    {free:,} ({free / 1e9:.2f} GB)",
         f"time          {duration}",
     ]
+    if estimate["passed_over"]:
+        lines.append(passed_over_line(estimate["passed_over"]))
     if needed > free:
         lines.append(f"The disk has too little room: {needed - free:,} bytes are missing.")
     return lines

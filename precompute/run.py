@@ -19,7 +19,9 @@ from ..common.durable import explain_os_errors
 from ..common.errors import PrecomputeError, PrecomputeInterrupted
 from ..common.outputs import refuse_foreign, write_output
 from ..common.signals import StopFlag, stopped_by_signals
+from ..sam.file_kinds import passed_over_line
 from ..store import Counts, EmbeddingStore
+from ..store.inspection import failed_images, failed_lines
 from . import sizing
 from .audit import ReservoirSample, run_audit, warn_of_audits
 from .cluster import Cluster, connect
@@ -31,6 +33,9 @@ from .progress import Observer, Progress, SilentObserver
 from .scheduler import RunTotals, ShardScheduler
 from .supervision import ClusterMonitor
 from .worker import TeacherPlugin
+
+MOST_FAILED = 100
+"""Most failed images, and files that could not be listed, in the result."""
 
 PERFORMANCE_REPORT = "precompute performance report"
 """Kind of output of --performance-report, as its mark names it."""
@@ -44,9 +49,11 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
         observer: receives messages and progress.
 
     Returns:
-        `images, done, done_before, failed`: rows in all, done, done before this run, and failed. `seconds`: wall time
-        of the whole call. `images_per_second`: rate from the start of the first teacher batch to the last commit;
-        None if nothing was computed. `teacher_share`: share of that time in which teachers were busy, 0 to 1.
+        `images, done, done_before, failed`: rows in all, done, done before this run, and failed. `failed_images`:
+        `key` and `reason` of the first hundred. `passed_over`: number of files that the listing passed over, by kind,
+        and `skipped`: the first hundred of those that could not be listed, with the reason. `seconds`: wall time of
+        the whole call. `images_per_second`: rate from the start of the first teacher batch to the last commit; None
+        if nothing was computed. `teacher_share`: share of that time in which teachers were busy, 0 to 1.
         `decode_seconds`: CPU time of reading and decoding. `audit`: `rows, cosine_min, relative_mse_max, seconds`;
         None if nothing was audited. `out_of_tolerance`: True if an audited row of the store misses its tolerance.
 
@@ -78,6 +85,9 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
             "done": after.done,
             "done_before": before.done,
             "failed": after.failed,
+            "failed_images": failed_images(store.manifest, MOST_FAILED) if after.failed else [],
+            "passed_over": dict(plan.listing.passed_over),
+            "skipped": [str(problem) for problem in plan.listing.problems[:MOST_FAILED]],
             "seconds": round(time.monotonic() - began, 3),
             **_rates(totals, plan.hardware.workers),
             "audit": audit,
@@ -95,7 +105,9 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
     line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
     if result["failed"]:
         line += f", {result['failed']:,} failed (try them again with --retry-failed)"
-    lines = [line]
+    lines = [line, *failed_lines(result["failed_images"], result["failed"])]
+    if result["passed_over"]:
+        lines.append(passed_over_line(result["passed_over"]))
     if result["images_per_second"]:
         lines.append(
             f"{result['images_per_second']:.3g} images/s; the teacher was busy {result['teacher_share']:.0%} of "

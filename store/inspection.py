@@ -29,6 +29,8 @@ from .zarr_metadata import read_spec
 
 SHOWN_PROBLEMS = 50
 """Most problems that are printed one by one; --json has them all."""
+SHOWN_FAILED = 10
+"""Most failed images that are printed one by one; --json has them all."""
 
 
 def inspect_store(
@@ -120,6 +122,7 @@ def _description(store: InspectedStore) -> dict[str, Any]:
     return {
         "store": str(store.path),
         "rows": {"done": counts.done, "pending": counts.pending, "failed": counts.failed},
+        "failed_images": failed_images(manifest) if counts.failed else [],
         "bytes": _bytes_on_disk(store),
         "teacher": spec.teacher,
         "teacher_package": None if spec.teacher_package is None else dict(spec.teacher_package),
@@ -139,6 +142,32 @@ def _description(store: InspectedStore) -> dict[str, Any]:
         "audit": audit_summary(manifest.audits(), tolerance(spec.dtype, spec.precision)),
         "writer": store.writer(),
     }
+
+
+def failed_images(manifest: Manifest, limit: int | None = None) -> list[dict[str, str]]:
+    """Return key and reason of each failed image of a store, in row order.
+
+    Args:
+        manifest: the store's manifest.
+        limit: most images that are returned, the first ones; None for all.
+    """
+    return [
+        {"key": record.key, "reason": record.reason or ""}
+        for record in manifest.records("failed", limit=limit)
+    ]
+
+
+def failed_lines(failed: Sequence[Mapping[str, str]], count: int) -> Iterator[str]:
+    """Yield the first failed images with their reasons, one a line, and the number of the others.
+
+    Args:
+        failed: result of `failed_images`.
+        count: number of all failed images.
+    """
+    for image in failed[:SHOWN_FAILED]:
+        yield f"failed        {shown(image['key'])}: {shown(image['reason'])}"
+    if count > SHOWN_FAILED:
+        yield f"failed        and {count - SHOWN_FAILED:,} more: mobilesam inspect STORE --json lists them all"
 
 
 def _bytes_on_disk(store: InspectedStore) -> int:
@@ -169,7 +198,7 @@ def _command(store: InspectedStore, problems: Sequence[Problem]) -> str | None:
     pending = store.manifest.counts().pending
     if not pending and not any(problem.kind == "head" for problem in problems):
         return None
-    return _precompute_command(store.path, store.spec, store.manifest.selections()[-1])
+    return _precompute_command(store.path, store.spec, store.manifest.selections())
 
 
 def _repair_json(done: Repair) -> dict[str, Any]:
@@ -193,6 +222,7 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     rows, shards, subset = result["rows"], result["shards"], result["subset"]
     yield f"store         {shown(result['store'])}"
     yield f"images        {rows['done']:,} done, {rows['pending']:,} pending, {rows['failed']:,} failed"
+    yield from failed_lines(result["failed_images"], rows["failed"])
     yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {result['shard_size']} images each"
     yield f"bytes         {result['bytes']:,} ({result['bytes'] / 1e9:.2f} GB)"
     made_by = result["teacher_package"]
@@ -291,9 +321,19 @@ def _inside(file: str, store: Path) -> str:
 # ---- the command that resumes a store
 
 
-def _precompute_command(store: Path, spec: StoreSpec, selection: Selection) -> str:
-    """Return the command that computes the pending rows. Options that the spec doesn't hold are those last given."""
-    words = ["mobilesam", "precompute", "--images", *(selection.sources or (spec.image_root,))]
+def _precompute_command(store: Path, spec: StoreSpec, selections: Sequence[Selection]) -> str:
+    """Return the command that computes the pending rows. Options that the spec doesn't hold are those last given.
+
+    It names the folders and tars of all selections, or those of them that are still there.
+    """
+    selection = selections[-1]
+    sources = list(dict.fromkeys(source for each in selections for source in each.sources)) or [
+        spec.image_root
+    ]
+    there = [source for source in sources if os.path.lexists(source)]
+    words = ["mobilesam", "precompute", "--images", *(there or sources)]
+    if there and there != sources:
+        words.append("--extend")
     words += ["--out", str(store), "--teacher", spec.teacher]
     if selection.checkpoint is not None:
         words += ["--checkpoint", selection.checkpoint]

@@ -225,12 +225,15 @@ class Manifest:
                 f"{self.path} is damaged (its sets of images: {error}): {REPLACE_MANIFEST}"
             ) from error
 
-    def records(self, status: Status | None = "done", rows: range | None = None) -> list[ImageRecord]:
+    def records(
+        self, status: Status | None = "done", rows: range | None = None, limit: int | None = None
+    ) -> list[ImageRecord]:
         """Return records in row order.
 
         Args:
             status: return only rows of this status; None for every status.
             rows: return only rows in this range; None for all rows.
+            limit: return at most this many, the first ones; None for all.
 
         Raises:
             StoreDamaged: a row is not as committed.
@@ -244,7 +247,8 @@ class Manifest:
         if rows is not None:
             where.append("row >= ? AND row < ?")
             values += [rows.start, rows.stop]
-        found = self.query(f"{select} WHERE {' AND '.join(where)} ORDER BY row", values)
+        values.append(-1 if limit is None else limit)
+        found = self.query(f"{select} WHERE {' AND '.join(where)} ORDER BY row LIMIT ?", values)
         return [decode_record(fields) for fields in found]
 
     def checksums(self, rows: range) -> dict[int, tuple[int, int | None]]:

@@ -24,6 +24,7 @@ from ...sam import (
     read_image,
     resized_size,
 )
+from ...sam.file_kinds import passed_over_line
 from ...store import EmbeddingStore, ImageRecord
 
 
@@ -84,6 +85,8 @@ class FolderImages:
         listed = list_images([path])
         self.root: Path | None = listed.root
         self.problems = [str(problem) for problem in listed.problems]
+        if listed.passed_over:
+            self.problems.append(passed_over_line(listed.passed_over).removeprefix("passed over: "))
         self.all_keys = [file.key for file in listed.files]
         self._files: Sequence[ImageRef] = listed.files[:limit]
 
