@@ -261,7 +261,7 @@ def hq_note(name: str | None) -> str | None:
     Returns:
         The note; None if the teacher isn't SAM-HQ's.
     """
-    if name not in TEACHERS or not TEACHERS[name].hq:
+    if name is None or name not in TEACHERS or not TEACHERS[name].hq:
         return None
     return (
         f"masks are of SAM's part of {name}'s head, which SAM-HQ left unchanged: its HQ token needs features that "

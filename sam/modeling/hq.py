@@ -1,7 +1,7 @@
 """SAM-HQ: SAM's mask decoder with one more token, whose masks use early features of the ViT.
 
 Source: Segment Anything in High Quality (Ke et al., arXiv 2306.01567); weights have the names of SysCV/sam-hq. The
-encoder and SAM's own weights of the decoder are frozen SAM; only the layers of `HQ_PREFIXES` were trained.
+encoder and SAM's own weights of the decoder are frozen SAM; only the layers of `head_shapes.HQ_PREFIXES` were trained.
 
 segment_anything's classes hand one tensor from the encoder to the decoder. So the encoder here gives embedding and
 features as channels of one tensor, and the decoder takes it apart: `SamPredictor` and `SamAutomaticMaskGenerator`
@@ -23,7 +23,6 @@ from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from .head import SamHead, load_into, sam_mask_decoder_sizes
-from .head_shapes import HQ_PREFIXES
 from .neck import EMBEDDING_CHANNELS
 from .vit import ViTEncoder
 
@@ -121,7 +120,7 @@ def build_hq_head(state: Mapping[str, Tensor], image_size: int, features: int) -
     """Build SAM-HQ's head, which uses a state's tensors without a copy.
 
     Args:
-        state: `prompt_encoder.*` and `mask_decoder.*` by key, those of `HQ_PREFIXES` among them.
+        state: `prompt_encoder.*` and `mask_decoder.*` by key, SAM-HQ's own among them.
         image_size: side in pixels of the encoder's square, a multiple of 16.
         features: channels of the ViT's features.
 
@@ -135,11 +134,6 @@ def build_hq_head(state: Mapping[str, Tensor], image_size: int, features: int) -
         head = SamHead(image_size)
         head.mask_decoder = HqMaskDecoder(features)
     return load_into(head, state)
-
-
-def has_hq_layers(state: Mapping[str, Tensor]) -> bool:
-    """Return True if a checkpoint has any of the layers that SAM-HQ adds."""
-    return any(key.startswith(HQ_PREFIXES) for key in state)
 
 
 def _upscaling(inputs: int, between: int) -> nn.Sequential:

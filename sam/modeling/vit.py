@@ -152,6 +152,7 @@ class ViTEncoder(nn.Module):
         features_BYXC = None
         for block in self.blocks:
             x_BYXC = block(x_BYXC)
+            assert isinstance(block, Block)
             if features_BYXC is None and not block.attn.windowed:
                 features_BYXC = x_BYXC
         assert features_BYXC is not None, "SAM's ViTs have global blocks"

@@ -56,7 +56,7 @@ class EvaluateConfig:
         metavar="NAME=FILE",
         parse=_name_and_file,
         help="Model to compare; may be repeated. FILE is a run, an export, a student file, mobile_sam.pt, a "
-        "checkpoint of vit_b, vit_l or vit_h, or vit_nano. fastsam:FILE (or the name fastsam) is FastSAM "
+        "checkpoint of SAM's or SAM-HQ's ViTs, or vit_nano. fastsam:FILE (or the name fastsam) is FastSAM "
         "through ultralytics, whose licence is AGPL-3.0; PREDICTOR:FILE is for packages with an entry point in "
         "mobilesam.predictors.",
     )
