@@ -8,10 +8,17 @@ from pathlib import Path
 
 from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch
 from ..sam import KEPT_KIND, preprocessing_recipe
-from ..sam.download import file_sha256, find_checkpoint
+from ..sam.download import find_checkpoint
 from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package
-from ..sam.teacher import embedded_sha256, load_head, positions_interpolated, read_package_head
+from ..sam.teacher import (
+    embedded_sha256,
+    inspect_checkpoint,
+    load_head,
+    positions_interpolated,
+    read_package_head,
+)
 from ..sam.teacher_package import package_sha256
+from ..sam.weight_files import weights_sha256
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
 from ..store.spec import package_versions
 from .plan import ExistingStore, Plan
@@ -33,14 +40,16 @@ class TeacherFile:
     `package_sha256` returns it."""
     package: TeacherPackage | None = None
     """Package of the teacher; None for those of this package."""
+    has_head: bool = True
+    """False if the checkpoint is known to be an image encoder alone."""
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
-    """Find the checkpoint of the plan's teacher, or download it, and hash it.
+    """Find the checkpoint of the plan's teacher, or download it, hash and check it.
 
     Args:
         plan: plan of the run.
-        observer: receives the download's progress.
+        observer: receives the download's progress, and a note about what is taken of the checkpoint.
         download: if False, an absent checkpoint is an error.
 
     Returns:
@@ -49,7 +58,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
     Raises:
         PrecomputeError: the store was made with an unofficial checkpoint, and none is given; raised before any
             download.
-        CheckpointError: the checkpoint is absent or can't be read.
+        CheckpointError: the checkpoint is absent, unusable, or another teacher's.
         DownloadError: it can't be downloaded.
         SamError: no installed package has the teacher, or two have one of this name.
         StoreMismatch: the store was made with another package's or another version of the teacher.
@@ -73,7 +82,12 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
     )
     if path is None:
         return TeacherFile(name=plan.teacher, path=None, sha256=embedded_sha256())
-    return TeacherFile(name=plan.teacher, path=path.absolute(), sha256=file_sha256(path))
+    has_head, note = inspect_checkpoint(plan.teacher, path)
+    if note is not None:
+        observer.message(note)
+    return TeacherFile(
+        name=plan.teacher, path=path.absolute(), sha256=weights_sha256(path), has_head=has_head
+    )
 
 
 def _refuse_other_package(out: Path, stored: StoreSpec, found: TeacherPackage | None) -> None:
@@ -127,9 +141,10 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
     if plan.existing is None:
         head, head_sha256 = _head(teacher, plan.image_size)
         if head is None:
+            whose = f"{teacher.name} of {teacher.package}" if teacher.package else f"{teacher.path}"
             observer.message(
-                f"{teacher.name} of {teacher.package} has no mask head: students learn its embeddings; for masks "
-                "give --head with a file that has SAM's head"
+                f"{whose} has no mask head: students learn its embeddings; for masks give --head with a file that "
+                "has SAM's head"
             )
         spec = _new_spec(plan, teacher, head_sha256)
         return EmbeddingStore.create(plan.config.out, spec, plan.new_images, plan.selection, head)
@@ -185,7 +200,10 @@ def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer
 
 
 def _head(teacher: TeacherFile, image_size: int) -> tuple[bytes, str] | tuple[None, None]:
-    """Return the bytes and SHA-256 of the teacher's head; None for another package's teacher without one."""
+    """Return the bytes and SHA-256 of the teacher's head; None if there is none: for an encoder alone, or another
+    package's teacher without one."""
+    if not teacher.has_head:
+        return None, None
     if teacher.package is None:
         tensors = load_head(teacher.name, teacher.path)
     else:

@@ -3,14 +3,13 @@
 A head is SAM's prompt encoder and mask decoder, the tensors `prompt_encoder.*` and `mask_decoder.*`. It can be in
 
 - a store, which has the head that precompute saved beside the embeddings;
-- a safetensors file: sam_head.safetensors, an export's model.safetensors, or another program's;
-- a file in torch's format: a checkpoint of SAM or of MobileSAM.
+- a file of this package: sam_head.safetensors, an export's model.safetensors;
+- a file or folder of another program: a checkpoint of SAM or of MobileSAM, in any form that `read_weights` reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from torch import Tensor
 
 from ..common.errors import CheckpointError, DistillError, HeadNotFound, shown
 from ..distill.run_folder import HEAD_FILE, Run
-from ..distill.students.student_file import load_own_head, read_any_tensors, trained_head
-from ..sam.checkpoint import read_state
+from ..distill.students.student_file import is_own_file, load_own_head, read_own_tensors, trained_head
+from ..sam.checkpoint import read_weights
 from ..sam.modeling.head import SamHead, build_head
-from ..sam.modeling.head_shapes import HEAD_PREFIXES
-from ..sam.torch_file import in_torch_format
+from ..sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
+from ..sam.state_dict import count_by_prefix
+from ..sam.weight_files import FOLDER_FILES
 from ..store import EmbeddingStore
 
 _MEND = "give --head with the store that it learned from, or with a SAM or MobileSAM checkpoint"
@@ -43,6 +43,8 @@ class LoadedHead:
     """The teacher's name; known for a store's head only."""
     checkpoint_sha256: str | None = None
     """SHA-256 of the teacher's checkpoint; known for a store's head only."""
+    note: str | None = None
+    """Sentence about what was left out of a head with more layers than SAM's."""
 
     def build(self, image_size: int) -> SamHead:
         """Build the module for encoders of `image_size` pixels; DistillError if the tensors don't fit."""
@@ -94,12 +96,15 @@ def find_head(
 
 
 def read_head_file(path: Path) -> LoadedHead:
-    """Read the head from a store, a safetensors file or a checkpoint in torch's format; other tensors are ignored.
+    """Read the head from a store, or from a file or folder of weights; other tensors are ignored.
 
     Raises:
         DistillError, CheckpointError, StoreError: there is no head, or the file is missing or damaged.
     """
+    weights = path
     if path.is_dir():
+        weights = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+    if weights.is_dir():
         with EmbeddingStore.open(path) as store:
             return LoadedHead(
                 state=_decode(store.read_head(), store.head_path),
@@ -107,30 +112,37 @@ def read_head_file(path: Path) -> LoadedHead:
                 teacher=store.spec.teacher,
                 checkpoint_sha256=store.spec.checkpoint_sha256,
             )
-    if not path.is_file():
+    if not weights.is_file():
         raise DistillError(f"there is no file or store {shown(str(path))}; {_MEND}")
-    state = _head_of_safetensors(path) if _is_safetensors(path) else _only_head(read_state(path), path)
-    return LoadedHead(state=state, source=str(path))
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Return True if the content is safetensors: a JSON object after 8 bytes of length.
-
-    If the content is neither that nor torch's format, the file's name decides.
-    """
-    with _readable(path), path.open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" or (path.suffix == ".safetensors" and not in_torch_format(start))
-
-
-def _head_of_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read only the head's tensors, by mmap."""
-    with _readable(path):
+    if not is_own_file(weights):
         try:
-            state = read_any_tensors(path, HEAD_PREFIXES)
-        except DistillError as error:
-            raise DistillError(f"{error}; {_MEND}") from error
+            found = read_weights(weights)
+        except CheckpointError as error:
+            raise DistillError(f"--head: {error}") from error
+        head = _only_head(found.state, path)
+        return LoadedHead(state=head, source=str(path), note=_other_head(found.state, path))
+    return LoadedHead(state=_head_of_own_file(weights), source=str(path))
+
+
+def _head_of_own_file(path: Path) -> dict[str, Tensor]:
+    """Read only the head's tensors of a file that this package wrote."""
+    try:
+        state = read_own_tensors(path, HEAD_PREFIXES)
+    except OSError as error:
+        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
+    except DistillError as error:
+        raise DistillError(f"{error}; {_MEND}") from error
     return _only_head(state, path)
+
+
+def _other_head(state: Mapping[str, Tensor], path: Path) -> str | None:
+    """Return a note about a head with more layers than SAM's, such as SAM-HQ's; None for SAM's."""
+    known = head_shapes()
+    more = count_by_prefix((key for key in state if key.startswith(HEAD_PREFIXES) and key not in known), 2)
+    if not more:
+        return None
+    names = ", ".join(f"{name} ({count})" for name, count in list(more.items())[:6])
+    return f"of the head in {path.name} SAM's own part is used; left out: {names}"
 
 
 def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -141,21 +153,18 @@ def _decode(data: bytes, path: Path) -> dict[str, Tensor]:
         raise DistillError(f"{path} is damaged ({str(error)[:100]}); {_MEND}") from error
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors into DistillError."""
-    try:
-        yield
-    except OSError as error:
-        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
-
-
 def _only_head(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Return the head's part of `state` as float32; refuse integers and values that aren't finite."""
-    head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
+    """Return the head's part of `state` as float32, without layers that SAM's head doesn't have; refuse integers and
+    values that aren't finite."""
+    known = head_shapes()
+    head = {key: value for key, value in state.items() if key in known}
     if not head:
         raise DistillError(f"{path} holds no mask decoder; {_MEND}")
     for key, value in head.items():
+        if value.shape != known[key]:
+            raise DistillError(
+                f"{path} is no SAM head: {key} has shape {tuple(value.shape)}, not {tuple(known[key])}; {_MEND}"
+            )
         if not value.is_floating_point():
             raise DistillError(f"{path} is no SAM head: {key[:80]} holds {value.dtype} numbers; {_MEND}")
         if not bool(torch.isfinite(value.float()).all()):

@@ -6,7 +6,7 @@
 - a run's folder, or the student.safetensors in it;
 - an export's folder, or the model.safetensors in it, which includes a head;
 - a student.safetensors without its run;
-- a file in mobile_sam.pt's format, a tiny_vit with its head.
+- a file or folder of MobileSAM's weights from any program, a tiny_vit with its head.
 
 `_open_student` reads each of them; `head_source.py` then finds SAM's head for it, in the student's file or elsewhere.
 `load_teacher_model` takes a teacher's name and checkpoint instead.
@@ -100,7 +100,7 @@ def load_model(
         student=info["student"],
         file=file,
         run=run,
-        info={key: value for key, value in info.items() if key not in ("student", "image_size")},
+        info={key: value for key, value in info.items() if key not in ("student", "image_size", "note")},
         head_source=found.source,
         device=target,
         notes=_notes(info, run, found),
@@ -143,6 +143,7 @@ def _notes(info: Mapping[str, Any], run: Run | None, head: LoadedHead) -> tuple[
     notes: list[str] = []
     if run is not None:
         notes += run.unfinished(info)
+    notes += [note for note in (info.get("note"), head.note) if note is not None]
     if (note := hq_note(info.get("teacher"))) is not None:
         notes.append(note)
     learned, own = info.get("checkpoint_sha256"), head.checkpoint_sha256
@@ -200,6 +201,7 @@ def load_teacher_model(
         info={"teacher": teacher},
         head_source=f"{teacher}'s own",
         device=loaded.device,
+        notes=() if loaded.note is None else (loaded.note,),
     )
 
 

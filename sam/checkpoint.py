@@ -1,4 +1,4 @@
-"""Checkpoints of SAM by anybody: read safely and without a copy, identified, and checked, with a clear error for any defect.
+"""Checkpoints of SAM by anybody: read safely and without a copy, identified and checked, with clear errors.
 
 `read_weights` is the one reader for all commands and options that take weights. `weight_files.py` reads the files,
 `state_dict.py` finds SAM's weights in them and gives them the names of SAM's own checkpoints.
@@ -19,9 +19,7 @@ from .registry import TEACHERS, TeacherInfo
 from .state_dict import ENCODER_PREFIX as ENCODER_PREFIX
 from .state_dict import Fits, StateDict, count_by_prefix, find_state_dicts
 from .unpickler import Foreign
-from .weight_files import load_weights
-
-PLAIN = "torch.save(model.state_dict(), FILE)"
+from .weight_files import PLAIN, load_weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +34,8 @@ class Weights:
     """Where they were found in the file, and by which names."""
     left: tuple[str, ...]
     """Parts of the file that hold no weights or were not taken: names of its dictionaries' keys."""
+    pickled: str | None = None
+    """Class of a pickled object in the file's own dictionary, and its key; None if it has none."""
 
     def note(self, used: Collection[str] | None = None) -> str | None:
         """Describe in one sentence what was taken of the file and what was left out.
@@ -58,8 +58,8 @@ class Weights:
             how.append(f"whose names have {' and '.join(words)} before SAM's")
         if self.found.huggingface:
             how.append("by Hugging Face's names")
-        if not any(key.startswith(HEAD_PREFIXES) for key in self.state):
-            how.append("of an image encoder alone" if self.found.known else "of no SAM")
+        if self.found.known and not any(key.startswith(HEAD_PREFIXES) for key in self.state):
+            how.append("of an image encoder alone")
         if not how and not left:
             return None
         more = f", and {len(left) - 8} more" if len(left) > 8 else ""
@@ -90,7 +90,13 @@ def read_weights(path: Path, fits: Fits | None = None) -> Weights:
     dicts = find_state_dicts(content, fits)
     if not dicts:
         raise CheckpointError(f"{path} holds {_other_content(content)}")
-    return Weights(path=path, state=dicts[0].state, found=dicts[0], left=_left(content, dicts))
+    return Weights(
+        path=path,
+        state=dicts[0].state,
+        found=dicts[0],
+        left=_left(content, dicts[0]),
+        pickled=_first_pickled(content),
+    )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -109,23 +115,27 @@ def _other_content(content: object) -> str:
         content = content.items
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}, not a state dict of tensors.\nSave the weights: {PLAIN}."
-    pickled = [(key, value.name) for key, value in content.items() if isinstance(value, Foreign)]
-    if pickled:
-        key, name = pickled[0]
+    pickled = _first_pickled(content)
+    if pickled is not None:
         return (
-            shown(
-                f"Python objects other than tensors ({name}, under {str(key)[:80]!r}), and no weights; it was refused, "
-                "since loading them can run code."
-            )
-            + f"\nSave the weights: {PLAIN}."
+            f"Python objects other than tensors ({pickled}), and no weights; it was refused, since loading them can "
+            f"run code.\nSave the weights: {PLAIN}."
         )
     keys = ", ".join(repr(str(key)[:80]) for key in list(content)[:4]) or "nothing"
     return f"no tensors by name: it holds {keys}.\nSave the weights: {PLAIN}."
 
 
-def _left(content: object, dicts: list[StateDict]) -> tuple[str, ...]:
-    """List what of a file is outside its first state dict: its other keys, by the dictionaries that lead to it."""
-    found = dicts[0]
+def _first_pickled(content: object) -> str | None:
+    """Return class and key of the first object in a file's own dictionary that isn't known here; None without one."""
+    items = content.items if isinstance(content, Foreign) else content
+    for key, value in items.items() if isinstance(items, Mapping) else ():
+        if isinstance(value, Foreign) and value.items is None:
+            return shown(f"{value.name}, under {str(key)[:80]!r}")
+    return None
+
+
+def _left(content: object, found: StateDict) -> tuple[str, ...]:
+    """List what of a file is outside a state dict: its other keys, by the dictionaries that lead to it."""
     left = [
         f"{key} ({kind})" if "." in kind else key for key, kind in found.foreign.items() if kind != "NoneType"
     ]
@@ -180,8 +190,8 @@ def check_weights(
         encoder_alone: True to take a file that has none of the head's keys.
 
     Returns:
-        The tensors that the teacher uses; others are left out, such as mobile_sam's classifier, or SAM-HQ's layers for
-        a teacher with SAM's own head.
+        The tensors that the teacher uses; others are left out, such as mobile_sam's classifier, or SAM-HQ's layers
+        for a teacher with SAM's own head.
 
     Raises:
         CheckpointError: the file doesn't fit; the message names the network that it belongs to, or the first
@@ -193,7 +203,7 @@ def check_weights(
     if teacher is not None:
         raise CheckpointError(f"{path} is a {teacher} checkpoint, not {name}; use --teacher {teacher}")
     if not any(key in state for key in expected):
-        raise CheckpointError(f"{path} is not a {name} checkpoint: {describe_other(state)}")
+        raise CheckpointError(f"{path} is not a {name} checkpoint: {describe_other(weights)}")
     has_head = any(key.startswith(HEAD_PREFIXES) for key in state)
     if not has_head:
         if not encoder_alone:
@@ -237,9 +247,10 @@ def _check_keys(weights: Weights, info: TeacherInfo, expected: Mapping[str, torc
     examples += [f"{shown(key[:80])} is unknown" for key in unknown[:1]]
     if unknown and not missing:
         examples.append("an adapter, such as LoRA's, has to be merged into the weights first")
+    names = "by Hugging Face's names, " if weights.found.huggingface else ""
     raise CheckpointError(
-        f"{weights.path} is not a {info.name} checkpoint: of {len(expected)} weights {len(missing)} are missing, "
-        f"{len(unknown)} are unknown.\n({'; '.join(examples)})"
+        f"{weights.path} is not a {info.name} checkpoint: {names}of {len(expected)} weights {len(missing)} are "
+        f"missing, {len(unknown)} are unknown.\n({'; '.join(examples)})"
     )
 
 
@@ -260,12 +271,15 @@ _OTHER_NETWORKS = (
 )
 
 
-def describe_other(state: Mapping[str, Tensor]) -> str:
+def describe_other(weights: Weights) -> str:
     """Describe the content of a file that is no teacher's, as a whole.
 
     Args:
-        state: tensors of the file, by key.
+        weights: content of the file.
     """
+    state = weights.state
+    if weights.found.known == 0 and weights.pickled is not None:
+        return f"its weights are inside of a pickled object ({weights.pickled}).\nSave them alone: {PLAIN}."
     kind = next((kind for part, kind in _OTHER_NETWORKS if any(part in key for key in state)), None)
     first = shown(next(iter(state))[:80])
     count = f"{_tensors(len(state))}, {'' if len(state) == 1 else 'the first '}{first}"
@@ -280,22 +294,3 @@ def describe_other(state: Mapping[str, Tensor]) -> str:
             "pruned or distilled SAM (SlimSAM, EfficientSAM, ...)"
         )
     return f"it holds none of SAM's names, but {count}{named}"
-
-
-def check_state(
-    path: Path, info: TeacherInfo, state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
-    """Check a state dict; see `check_weights`."""
-    found = StateDict(
-        place=(),
-        prefix="",
-        huggingface=False,
-        containers=False,
-        encoder_alone=False,
-        known=0,
-        state=dict(state),
-        foreign={},
-    )
-    return check_weights(
-        Weights(path=path, state=dict(state), found=found, left=()), info, expected, encoder_alone=True
-    )

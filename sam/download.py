@@ -30,6 +30,7 @@ import platformdirs
 from ..common.errors import CheckpointError as CheckpointError
 from ..common.errors import DownloadError as DownloadError
 from .registry import EMBEDDED_TEACHER, find_teacher_info
+from .weight_files import weight_files
 
 CACHE_VARIABLE = "MOBILESAM_CACHE"
 """Environment variable that names the cache directory."""
@@ -75,17 +76,17 @@ def find_checkpoint(
 
     Args:
         teacher: a key of `TEACHERS`.
-        checkpoint: the user's own file, if there is one.
+        checkpoint: the user's own file or folder, if there is one.
         progress: called while downloading with the bytes received so far and the bytes in all.
         download: if False, a file that is not in the cache is an error.
         url: mirror to download the official file from; None for the official URL.
 
     Returns:
-        Path of the file; None for the embedded teacher, which has none.
+        Path of the file or folder; None for the embedded teacher, which has none.
 
     Raises:
-        CheckpointError: `checkpoint` does not exist, is no file, or was given for the embedded teacher; or the cache
-            has no file, and `download` is False or the official file's SHA-256 isn't known.
+        CheckpointError: `checkpoint` does not exist, is a folder without weights, or was given for the embedded
+            teacher; or the cache has no file, and `download` is False or the official file's SHA-256 isn't known.
         DownloadError: the download failed; the message names the file and where to put it.
         SamError: an unknown teacher.
     """
@@ -174,10 +175,7 @@ def download_file(request: Request, progress: Progress | None = None) -> None:
 
 def _existing(checkpoint: Path) -> Path:
     checkpoint = Path(checkpoint)
-    if checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint} is a directory; --checkpoint takes the .pth or .pt file in it")
-    if not checkpoint.exists():
-        raise CheckpointError(f"{checkpoint} does not exist; --checkpoint takes a .pth or .pt file")
+    weight_files(checkpoint)
     return checkpoint
 
 

@@ -1,8 +1,8 @@
 """State dicts of SAM's weights in what a file holds, under the names of SAM's own checkpoints.
 
 Training scripts wrap the weights in a larger dictionary (`model`, `state_dict`, `ema`, ...), and containers put words
-before their names (`module.`, `_orig_mod.`, `sam.`, ...). Both are recognised by content: by the names of SAM's parts.
-Hugging Face's SamModel has other names, which are translated.
+before their names (`module.`, `_orig_mod.`, `sam.`, ...). Both are recognised by content: by the names of SAM's
+parts. Hugging Face's SamModel has other names, which are translated.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class StateDict:
 def find_state_dicts(loaded: object, fits: Fits | None = None) -> list[StateDict]:
     """Find the state dicts in a loaded file, the one to take first.
 
-    The first is the one that `fits`; of several, the one with the most tensors in SAM's parts, or if none has any, with
-    the most tensors; of equal ones an average of the weights (EMA), as its authors evaluate it; then the first one.
+    The first is the one that `fits`; of several, the one with the most tensors in SAM's parts, or if none has any,
+    with the most tensors; of equal ones an average of the weights (EMA), since that is the one people evaluate; then
+    the first in the file.
 
     Args:
         loaded: content of the file, as `read_torch_file` returns it.

@@ -16,12 +16,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, SamError
-from .checkpoint import ENCODER_PREFIX, check_state, encoder_state, read_state
+from .checkpoint import ENCODER_PREFIX, check_weights, encoder_state, read_weights
 from .device import resolve_device, resolve_precision
-from .download import file_sha256
 from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
 from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
 from .teacher_package import build_from_package, package_sha256
+from .weight_files import weights_sha256
 
 _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
 
@@ -41,13 +41,15 @@ class Teacher:
     precision: str
     """`float32` or `bfloat16`, never `auto`."""
     checkpoint_sha256: str
-    """Hex SHA-256 of the whole checkpoint file; for the embedded teacher, of the package's file of weights; for
-    another package's, as `package_sha256` returns it."""
+    """Hex SHA-256 of the whole checkpoint file, for a folder as `weights_sha256` returns it; for the embedded
+    teacher, of the package's file of weights; for another package's, as `package_sha256` returns it."""
     positions_interpolated: bool
     """True if the position tables were resampled for `image_size`."""
     image_encoder: nn.Module
     """The network, in evaluation mode, its parameters frozen. A ViT that computes in bfloat16 holds the weights of
     its linear and convolution layers in bfloat16; all other weights are float32."""
+    note: str | None = None
+    """Sentence about what was taken of the checkpoint; None for a plain one."""
 
     @property
     def grid(self) -> int:
@@ -133,12 +135,13 @@ def load_teacher(
             image_encoder=encoder,
         )
     info = find_teacher_info(name)
-    state = encoder_state(_read_whole_state(info, checkpoint))
+    checked, note = _read_checked(info, checkpoint, encoder_alone=True)
+    state = encoder_state(checked)
     # Half-precision weights are converted to float32; counters of batch norm stay integers.
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     module, interpolated = info.encoder.load(state, image_size, resolved)
     if checkpoint_sha256 is None:
-        checkpoint_sha256 = embedded_sha256() if checkpoint is None else file_sha256(checkpoint)
+        checkpoint_sha256 = embedded_sha256() if checkpoint is None else weights_sha256(checkpoint)
     return Teacher(
         name=name,
         image_size=image_size,
@@ -147,6 +150,7 @@ def load_teacher(
         checkpoint_sha256=checkpoint_sha256,
         positions_interpolated=interpolated,
         image_encoder=module.requires_grad_(False).eval().to(where),
+        note=note,
     )
 
 
@@ -163,10 +167,10 @@ def load_head(name: str, checkpoint: Path | None, *, with_hq: bool = False) -> d
         Copies of `prompt_encoder.*` and `mask_decoder.*` by key, float32, on the CPU.
 
     Raises:
-        CheckpointError: the file is unusable or belongs to another teacher.
+        CheckpointError: the file is unusable, belongs to another teacher or holds an encoder alone.
         SamError: an unknown teacher.
     """
-    state = _read_whole_state(find_teacher_info(name), checkpoint)
+    state, _ = _read_checked(find_teacher_info(name), checkpoint)
     head = {key: value for key, value in state.items() if key.startswith(HEAD_PREFIXES)}
     return {
         key: value.float().clone()
@@ -229,14 +233,39 @@ def embedded_sha256() -> str:
     return hashlib.sha256(_EMBEDDED_FILE.read_bytes()).hexdigest()
 
 
-def _read_whole_state(info: TeacherInfo, checkpoint: Path | None) -> dict[str, Tensor]:
-    """Read and check the encoder and head of a teacher, with the keys of its checkpoint."""
+def inspect_checkpoint(name: str, checkpoint: Path | None) -> tuple[bool, str | None]:
+    """Check a teacher's checkpoint, and describe what is taken of it.
+
+    Args:
+        name: a key of `TEACHERS`.
+        checkpoint: path of the file or folder; None only for the embedded teacher.
+
+    Returns:
+        True if it has SAM's head, False if it is an encoder alone; and the note of `Weights.note`.
+
+    Raises:
+        CheckpointError: the file is unusable or belongs to another teacher.
+        SamError: an unknown teacher.
+    """
+    state, note = _read_checked(find_teacher_info(name), checkpoint, encoder_alone=True)
+    return any(key.startswith(HEAD_PREFIXES) for key in state), note
+
+
+def _read_checked(
+    info: TeacherInfo, checkpoint: Path | None, *, encoder_alone: bool = False
+) -> tuple[dict[str, Tensor], str | None]:
+    """Read and check the encoder and head of a teacher, with the keys of SAM's checkpoints, and the note about them.
+
+    If `encoder_alone`, a file without a head is taken, too.
+    """
     if info.checkpoint is None:
         if checkpoint is not None:
             raise CheckpointError(f"{info.name} is embedded and takes no checkpoint; leave out {checkpoint}")
-        return read_embedded_weights()
+        return read_embedded_weights(), None
     if checkpoint is None:
         raise CheckpointError(
             f"{info.name} needs its checkpoint {info.checkpoint.name}; give --checkpoint FILE"
         )
-    return check_state(checkpoint, info, read_state(checkpoint), state_shapes(info))
+    weights = read_weights(checkpoint, lambda state: info.encoder.matches(encoder_state(state)))
+    state = check_weights(weights, info, state_shapes(info), encoder_alone=encoder_alone)
+    return state, weights.note(state)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError, MobileSamError
+from ..common.errors import ArchiveError, ForeignObjects, MobileSamError
 from .unpickler import MAX_PICKLE, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -67,8 +67,8 @@ def read_torch_file(path: Path, *, foreign: bool = False) -> object:
 
     In the zip format every record's checksum is verified, with bounded memory, before anything is unpickled; the
     tensors are then mapped privately from the verified file. Files whose checksums were not computed
-    (`torch.utils.serialization.config.save.compute_crc32`) and the older format, which has none and is read whole, are
-    not verified.
+    (`torch.utils.serialization.config.save.compute_crc32`) and the older format, which has none and is read whole,
+    are not verified.
 
     Args:
         path: path of the file.
@@ -79,7 +79,8 @@ def read_torch_file(path: Path, *, foreign: bool = False) -> object:
 
     Raises:
         ArchiveError: the file is damaged.
-        ForeignObjects: it holds other objects than tensors and plain values, and `foreign` is False.
+        ForeignObjects: it holds other objects than tensors and plain values, and `foreign` is False; or it is a
+            pickle of another program.
         OSError: it can't be read.
     """
     with path.open("rb") as file:
@@ -152,7 +153,10 @@ def _read_old(file: io.BufferedReader, foreign: bool) -> object:
             raise ArchiveError("a storage has two types")
         return flat[key]
 
-    if tuple(read_pickle(file, storage) for _ in range(2)) != _OLD_FORMAT:
+    magic = read_pickle(file, storage, foreign=True)
+    if type(magic) is not int:
+        raise ForeignObjects("a pickle that torch.save didn't write")
+    if (magic, read_pickle(file, storage)) != _OLD_FORMAT:
         raise ArchiveError("it doesn't begin like a file of torch.save")
     read_pickle(file, storage)
     content, keys = read_pickle(file, storage, foreign=foreign), read_pickle(file, storage)
@@ -252,6 +256,10 @@ def _locate(file: BinaryIO) -> dict[str, Record]:
         with zipfile.ZipFile(_BoundedFile(file)) as archive:
             entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        if "not a zip file" in str(error):
+            raise ArchiveError(
+                "no zip directory at its end, as after an unfinished download or copy"
+            ) from None
         raise ArchiveError(f"no intact zip archive: {error}") from None
     records: dict[str, Record] = {}
     end_of_last, length = 0, file.seek(0, io.SEEK_END)

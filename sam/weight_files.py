@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..common.errors import ArchiveError, CheckpointError, shown
+from ..common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
 from .registry import TEACHERS
 from .torch_file import archive_names, in_torch_format, read_torch_file
 
@@ -27,6 +27,9 @@ FOLDER_FILES = (
     "pytorch_model.bin" + INDEX_SUFFIX,
 )
 """Files of weights in Hugging Face's folders, the one to read first; an index names the files of a sharded model."""
+
+PLAIN = "torch.save(model.state_dict(), FILE)"
+"""Way to save weights that every program can read."""
 
 MAX_HEADER = 4 << 20
 """Largest header of a safetensors file that is read, in bytes: a hundred times that of ViT-H's. Parsed it takes about
@@ -149,12 +152,11 @@ def _file_in(folder: Path) -> Path:
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
         )
     candidates = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
-    there = f"it has {', '.join(candidates[:3])}" if candidates else f"{FOLDER_FILES[0]} or {FOLDER_FILES[2]}"
+    wanted = f"{FOLDER_FILES[0]} or {FOLDER_FILES[2]}"
+    if not candidates:
+        raise CheckpointError(f"{folder} is a directory without {wanted}: not a checkpoint")
     raise CheckpointError(
-        f"{folder} is a directory without {FOLDER_FILES[0]} and {FOLDER_FILES[2]}, not a checkpoint: name the file of "
-        f"weights in it ({there})"
-        if candidates
-        else f"{folder} is a directory without {there}, not a checkpoint file"
+        f"{folder} is a directory without {wanted}: name the file of weights in it ({', '.join(candidates[:3])})"
     )
 
 
@@ -201,6 +203,8 @@ def _load_file(path: Path) -> object:
                 return read_torch_file(path, foreign=True)
         except ArchiveError as error:
             raise CheckpointError(_damage(path, str(error))) from None
+        except ForeignObjects as error:
+            raise CheckpointError(f"{path} is {error}: save the weights with {PLAIN}") from None
     raise CheckpointError(
         f"{path} ({path.stat().st_size:,} bytes) is not a checkpoint of PyTorch or safetensors: it is "
         f"{_kind(start, path)}"
@@ -228,11 +232,9 @@ def _damage(path: Path, reason: str) -> str:
 
 
 def is_safetensors(start: bytes) -> bool:
-    """Return True if a file that begins with these nine bytes or more is of safetensors: a length, a JSON object.
-
-    The first byte of the length may equal a pickle's.
-    """
-    return start[8:9] == b"{" and start[6:8] == b"\0\0"
+    """Return True if a file that begins with these nine bytes or more is of safetensors: eight bytes of a length, the
+    first of which may equal a pickle's, and a JSON object."""
+    return start[8:9] == b"{" and b"\0" in start[:8]
 
 
 def _read_safetensors(path: Path) -> dict[str, object]:
@@ -267,18 +269,17 @@ def _kind_of_zip(path: Path) -> str | None:
         return None
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner or any(name.startswith("code/") for name in inner):
-        return "a TorchScript archive: save the network's weights with torch.save(model.state_dict(), FILE)"
+        return f"a TorchScript archive: save the network's weights with {PLAIN}"
     exported = {"archive_format", "serialized_exported_program.json", "models/model.json"}
     if exported & inner or "serialized_exported_program.json" in names:
-        return (
-            "a program of torch.export: save the network's weights with torch.save(model.state_dict(), FILE)"
-        )
+        return f"a program of torch.export: save the network's weights with {PLAIN}"
     if names and all(name.endswith(".npy") for name in names):
-        return "a NumPy archive: save the weights with torch.save(model.state_dict(), FILE)"
+        return f"a NumPy archive: save the weights with {PLAIN}"
     if any(name == "data.pkl" or name.startswith("data/") for name in inner):
         return None  # torch.save's, perhaps damaged
     first = f", the first {shown(names[0][:80])}" if names else ""
-    return f"a zip archive of {len(names):,} files{first}, not a checkpoint of PyTorch: unpack it first"
+    count = f"{len(names):,} file{'' if len(names) == 1 else 's'}"
+    return f"a zip archive of {count}{first}, not a checkpoint of PyTorch: unpack it first"
 
 
 def _kind(start: bytes, path: Path) -> str:

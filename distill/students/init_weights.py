@@ -8,7 +8,6 @@ Shape suffixes: K attention heads (1 for a ViT's table), L positions of a square
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import re
@@ -22,17 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.errors import DistillError
-from ...sam.checkpoint import ENCODER_PREFIX, read_state
+from ...sam.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.modeling.head_shapes import head_shapes
-from ...sam.torch_file import in_torch_format
+from ...sam.state_dict import count_by_prefix
+from ...sam.weight_files import weights_sha256
 from .registry import outline_student, student_info
-from .student_file import (
-    MAX_HEADER,
-    lacks_image_size,
-    read_any_tensors,
-    student_path,
-    trained_head,
-)
+from .student_file import is_own_file, read_own_tensors, student_path, trained_head
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +37,8 @@ another network."""
 MAX_SIDE = 256
 """Largest side of a position table that is resized: four times SAM's grid. A file may claim any size."""
 BACKBONE_PREFIX = "backbone."
+MAX_PREFIX = 4
+"""Most words before all names that are left out."""
 
 Naming = Callable[[str], Iterable[str]]
 """Naming scheme: returns the student's keys that may correspond to a file's key, the likeliest first."""
@@ -71,18 +67,21 @@ class InitialWeights:
     """Weights by key of the student, in the student's dtypes."""
     head: dict[str, Tensor] | None = field(repr=False, default=None)
     """SAM's head, float32, if the file is of a student trained together with it, or in mobile_sam.pt's format."""
+    note: str | None = None
+    """Sentence about what was taken of another program's file; None for a plain one."""
 
     def report(self) -> dict[str, Any]:
         """Return JSON values for the run's description.
 
         Returns:
-            `file`, `sha256`, `naming`; `taken` {weights, parameters, of_parameters}; `resized`, keys; `left_new` and
-            `unused_in_file`, counts of keys by the first part of their names.
+            `file`, `sha256`, `note`, `naming`; `taken` {weights, parameters, of_parameters}; `resized`, keys;
+            `left_new` and `unused_in_file`, counts of keys by the first part of their names.
         """
         count = self.parameters
         return {
             "file": self.path.name,
             "sha256": self.sha256,
+            "note": self.note,
             "naming": self.naming,
             "taken": {
                 "weights": len(self.taken),
@@ -119,22 +118,22 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
     """Read a file's weights for a student.
 
     Args:
-        path: file in torch's format (a flat state dict, or one under `model` or `state_dict`) or of safetensors, or a
-            folder with a student. Its keys are named as in mobile_sam.pt, TinyViT's releases, timm, or a student.
+        path: file or folder of a student, or of weights from any program (`read_weights`). Its keys are named as in
+            mobile_sam.pt, TinyViT's releases, timm, or a student, perhaps with the same words before all of them.
         student: name in the registry, or `timm:NAME`.
         image_size: side of the student's square in pixels; position tables are resized for it.
 
     Raises:
         DistillError: the file is missing or damaged, has less than half of the encoder's parameters, or has values
             that aren't finite.
-        CheckpointError: a file in torch's format is damaged or holds objects other than tensors.
+        CheckpointError: a file of another program is missing, damaged, or holds no tensors by name.
     """
     path = student_path(path) if Path(path).is_dir() else Path(path)
-    sha256, state = _read(path)
+    sha256, state, note = _read(path)
     outline = outline_student(student_info(student), image_size)
     wanted = outline.state_dict()
     parameters = {key: value.numel() for key, value in outline.named_parameters()}
-    matches = [_match(name, state, wanted) for name in NAMINGS]
+    matches = [_match(name, names, wanted) for names in _shortened(state) for name in NAMINGS]
     best = max(matches, key=lambda match: sum(parameters.get(key, 0) for key in match.tensors))
     _check_share(path, student, parameters, best)
     for key, value in best.tensors.items():
@@ -142,7 +141,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
             raise DistillError(
                 f"{path} holds values that aren't finite, in {best.theirs[key][:80]}; give a whole one"
             )
-    head = _whole_head(state) if lacks_image_size(path) else trained_head(path)
+    head = trained_head(path) if is_own_file(path) else _whole_head(state)
     used = {best.theirs[key] for key in best.tensors}
     return InitialWeights(
         path=path,
@@ -155,38 +154,32 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
         parameters=parameters,
         tensors=best.tensors,
         head=head,
+        note=note,
     )
 
 
-def count_by_prefix(keys: Iterable[str]) -> dict[str, int]:
-    """Count keys by the first part of their names: {"head": 2, "mask_decoder": 131}."""
-    groups: dict[str, int] = {}
-    for key in sorted(keys):
-        prefix = key.split(".")[0][:60]
-        groups[prefix] = groups.get(prefix, 0) + 1
-    return groups
-
-
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return a file's SHA-256 and tensors."""
+def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
+    """Return a file's SHA-256 and tensors, and a note about what was taken of a file of another program."""
+    if not path.exists():
+        raise DistillError(f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)")
     try:
-        with path.open("rb") as file:
-            start = file.read(9)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if in_torch_format(start):
-            return sha256, read_state(path)
-        if len(start) < 8 or int.from_bytes(start[:8], "little") > MAX_HEADER:
-            raise DistillError(
-                f"{path} is neither in torch's format nor a safetensors file; --init takes one of these"
-            )
-        return sha256, read_any_tensors(path)
-    except FileNotFoundError:
-        raise DistillError(
-            f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)"
-        ) from None
+        if is_own_file(path):
+            return weights_sha256(path), read_own_tensors(path), None
     except OSError as error:
         raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
+    weights = read_weights(path)
+    return weights_sha256(path), weights.state, weights.note()
+
+
+def _shortened(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return a state dict, and with the words left out that stand before all of its names (`model.`, `backbone.`)."""
+    found = [state]
+    while len(firsts := {key.partition(".")[0] for key in found[-1]}) == 1 and len(found) <= MAX_PREFIX:
+        (first,) = firsts
+        if not all(key.startswith(f"{first}.") for key in found[-1]):
+            break
+        found.append({key.removeprefix(f"{first}."): value for key, value in found[-1].items()})
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

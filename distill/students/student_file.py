@@ -22,8 +22,9 @@ from ...common.durable import write_atomic
 from ...common.errors import DistillError
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
-from ...sam.teacher import load_head, load_teacher
-from ...sam.torch_file import is_torch_file
+from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
+from ...sam.torch_file import ZIP_MAGIC
+from ...sam.weight_files import FOLDER_FILES
 from ..run_description import CONFIG_FILE, NO_STUDENT
 from ..run_description import STUDENT_FILE as STUDENT_FILE
 from .registry import outline_student, student_info
@@ -84,23 +85,26 @@ def load_student(
     Names and shapes are compared before the student is built or any weight is read.
 
     Args:
-        path: student's file, or the folder of a run or an export.
+        path: student's file, or the folder of a run or an export; or a file or folder of MobileSAM's weights from
+            any program (`read_weights`).
         device: device of the student.
         image_size: side of the student's square in pixels, for a file in mobile_sam.pt's format, which is a tiny_vit
             and doesn't record its image size; None: 1024. Ignored for other files.
 
     Returns:
-        The student, and its description: `student`, `image_size`, and the `info` that it was saved with.
+        The student, and its description: `student`, `image_size`, and the `info` that it was saved with. For weights
+        from another program, `note` is a sentence about what was taken of the file, if there is anything to say.
 
     Raises:
         DistillError: the file is missing, damaged (its SHA-256 differs) or not a student, its weights don't fit the
             student that it names, or that student needs timm, which isn't installed.
-        CheckpointError: a file in torch's format isn't mobile_sam's.
+        CheckpointError: a file of another program isn't mobile_sam's.
     """
     file = student_path(path)
-    if is_torch_file(file, DistillError):
+    if not is_own_file(file):
         teacher = load_teacher("mobile_sam", file, image_size=image_size or 1024, device=device)
-        return teacher.image_encoder, {"student": "tiny_vit", "image_size": teacher.image_size}
+        note = {} if teacher.note is None else {"note": teacher.note}
+        return teacher.image_encoder, {"student": "tiny_vit", "image_size": teacher.image_size, **note}
     with _mend_added(file):
         header = check_tensors(file)
         info = _read_metadata(file, header.metadata)
@@ -122,11 +126,11 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
     Call `load_student` with `path` first: it checks the file.
 
     Raises:
-        CheckpointError: a file in torch's format isn't mobile_sam's.
+        CheckpointError: a file of another program isn't mobile_sam's.
     """
     file = student_path(path)
-    if is_torch_file(file, DistillError):
-        return load_head("mobile_sam", file)
+    if not is_own_file(file):
+        return load_head("mobile_sam", file) if inspect_checkpoint("mobile_sam", file)[0] else None
     head = {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
     return head or None
 
@@ -142,10 +146,10 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
 
     Raises:
         DistillError: the file is damaged.
-        CheckpointError: a file in torch's format is damaged.
+        CheckpointError: a file of another program is damaged.
     """
     file = student_path(path)
-    if is_torch_file(file, DistillError):
+    if not is_own_file(file):
         return load_own_head(file)
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
@@ -160,11 +164,13 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
 def student_path(path: Path | str) -> Path:
     """Return the student's file in the folder of a run or an export, or the file itself.
 
+    In a folder of another program it is one of FOLDER_FILES: a file of weights, or the index of several.
+
     Raises:
         DistillError: there is none.
     """
     path = Path(path)
-    files = [path / name for name in (STUDENT_FILE, MODEL_FILE)] if path.is_dir() else [path]
+    files = [path / name for name in (STUDENT_FILE, MODEL_FILE, *FOLDER_FILES)] if path.is_dir() else [path]
     for file in files:
         if file.is_file():
             return file
@@ -179,7 +185,24 @@ def lacks_image_size(path: Path | str) -> bool:
     Raises:
         DistillError: there is no such file, or it can't be read.
     """
-    return is_torch_file(student_path(path), DistillError)
+    return not is_own_file(student_path(path))
+
+
+def is_own_file(path: Path) -> bool:
+    """Return True if mobilesam wrote a file of tensors, which then carries a SHA-256, even if it is damaged now.
+
+    Raises:
+        DistillError: there is no such file, or it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(8 + MAX_HEADER)
+    except OSError as error:
+        raise DistillError(f"{path} can't be read: {error.strerror or error}") from error
+    if start.startswith(ZIP_MAGIC):
+        return False
+    # Two marks, so that one damaged byte doesn't hide both; of a file that lost both the name decides.
+    return b'"mobilesam ' in start or b'"sha256"' in start or path.name == STUDENT_FILE
 
 
 @dataclass(frozen=True)
@@ -241,28 +264,24 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DistillError(f"{path} is damaged ({str(error)[:100]})") from error
 
 
-def read_any_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Read tensors of a safetensors file from any program to the CPU; a SHA-256 of mobilesam's is checked.
+def read_own_tensors(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Read tensors of a file that mobilesam wrote (`is_own_file`) to the CPU; its SHA-256 is checked.
 
     Args:
         path: path of the file.
         prefixes: beginnings of the names to read; the other tensors stay on the disk.
 
     Raises:
-        DistillError: the file is damaged or no safetensors file; the caller adds a remedy to the message.
+        DistillError: the file is damaged; the caller adds a remedy to the message.
         OSError: it can't be read.
     """
-    with open(path, "rb") as file:
-        _header_length(path, file)
+    check_tensors(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
-            metadata = opened.metadata() or {}
-            if metadata.get("format") == FORMAT or metadata.keys() >= {"format", _DIGEST_KEY}:
-                check_tensors(path)
             names = [name for name in opened.keys() if name.startswith(prefixes)]  # noqa: SIM118 - not a dict
             return {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise DistillError(f"{path} is damaged or no safetensors file ({str(error)[:100]})") from error
+        raise DistillError(f"{path} is damaged ({str(error)[:100]})") from error
 
 
 @contextmanager

@@ -75,15 +75,13 @@ def test_a_flipped_bit_in_an_exports_head_is_an_error(
             load()
 
 
-@pytest.mark.parametrize("how", ["missing", "unknown", "shape", "integers", "nan", "nothing", "cut"])
+@pytest.mark.parametrize("how", ["missing", "shape", "integers", "nan", "nothing", "cut"])
 def test_a_head_that_does_not_fit_is_named_with_the_mend(
     tmp_path: Path, lone_student: Path, head: dict[str, torch.Tensor], how: str
 ) -> None:
     key, changed = "mask_decoder.iou_token.weight", dict(head)
     if how == "missing":
         del changed[key]
-    elif how == "unknown":
-        changed["mask_decoder.extra"] = torch.zeros(1)
     elif how == "nothing":
         changed = {"image_encoder.x": torch.zeros(1)}
     else:
@@ -100,6 +98,17 @@ def test_a_head_that_does_not_fit_is_named_with_the_mend(
         load_model(lone_student, head=path)
     assert "--head" in str(raised.value)
     assert len(str(raised.value)) < 400
+
+
+def test_a_head_with_more_layers_than_sams_is_taken_for_sams_part_with_a_note(
+    tmp_path: Path, lone_student: Path, head: dict[str, torch.Tensor]
+) -> None:
+    more = {"mask_decoder.hf_token.weight": torch.zeros(1, 256), "mask_decoder.hf_mlp.x": torch.zeros(2)}
+    save_file({**head, **more}, tmp_path / "head.safetensors")
+    model = load_model(lone_student, head=tmp_path / "head.safetensors")
+    assert same_head(model, head)
+    left = "mask_decoder.hf_mlp (1), mask_decoder.hf_token (1)"
+    assert model.notes[-1] == f"of the head in head.safetensors SAM's own part is used; left out: {left}"
 
 
 def test_a_head_saved_in_half_precision_is_computed_with_in_float32(
@@ -129,7 +138,7 @@ def test_a_safetensors_file_is_known_by_its_content_whatever_its_first_byte(
     [
         (None, "no file or store"),
         (b"", "is empty"),
-        (b"this is text", "not a PyTorch checkpoint"),
+        (b"this is text", "not a checkpoint of PyTorch or safetensors: it is a text"),
         ("folder", "store"),
     ],
 )
@@ -183,7 +192,7 @@ def test_a_head_of_a_terabyte_is_an_error_before_it_is_read(tmp_path: Path) -> N
     with sparse.open("wb") as opened:
         opened.write(safetensors(json.dumps(header).encode()))
         opened.truncate(10**12)
-    with pytest.raises(DistillError, match=r"sparse.safetensors is damaged"):
+    with pytest.raises(DistillError, match=r"sparse.safetensors .* is truncated or damaged"):
         read_head_file(sparse)
 
 

@@ -63,9 +63,10 @@ def test_an_empty_file_is_refused_with_its_length(tmp_path: Path) -> None:
     assert "is empty (0 bytes)" in refusal(tmp_path / "empty.pth")
 
 
-def test_a_web_page_saved_as_a_checkpoint_is_refused_with_its_first_bytes(tmp_path: Path) -> None:
+def test_a_web_page_saved_as_a_checkpoint_is_called_that(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><title>Not found</title>")
-    assert "not a PyTorch checkpoint: it starts with b'<!DOCTYPE html>" in refusal(tmp_path / "page.pth")
+    message = refusal(tmp_path / "page.pth")
+    assert "is not a checkpoint of PyTorch or safetensors: it is an HTML page" in message
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99, 0.99999])
@@ -98,7 +99,7 @@ def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    assert "truncated or damaged" in refusal(tmp_path / "other.pth")
+    assert "is a zip archive of 1 file, the first readme.txt" in refusal(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
@@ -106,7 +107,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path, new_format
     path, evidence = tmp_path / "hostile.pth", tmp_path / "evidence"
     torch.save({"a": Hostile(evidence)}, path, _use_new_zipfile_serialization=new_format)
     message = refusal(path)
-    assert f"Python objects other than tensors ({os.name}.mkdir)" in message
+    assert f"Python objects other than tensors ({os.name}.mkdir, under 'a')" in message
     assert "refused" in message
     assert not evidence.exists()
 
@@ -115,7 +116,7 @@ def test_a_hostile_pickle_is_refused_and_does_not_run(tmp_path: Path, new_format
 def test_a_plain_pickle_is_refused_and_does_not_run(tmp_path: Path, protocol: int) -> None:
     path, evidence = tmp_path / "hostile.pkl", tmp_path / "evidence"
     path.write_bytes(pickle.dumps(Hostile(evidence), protocol))
-    refusal(path)
+    assert "is a pickle that torch.save didn't write" in refusal(path)
     assert not evidence.exists()
 
 
@@ -132,7 +133,8 @@ def test_a_whole_pickled_network_is_refused_with_the_way_to_save_it(tmp_path: Pa
         ([torch.zeros(2)], "holds a list"),
         (torch.zeros(2), "holds a Tensor"),
         ({}, "it holds nothing"),
-        ({"model": {"a": torch.zeros(2)}, "epoch": 3}, "it holds 'model', 'epoch'"),
+        ({"epoch": 3, "loss": 0.1}, "no tensors by name: it holds 'epoch', 'loss'"),
+        ({"model": {"a": torch.zeros(2)}, "epoch": 3}, "none of SAM's names, but 1 tensor, a"),
     ],
 )
 def test_other_contents_are_refused_by_their_kind(tmp_path: Path, content: object, said: str) -> None:
@@ -193,11 +195,20 @@ def test_a_missing_key_is_counted_and_named(tmp_path: Path, state: dict[str, tor
     assert f"{key} is missing" in message
 
 
-def test_an_encoder_alone_is_refused_as_its_head_is_missing(
-    tmp_path: Path, state: dict[str, torch.Tensor]
-) -> None:
+def test_an_encoder_alone_is_a_teacher_without_a_head(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     torch.save({k: v for k, v in state.items() if k.startswith("image_encoder")}, tmp_path / "file.pt")
-    assert f"{len(head_shapes())} are missing, 0 are unknown" in refusal(tmp_path / "file.pt")
+    teacher = load_teacher("mobile_sam", tmp_path / "file.pt", image_size=64)
+    assert teacher.note == "file.pt: took 298 tensors of an image encoder alone; left out: nothing"
+    with pytest.raises(
+        CheckpointError, match="holds an image encoder alone: SAM's prompt encoder and mask decod"
+    ):
+        load_head("mobile_sam", tmp_path / "file.pt")
+
+
+def test_half_a_head_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    torch.save({k: v for k, v in state.items() if not k.startswith("prompt_encoder")}, tmp_path / "file.pt")
+    absent = sum(key.startswith("prompt_encoder") for key in head_shapes())
+    assert f"{absent} are missing, 0 are unknown" in refusal(tmp_path / "file.pt")
 
 
 def test_an_unknown_key_is_named(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
@@ -214,4 +225,4 @@ def test_another_networks_weights_are_counted(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
     message = refusal(tmp_path / "resnet.pth", "vit_b")
     assert "is not a vit_b checkpoint" in message
-    assert "conv1.weight is unknown" in message
+    assert "it holds none of SAM's names, but 1 tensor, conv1.weight" in message

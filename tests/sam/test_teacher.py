@@ -165,7 +165,7 @@ def test_loading_leaves_the_callers_random_numbers_alone(mobile_sam_file: Path) 
 
 
 def test_a_known_digest_is_not_computed_again(mobile_sam_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.sam.teacher.file_sha256", lambda path: pytest.fail("read once more"))
+    monkeypatch.setattr("mobilesam.sam.teacher.weights_sha256", lambda path: pytest.fail("read once more"))
     teacher = load_teacher("mobile_sam", mobile_sam_file, image_size=64, checkpoint_sha256="ab" * 32)
     assert teacher.checkpoint_sha256 == "ab" * 32
 

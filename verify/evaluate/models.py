@@ -13,12 +13,13 @@ from torch import nn
 from ...common.errors import HeadNotFound, VerifyError, shown
 from ...distill import Run
 from ...distill.students.registry import outline_student, student_info
+from ...distill.students.student_file import STUDENT_FILE, is_own_file, student_path
 from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
-from ...sam.checkpoint import identify_teacher, read_state
+from ...sam.checkpoint import describe_other, identify_teacher, read_weights
 from ...sam.download import Progress
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
-from ...sam.torch_file import is_torch_file
+from ...sam.weight_files import FOLDER_FILES
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
 from .predictor import Predictor
 from .sam_predictor import EncoderPredictor
@@ -111,7 +112,7 @@ class ModelLoader:
             raise VerifyError(
                 f"--model {shown(name)}: there is no {shown(value)}{_alternatives(before, colon)}"
             )
-        found = None if path.is_dir() else _checkpoint(name, path)
+        found = None if _is_student_folder(path) else _checkpoint(name, student_path(path))
         if found is not None and not TEACHERS[found].student_format:
             return self.load_teacher(name, found, path)
         return self._load_student(name, path)
@@ -153,7 +154,7 @@ class ModelLoader:
         return self._from_sam(name, model)
 
     def _size_of(self, path: Path) -> int | None:
-        return None if path.is_dir() or not is_torch_file(path, CheckpointError) else self.image_size
+        return None if _is_student_folder(path) or is_own_file(student_path(path)) else self.image_size
 
     def _from_sam(self, name: str, model: Model) -> LoadedModel:
         outline = (
@@ -192,18 +193,37 @@ def outline_encoder(kind: str, image_size: int) -> nn.Module:
     return outline_student(student_info(kind), image_size)
 
 
+def _is_student_folder(path: Path) -> bool:
+    """Return True for a folder of this package, a run's or an export's; False for a file, or another program's
+    folder."""
+    if not path.is_dir():
+        return False
+    return (path / STUDENT_FILE).exists() or not any((path / name).is_file() for name in FOLDER_FILES)
+
+
 def _checkpoint(name: str, path: Path) -> str | None:
-    """Return the name of the teacher that a file in torch's format holds; None for a file in another format."""
-    if not is_torch_file(path, CheckpointError):
+    """Return the name of the teacher whose weights a file of another program holds; None for a file of this one's."""
+    if is_own_file(path):
         return None
     known = [teacher for teacher, info in TEACHERS.items() if not info.embedded]
-    found = identify_teacher(read_state(path))
+    try:
+        weights = read_weights(path)
+    except CheckpointError as error:
+        if "ultralytics" not in str(error):
+            raise
+        raise VerifyError(f"--model {shown(name)}: {error}\n{_fastsam(name, path)}") from None
+    found = identify_teacher(weights.state)
     if found not in known:
+        yolo = any(key.startswith("model.0.conv.") for key in weights.state)
         raise VerifyError(
-            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(known[:-1])} and "
-            f"{known[-1]}; for FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
+            f"--model {shown(name)}: {shown(str(path))} holds none of {', '.join(known[:-1])} and {known[-1]}: "
+            f"{describe_other(weights)}" + (f"\n{_fastsam(name, path)}" if yolo else "")
         )
     return found
+
+
+def _fastsam(name: str, path: Path) -> str:
+    return f"for FastSAM's weights write {shown(name)}={FASTSAM}:{shown(str(path))}"
 
 
 def _alternatives(before: str, colon: str) -> str:

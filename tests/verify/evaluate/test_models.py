@@ -75,9 +75,10 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"--model x: there is no .*/x.pt; give a run, an export"),
-        (b"not a model", "no safetensors file|is not a student|damaged"),
+        (b"not a model", "x.pt .* is not a checkpoint of PyTorch or safetensors: it is a text"),
         (b"", "damaged|no safetensors|is empty"),
-        ("flat", r"--model x: .* holds none of vit_h, vit_l, vit_b and mobile_sam; .* x=fastsam:.*x.pt"),
+        ("flat", r"--model x: .* and mobile_sam: it holds 1 tensor, image_encoder.x$"),
+        ("yolo", r"(?s)--model x: .* the names are YOLO's or FastSAM's\n.* write x=fastsam:.*x.pt$"),
     ],
 )
 def test_a_file_that_is_no_model_is_refused_by_name(
@@ -86,6 +87,8 @@ def test_a_file_that_is_no_model_is_refused_by_name(
     path = tmp_path / "x.pt"
     if content == "flat":
         torch.save({"image_encoder.x": torch.zeros(2)}, path)
+    elif content == "yolo":
+        torch.save({"model.0.conv.weight": torch.zeros(2)}, path)
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises((VerifyError, DistillError, SamError), match=message):
