@@ -361,7 +361,7 @@ def segment(config: SegmentConfig, as_json: bool) -> int:
     from .predict.run import segment_lines
 
     with Reporter("segment") as reporter:
-        result = run(config, download=reporter.download)
+        result = run(config, download=reporter.download, phase=reporter.phase, points_done=reporter.points)
     _print(as_json, result, segment_lines(result))
     return DONE
 
@@ -379,14 +379,15 @@ def export(config: ExportConfig, as_json: bool) -> int:
     \b
     Examples:
       mobilesam export --out exported
-      mobilesam export --student runs/mine --out mobile_sam.pt
+      mobilesam export --student runs/mine --out mine.pt
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
     """
     from .predict import export as run
     from .predict.export.run import export_lines
 
-    result = run(config)
+    with Reporter("export") as reporter:
+        result = run(config, progress=reporter.step)
     _print(as_json, result, export_lines(result))
     return DONE
 

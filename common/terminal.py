@@ -253,9 +253,17 @@ class Reporter:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
 
+    def step(self, number: int, count: int, text: str) -> None:
+        """Show which of several steps, of unknown lengths, has begun."""
+        self.phase(text, f"step {number} of {count}")
+
     def download(self, done: int, total: int) -> None:
         """Show how many of a checkpoint's bytes are downloaded."""
         self.show(done, total, "bytes downloaded")
+
+    def points(self, done: int, total: int) -> None:
+        """Show at how many points of a grid masks are predicted."""
+        self.show(done, total, "points")
 
     def comparison(self, done: int, total: int) -> None:
         """Show how many images are compared."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ STABILITY_OFFSET = 1.0
 POINTS_AT_ONCE = 64
 """Largest number of points decoded together; SamAutomaticMaskGenerator's default."""
 
+MASKS_OF_A_POINT = 3
+"""Masks predicted for a point, which is ambiguous."""
+
 PIXELS_AT_ONCE = 2**26
 """Largest product of points decoded together and pixels of the image: 64 points on a photo of a megapixel. A point
 has three masks of logits, 800 MB in all; with 64 points for any photo, 12 megapixels would take 10 GB."""
@@ -41,9 +45,16 @@ class Prediction:
     """Time for resizing, normalising and the image encoder."""
     mask_seconds: float
     """Time for prompt encoder, mask decoder, and turning logits into masks."""
+    note: str | None = None
+    """Reason if nothing was found in a search for everything."""
 
 
-def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -> Prediction:
+def predict(
+    sam: Sam,
+    image_HWC: npt.NDArray[np.uint8],
+    prompts: ImagePrompts,
+    points_done: Callable[[int, int], None] = lambda done, total: None,
+) -> Prediction:
     """Segment an image.
 
     For a single point, which is ambiguous, the one of SAM's three masks with the highest predicted IoU is chosen; for
@@ -53,14 +64,16 @@ def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -
         sam: SAM, such as the `sam` of a `Model`.
         image_HWC: uint8 RGB (H, W, 3).
         prompts: prompts inside the image.
+        points_done: for everything, called with the number of points whose masks are predicted, and the total: first
+            with 0, after the image was embedded.
 
     Returns:
         One mask for each object; for everything, as many masks as are found.
     """
-    predictor = _TimedPredictor(sam)
-    start = time.perf_counter()
+    predictor = _WatchedPredictor(sam, points_done)
+    start, note = time.perf_counter(), None
     if prompts.everything:
-        masks = _predict_everything(predictor, image_HWC)
+        masks, note = _predict_everything(predictor, image_HWC)
     else:
         predictor.set_image(image_HWC)
         masks = [_predict_object(predictor, prompt) for prompt in prompts.objects()]
@@ -69,6 +82,7 @@ def predict(sam: Sam, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts) -
         masks=masks,
         embedding_seconds=predictor.seconds,
         mask_seconds=seconds - predictor.seconds,
+        note=note,
     )
 
 
@@ -89,10 +103,22 @@ def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0)
     return both / either if either else None
 
 
-class _TimedPredictor(SamPredictor):
-    """SamPredictor that adds up the time of its image embeddings."""
+class _WatchedPredictor(SamPredictor):
+    """SamPredictor that adds up the time of its image embeddings, and keeps the predicted IoUs of points.
 
-    seconds = 0.0
+    Args:
+        sam: model to predict with.
+        points_done: as for `predict`.
+    """
+
+    def __init__(self, sam: Sam, points_done: Callable[[int, int], None]) -> None:
+        super().__init__(sam)
+        self.seconds = 0.0
+        self.ious: list[float] = []
+        """Predicted IoUs of all masks of the points so far; for everything alone."""
+        self.points = 0
+        """Points of everything; 0 for other prompts."""
+        self._points_done = points_done
 
     def set_image(self, image: npt.NDArray[np.uint8], image_format: str = "RGB") -> None:
         start = time.perf_counter()
@@ -100,9 +126,21 @@ class _TimedPredictor(SamPredictor):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - start
+        self._report()
+
+    def predict_torch(self, *args: Any, **kwargs: Any) -> Any:
+        predicted = super().predict_torch(*args, **kwargs)
+        if self.points:
+            self.ious += predicted[1].flatten().tolist()
+            self._report()
+        return predicted
+
+    def _report(self) -> None:
+        if self.points:
+            self._points_done(len(self.ious) // MASKS_OF_A_POINT, self.points)
 
 
-def _predict_object(predictor: _TimedPredictor, prompt: ObjectPrompt) -> Mask:
+def _predict_object(predictor: _WatchedPredictor, prompt: ObjectPrompt) -> Mask:
     logits_THW, iou_T, _ = predictor.predict(
         point_coords=prompt.coords_N2,
         point_labels=prompt.labels_N,
@@ -122,7 +160,10 @@ def _predict_object(predictor: _TimedPredictor, prompt: ObjectPrompt) -> Mask:
     )
 
 
-def _predict_everything(predictor: _TimedPredictor, image_HWC: npt.NDArray[np.uint8]) -> list[Mask]:
+def _predict_everything(
+    predictor: _WatchedPredictor, image_HWC: npt.NDArray[np.uint8]
+) -> tuple[list[Mask], str | None]:
+    """Return the masks, the largest first; if there are none, also the reason."""
     height, width = image_HWC.shape[:2]
     generator = SamAutomaticMaskGenerator(
         predictor.model,
@@ -130,6 +171,7 @@ def _predict_everything(predictor: _TimedPredictor, image_HWC: npt.NDArray[np.ui
         output_mode="coco_rle",
     )
     generator.predictor = predictor
+    predictor.points = sum(map(len, generator.point_grids))
     found: list[dict[str, Any]] = generator.generate(image_HWC)
     masks = [
         Mask(
@@ -142,7 +184,23 @@ def _predict_everything(predictor: _TimedPredictor, image_HWC: npt.NDArray[np.ui
         )
         for record in found
     ]
-    return sorted(masks, key=lambda mask: -mask.area)
+    return sorted(masks, key=lambda mask: -mask.area), None if masks else _reason(predictor.ious, generator)
+
+
+def _reason(ious: list[float], generator: SamAutomaticMaskGenerator) -> str:
+    """Say which of SAM's two limits the masks miss, of which none is left."""
+    limit, stability = generator.pred_iou_thresh, generator.stability_score_thresh
+    likely = sum(iou > limit for iou in ious)
+    if likely:
+        fact = f"{likely:,} reach a predicted IoU of {limit:g}, and none of these a stability score of {stability:g}"
+    else:
+        best = max(filter(math.isfinite, ious), default=math.nan)
+        fact = f"none reaches a predicted IoU of {limit:g} (the best {best:.3f})"
+    points = len(ious) // MASKS_OF_A_POINT
+    return (
+        f"nothing found: of {len(ious):,} masks for a grid of {points:,} points {fact}. These are SAM's limits for "
+        "everything; --point and --box have none"
+    )
 
 
 def _finite(number: float) -> float | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,8 @@ class ImagePrompts:
         for x0, y0, x1, y1 in self.boxes:
             require(
                 x0 < x1 and y0 < y1,
-                f"--box {_joined((x0, y0, x1, y1))} is empty: give X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1",
+                f"--box {_joined((x0, y0, x1, y1))} is empty: give X0 Y0 X1 Y1 with X0 < X1 and Y0 < Y1, the corners "
+                "at the top left and at the bottom right",
                 PredictError,
             )
 
@@ -90,16 +91,19 @@ class ImagePrompts:
             PredictError,
         )
 
-    def check_inside(self, original_size: tuple[int, int]) -> None:
-        """Refuse prompts outside the image.
+    def inside(self, original_size: tuple[int, int]) -> tuple[ImagePrompts, list[str]]:
+        """Clip boxes to the image, and refuse prompts outside it.
 
         A point must lie on a pixel, 0 <= x < width. A box may touch the image's edge, 0 <= x0 < x1 <= width.
 
         Args:
             original_size: height and width of the image in pixels.
 
+        Returns:
+            The prompts, boxes that reach over the edge clipped; a note for each of these.
+
         Raises:
-            PredictError: a prompt is outside; the message names the first one and the image's size.
+            PredictError: a point is outside, or a whole box; the message names the first one and the image's size.
         """
         height, width = original_size
         outside = f"outside the image, which is {width} x {height} pixels"
@@ -110,9 +114,19 @@ class ImagePrompts:
                     f"{option} {_joined((x, y))} is {outside}",
                     PredictError,
                 )
-        for x0, y0, x1, y1 in self.boxes:
-            inside = min(x0, y0) >= 0 and x1 <= width and y1 <= height
-            require(inside, f"--box {_joined((x0, y0, x1, y1))} is {outside}", PredictError)
+        boxes, notes = [], []
+        for box in self.boxes:
+            x0, y0, x1, y1 = box
+            clipped = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+            overlaps = clipped[0] < clipped[2] and clipped[1] < clipped[3]
+            require(overlaps, f"--box {_joined(box)} is {outside}", PredictError)
+            boxes.append(clipped)
+            if clipped != box:
+                notes.append(
+                    f"--box {_joined(box)} reaches over the edge of the image, which is {width} x {height} pixels; "
+                    f"clipped to {_joined(clipped)}"
+                )
+        return replace(self, boxes=boxes), notes
 
     def objects(self) -> list[ObjectPrompt]:
         """Return one prompt for each object, in the order of the boxes; an empty list for everything."""

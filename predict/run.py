@@ -5,7 +5,7 @@ Shape suffixes: H, W rows and columns of an image, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,16 @@ from .model import Model, load_model, load_teacher_model
 from .outputs import OVERLAY, RLE, Outputs, check_file
 from .overlay import check_format, draw_overlay, encode_picture
 from .predictor import Prediction, predict
+from .prompts import ImagePrompts
 
 
-def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[str, Any]:
+def segment(
+    config: SegmentConfig,
+    *,
+    download: Progress | None = None,
+    phase: Callable[[str], None] = lambda text: None,
+    points_done: Progress = lambda done, total: None,
+) -> dict[str, Any]:
     """Segment one image in float32, draw the masks over it, and write the output files.
 
     Invalid options and outputs are refused before the model is loaded. Either all existing files are replaced, or, if
@@ -33,6 +40,8 @@ def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[
     Args:
         config: all options.
         download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
+        phase: called with what begins now.
+        points_done: for everything, called with (points done, points in total).
 
     Returns:
         The object that `--json` prints: `image`, `original_size` (height, width), `student` (its name; None for a
@@ -48,13 +57,17 @@ def segment(config: SegmentConfig, *, download: Progress | None = None) -> dict[
     _check_outputs(config)
     image_HWC = _read_image(config.image)
     original_size = image_HWC.shape[0], image_HWC.shape[1]
-    config.prompts.check_inside(original_size)
+    prompts, notes = config.prompts.inside(original_size)
     check_format(config.out.suffix, original_size)
+    phase("loading the model")
     model = _load(config, download)
     _check_resized(config.image, original_size, model.image_size)
-    prediction = _predict(model, image_HWC, config)
-    _write(config, image_HWC, prediction.masks)
-    return _result(config, original_size, model, prediction)
+    phase("embedding the image")
+    prediction = _predict(model, image_HWC, prompts, points_done)
+    notes += [] if prediction.note is None else [prediction.note]
+    phase("writing")
+    _write(config, image_HWC, prompts, prediction.masks)
+    return _result(config, original_size, model, prediction, notes)
 
 
 def _check_outputs(config: SegmentConfig) -> None:
@@ -98,9 +111,11 @@ def _load(config: SegmentConfig, download: Progress | None) -> Model:
     )
 
 
-def _predict(model: Model, image_HWC: npt.NDArray[np.uint8], config: SegmentConfig) -> Prediction:
+def _predict(
+    model: Model, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts, points_done: Progress
+) -> Prediction:
     try:
-        return predict(model.sam, image_HWC, config.prompts)
+        return predict(model.sam, image_HWC, prompts, points_done)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -117,8 +132,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return by_name or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
-def _write(config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], masks: Sequence[Mask]) -> None:
-    picture = draw_overlay(image_HWC, masks, config.prompts)
+def _write(
+    config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], prompts: ImagePrompts, masks: Sequence[Mask]
+) -> None:
+    picture = draw_overlay(image_HWC, masks, prompts)
     with Outputs() as outputs:
         stale = [] if config.masks is None else add_masks(outputs, config.masks, masks)
         outputs.add(config.out, encode_picture(picture, config.out.suffix), "--out", OVERLAY)
@@ -129,7 +146,11 @@ def _write(config: SegmentConfig, image_HWC: npt.NDArray[np.uint8], masks: Seque
 
 
 def _result(
-    config: SegmentConfig, original_size: tuple[int, int], model: Model, prediction: Prediction
+    config: SegmentConfig,
+    original_size: tuple[int, int],
+    model: Model,
+    prediction: Prediction,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     masks = [
         {
@@ -150,7 +171,7 @@ def _result(
         "head": model.head_source,
         "image_size": model.image_size,
         "device": str(model.device),
-        "notes": list(model.notes),
+        "notes": [*model.notes, *notes],
         "embedding_seconds": prediction.embedding_seconds,
         "mask_seconds": prediction.mask_seconds,
         "masks": masks,

@@ -67,7 +67,8 @@ def test_what_contradicts_itself_is_refused_with_the_numbers(prompts: dict[str, 
     ],
 )
 def test_prompts_on_the_very_edge_are_inside(prompts: dict[str, Any]) -> None:
-    ImagePrompts(**prompts).check_inside((40, 60))
+    given = ImagePrompts(**prompts)
+    assert given.inside((40, 60)) == (given, [])
 
 
 @pytest.mark.parametrize(
@@ -77,12 +78,33 @@ def test_prompts_on_the_very_edge_are_inside(prompts: dict[str, Any]) -> None:
         ({"points": [(1, 40)]}, "--point 1 40 is outside"),
         ({"points": [(-0.5, 4)]}, "--point -0.5 4 is outside"),
         ({"points": [(1, 1)], "negative_points": [(1, 45)]}, "--negative-point 1 45 is outside"),
-        ({"boxes": [(0, 0, 60.5, 40)]}, "--box 0 0 60.5 40 is outside"),
-        ({"boxes": [(0, -1, 60, 40)]}, "--box 0 -1 60 40 is outside"),
-        ({"boxes": [(0, 0, 1, 1), (0, 0, 1, 123456.75)]}, "--box 0 0 1 123456.75 is outside"),
+        ({"boxes": [(60, 0, 70, 40)]}, "--box 60 0 70 40 is outside"),
+        ({"boxes": [(0, -9, 60, 0)]}, "--box 0 -9 60 0 is outside"),
+        ({"boxes": [(0, 0, 1, 1), (0, 40, 1, 123456.75)]}, "--box 0 40 1 123456.75 is outside"),
     ],
 )
 def test_prompts_outside_the_image_are_refused_with_both_sizes(prompts: dict[str, Any], told: str) -> None:
     with pytest.raises(PredictError) as raised:
-        ImagePrompts(**prompts).check_inside((40, 60))
+        ImagePrompts(**prompts).inside((40, 60))
     assert told in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("box", "clipped"),
+    [
+        ((-2, 10, 60, 20), (0, 10, 60, 20)),
+        ((0, 0, 60.5, 40), (0, 0, 60, 40)),
+        ((-1000, -1000, 1000, 1000), (0, 0, 60, 40)),
+        ((59, -1, 61, 0.5), (59, 0, 60, 0.5)),
+    ],
+)
+def test_a_box_that_reaches_over_the_edge_is_clipped_and_the_note_names_both(
+    box: tuple[float, ...], clipped: tuple[float, ...]
+) -> None:
+    kept = (1.0, 1.0, 2.0, 2.0)
+    prompts, notes = ImagePrompts(boxes=[kept, box]).inside((40, 60))
+    assert prompts.boxes == (kept, clipped)
+    (note,) = notes
+    assert note.startswith(f"--box {' '.join(f'{number:g}' for number in box)} reaches over the edge")
+    assert "60 x 40 pixels" in note
+    assert note.endswith(f"clipped to {' '.join(f'{number:g}' for number in clipped)}")

@@ -190,7 +190,7 @@ def test_a_strip_that_would_vanish_is_refused(config: Any) -> None:
         ({"masks": "none/masks"}, "--masks: there is no folder"),
         ({"masks": ".", "out": "../overlay.png"}, "--masks . holds 1 other files, such as small.png"),
         ({"points": [(90, 30)]}, "--point 90 30 is outside the image, which is 90 x 60 pixels"),
-        ({"boxes": [(0, 0, 91, 30)]}, "--box 0 0 91 30 is outside the image"),
+        ({"boxes": [(91, 0, 95, 30)]}, "--box 91 0 95 30 is outside the image"),
     ],
 )
 def test_what_can_be_refused_is_refused_before_a_model_is_loaded(
