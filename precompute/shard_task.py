@@ -9,6 +9,7 @@ Shape suffixes: B images of a batch, C channels, H, W rows and columns of an ima
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -26,6 +27,7 @@ from ..common.errors import PrecomputeError
 from ..sam import refuse_keeping
 from ..sam.tar_files import place_on_disk
 from ..store import RowResult, ShardWriter
+from ..store.carried import CarriedRows
 from .decode import Batch, LoadedImage, decoded_batches
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, Stopwatch
 from .worker import TeacherPlugin
@@ -145,6 +147,7 @@ class _ShardPipeline:
         pool: ThreadPoolExecutor,
     ) -> None:
         self._task, self._plugin, self._writer = task, plugin, writer
+        self._carried = CarriedRows(task.store, task.layouts, task.shard)
         self._outcome, self._pool = outcome, pool
         self._launched: deque[tuple[Batch, Embeddings]] = deque()
         self._writes: deque[Future[None]] = deque()
@@ -180,13 +183,34 @@ class _ShardPipeline:
             self._writes.popleft().result()
 
     def _write(self, batch: Batch, emb_BCHW: np.ndarray) -> None:
-        first_row = self._task.images[0].row
         with self._outcome.timed("write"):
             results = [
-                _write_row(self._writer, item, emb_CHW, item.image.row - first_row)
+                self._write_row(item, emb_CHW)
                 for item, emb_CHW in zip(batch.images, emb_BCHW[: len(batch.images)], strict=True)
             ]
         self._outcome.add(batch, results)
+
+    def _write_row(self, item: LoadedImage, emb_CHW: np.ndarray) -> RowResult:
+        slot = item.image.row - self._task.images[0].row
+        if item.decoded is None:
+            return self._carry_over(item, slot) or item.result
+        try:
+            stored = self._writer.add(slot, emb_CHW, item.kept)
+        except ValueError as error:
+            return replace(item.result, reason=str(error))
+        return replace(
+            item.result, crc32c=stored.crc32c, scales_crc32c=stored.scales_crc32c, kept=stored.kept
+        )
+
+    def _carry_over(self, item: LoadedImage, slot: int) -> RowResult | None:
+        """Write the row that the shard had before it was withdrawn, if the image's file is gone since; else None."""
+        if item.image.excluded or os.path.lexists(place_on_disk(self._task.image_root, item.image.ref.key)):
+            return None
+        carried = self._carried.read(item.image.row)
+        if carried is None:
+            return None
+        stored = self._writer.add_stored(slot, carried.items, carried.image)
+        return replace(carried.result, kept=stored.kept)
 
 
 class _ShardOutcome:
@@ -214,16 +238,6 @@ class _ShardOutcome:
         failed = sum(result.reason is not None for result in results)
         event = replace(self._event, rows=len(results), failed=failed)
         self._worker.log_event(BATCH_TOPIC, {"batch": asdict(event)})
-
-
-def _write_row(writer: ShardWriter, item: LoadedImage, emb_CHW: np.ndarray, slot: int) -> RowResult:
-    if item.decoded is None:
-        return item.result
-    try:
-        stored = writer.add(slot, emb_CHW, item.kept)
-    except ValueError as error:
-        return replace(item.result, reason=str(error))
-    return replace(item.result, crc32c=stored.crc32c, scales_crc32c=stored.scales_crc32c, kept=stored.kept)
 
 
 def _show_in_dask(worker: Worker, spans: list[Span]) -> None:

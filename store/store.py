@@ -16,6 +16,7 @@ from ..common.durable import explain_os_errors, fsync_directory, make_folder, wr
 from ..common.errors import REPAIR_SHARDS, HeadMissing, StoreDamaged, StoreError, StoreLocked
 from ..common.image_ref import ImageRef
 from .audit_limits import tolerance
+from .carried import carry, forget_carried
 from .kept_images import FOLDER, partial_tar_path, read_kept, tar_bytes, tar_path
 from .layout import HEAD, MANIFEST, PRIVATE, local_path, rows_of, shard_count, shard_of
 from .lock import WriterLock
@@ -274,6 +275,7 @@ class EmbeddingStore:
                 os.rename(attempted, place)
                 fsync_directory(place.parent)
         manifest.commit_shard(shard, attempt, results)
+        forget_carried(self.path, shard)
         self.reader.forget(shard)
 
     def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:
@@ -293,9 +295,14 @@ class EmbeddingStore:
         return moves
 
     def withdraw(self, shards: Iterable[int]) -> None:
-        """Remove shards from the list so that they are recomputed; their rows become pending."""
+        """Remove shards from the list so that they are recomputed; their rows become pending.
+
+        Their done rows are carried over if their images are gone when the shards are recomputed.
+        """
         manifest = self._manifest_writer()
         for shard in shards:
+            with explain_os_errors(self.path):
+                carry(self.path, shard, manifest.records("done", self.shard_rows(shard)))
             manifest.withdraw_shard(shard, self.shard_rows(shard))
             self.reader.forget(shard)
 

@@ -102,7 +102,16 @@ class ShardWriter:
         """
         if emb_CHW.shape != self._layouts[0].item_shape:
             raise ValueError(f"the embedding has shape {emb_CHW.shape}, not {self._layouts[0].item_shape}")
-        items = _encode(emb_CHW, self._layouts[0].dtype)
+        return self.add_stored(slot, _encode(emb_CHW, self._layouts[0].dtype), image)
+
+    def add_stored(self, slot: int, items: Sequence[np.ndarray], image: bytes | None = None) -> StoredRow:
+        """Write one row as the store's arrays hold it; else as `add`.
+
+        Args:
+            slot: position of the row in the shard, from 0.
+            items: its item in each array, `embeddings` first.
+            image: content of the image file to keep; None in stores that keep no images.
+        """
         descriptors = self._descriptors[: len(items)]
         with explain_os_errors(self._paths[0]):
             checksums = [
