@@ -273,7 +273,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
       mobilesam verify --student mobile_sam.pt --store store.zarr --split all --points 8
       mobilesam verify --student runs/mine --store store.zarr --images /data/photos --split train
       mobilesam verify --precision float32 --device cpu --batch-size 2 --debug
-      mobilesam verify --store of_another_packages_teacher.zarr --head sam_vit_b_01ec64.pth
+      mobilesam verify --store headless.zarr --head sam_vit_b_01ec64.pth
     """
     _check_paths([config.store])
     from .verify import table_lines
@@ -411,7 +411,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
       mobilesam evaluate --images photos --label-masks masks --model mine=runs/latest
       mobilesam evaluate --store store.zarr --model mine=runs/latest --split val --points 8 --distances 50,100
       mobilesam evaluate --images photos --model other=their_predictor:weights.pt --limit 100 --seed 1 --json
-      mobilesam evaluate --store of_another_packages_teacher.zarr --model mine=runs/latest --head sam_vit_b_01ec64.pth
+      mobilesam evaluate --store headless.zarr --model mine=runs/latest --head sam_vit_b_01ec64.pth
       mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
     """
     _check_paths([config.store], [] if config.store else [config.images])

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch
 from ..sam import KEPT_KIND, preprocessing_recipe
 from ..sam.download import find_checkpoint
-from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package
+from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package, is_teacher
 from ..sam.teacher import (
     embedded_sha256,
     inspect_checkpoint,
@@ -64,6 +64,12 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         StoreMismatch: the store was made with another package's or another version of the teacher.
     """
     stored = plan.existing.spec if plan.existing else None
+    if stored and stored.teacher_package is not None and not is_teacher(plan.teacher):
+        made_by = TeacherPackage(**stored.teacher_package)
+        raise StoreMismatch(
+            f"{plan.config.out} was made with the teacher {stored.teacher} of {made_by}, which is not installed "
+            "here: install it, or give another --out"
+        )
     found = find_teacher_package(plan.teacher)
     package = None if found is None else found[0]
     if stored:

@@ -25,8 +25,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,8 @@ def _folder_sha256(folder: Path) -> str:
 def blamed(name: str, package: TeacherPackage, doing: str) -> Iterator[None]:
     """Turn any exception of a package's code into a SamError that names the package; lack of memory stays.
 
+    What the code prints goes to standard error, since standard output is for results.
+
     Args:
         name: the teacher's name.
         package: the package.
@@ -228,7 +231,8 @@ def blamed(name: str, package: TeacherPackage, doing: str) -> Iterator[None]:
         SamError: the code in the context raised an exception.
     """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

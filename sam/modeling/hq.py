@@ -1,7 +1,8 @@
 """SAM-HQ: SAM's mask decoder with one more token, whose masks use early features of the ViT.
 
 Source: Segment Anything in High Quality (Ke et al., arXiv 2306.01567); weights have the names of SysCV/sam-hq. The
-encoder and SAM's own weights of the decoder are frozen SAM; only the layers of `head_shapes.HQ_PREFIXES` were trained.
+encoder and SAM's own weights of the decoder are frozen SAM; only the layers of `head_shapes.HQ_PREFIXES` were
+trained.
 
 segment_anything's classes hand one tensor from the encoder to the decoder. So the encoder here gives embedding and
 features as channels of one tensor, and the decoder takes it apart: `SamPredictor` and `SamAutomaticMaskGenerator`

@@ -161,6 +161,10 @@ def test_another_packages_teacher_is_resumed_and_extended_by_the_same_version_on
     assert "without a file: leave out --checkpoint" in refused.stderr
     assert precompute("--extend").exit_code == 0
     assert _json("inspect", "store.zarr")["rows"]["done"] == 5
+    install(AVERAGE, teacher="renamed")
+    gone = _run("precompute", "--images", photos, "--out", "store.zarr")
+    assert gone.exit_code == 3
+    assert "made with the teacher theirs of their_teacher 1.0, which is not installed here" in gone.stderr
 
 
 def test_a_changed_checkpoint_of_another_package_is_refused(
@@ -249,6 +253,32 @@ def test_a_package_that_fails_is_named_before_anything_is_written(
     assert BROKEN[source] in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 3
     assert not (place / "store.zarr").exists()
+
+
+def test_what_a_package_prints_is_no_result(
+    precompute: Callable[..., Result], install: Install, photos: Path, place: Path
+) -> None:
+    """Section 1: --json stays one object, whatever another package's code prints."""
+    torch.save(load_head("vit_nano", None), place / "head.pt")
+    install(
+        "print('imported')\n"
+        + AVERAGE.replace("        means", "        print('embedding')\n        means", 1)
+    )
+    assert json.loads(precompute("--json").stdout)["done"] == 4
+    segmented = _json(
+        "segment",
+        photos / "0.png",
+        "--teacher",
+        "theirs",
+        "--image-size",
+        SIDE,
+        "--point",
+        30,
+        20,
+        "--head",
+        "head.pt",
+    )
+    assert segmented["head"] == "head.pt"
 
 
 def test_names_of_teachers_that_are_taken_twice_are_refused(
