@@ -212,6 +212,10 @@ def check_weights(
                 f"not in it.\nSave the whole model's weights: {PLAIN}."
             )
         expected = {key: shape for key, shape in expected.items() if key.startswith(ENCODER_PREFIX)}
+    elif info.hq and (sam := identify_teacher(state)) != name:
+        raise CheckpointError(
+            f"{path} is a {sam} checkpoint, not {name}: its mask decoder lacks SAM-HQ's layers; use --teacher {sam}"
+        )
     _check_keys(weights, info, expected)
     for key, shape in expected.items():
         if state[key].shape != shape:

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, SamError
-from .checkpoint import ENCODER_PREFIX, check_weights, encoder_state, read_weights
+from .checkpoint import ENCODER_PREFIX, check_weights, encoder_state, identify_teacher, read_weights
 from .device import resolve_device, resolve_precision
 from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
 from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
@@ -268,4 +268,7 @@ def _read_checked(
         )
     weights = read_weights(checkpoint, lambda state: info.encoder.matches(encoder_state(state)))
     state = check_weights(weights, info, state_shapes(info), encoder_alone=encoder_alone)
-    return state, weights.note(state)
+    note, whole = weights.note(state), identify_teacher(weights.state)
+    if note is not None and whole is not None and find_teacher_info(whole).hq and not info.hq:
+        note += f"; --teacher {whole} decodes masks with SAM-HQ's layers"
+    return state, note

@@ -28,6 +28,7 @@ from upstream_hq import PROMPTS, write_upstream
 
 from mobilesam.cli import main
 from mobilesam.predict.model import load_teacher_model
+from mobilesam.sam.modeling.head_shapes import HQ_PREFIXES
 from mobilesam.sam.registry import TEACHERS, CheckpointFile, TeacherInfo
 from mobilesam.sam.teacher import load_head, load_teacher
 from mobilesam.store import EmbeddingStore
@@ -521,6 +522,30 @@ def test_segment_draws_sam_hqs_own_masks(upstream: tuple[Path, dict[str, Any], P
         plain = _json(*common, "--teacher", "sam_small", *prompt)
         other = np.asarray(Image.open(place / plain["masks"][0]["file"])) > 0
         assert (other != mask).any()
+
+
+@pytest.mark.usefixtures("_small_teachers")
+def test_sams_and_sam_hqs_files_are_told_apart(
+    upstream: tuple[Path, dict[str, Any], Path], photos: Path, place: Path
+) -> None:
+    """C4: SAM-HQ's file as a SAM teacher is taken with a note that names the other; SAM's as SAM-HQ is refused."""
+    weights, _, _ = upstream
+    segment = ("segment", photos / "0.png", "--image-size", 128, "--point", 30, 20)
+    (note,) = _json(*segment, "--teacher", "sam_small", "--checkpoint", weights)["notes"]
+    assert "mask_decoder.hf_token (1 tensor)" in note
+    assert note.endswith("--teacher hq_small decodes masks with SAM-HQ's layers")
+    assert _json(*segment, "--teacher", "hq_small", "--checkpoint", weights)["notes"] == []
+    state = torch.load(weights, weights_only=True)
+    torch.save(
+        {key: value for key, value in state.items() if not key.startswith(HQ_PREFIXES)}, place / "sam.pth"
+    )
+    refused = _run(*segment, "--teacher", "hq_small", "--checkpoint", "sam.pth")
+    assert refused.exit_code == 3
+    assert (
+        "sam.pth is a sam_small checkpoint, not hq_small: its mask decoder lacks SAM-HQ's layers"
+        in refused.stderr
+    )
+    assert "use --teacher sam_small" in refused.stderr
 
 
 @pytest.mark.usefixtures("_small_teachers")
