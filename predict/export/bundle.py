@@ -24,7 +24,8 @@ from ..outputs import EXPORT, Outputs, check_writable, is_partial
 from .model_card import model_card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
-from .onnx_graph import versions
+from .onnx_graph import STEPS as ONNX_STEPS
+from .onnx_graph import Begin, silent, versions
 from .torch_export import export_torch, size_warning, unsupported_reason
 
 FORMAT = "mobilesam model 1"
@@ -93,7 +94,15 @@ def _refuse_changed(path: Path, description: Mapping[str, Any] | None) -> None:
         )
 
 
-def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
+STEPS = (
+    f"{TORCH_FILE} and {MODEL_FILE}",
+    *(f"{name}: {step}" for name in (ENCODER_FILE, DECODER_FILE) for step in ONNX_STEPS),
+    "writing",
+)
+"""Steps of an export into a folder."""
+
+
+def write_bundle(model: Model, folder: Path, begin: Begin = silent) -> dict[str, Any]:
     """Write all files of an export into a folder.
 
     All files are renamed to their final names together, after the ONNX files were checked. Files of an older export
@@ -102,14 +111,16 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     Args:
         model: model to export, on the CPU.
         folder: folder that passed `check_folder`; made if it doesn't exist.
+        begin: called with each of STEPS.
 
     Returns:
-        `files` (name -> `bytes`, `sha256`), `checks` (ONNX file -> comparison with torch), `left_out` (file ->
-        reason) and `warnings`.
+        `files` (name -> `bytes`, `sha256`), `checks` (ONNX file -> comparison with torch), `onnx` (ONNX file ->
+        format and limits), `left_out` (file -> reason) and `warnings`.
 
     Raises:
         PredictError: the ONNX export failed, or a file can't be written.
     """
+    begin(STEPS[0])
     known, warnings = _describe_model(model)
     content: dict[str, bytes] = {}
     left_out = {}
@@ -119,12 +130,14 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     else:
         left_out[TORCH_FILE] = reason
     content[MODEL_FILE] = _safetensors(model, known)
-    encoder, decoder = export_encoder(model, ENCODER_FILE), export_decoder(model, DECODER_FILE)
+    encoder = export_encoder(model, ENCODER_FILE, lambda step: begin(f"{ENCODER_FILE}: {step}"))
+    decoder = export_decoder(model, DECODER_FILE, lambda step: begin(f"{DECODER_FILE}: {step}"))
     content |= {ENCODER_FILE: marked(encoder.data, EXPORT), DECODER_FILE: marked(decoder.data, EXPORT)}
     description = {
         "format": FORMAT,
         **known,
         "checks": {ENCODER_FILE: encoder.check(), DECODER_FILE: decoder.check()},
+        "onnx": {ENCODER_FILE: encoder.format(), DECODER_FILE: decoder.format()},
         "left_out": left_out,
     }
     warning = size_warning(model) if reason is None else None
@@ -132,10 +145,12 @@ def write_bundle(model: Model, folder: Path) -> dict[str, Any]:
     content[CARD_FILE] = marked(model_card(description, warnings).encode(), EXPORT)
     description["files"] = {name: describe_file(data) for name, data in content.items()}
     content[DESCRIPTION_FILE] = marked(json.dumps(description, indent=1).encode() + b"\n", EXPORT)
+    begin(STEPS[-1])
     _write(folder, content)
     return {
         "files": {name: describe_file(data) for name, data in content.items()},
         "checks": description["checks"],
+        "onnx": description["onnx"],
         "left_out": left_out,
         "warnings": warnings,
     }

@@ -35,7 +35,7 @@ or on the command line: `mobilesam segment photo.jpg --student THIS_FOLDER --poi
 
 _ONNX = """\
 `encoder.onnx` and `decoder.onnx` need onnxruntime alone; mobilesam's `examples/segment_onnx.py` is a whole client
-without torch. All tensors are float32; S is {image_size}, g is S/16.
+without torch. All inputs and outputs are float32; S is {image_size}, g is S/16.
 
 | file | input | shape | what |
 |---|---|---|---|
@@ -51,6 +51,31 @@ Prompts without a box end with one point (0, 0) of label -1. The decoder gives `
 logits at the photo's own size (object above 0); `iou_predictions`, (prompts, 4), its estimate of each mask's quality;
 and `low_res_masks`, (prompts, 4, 4g, 4g). Mask 0 is the single mask, for boxes and several points; 1 to 3 are for
 ambiguous prompts such as one point: take the one with the highest prediction.
+
+Both files are ONNX opset {opset}, IR version {ir_version}: onnxruntime {oldest_onnxruntime} or later reads them. Each
+holds its weights, no values in double precision, and no operators but ONNX's own, unless it says so below.
+
+`orig_im_size` is float32, as in SAM's own export. Its values become the shape of `masks`, and of nothing else. For
+runtimes without shapes that are computed from an input (TensorRT, some browsers'), cut `masks` off:
+
+    import onnx.utils
+    inputs = ["image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"]
+    onnx.utils.extract_model("decoder.onnx", "low.onnx", inputs, ["iou_predictions", "low_res_masks"])
+
+and upscale `low_res_masks` yourself: bilinearly to S x S, cropped to the resized photo's size, bilinearly to the
+photo's own size.
+"""
+
+_SMALLER = """\
+Smaller files, by onnxruntime's own tools, which were tried on both files when they were made:
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    quant_pre_process("encoder.onnx", "prepared.onnx")
+    quantize_dynamic("prepared.onnx", "encoder-8bit.onnx", weight_type=QuantType.QUInt8)
+
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    onnx.save(convert_float_to_float16(onnx.load("encoder.onnx"), keep_io_types=True), "encoder-half.onnx")
 """
 
 _LICENCES = """\
@@ -167,11 +192,20 @@ def _files(description: Mapping[str, Any]) -> str:
         *([] if left_out else [_TORCH.strip()]),
         *left_out,
         _SAFETENSORS.strip(),
-        _ONNX.format(image_size=description["image_size"]).strip(),
+        _onnx(description),
         "\n".join(checks),
         "`model.json` has all of this for programs, with the SHA-256 of each file.",
     ]
     return "\n\n".join(uses)
+
+
+def _onnx(description: Mapping[str, Any]) -> str:
+    files = description["onnx"]
+    any_file = next(iter(files.values()))
+    parts = [_ONNX.format(image_size=description["image_size"], **any_file).strip(), _SMALLER.strip()]
+    limits = [f"- `{name}`: {_text(note)}" for name, one in files.items() for note in one["notes"]]
+    parts.append("\n".join(["Not with:", "", *limits]) if limits else "All of this works with both files.")
+    return "\n\n".join(parts)
 
 
 def _images(recipe: Mapping[str, Any]) -> str:

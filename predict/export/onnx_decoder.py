@@ -5,31 +5,44 @@ prompts at once, and returns all four masks of each.
 
 Shape suffixes: P prompts, p mask inputs (one for all prompts, or P), N points of one prompt, T mask tokens of a
 prompt (SAM's single mask, then its three), C channels, H, W rows and columns of an image, map or mask, h, w those of
-low-resolution masks (4g), S side of the encoder's square, 2 (x, y) or (height, width).
+low-resolution masks (4g), S side of the encoder's square, L entries of a table, 2 (x, y) or (height, width).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
+import numpy as np
 import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from ...sam import resized_size
 from ..model import Model
 from .onnx_encoder import synthetic_pixels
 from .onnx_graph import (
+    STEPS,
+    Begin,
     OnnxFile,
     Session,
     check_difference,
     relative_difference,
     rename_axes,
     serialize,
+    silent,
     to_onnx,
+    unusual_parts,
 )
+from .onnx_tools import tool_limits
+
+M = TypeVar("M", bound=nn.Module)
+
+MAX_SIDE = 1 << 16
+"""Longest side of a photo in pixels for which a side that comes out at a half is rounded as SAM rounds it."""
 
 LIMIT = 1e-3
 """Largest difference from torch allowed, relative to the output's largest magnitude."""
@@ -69,14 +82,16 @@ class Decoder(nn.Module):
 
     dense_pe_1CHW: Tensor
     upscale_Sw: Tensor
+    halves_L2: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
-        self.prompt_encoder: PromptEncoder = sam.prompt_encoder
-        self.mask_decoder: MaskDecoder = sam.mask_decoder
+        self.prompt_encoder: PromptEncoder = _with_fused_norms(sam.prompt_encoder)
+        self.mask_decoder: MaskDecoder = _with_fused_norms(sam.mask_decoder)
         self.image_size: int = sam.image_encoder.img_size
         self.register_buffer("dense_pe_1CHW", sam.prompt_encoder.get_dense_pe())
         self.register_buffer("upscale_Sw", bilinear_matrix(self.image_size // 4, self.image_size))
+        self.register_buffer("halves_L2", halves_rounded_down(self.image_size))
 
     def forward(
         self,
@@ -133,31 +148,101 @@ class Decoder(nn.Module):
 
         Each step is linear along each axis, so that their product is one matrix for each axis.
         """
-        resized_2, original_2 = self.resized(original_2), original_2.long()
+        original_2 = original_2.long()
+        resized_2 = self.resized(original_2)
         rows_Hh = self._resampling(original_2[0], resized_2[0])
         columns_Ww = self._resampling(original_2[1], resized_2[1])
         return rows_Hh @ low_PThw @ columns_Ww.T
 
     def resized(self, original_2: Tensor) -> Tensor:
-        """Return the photo's height and width after resizing, int64 (2,), equal to `resized_size`."""
-        # In double precision, as Python computes it: float32 may round to another integer.
-        original_2 = original_2.double()
-        # A tensor as the numerator: with a number, torch multiplies by the reciprocal, which rounds twice.
-        scale = torch.full_like(original_2, self.image_size) / original_2.max()
-        return (original_2 * scale + 0.5).long()
+        """Return the photo's height and width after resizing, int64 (2,), equal to `resized_size`.
+
+        `resized_size` computes in double precision, which TensorRT and browsers don't have. Its result is the exact
+        quotient rounded to the nearest integer, since no other quotient is so near to a half that rounding errors
+        matter; halves are rounded up, except those in `halves_L2`.
+        """
+        longest = original_2.max()
+        doubled_2 = 2 * self.image_size * original_2 + longest
+        rounded_2 = torch.div(doubled_2, 2 * longest, rounding_mode="trunc")
+        if len(self.halves_L2):
+            down_2L = (self.halves_L2[:, 0] == longest) & (self.halves_L2[:, 1] == original_2[:, None])
+            rounded_2 = rounded_2 - down_2L.long().sum(dim=1)
+        return rounded_2
 
     def _resampling(self, original: Tensor, resized: Tensor) -> Tensor:
-        """Return the matrix (original side, 4g) that resamples low-resolution masks to the photo along one axis."""
+        """Return the matrix (original side, 4g) that resamples low-resolution masks to the photo along one axis.
+
+        The place of a photo's row in the resized image is a fraction; its integer part and its remainder are computed
+        with integers, so that half precision is enough for the rest.
+        """
         side = original.item()
         torch._check(side >= 1)
         dtype = self.upscale_Sw.dtype
-        step = resized.to(dtype) / original.to(dtype)
-        centres = ((torch.arange(side, dtype=dtype, device=original.device) + 0.5) * step - 0.5).clamp(min=0)
-        first = torch.minimum(centres.long(), resized - 1)
+        twice = 2 * original
+        odd_H = 2 * torch.arange(side, dtype=torch.int64, device=original.device) + 1
+        centres_H = (odd_H * resized - original).clamp(min=0)  # in units of 1 / twice
+        first_H = torch.div(centres_H, twice, rounding_mode="trunc")
         # The padding beyond the resized image is cropped: there the image's last row is repeated.
-        second = torch.minimum(first + 1, resized - 1)
-        share_H1 = (centres - first)[:, None]
-        return self.upscale_Sw[first] * (1 - share_H1) + self.upscale_Sw[second] * share_H1
+        second_H = torch.minimum(first_H + 1, resized - 1)
+        share_H1 = ((centres_H - first_H * twice).to(dtype) / twice.to(dtype))[:, None]
+        first_Hh, second_Hh = (
+            self.upscale_Sw.index_select(0, first_H),
+            self.upscale_Sw.index_select(0, second_H),
+        )
+        return first_Hh * (1 - share_H1) + second_Hh * share_H1
+
+
+class _FusedNorm(nn.Module):
+    """SAM's LayerNorm2d by `F.layer_norm`: ONNX has an operator for it, whose sums are float32 in any precision.
+
+    SAM's own squares differences from the mean, which is beyond half precision's 65504 from 256 on.
+    """
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Normalise a (B, C, H, W) map over its channels."""
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        x_BHWC = nn.functional.layer_norm(x_BHWC, self.weight.shape, self.weight, self.bias, self.eps)
+        return x_BHWC.permute(0, 3, 1, 2)
+
+
+def _with_fused_norms(network: M) -> M:
+    """Return a copy of the network with `_FusedNorm` in place of each LayerNorm2d."""
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LayerNorm2d):
+                setattr(parent, name, _FusedNorm(child))
+    return network
+
+
+def halves_rounded_down(image_size: int) -> Tensor:
+    """Find the photos of which `resized_size` rounds down a side that comes out at a half.
+
+    It multiplies by the quotient of the sizes, which is rounded to double precision; the product may be a little less
+    than the half.
+
+    Args:
+        image_size: side of the encoder's square in pixels.
+
+    Returns:
+        int64 (L, 2): the photo's longer side and the side in question, for longer sides up to MAX_SIDE; empty if the
+        image size is a power of two from 256 on.
+    """
+    doubled = 2 * image_size
+    step = doubled & -doubled  # only multiples of this power of two have sides that come out at a half
+    found = []
+    for longest in range(step, MAX_SIDE + 1, step):
+        numerators = longest * np.arange(1, doubled, 2, dtype=np.int64)
+        sides = numerators[numerators % doubled == 0] // doubled
+        down = (sides * (image_size / longest) + 0.5).astype(np.int64) < (sides * doubled + longest) // (
+            2 * longest
+        )
+        found += [(longest, int(side)) for side in sides[down]]
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 2)
 
 
 def bilinear_matrix(inputs: int, outputs: int) -> Tensor:
@@ -166,7 +251,7 @@ def bilinear_matrix(inputs: int, outputs: int) -> Tensor:
     return nn.functional.interpolate(eye, size=outputs, mode="linear", align_corners=False)[0].T.contiguous()
 
 
-def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
+def export_decoder(model: Model, name: str = "decoder.onnx", begin: Begin = silent) -> OnnxFile:
     """Export prompt encoder and mask decoder, and compare them in onnxruntime with SamPredictor.
 
     Inputs and outputs are those of DESCRIPTION. The comparison covers points, boxes and mask inputs, one prompt and
@@ -175,10 +260,12 @@ def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
     Args:
         model: model on the CPU.
         name: the file's name, for messages.
+        begin: called with each of STEPS.
 
     Raises:
         PredictError: torch can't export the head, or the outputs differ from SamPredictor's.
     """
+    begin(STEPS[0])
     decoder = Decoder(model.sam).eval()
     proto = to_onnx(
         decoder, _example(model.image_size), OUTPUTS, _DYNAMIC, "SAM's prompt encoder and mask decoder"
@@ -186,12 +273,15 @@ def export_decoder(model: Model, name: str = "decoder.onnx") -> OnnxFile:
     masks = proto.graph.output[0].type.tensor_type.shape.dim
     rename_axes(proto, {masks[2].dim_param: "height", masks[3].dim_param: "width"})
     data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION)
+    begin(STEPS[1])
     session = Session(data)
     cases = list(_cases(model))
     check_difference(name, _compare_upscaling(model.sam, session, cases), UPSCALE_LIMIT)
     difference, limit = _compare(model.sam, decoder, session, cases)
     check_difference(name, difference, limit)
-    return OnnxFile(data=data, max_relative_difference=difference, limit=limit)
+    begin(STEPS[2])
+    notes = [*unusual_parts(proto), *tool_limits(data, cases[-1])]
+    return OnnxFile(data=data, max_relative_difference=difference, limit=limit, notes=notes)
 
 
 _POINTS = {0: "prompts", 1: "points"}

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from ...sam import normalize_and_pad
 from ..model import Model
-from .onnx_graph import OnnxFile, Session, check_difference, relative_difference, serialize, to_onnx
+from .onnx_graph import (
+    STEPS,
+    Begin,
+    OnnxFile,
+    Session,
+    check_difference,
+    relative_difference,
+    serialize,
+    silent,
+    to_onnx,
+    unusual_parts,
+)
+from .onnx_tools import tool_limits
 
 LIMIT = 1e-4
 """Largest difference from torch allowed, relative to the embedding's largest magnitude. The same float32 arithmetic
@@ -27,7 +39,7 @@ DESCRIPTION = (
 )
 
 
-def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
+def export_encoder(model: Model, name: str = "encoder.onnx", begin: Begin = silent) -> OnnxFile:
     """Export the encoder, and compare it in onnxruntime with torch on batches of 1 and 3 synthetic photos.
 
     The file has the input `pixels`, float32 (B, 3, S, S), normalised and padded, for any B, and the output
@@ -36,11 +48,13 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
     Args:
         model: model on the CPU.
         name: the file's name, for messages.
+        begin: called with each of STEPS.
 
     Raises:
         PredictError: torch can't export the encoder, or the outputs differ from torch's.
     """
     encoder, size = model.sam.image_encoder, model.image_size
+    begin(STEPS[0])
     proto = to_onnx(
         encoder,
         {INPUT: torch.zeros(2, 3, size, size)},
@@ -49,6 +63,7 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
         f"the encoder {model.student}",
     )
     data = serialize(proto, "image encoder", model, DESCRIPTION)
+    begin(STEPS[1])
     session = Session(data)
     difference = 0.0
     for batch in BATCHES:
@@ -58,7 +73,9 @@ def export_encoder(model: Model, name: str = "encoder.onnx") -> OnnxFile:
         (found_BCHW,) = session.run({INPUT: pixels_BCHW})
         difference = max(difference, relative_difference(found_BCHW, wanted_BCHW))
     check_difference(name, difference, LIMIT)
-    return OnnxFile(data=data, max_relative_difference=difference, limit=LIMIT)
+    begin(STEPS[2])
+    notes = [*unusual_parts(proto), *tool_limits(data, {INPUT: synthetic_pixels(1, size)})]
+    return OnnxFile(data=data, max_relative_difference=difference, limit=LIMIT, notes=notes)
 
 
 def synthetic_pixels(batch: int, size: int, seed: int = 0) -> Tensor:

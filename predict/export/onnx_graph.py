@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,30 @@ MAX_BYTES = 2**31 - 2**20
 """Largest size in bytes of an ONNX file's weights: a protobuf message is limited to 2 GiB."""
 
 
+OPSET = 18
+"""Version of ONNX's operators. 18 is the lowest that torch's exporter translates to by itself; TensorRT, browsers and
+phones know a version years after it came out. It has no Gelu, which is written with Erf."""
+
+IR_VERSION = 8
+"""Version of the file format, of the same age as OPSET; the files use nothing newer."""
+
+OLDEST_RUNTIME = "1.14"
+"""Oldest onnxruntime that reads files of OPSET and IR_VERSION, by its table of versions; 1.15.0 was tried."""
+
+FOLDED_BYTES = 1 << 28
+"""Largest size of a constant that is computed at export."""
+
+STEPS = ("conversion to ONNX", "comparison with torch", "trial of quantisation and half precision")
+"""Steps of an ONNX export."""
+
+Begin = Callable[[str], None]
+"""Function called with the name of a step that begins."""
+
+
+def silent(_: str) -> None:
+    """Show no progress."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OnnxFile:
     """Content of an ONNX file, and result of its comparison with torch."""
@@ -41,10 +66,21 @@ class OnnxFile:
     """Largest difference of an output from torch's, relative to the output's largest magnitude."""
     limit: float
     """Largest relative difference allowed."""
+    notes: Sequence[str] = ()
+    """What other runtimes may not have, and which of onnxruntime's tools can't be used on it; one sentence each."""
 
     def check(self) -> dict[str, float]:
         """Return the comparison as JSON values."""
         return {"max_relative_difference": self.max_relative_difference, "limit": self.limit}
+
+    def format(self) -> dict[str, Any]:
+        """Return the file's format and its limits as JSON values."""
+        return {
+            "opset": OPSET,
+            "ir_version": IR_VERSION,
+            "oldest_onnxruntime": OLDEST_RUNTIME,
+            "notes": list(self.notes),
+        }
 
 
 def check_tools() -> None:
@@ -88,11 +124,17 @@ def to_onnx(
     shapes = [{axis: dims[name] for axis, name in dynamic.get(key, {}).items()} or None for key in inputs]
     try:
         # With other attention backends torch.export records strides that the decomposition for ONNX doesn't keep.
-        with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             program = torch.onnx.export(
                 network,
                 tuple(inputs.values()),
                 dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                custom_translation_table={
+                    torch.ops.aten.scaled_dot_product_attention.default: _attention,
+                    torch.ops.aten.div.Tensor_mode: _divide,
+                },
                 input_names=list(inputs),
                 output_names=list(outputs),
                 dynamic_shapes=tuple(shapes),
@@ -103,15 +145,116 @@ def to_onnx(
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise PredictError(f"torch can't export {what} to ONNX: {reason[0][:200]}") from error
     assert program is not None
-    return program.model_proto
+    return _simplify(program.model)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Translate `F.scaled_dot_product_attention` to ONNX.
+
+    The exporter's own translation takes the key apart by its shape, which onnxruntime's symbolic shape inference, the
+    first step of its quantisation, can't follow.
+    """
+    from onnxscript import ir
+    from onnxscript import opset18 as op
+
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal and grouped attention, which no image encoder here has")
+    axes = list(range(len(key.shape)))
+    root = key.shape[-1] ** -0.5 if scale is None else scale
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=float(root)), query))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[*axes[:-2], axes[-1], axes[-2]]))
+    if attn_mask is not None:
+        if attn_mask.dtype == ir.DataType.BOOL:
+            shut = op.CastLike(op.Constant(value_float=float("-inf")), query)
+            attn_mask = op.Where(attn_mask, op.CastLike(op.Constant(value_float=0.0), query), shut)
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _divide(self: Any, other: Any, rounding_mode: str | None = None) -> Any:
+    """Translate `torch.div` to ONNX: of integers exactly, where the exporter's own translation goes by float32."""
+    from onnxscript import opset18 as op
+    from onnxscript.function_libs.torch_lib.ops.core import aten_div_mode
+
+    if rounding_mode == "trunc" and self.dtype.is_integer() and other.dtype.is_integer():
+        return op.Div(self, other)
+    return aten_div_mode(self, other, rounding_mode)
+
+
+def _simplify(model: Any) -> Any:
+    """Compute constant parts, fuse and remove nodes, and set the format's version.
+
+    Args:
+        model: an onnxscript.ir.Model, as torch's exporter makes it; changed in place.
+
+    Returns:
+        An onnx.ModelProto.
+    """
+    from onnxscript import ir, optimizer
+
+    with quiet():
+        optimizer.inline(model)
+        # First the constants: the rules for fusing then see half of the nodes.
+        optimizer.fold_constants(
+            model,
+            input_size_limit=FOLDED_BYTES,
+            output_size_limit=FOLDED_BYTES,
+            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+        )
+        optimizer.remove_unused_nodes(model)
+        optimizer.optimize(model, input_size_limit=FOLDED_BYTES, output_size_limit=FOLDED_BYTES)
+    model.ir_version = IR_VERSION
+    return ir.serde.serialize_model(model)
+
+
+def unusual_parts(proto: Any) -> list[str]:
+    """Return descriptions of what other runtimes may not have: types, operators and weights outside the file.
+
+    Args:
+        proto: an onnx.ModelProto.
+    """
+    from onnx import TensorProto, shape_inference
+
+    inferred = shape_inference.infer_shapes(proto, data_prop=True).graph
+    typed = (*inferred.value_info, *inferred.input, *inferred.output)
+    types = {value.type.tensor_type.elem_type for value in typed} | {
+        t.data_type for t in inferred.initializer
+    }
+    found = ["values of type DOUBLE"] if TensorProto.DOUBLE in types else []
+    domains = {node.domain for node in inferred.node if node.domain not in ("", "ai.onnx")}
+    found += [f"operators of {domain}" for domain in sorted(domains)]
+    if proto.functions:
+        found.append(f"{len(proto.functions)} functions")
+    if any(tensor.data_location == TensorProto.EXTERNAL for tensor in inferred.initializer):
+        found.append("weights in another file")
+    return found
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress torch's warnings about its own deprecations, and the graphs that it prints when it retries."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def quiet() -> Iterator[None]:
+    """Suppress warnings, those given to the root logger, too, and the graphs that torch prints when it retries.
+
+    Standard error is left alone: progress is shown there meanwhile.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        root.handlers[:] = handlers  # without any, the root logger makes itself one
 
 
 def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:

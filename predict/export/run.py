@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,21 @@ from ...common.table import Table
 from ..config import DECODER, ENCODER, FOLDER, TORCH, ExportConfig
 from ..model import Model, load_model
 from ..outputs import EXPORT, Outputs, check_file
+from . import bundle
 from .bundle import check_folder, describe_file, write_bundle
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
-from .onnx_graph import OnnxFile, check_tools, is_older_onnx
+from .onnx_graph import STEPS, Begin, OnnxFile, check_tools, is_older_onnx, silent
 from .torch_export import export_torch, size_warning
 
+LOADING, WRITING = "loading the model", bundle.STEPS[-1]
+"""First and last step of every export."""
 
-def export(config: ExportConfig) -> dict[str, Any]:
+Progress = Callable[[int, int, str], None]
+"""Function called with the number of a step that begins, the number of all steps, and the step's name."""
+
+
+def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Export a student with its head.
 
     Invalid options and outputs are refused before the model is loaded. Either all files are written or none, after
@@ -27,10 +34,12 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     Args:
         config: all options.
+        progress: called when a step begins.
 
     Returns:
         The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `teacher`, `head`, `files` (name ->
         `bytes` and `sha256`), `checks` (ONNX file -> `max_relative_difference` from torch, and the `limit` for it),
+        `onnx` (ONNX file -> `opset`, `ir_version`, `oldest_onnxruntime`, and `notes`, what doesn't work with it),
         `left_out` (file -> reason), `warnings` and `seconds`.
 
     Raises:
@@ -44,8 +53,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
         check_folder(config.out)
     else:
         check_file(config.out, "--out", EXPORT, is_older_onnx)
+    begin = _counted(progress, _steps(kind))
+    begin(LOADING)
     model = load_model(config.student, head=config.head, image_size=config.image_size)
-    made = write_bundle(model, config.out) if kind == FOLDER else _write_file(model, config.out, kind)
+    made = (
+        write_bundle(model, config.out, begin)
+        if kind == FOLDER
+        else _write_file(model, config.out, kind, begin)
+    )
     return {
         "out": str(config.out),
         "kind": kind,
@@ -58,22 +73,43 @@ def export(config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _write_file(model: Model, out: Path, kind: str) -> dict[str, Any]:
-    checks, warnings = {}, list(model.notes)
+def _steps(kind: str) -> Sequence[str]:
+    if kind == FOLDER:
+        return (LOADING, *bundle.STEPS)
+    return (LOADING, WRITING) if kind == TORCH else (LOADING, *STEPS, WRITING)
+
+
+def _counted(progress: Progress | None, steps: Sequence[str]) -> Begin:
+    """Return a function that takes the name of a step and calls `progress` with its number."""
+    if progress is None:
+        return silent
+    return lambda step: progress(steps.index(step) + 1, len(steps), step)
+
+
+def _write_file(model: Model, out: Path, kind: str, begin: Begin) -> dict[str, Any]:
+    checks, formats, warnings = {}, {}, list(model.notes)
     if kind == TORCH:
+        begin(WRITING)
         data, warning = export_torch(model), size_warning(model)
         warnings += [] if warning is None else [warning]
     else:
-        makers: Mapping[str, Callable[[Model, str], OnnxFile]] = {
+        makers: Mapping[str, Callable[[Model, str, Begin], OnnxFile]] = {
             ENCODER: export_encoder,
             DECODER: export_decoder,
         }
-        made = makers[kind](model, out.name)
-        data, checks[out.name] = made.data, made.check()
+        made = makers[kind](model, out.name, begin)
+        data, checks[out.name], formats[out.name] = made.data, made.check(), made.format()
+        begin(WRITING)
     with Outputs() as outputs:
         data = outputs.add(out, data, "--out", EXPORT, is_older_onnx)
         outputs.commit()
-    return {"files": {out.name: describe_file(data)}, "checks": checks, "left_out": {}, "warnings": warnings}
+    return {
+        "files": {out.name: describe_file(data)},
+        "checks": checks,
+        "onnx": formats,
+        "left_out": {},
+        "warnings": warnings,
+    }
 
 
 def export_lines(result: Mapping[str, Any]) -> list[str]:
@@ -83,6 +119,7 @@ def export_lines(result: Mapping[str, Any]) -> list[str]:
         *(f"note: {warning}" for warning in result["warnings"]),
         *_files_table(result).lines(),
         *(f"{name} left out: {reason}" for name, reason in result["left_out"].items()),
+        *(f"{name}: {note}" for name, one in result["onnx"].items() for note in one["notes"]),
         f"written to {result['out']} in {result['seconds']:.0f} s",
     ]
     return [shown(line) for line in lines]
