@@ -236,9 +236,8 @@ def distill(config: DistillConfig, as_json: bool) -> int:
       mobilesam distill --resume
       torchrun --nproc-per-node 4 -m mobilesam distill --batch-size 64 --compile
     """
-    if (
-        config.student == DistillConfig().student
-    ):  # of another one the name is checked first, which takes torch
+    # Another student's name is checked before anything else, which takes torch.
+    if config.student == DistillConfig().student:
         _check_paths([config.store])
     from .distill import distill as run
     from .distill.run import summary_lines
@@ -280,7 +279,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
     from .verify import verify as run
 
     with _printed_without_report(as_json, table_lines), Reporter("verify") as reporter:
-        result = run(config, progress=reporter.comparison)
+        result = run(config, progress=reporter.comparison, phase=reporter.phase)
     _print(as_json, result, table_lines(result))
     return DONE if result["passed"] else FAILED_CHECK
 
@@ -418,7 +417,9 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
     from .verify import evaluate_masks, evaluation_lines
 
     with _printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
-        result = evaluate_masks(config, progress=reporter.comparison, download=reporter.download)
+        result = evaluate_masks(
+            config, progress=reporter.comparison, download=reporter.download, phase=reporter.phase
+        )
     _print(as_json, result, evaluation_lines(result))
     return DONE if result["evaluated"] else INPUT
 

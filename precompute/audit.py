@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from distributed import KilledWorker, get_worker
 
-from ..common.errors import PrecomputeError, shown
+from ..common.errors import PrecomputeError, counted, shown
 from ..sam import SamError
 from ..store import Audit, EmbeddingStore, ImageRecord, RowResult, StoreError, tolerance
 from . import sizing
 from .decode import LoadedImage, decoded_batches
 from .messages import AuditResult, AuditTask, TaskImage
-from .progress import Observer
+from .progress import Observer, begin_phase
 from .supervision import ClusterMonitor, StopRequested
 from .worker import TeacherPlugin
 
@@ -88,6 +88,7 @@ def run_audit(
         return None
     began = time.monotonic()
     monitor.observer.message(f"audit: embedding {len(rows)} of this run's images again, in float32")
+    begin_phase(monitor.observer, f"auditing {counted(len(rows), 'image')}")
     task = AuditTask(
         store=store.path.absolute(),
         image_root=image_root,

@@ -27,7 +27,10 @@ class Snapshot:
 
 
 class Observer(Protocol):
-    """Receiver of a run's messages and progress."""
+    """Receiver of a run's messages and progress.
+
+    One that also has a method `phase(text)` is told what begins, where there are no images to count.
+    """
 
     def message(self, text: str) -> None:
         """Receive a message for the user: one line, or a few."""
@@ -42,6 +45,18 @@ class Observer(Protocol):
 
     def progress(self, snapshot: Snapshot) -> None:
         """Receive the progress, about twice a second and after each commit."""
+
+
+def begin_phase(observer: Observer, text: str) -> None:
+    """Tell an observer that takes phases what begins.
+
+    Args:
+        observer: the observer.
+        text: the work.
+    """
+    phase = getattr(observer, "phase", None)
+    if phase is not None:
+        phase(text)
 
 
 class SilentObserver:

@@ -29,7 +29,7 @@ from .config import PrecomputeConfig
 from .messages import TeacherSetup
 from .open_store import TeacherFile, find_teacher, open_store
 from .plan import Plan, plan_run
-from .progress import Observer, Progress, SilentObserver
+from .progress import Observer, Progress, SilentObserver, begin_phase
 from .scheduler import RunTotals, ShardScheduler
 from .supervision import ClusterMonitor
 from .worker import TeacherPlugin
@@ -59,24 +59,30 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
 
     Raises:
         PrecomputeError, SamError, StoreError: the run can't start or can't continue.
-        PrecomputeInterrupted: SIGINT or SIGTERM came; every shard that was finished is committed.
+        PrecomputeInterrupted: SIGINT, SIGTERM or SIGHUP came; every shard that was finished is committed.
     """
     began = time.monotonic()
     observer = observer or SilentObserver()
-    stop = StopFlag(second_kills=False)
+    stop = StopFlag(
+        second_kills=False, answer="stopping; finished shards are kept; interrupt again to stop at once"
+    )
     message = "interrupted; run the same command to resume"
     with stopped_by_signals(stop, PrecomputeInterrupted, message), ExitStack() as stack:
         _refuse_unwritable_report(config.performance_report)
+        begin_phase(observer, "listing the images")
         plan, cluster = plan_run(config, stack, observer)
+        begin_phase(observer, "checking the teacher's file")
         teacher = find_teacher(plan, observer)
         store = stack.enter_context(open_store(plan, teacher, observer))
         before = store.manifest.counts()
         _report_start(store, before, observer)
         totals, audit = RunTotals(), None
         if store.pending_shards():
+            begin_phase(observer, "starting the workers")
             cluster = cluster or stack.enter_context(connect(config))
             observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
             totals, audit = _compute(plan, teacher, store, cluster, observer, stop)
+        begin_phase(observer, "ending")
         after = store.manifest.counts()
         _refuse_interrupted(stop, after)
         _warn_of_failures(totals, observer)

@@ -18,12 +18,18 @@ from .report import VERIFY_REPORT, ReportData, check_report, provenance, report_
 from .thresholds import audit_checks, failed_checks, run_checks, store_audit
 
 
-def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+def verify(
+    config: VerifyConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    phase: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
     """Compare a student's embeddings with its teacher's stored ones, and both models' masks for the same points.
 
     Args:
         config: all options.
         progress: called with the number of images done and the total.
+        phase: called with what begins, where there are no images to count.
 
     Returns:
         The JSON object that `--json` prints:
@@ -46,11 +52,14 @@ def verify(config: VerifyConfig, *, progress: Callable[[int, int], None] | None 
     """
     if config.report is not None:
         check_report(config.report, VERIFY_REPORT)
+    phase("loading the student")
     inputs = open_inputs(config)
     with inputs.store:
+        phase("comparing images")
         numbers, per_image, masks = _measure(inputs, config, progress)
         result = _result(config, inputs, numbers)
         if config.report is not None:
+            phase("writing the report")
             with report_errors(result, result["subject"]):
                 write_report(config.report, _report_data(inputs, result, per_image, masks))
     return result

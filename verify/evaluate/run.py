@@ -39,7 +39,11 @@ ImageIous = dict[str, dict[str, list[float]]]
 
 
 def evaluate_masks(
-    config: EvaluateConfig, *, progress: Progress | None = None, download: Progress | None = None
+    config: EvaluateConfig,
+    *,
+    progress: Progress | None = None,
+    download: Progress | None = None,
+    phase: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Compare the masks of models with the teacher's and with labels.
 
@@ -47,6 +51,7 @@ def evaluate_masks(
         config: all options.
         progress: called with the number of images done and the total.
         download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
+        phase: called with what begins, where there are no images to count.
 
     Returns:
         The JSON object that `--json` prints:
@@ -76,15 +81,18 @@ def evaluate_masks(
     if config.report is not None:
         check_report(config.report, EVALUATE_REPORT)
     with ExitStack() as stack:
+        phase("loading the models")
         inputs = open_evaluation(config, stack, download)
         evaluation = _Evaluation(inputs, config)
+        phase("comparing images")
         for index in range(len(inputs.images)):
             evaluation.add(index)
             if progress is not None:
                 progress(index + 1, len(inputs.images))
-        result = evaluation.result()
+        result = evaluation.result(phase)
         if config.report is not None:
             with report_errors(result, result):
+                phase("writing the report")
                 write_evaluation_report(config.report, result, inputs, config)
     return result
 
@@ -203,9 +211,13 @@ class _Evaluation:
             means[name] = None if np.isnan(mean) else mean
         self.per_image.append({"key": image.key, "miou": means})
 
-    def result(self) -> dict[str, Any]:
+    def result(self, phase: Callable[[str], None]) -> dict[str, Any]:
         """Return the result of `evaluate_masks`. Models are timed here, since timing loses the image that was set."""
         inputs, config = self.inputs, self.config
+        models = []
+        for number, model in enumerate(inputs.models, 1):
+            phase(f"timing model {number} of {len(inputs.models)}, {model.name}")
+            models.append(self._model_result(model))
         return {
             "images": len(inputs.images),
             "evaluated": self.evaluated,
@@ -216,7 +228,7 @@ class _Evaluation:
             "split": inputs.split,
             "points": config.points,
             "left_out": self.left_out,
-            "models": [self._model_result(model) for model in inputs.models],
+            "models": models,
             "per_image": [{**one, "key": shown(one["key"])} for one in self.per_image],
             "device": str(inputs.device),
             "seed": config.seed,
