@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...common.errors import AnnotationError as AnnotationError
-from ...common.errors import BadAnnotation, shown
+from ...common.errors import BadAnnotation, counted, shown
 from ..image_decode import MAX_PIXELS
 from ..tar_files import TarMember, path_of, scan_tar, split_tar_key
 from .rle import Runs, checked_runs, number, runs_box, whole_number, write_runs
@@ -47,7 +47,6 @@ NO_PIXEL = "mask without a pixel"
 BOX_OUTSIDE = "bbox not in the image"
 BOX_NUMBERS = "bbox is not four numbers"
 BOX_CORNERS = "bbox holds two corners"
-BOX_ELSEWHERE = "bbox not around its mask"
 
 _NO_CROWD, _IS_CROWD = (0, None, "", "0", "false"), (1, "1", "true")
 _UPRIGHT = range(1, 5)
@@ -140,7 +139,7 @@ class LabelCounts:
         if not self.left_out:
             return []
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
-        lines = [f"{self.left_out.total():,} of {self.total:,} labelled objects left out ({reasons})"]
+        lines = [f"{self.left_out.total():,} of {counted(self.total, 'labelled object')} left out ({reasons})"]
         return lines + [f"left out: {text}" for reason, text in self.examples.items() if reason != CROWD]
 
 
@@ -391,12 +390,13 @@ def _box(bbox: object, size: tuple[int, int], around: Box) -> Box:
     """Convert COCO's x, y, width, height to x0, y0, x1, y1, clipped to the image.
 
     Args:
-        bbox: value from JSON; None, an empty list or a box without an area stand for the mask's own box.
+        bbox: value from JSON; None, an empty list, a box without an area and one that doesn't touch the mask stand
+            for the mask's own box.
         size: (height, width) of the image in pixels.
         around: box around the mask.
 
     Raises:
-        BadAnnotation: it is no box, reaches far out of the image, or isn't around the mask.
+        BadAnnotation: it is no box, reaches far out of the image, or holds two corners.
     """
     if bbox is None or bbox == []:
         return around
@@ -422,11 +422,9 @@ def _box(bbox: object, size: tuple[int, int], around: Box) -> Box:
         raise BadAnnotation(f"{text} is not in the image{hint}", BOX_OUTSIDE)
     if hint:
         raise BadAnnotation(f"{text}: {corners}", BOX_CORNERS)
-    if min(clipped[2], around[2]) <= max(clipped[0], around[0]) or min(clipped[3], around[3]) <= max(
-        clipped[1], around[1]
-    ):
-        raise BadAnnotation(f"{text} is not around its mask, which lies in {around}", BOX_ELSEWHERE)
-    return clipped
+    apart_x = min(clipped[2], around[2]) <= max(clipped[0], around[0])
+    apart_y = min(clipped[3], around[3]) <= max(clipped[1], around[1])
+    return around if apart_x or apart_y else clipped
 
 
 def _agree(box: Box, around: Box, part: float = AGREEMENT) -> bool:
