@@ -7,6 +7,7 @@ X and Y are pixels of the photo. `mobilesam export --out FOLDER` makes the two O
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -14,6 +15,25 @@ import time
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
+
+
+def read_photo(file: str) -> Image.Image:
+    """Return a photo upright in RGB; grey of 12 or 16 bits is scaled to 8, where Pillow would clip it to white."""
+    with open(file, "rb") as stream:  # of a file that it opens itself, Pillow doesn't turn some TIFFs
+        opened = Image.open(io.BytesIO(stream.read()))
+    tags = getattr(opened, "tag_v2", {})  # of a TIFF
+    white = 2 ** tags.get(258, (16,))[0] - 1
+    white_is_zero = tags.get(262) == 0
+    photo = ImageOps.exif_transpose(opened)
+    if photo.mode in ("I", "F"):
+        sys.exit(
+            f"{file}: pixels of 32 bits or signed ones have no known white level: convert them to 8 or 16 bits"
+        )
+    if photo.mode.startswith("I;16"):
+        grey = (np.asarray(photo, dtype=np.uint32) * 255 + white // 2) // white
+        photo = Image.fromarray((255 - grey if white_is_zero else grey).astype(np.uint8))
+    photo.info.pop("transparency", None)  # alpha is dropped, the colours below it are used
+    return photo.convert("RGB")
 
 
 def prepare(photo: Image.Image, recipe: dict) -> tuple[np.ndarray, float, float]:
@@ -46,7 +66,7 @@ def main(encoder_file: str, decoder_file: str, photo_file: str, x: str, y: str, 
         for file in (encoder_file, decoder_file)
     )
     recipe = json.loads(encoder.get_modelmeta().custom_metadata_map["preprocessing"])
-    photo = ImageOps.exif_transpose(Image.open(photo_file)).convert("RGB")
+    photo = read_photo(photo_file)
 
     started = time.perf_counter()
     pixels_BCHW, scale_x, scale_y = prepare(photo, recipe)

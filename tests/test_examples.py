@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from random_student import save_random_student
 from segment_anything import SamPredictor
+from tiff_writer import write_tiff
 
 from mobilesam.predict import ExportConfig, export, load_model
 from mobilesam.sam import decode_image
@@ -71,6 +73,37 @@ def test_segment_onnx_gives_our_mask_without_torch(exported: Path, photo: Path, 
     )  # fmt: skip
     assert re.match(r"embedding \d+\.\d{3} s, mask \d+\.\d{3} s\n", done.stdout)
     _assert_same(tmp_path / "mask.png", _wanted(exported, photo))
+
+
+GREY = np.asarray(Image.open(EXAMPLES / "photos" / "coffee.jpg").convert("L").resize((48, 32)))
+RAMP = GREY.astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize(
+    ("picture", "format"),
+    [
+        (Image.fromarray(RAMP), "PNG"),
+        (Image.fromarray(RAMP), "TIFF"),
+        (write_tiff(RAMP.astype(">u2")[..., None]), ""),
+        (write_tiff(RAMP[..., None], photometric=0), ""),
+        (Image.fromarray(GREY), "PNG"),
+        (Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (48, 32), 0)]), "PNG"),
+        (Image.open(EXAMPLES / "photos" / "coffee.jpg").resize((48, 32)).quantize(64), "PNG"),
+        (Image.open(EXAMPLES / "photos" / "coffee.jpg").resize((48, 32)).convert("CMYK"), "JPEG"),
+    ],
+)
+def test_segment_onnx_reads_photos_as_we_do(
+    tmp_path: Path, picture: Image.Image | bytes, format: str
+) -> None:
+    file = tmp_path / "photo"
+    if isinstance(picture, bytes):
+        file.write_bytes(picture)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(file, format, exif=exif)
+    read_photo = runpy.run_path(str(EXAMPLES / "segment_onnx.py"))["read_photo"]
+    assert np.array_equal(np.asarray(read_photo(str(file))), decode_image(file.read_bytes()))
 
 
 def test_segment_onnx_without_arguments_tells_its_usage() -> None:

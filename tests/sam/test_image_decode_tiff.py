@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tiff_writer import write_tiff
 
 from mobilesam.sam import ImageError, decode_image, image_decode
-from tests.support.tiff_writer import write_tiff
 
 
 @pytest.fixture(scope="module")
