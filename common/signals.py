@@ -17,9 +17,6 @@ from .terminal import end_progress
 
 logger = logging.getLogger(__name__)
 
-REPEAT_SECONDS = 0.25
-"""Time within which signals are one request: coreutils' `timeout` sends each to the process and to its group."""
-
 _EXIT_SECONDS = 1.0
 """Time that a second signal gives Python to end the process; then it is ended in the middle of a step or a write."""
 
@@ -72,7 +69,7 @@ class StopFlag:
         """True while a watcher of signals prints the answer and the last line."""
         self.told = threading.Event()
         """Set once the watcher has printed the last line."""
-        self._signalled_at: float | None = None
+        self._signalled = False
         self._stopping = False
 
     def set(self, signum: int = signal.SIGINT) -> None:
@@ -82,30 +79,19 @@ class StopFlag:
     def on_signal(self, signum: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
         # A stop requested by the program is no signal: the first signal after it still lets the work be saved.
-        first = self._signalled_at is None
-        if not first and not self.counts(signum, self._signalled_at):
-            return
+        first, self._signalled = not self._signalled, True
+        if not first and signum in _hangup():
+            return  # a terminal that closes sends more than one, and its user can't have meant the second
         if not first and self.second_kills:
             self._die(signum)
         if self._stopping:
             return
-        if first:
-            self._signalled_at = time.monotonic()
         self.set(signum)
         if not (self.graceful and first):
             self._stopping = True
             raise _StopNow(signum)
         if not self.watched:
             self.reply()
-
-    @staticmethod
-    def counts(signum: int, before: float | None) -> bool:
-        """Return True if a signal is a second request, after a first one at time.monotonic() `before`.
-
-        A terminal that closes sends SIGHUP more than once, and its user can't have meant the second one.
-        """
-        assert before is not None
-        return signum not in _hangup() and time.monotonic() - before >= REPEAT_SECONDS
 
     def reply(self) -> None:
         """Print the answer to the first signal."""
@@ -155,7 +141,7 @@ class _Watcher:
         os.close(self._wakeup)
 
     def _watch(self) -> None:
-        first: float | None = None
+        first = True
         while True:
             (number,) = os.read(self._numbers, 1)
             if number == 0:
@@ -163,11 +149,11 @@ class _Watcher:
                 return
             if number not in (signal.SIGINT, signal.SIGTERM, *_hangup()):
                 continue
-            if first is None:
-                first = time.monotonic()
+            if first:
+                first = False
                 if self._flag.graceful:
                     self._flag.reply()
-            elif self._flag.second_kills and self._flag.counts(number, first):
+            elif self._flag.second_kills and number not in _hangup():
                 self._kill(number)
 
     def _kill(self, signum: int) -> None:

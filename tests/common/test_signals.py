@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import pytest
 
-from mobilesam.common import signals
 from mobilesam.common.errors import PrecomputeInterrupted
 from mobilesam.common.signals import StopFlag, starting_processes, stopped_by_signals
 
@@ -24,12 +23,6 @@ def stop_request() -> Iterator[StopFlag]:
     stop = StopFlag(second_kills=False)
     with stopped_by_signals(stop, PrecomputeInterrupted, "run the same command to resume"):
         yield stop
-
-
-@pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second signal counts at once, not only after a pause."""
-    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.0)
 
 
 def _press() -> None:
@@ -105,14 +98,13 @@ flag.graceful = True
 with stopped_by_signals(flag, DistillInterrupted, "stopped"):
     os.kill(os.getpid(), signal.{first})
     print("asked", flag.signum, flush=True)
-    time.sleep({pause})
     {then}
     print("went on", flush=True)
 """
 
 
-def ran(first: str, then: str, pause: float = 0.3) -> subprocess.CompletedProcess[str]:
-    program = KILLED_BY_THE_SECOND.format(first=first, then=then, pause=pause)
+def ran(first: str, then: str) -> subprocess.CompletedProcess[str]:
+    program = KILLED_BY_THE_SECOND.format(first=first, then=then)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
 
@@ -136,13 +128,6 @@ def test_the_second_ends_the_process_in_the_middle_of_a_step_that_python_can_not
     assert "killed by a second Ctrl-C without saving" in done.stderr
 
 
-def test_a_signal_that_is_sent_twice_at_once_is_one_request() -> None:
-    """`timeout` sends its signal to the process and to the process's group."""
-    done = ran("SIGTERM", "os.kill(os.getpid(), signal.SIGTERM)", pause=0)
-    assert "went on" in done.stdout
-    assert done.stderr.count("stopping after this step") == 1
-
-
 def test_a_terminal_that_closes_sends_many_signals_and_the_work_is_still_saved() -> None:
     done = ran(
         "SIGHUP", "os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.5); os.kill(os.getpid(), signal.SIGHUP)"
@@ -152,7 +137,7 @@ def test_a_terminal_that_closes_sends_many_signals_and_the_work_is_still_saved()
 
 
 def test_under_nohup_a_closed_terminal_is_ignored() -> None:
-    program = KILLED_BY_THE_SECOND.format(first="SIGHUP", then="pass", pause=0)
+    program = KILLED_BY_THE_SECOND.format(first="SIGHUP", then="pass")
     done = subprocess.run(
         ["nohup", sys.executable, "-c", program],
         capture_output=True,
