@@ -22,6 +22,15 @@ CONFIG_MEND = "put back a whole copy, or start over with distill --restart"
 """Remedy for a damaged config.json."""
 
 
+def is_run(folder: Path) -> bool:
+    """Return True if a folder is a run's: it has a config.json, even a damaged one, that isn't Hugging Face's."""
+    try:
+        text = (folder / CONFIG_FILE).read_bytes()
+    except OSError:
+        return False
+    return b'"sha256"' in text or b'"model_type"' not in text
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataDescription:
     """Rows of a store that a run trains and validates on; a run resumes only on the same rows."""

@@ -36,7 +36,7 @@ from .checksummed_json import (
 from .data.sampler import Split
 from .latest_run import LATEST, has_student, latest_run, runs_with_student
 from .run_description import CONFIG_FILE as CONFIG_FILE
-from .run_description import CONFIG_MEND, FORMAT, NO_STUDENT, RunDescription
+from .run_description import CONFIG_MEND, FORMAT, NO_STUDENT, RunDescription, is_run
 from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,10 @@ class Run:
         """
         folder = latest_run() if path is None or Path(path) == LATEST else Path(path)
         if not folder.is_dir():
-            gone = f": it points to {LATEST.readlink()}, which is gone" if folder.is_symlink() else ""
-            raise DistillError(f"no run at {folder}{gone}; run distill first, or give a run's folder")
+            raise DistillError(f"no run at {folder}; run distill first, or give a run's folder")
         folder = folder.resolve()
-        if not (folder / CONFIG_FILE).is_file():
-            raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE}")
+        if not is_run(folder):
+            raise DistillError(f"{folder} is not a run: it has no {CONFIG_FILE} of one")
         description = RunDescription.from_json(_read_config(folder))
         return cls(path=folder, description=description, split=_read_split(folder, description.split_sha256))
 

@@ -24,7 +24,8 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from ..common.errors import DistillError, HeadNotFound
-from ..distill.run_folder import CONFIG_FILE, Run
+from ..distill.run_description import is_run
+from ..distill.run_folder import Run
 from ..distill.students.student_file import load_student, student_path
 from ..sam.device import resolve_device
 from ..sam.download import Progress, find_checkpoint
@@ -133,7 +134,7 @@ def _find_run(student: Path | str | None) -> Run | None:
         return Run.open()
     path = Path(student)
     folder = path if path.is_dir() else path.parent
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_run(folder):
         return None
     run = Run.open(folder)
     return run if path.is_dir() or path.resolve() == run.student_path else None

@@ -19,7 +19,7 @@ from .registry import TEACHERS, TeacherInfo
 from .state_dict import ENCODER_PREFIX as ENCODER_PREFIX
 from .state_dict import Fits, StateDict, count_by_prefix, find_state_dicts
 from .unpickler import Foreign
-from .weight_files import PLAIN, load_weights
+from .weight_files import FOLDER_FILES, PLAIN, load_weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +64,11 @@ class Weights:
             return None
         more = f", and {len(left) - 8} more" if len(left) > 8 else ""
         taken = f"took {_tensors(len(self.state) - len(unused))} {', '.join(how)}".rstrip()
-        return shown(f"{self.path.name}: {taken}; left out: {', '.join(left[:8]) or 'nothing'}{more}")
+        name = (
+            f"{self.path.parent.name}/{self.path.name}" if self.path.name in FOLDER_FILES else self.path.name
+        )
+        rest = f"; left out: {', '.join(left[:8])}{more}" if left else ", all that it holds"
+        return shown(f"{name}: {taken}{rest}")
 
 
 def _tensors(count: int) -> str:

@@ -25,7 +25,7 @@ from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
 from ...sam.torch_file import ZIP_MAGIC
 from ...sam.weight_files import FOLDER_FILES
-from ..run_description import CONFIG_FILE, NO_STUDENT
+from ..run_description import NO_STUDENT, is_run
 from ..run_description import STUDENT_FILE as STUDENT_FILE
 from .registry import outline_student, student_info
 
@@ -174,7 +174,7 @@ def student_path(path: Path | str) -> Path:
     for file in files:
         if file.is_file():
             return file
-    if (path / CONFIG_FILE).is_file():
+    if is_run(path):
         raise DistillError(f"{path} is not finished: {NO_STUDENT}")
     raise DistillError(f"no student at {files[0]}; run distill first, or give a run or a {STUDENT_FILE}")
 
