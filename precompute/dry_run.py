@@ -19,9 +19,10 @@ from ..sam.file_kinds import passed_over_line
 from ..store import array_layouts
 from .config import PrecomputeConfig
 from .decode import Batch, decoded_batches
+from .listing import SHOWN_PROBLEMS
 from .messages import TaskImage
 from .open_store import TeacherFile, find_teacher
-from .plan import SHOWN_PROBLEMS, Plan, plan_run
+from .plan import Plan, plan_run
 from .progress import Observer, SilentObserver
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,20 +15,13 @@ from ..common.errors import PrecomputeError, shown
 from ..common.image_ref import ImageRef
 from ..sam import (
     KEPT_KIND,
-    ImageError,
     ImageSet,
     in_fraction,
-    list_images,
-    read_image,
     refuse_keeping,
 )
 from ..sam.device import resolve_precision
-from ..sam.file_kinds import store_around
-from ..sam.image_files import expand_paths
-from ..sam.tar_files import place_on_disk
 from ..store import (
     EmbeddingStore,
-    ImageRecord,
     Selection,
     StoreSpec,
     exists,
@@ -37,19 +29,11 @@ from ..store import (
     rows_of,
     shard_count,
 )
-from ..store.manifest import Manifest
 from . import sizing
 from .cluster import Cluster, connect, local_devices
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
+from .listing import Absent, list_planned, refuse_absent, source_path
 from .progress import Observer
-
-SHOWN_PROBLEMS = 20
-"""Most files that could not be listed and are told one by one."""
-
-_SAMPLE = 64
-"""Images of the store, and of a listing, among which images of both are looked for."""
-_COMPARED = 8
-"""About as many of them are compared by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,13 +237,12 @@ def make_plan(
         SamError: the images can't be listed.
         PrecomputeError: the selected images don't match the store's, or there are none.
     """
-    listing = _list_images(config, existing, observer)
-    _tell_skipped(listing, observer)
+    listing = list_planned(config, existing.spec if existing else None, observer)
     selection = Selection(
         fraction=config.fraction,
         seed=config.seed,
         limit=config.limit,
-        sources=tuple(_source(path) for path in config.images),
+        sources=tuple(source_path(path) for path in config.images),
         checkpoint=None if config.checkpoint is None else str(config.checkpoint.absolute()),
     )
     if existing:
@@ -267,7 +250,7 @@ def make_plan(
         absent = Absent()
         with EmbeddingStore.open(config.out) as store:
             new = select_additional(listing.files, selection, store.manifest.sorted_keys(), absent)
-        _refuse_absent(config, absent, existing, listing.root, observer)
+        refuse_absent(config, absent, spec, listing.root, observer)
         _refuse_unasked_growth(config, new, existing.rows)
         teacher, image_size, dtype, shard_size = spec.teacher, spec.image_size, spec.dtype, spec.shard_size
     else:
@@ -289,103 +272,6 @@ def make_plan(
         image_size=image_size,
         dtype=dtype,
         shard_size=shard_size,
-    )
-
-
-def _list_images(config: PrecomputeConfig, existing: ExistingStore | None, observer: Observer) -> ImageSet:
-    """List the images under the keys that the store knows them by.
-
-    Keys are relative to the store's image root, for images outside it too, so that any folders may be named later
-    than when the store was made. Only if the store's own photos are found elsewhere is that place the new root.
-    """
-    if existing is None:
-        return list_images(config.images)
-    root = Path(existing.spec.image_root)
-    paths = [Path(path) for path in expand_paths(config.images)]
-    if all(path.is_relative_to(root) for path in paths):
-        return list_images(paths, root)
-    first = Path(expand_paths(config.images[:1])[0])
-    with EmbeddingStore.open(config.out) as store:
-        for place in (None, first if first.is_dir() else first.parent):
-            listing = list_images(paths, place)
-            if _holds_stored(listing, store.manifest):
-                if listing.root != root:
-                    observer.message(f"the store's photos, once in {root}, are read from {listing.root}")
-                return listing
-    return list_images(paths, root)
-
-
-def _holds_stored(listing: ImageSet, manifest: Manifest) -> bool:
-    """Return True if files with the keys of the store's images are those images: most of a sample, by their SHA-256
-    where it is known, else by their length."""
-    sample: dict[str, ImageRecord] = {}
-    rows, files = manifest.row_count(), listing.files
-    for row in range(0, rows, max(rows // _SAMPLE, 1)):
-        (record,) = manifest.records(None, range(row, row + 1))
-        sample[record.key] = record
-    for file in files[:: max(len(files) // _SAMPLE, 1)]:
-        found = manifest.find(file.key)
-        if found is not None:
-            sample[found.key] = found
-    known = [file for file in files if file.key in sample]
-    known = known[:: max(len(known) // _COMPARED, 1)]
-    same = sum(_is_image_of(listing.root, file, sample[file.key]) for file in known)
-    return bool(known) and 2 * same >= len(known)
-
-
-def _is_image_of(root: Path, file: ImageRef, record: ImageRecord) -> bool:
-    if record.sha256 is None:
-        return file.size == record.size
-    if file.size != record.bytes:
-        return False
-    try:
-        data = read_image(root, file.key, offset=file.offset, size=file.size)
-    except ImageError:
-        return False
-    return hashlib.sha256(data).hexdigest() == record.sha256
-
-
-def _source(path: Path) -> str:
-    """Return the absolute path or pattern to be named when the store is resumed."""
-    return os.path.abspath(path if os.path.lexists(path) else path.expanduser())
-
-
-def _tell_skipped(listing: ImageSet, observer: Observer) -> None:
-    for problem in listing.problems[:SHOWN_PROBLEMS]:
-        observer.message(f"skipped: {problem}")
-    if len(listing.problems) > SHOWN_PROBLEMS:
-        observer.message(f"skipped: {len(listing.problems) - SHOWN_PROBLEMS:,} more")
-
-
-def _refuse_absent(
-    config: PrecomputeConfig, absent: Absent, existing: ExistingStore, root: Path, observer: Observer
-) -> None:
-    """Refuse a listing without images of the store, or tell of them if more images are to be added."""
-    if absent.first is None:
-        return
-    key, rows = os.fsdecode(absent.first), existing.rows
-    place = place_on_disk(root, key)
-    if store_around(place) is not None:
-        raise PrecomputeError(
-            f"{config.out} holds kept images of a store as if they were photos, the first: {shown(key)} (an older "
-            "version listed them); precompute the photos into a new store"
-        )
-    if not config.extend:
-        if os.path.lexists(place):
-            raise PrecomputeError(
-                f"{absent.count:,} of the store's {rows:,} images lie outside what --images names, the first: "
-                f"{shown(place)}; name all of the store's folders, or add images only with --extend"
-            )
-        raise PrecomputeError(
-            f"{absent.count:,} of the store's {rows:,} images are gone from the folder, the first: {shown(key)}; put "
-            "them back, give another --out, or add images only with --extend"
-        )
-    needs = (
-        "distill needs these photos" if existing.spec.kept_images is None else "the store keeps them resized"
-    )
-    observer.message(
-        f"{absent.count:,} of the store's {rows:,} images are not among those listed, the first: {shown(key)}; their "
-        f"embeddings stay, {needs}"
     )
 
 
@@ -422,15 +308,6 @@ def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
             f"--fraction {selection.fraction:g} keeps none of {len(files):,} images: raise it"
         )
     return kept[: selection.limit]
-
-
-@dataclass(kw_only=True)
-class Absent:
-    """Images of a store that a listing lacks."""
-
-    count: int = 0
-    first: bytes | None = None
-    """Key of the first one."""
 
 
 def select_additional(
@@ -473,6 +350,7 @@ def select_additional(
     if file is not None:
         rest = chain([file], (later for _, later in listed))
         new += [later for later in rest if _keeps(selection, later)]
+    absent.rows = rows
     _refuse_fewer(selection, rows, dropped)
     return new if selection.limit is None else new[: selection.limit - rows]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Set
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..common.outputs import read_mark
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".mpo", ".png", ".apng"),
@@ -258,6 +261,34 @@ def own_folder(path: str, names: Set[str]) -> str | None:
     if "model.json" in names and str(_json(path, "model.json").get("format")).startswith("mobilesam model"):
         return "an export"
     return None
+
+
+OVERLAY_NAME = re.compile(r"overlay\.(png|jpe?g)", re.IGNORECASE)
+MASK_NAME = re.compile(r"\d{3,}\.png")
+
+
+def own_pictures(folder: str, names: Set[str]) -> Set[str]:
+    """Return the names of overlays and masks that `mobilesam segment` wrote into a folder, recognised by their marks.
+
+    Only files of the names that it gives by itself are looked into, and masks only if the first one is such: opening
+    every photo of a large folder would take too long.
+
+    Args:
+        folder: path of the folder.
+        names: names of its entries.
+    """
+    found = {name for name in names if OVERLAY_NAME.fullmatch(name) and _has_mark(folder, name)}
+    masks = sorted(name for name in names if MASK_NAME.fullmatch(name))
+    if masks and _has_mark(folder, masks[0]):
+        found |= {name for name in masks if _has_mark(folder, name)}
+    return found
+
+
+def _has_mark(folder: str, name: str) -> bool:
+    try:
+        return read_mark(Path(folder, name)) is not None
+    except OSError:
+        return False
 
 
 def is_store(path: str) -> bool:

@@ -25,6 +25,7 @@ from .file_kinds import (
     hidden_kind,
     is_image,
     own_folder,
+    own_pictures,
     passed_over_line,
     store_around,
 )
@@ -278,11 +279,17 @@ class _Listing:
             except OSError as error:
                 self.problems.append(Problem(path=path, reason=f"folder can't be read: {error.strerror}"))
                 continue
-            own = own_folder(path, {entry.name for entry in entries})
+            names = {entry.name for entry in entries}
+            own = own_folder(path, names)
             if own is not None:
                 self._pass_own(path, own)
                 continue
+            pictures = own_pictures(path, names)
+            if pictures:
+                self.passed_over["picture of mobilesam"] += len(pictures)
             for entry in entries:
+                if entry.name in pictures:
+                    continue
                 entry_key = f"{key}/{entry.name}" if key else entry.name
                 entry_key = self._ways_down.get(entry_key, entry_key)
                 if self._add_entry(entry, entry_key):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mobilesam.common.image_ref import ImageRef
 from mobilesam.precompute import PrecomputeError
-from mobilesam.precompute.plan import Absent, select, select_additional
+from mobilesam.precompute.listing import Absent
+from mobilesam.precompute.plan import select, select_additional
 from mobilesam.sam import in_fraction
 from mobilesam.store import Selection
 
@@ -104,7 +105,7 @@ def test_stored_images_that_the_listing_lacks_are_counted_and_the_first_is_named
     absent = Absent()
     files = [*_files(8), ImageRef(key="0009.jpg", size=1)]
     assert select_additional(files, _selection(), _stored(_files(11)), absent) == []
-    assert absent == Absent(count=2, first=b"0008.jpg")
+    assert absent == Absent(rows=11, count=2, first=b"0008.jpg")
 
 
 _KEYS = st.lists(st.text("abcé€😀\udcff/", min_size=1, max_size=3), unique=True)
@@ -132,7 +133,7 @@ def test_walking_listing_and_store_side_by_side_gives_the_same_as_sets(
         select_additional(iter(files), selection, walked, absent)
         == new[: None if limit is None else limit - len(stored)]
     )
-    assert absent == Absent(count=len(gone), first=gone[0] if gone else None)
+    assert absent == Absent(rows=len(stored), count=len(gone), first=gone[0] if gone else None)
 
 
 def test_the_keys_of_a_store_are_never_all_in_memory() -> None:
