@@ -328,7 +328,7 @@ class Reporter:
 
     def _tick(self) -> None:
         """Print a phase that lasts, and later that it still does."""
-        while not self._ended.wait(0.5):
+        while not self._ended.wait(TICK_SECONDS):
             with self._lock:
                 status, now = self._status, time.monotonic()
                 if status is None or status.total is not None or now - status.began < self.QUIET_SECONDS:
@@ -342,6 +342,9 @@ class Reporter:
         self._last_time = time.monotonic()
         self.message(self._status.line())
 
+
+TICK_SECONDS = 0.2
+"""Interval at which it is checked whether a phase lasts."""
 
 BAR_WIDTHS = (10, 40)
 """Columns of the shortest and the longest bar."""
