@@ -27,7 +27,7 @@ from ..common.errors import PrecomputeError
 from ..sam import refuse_keeping
 from ..sam.tar_files import place_on_disk
 from ..store import RowResult, ShardWriter
-from ..store.carried import CarriedRows
+from ..store.writer import CarriedRows
 from .decode import Batch, LoadedImage, decoded_batches
 from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, Stopwatch
 from .worker import TeacherPlugin

@@ -16,7 +16,6 @@ from ..common.durable import explain_os_errors, fsync_directory, make_folder, wr
 from ..common.errors import REPAIR_SHARDS, HeadMissing, StoreDamaged, StoreError, StoreLocked
 from ..common.image_ref import ImageRef
 from .audit_limits import tolerance
-from .carried import carry, forget_carried
 from .kept_images import FOLDER, partial_tar_path, read_kept, tar_bytes, tar_path
 from .layout import HEAD, MANIFEST, PRIVATE, local_path, rows_of, shard_count, shard_of
 from .lock import WriterLock
@@ -25,7 +24,7 @@ from .reader import DirectReader, StoredBatch
 from .records import Audit, RowResult, Selection
 from .sam_head import read_head, write_head
 from .spec import StoreSpec
-from .writer import partial_files, partial_path
+from .writer import carry, forget_carried, partial_files, partial_path
 from .zarr_metadata import documents_of, read_spec, write_documents
 
 RELISTED_BY_KEY = 100_000

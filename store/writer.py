@@ -1,25 +1,30 @@
-"""Shard files being written by workers, under partial names, without lock or manifest; leftovers of killed writers.
+"""Shard files being written by workers, under partial names, without lock or manifest; leftovers of killed writers;
+rows of withdrawn shards, which are written once more if their images are gone.
 
 Shape suffixes: C channels, H and W rows and columns of an embedding.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from ..common.durable import explain_os_errors
+from ..common.durable import explain_os_errors, make_folder, write_atomic
+from ..common.errors import StoreError
 from .checksum import CHECKSUM_BYTES, crc32c
-from .kept_images import BLOCK, END, FOLDER, header, padding, partial_tar_path
+from .kept_images import BLOCK, END, FOLDER, header, padding, partial_tar_path, read_kept, tar_path
 from .layout import PRIVATE, ArrayLayout
 from .quantize import quantize
-from .records import KeptImage
+from .reader import ShardFile
+from .records import ImageRecord, KeptImage, RowResult
 
 _DOCUMENT = re.compile(r"zarr\.json\.[0-9a-f]{8}\.partial")
 _TAR = re.compile(r"(0|[1-9]\d*)\.tar")
@@ -211,6 +216,123 @@ def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: i
             written -= len(pending.pop(0))
         if pending:
             pending[0] = pending[0][written:]
+
+
+# ---- rows of withdrawn shards. Their files stay in their places until the new ones replace them; what the manifest
+# listed of the rows is kept beside it, in a file per shard.
+
+CARRIED = PRIVATE / "carried"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarriedRow:
+    """Row as it was committed."""
+
+    result: RowResult
+    items: tuple[np.ndarray, ...]
+    """Its item in each array, `embeddings` first."""
+    image: bytes | None
+    """Content of its kept image; None in stores that keep none."""
+
+
+class CarriedRows:
+    """Rows that a withdrawn shard had; none if nothing is remembered of it.
+
+    Args:
+        store: path of the store.
+        layouts: layouts of the store's arrays.
+        shard: number of the shard.
+    """
+
+    def __init__(self, store: Path, layouts: tuple[ArrayLayout, ...], shard: int) -> None:
+        self._store, self._layouts, self._shard = store, layouts, shard
+        self._results: dict[int, RowResult] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError):  # then the rows are computed, or fail
+            for value in json.loads(_carried_path(store, shard).read_bytes())["rows"]:
+                result = _result(value)
+                self._results[result.row] = result
+
+    def read(self, row: int) -> CarriedRow | None:
+        """Return a row that is whole by its checksums; None if there is none."""
+        result = self._results.get(row)
+        if result is None:
+            return None
+        checksums = (result.crc32c, result.scales_crc32c)
+        try:
+            items = tuple(
+                _read_item(self._store, layout, self._shard, row, checksum or 0)
+                for layout, checksum in zip(self._layouts, checksums, strict=False)
+            )
+            image = None
+            if result.kept is not None:
+                image = read_kept(tar_path(self._store, self._shard), f"row {row}", row, result.kept)
+        except (StoreError, OSError):
+            return None
+        return CarriedRow(result=result, items=items, image=image)
+
+
+def carry(store: Path, shard: int, records: Iterable[ImageRecord]) -> None:
+    """Remember the done rows of a shard that is about to be withdrawn.
+
+    Args:
+        store: path of the store.
+        shard: number of the shard.
+        records: its committed rows.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    rows = [asdict(_of_record(record)) for record in records if record.status == "done"]
+    if rows:
+        make_folder(store / CARRIED)
+        write_atomic(_carried_path(store, shard), json.dumps({"rows": rows}).encode())
+
+
+def forget_carried(store: Path, shard: int) -> None:
+    """Forget the rows of a shard that was committed again.
+
+    Args:
+        store: path of the store.
+        shard: number of the shard.
+    """
+    with suppress(OSError):
+        _carried_path(store, shard).unlink(missing_ok=True)
+        (store / CARRIED).rmdir()  # unless others are in it
+
+
+def _carried_path(store: Path, shard: int) -> Path:
+    return store / CARRIED / f"{shard}.json"
+
+
+def _of_record(record: ImageRecord) -> RowResult:
+    return RowResult(
+        row=record.row,
+        sha256=record.sha256,
+        bytes=record.bytes,
+        original_size=record.original_size,
+        resized_size=record.resized_size,
+        crc32c=record.crc32c,
+        scales_crc32c=record.scales_crc32c,
+        kept=record.kept,
+    )
+
+
+def _result(value: dict) -> RowResult:
+    kept = value.pop("kept")
+    sizes = {name: tuple(value.pop(name)) for name in ("original_size", "resized_size")}
+    return RowResult(**value, **sizes, kept=None if kept is None else KeptImage(**kept))
+
+
+def _read_item(store: Path, layout: ArrayLayout, shard: int, row: int, checksum: int) -> np.ndarray:
+    """Read a row's item of one array. Raises StoreError if it isn't the one with this checksum."""
+    file = ShardFile(store / layout.name / layout.file_name(shard), layout, {row: checksum}, direct=False)
+    item = np.empty(layout.item_shape, layout.dtype)
+    payload = item.reshape(-1).view(np.uint8)
+    offset = row % layout.shard_size * layout.stride
+    stored = file.read(offset, payload)
+    if not stored == crc32c(payload) == checksum:
+        raise StoreError(f"{file.path}, row {row}: not the row that was committed")
+    return item
 
 
 # ---- leftovers of interrupted writers

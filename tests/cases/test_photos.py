@@ -23,7 +23,7 @@ from tiff_writer import write_tiff
 
 from mobilesam.cli import main
 from mobilesam.sam import file_kinds
-from mobilesam.store import EmbeddingStore, ImageRecord
+from mobilesam.store import EmbeddingStore, ImageRecord, ImageRef
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 
@@ -428,6 +428,30 @@ def test_a_first_folder_that_is_archived_keeps_its_rows_when_others_are_appended
         assert "t4/day1; say where they are with --images DIR" in done.stderr
         done = CliRunner().invoke(main, [*train, "--out", "run", "--images", "t4/archive", "--json"])
         assert done.exit_code == 0, done.output
+
+
+def test_an_extension_that_was_cut_short_goes_on_when_the_first_folder_is_archived_meanwhile(
+    place: Path, precompute: Precompute
+) -> None:
+    """T4: the rows of the withdrawn shard are carried over if they are whole, and else they fail."""
+    _photos(place / "day1", range(3))
+    day2 = _photos(place / "day2", range(3, 6))
+    precompute("--images", "day1", "--out", "s.zarr")
+    before = _records("s.zarr")
+    with EmbeddingStore.open("s.zarr", writable=True) as store:
+        more = [ImageRef(key=f"../day2/{file.name}", size=1) for file in sorted(day2.iterdir())]
+        store.extend(more, store.manifest.selections()[0])
+    (place / "day1").rename(place / "archive")
+    with open("s.zarr/embeddings/c.0.0.0.0", "r+b") as shard:
+        shard.seek(100)
+        byte = shard.read(1)[0]
+        shard.seek(100)
+        shard.write(bytes([byte ^ 1]))  # in the first row
+    result = precompute("--images", "day2", "--out", "s.zarr", "--extend")
+    assert (result["done"], result["failed"]) == (5, 1)
+    assert result["failed_images"] == [{"key": "p0.jpg", "reason": "the file is missing"}]
+    after = _records("s.zarr")
+    assert [after[key] for key in ("p1.jpg", "p2.jpg")] == [before[key] for key in ("p1.jpg", "p2.jpg")]
 
 
 def test_a_sibling_folder_with_the_same_names_is_not_taken_for_the_first_one_moved(
