@@ -16,7 +16,13 @@ from random_student import IMAGE_SIZE, save_random_student
 from segment_anything import SamPredictor
 
 from mobilesam.predict import ExportConfig, Model, PredictError, export, load_model
-from mobilesam.predict.export.onnx_decoder import LIMIT, Decoder, bilinear_matrix
+from mobilesam.predict.export.onnx_decoder import (
+    LIMIT,
+    Decoder,
+    _with_fused_norms,
+    bilinear_matrix,
+    halves_rounded_down,
+)
 from mobilesam.sam import resized_size
 
 SIDE = IMAGE_SIZE // 4
@@ -219,6 +225,60 @@ def test_resized_sizes_are_rounded_as_sam_rounds_them(model: Model) -> None:
             assert tuple(decoder.resized(torch.tensor(size)).tolist()) == resized_size(*size, image_size), (
                 size
             )
+
+
+@pytest.mark.parametrize(
+    ("image_size", "longest"),
+    [(1024, 2048), (64, 2048), (1008, 2048), (224, 2048)]
+    + [pytest.param(size, 8192, marks=pytest.mark.long) for size in (1024, 512, 64, 224, 384, 1008)],
+)
+def test_integers_round_every_size_as_double_precision_does(image_size: int, longest: int) -> None:
+    """By brute force: all sides of all photos up to a size."""
+    halves = halves_rounded_down(image_size)
+    expected = {(long, side) for long, side in halves.tolist() if long <= longest}
+    found = set()
+    for long in range(1, longest + 1):
+        sides = np.arange(1, long + 1, dtype=np.int64)
+        wanted = (sides * (image_size * 1.0 / long) + 0.5).astype(np.int64)  # as ResizeLongestSide
+        rounded = (2 * image_size * sides + long) // (2 * long)
+        assert np.isin(rounded - wanted, (0, 1)).all()
+        found |= {(long, int(side)) for side in sides[rounded != wanted]}
+    assert found == expected
+    if image_size in (224, 1008):
+        assert found
+
+
+def test_halves_that_are_rounded_down_are_rounded_so_in_the_network(model: Model) -> None:
+    decoder = Decoder(model.sam)
+    decoder.image_size = 1008
+    decoder.halves_L2 = halves_rounded_down(1008)
+    for long, side in decoder.halves_L2[::50].tolist():
+        for size in ((long, side), (side, long), (long, long)):
+            assert tuple(decoder.resized(torch.tensor(size)).tolist()) == resized_size(*size, 1008)
+
+
+def test_norms_are_one_operator_whose_sums_are_float32(
+    session: onnxruntime.InferenceSession, made: Any
+) -> None:
+    """Squares of differences above 255 don't fit into half precision."""
+    nodes = onnx.load(made[1]["out"]).graph.node
+    norms = [node for node in nodes if node.op_type == "LayerNormalization"]
+    assert len(norms) == 9 + 3, "9 of the transformer, 2 of the mask input, 1 of the upscaling"
+    for norm in norms:
+        assert {one.name: one.i for one in norm.attribute}["stash_type"] == 1
+    assert not {"Pow", "ReduceMean", "Sqrt"} & {node.op_type for node in nodes}
+
+
+def test_a_norm_of_large_values_survives_half_precision(model: Model) -> None:
+    norm = model.sam.mask_decoder.output_upscaling[1]
+    x_BCHW = torch.randn(1, norm.weight.numel(), 4, 4, generator=torch.Generator().manual_seed(0)) * 3000
+    with torch.no_grad():
+        wanted = norm(x_BCHW)
+        fused = _with_fused_norms(model.sam.mask_decoder).output_upscaling[1]
+        assert torch.allclose(fused(x_BCHW), wanted, atol=1e-5)
+        assert torch.allclose(copy.deepcopy(fused).half()(x_BCHW.half()).float(), wanted, atol=0.01)
+        assert not torch.isfinite((x_BCHW.half() - x_BCHW.half().mean()).pow(2)).all()
+    assert type(model.sam.mask_decoder.output_upscaling[1]) is type(norm), "the model itself keeps its own"
 
 
 def test_an_upscaling_that_is_wrong_is_refused_whatever_the_weights(

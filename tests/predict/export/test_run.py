@@ -13,7 +13,9 @@ from random_student import IMAGE_SIZE
 
 from mobilesam.common.outputs import marked
 from mobilesam.predict import ExportConfig, PredictError, export
+from mobilesam.predict.export import bundle
 from mobilesam.predict.export import run as exporter
+from mobilesam.predict.export.onnx_graph import STEPS, Begin, OnnxFile
 from mobilesam.predict.export.run import export_lines
 
 FILES = {"model.pt", "model.safetensors", "model.json", "encoder.onnx", "decoder.onnx", "README.md"}
@@ -92,6 +94,28 @@ def test_people_are_told_what_was_made(run: Path, toy: Path, tmp_path: Path) -> 
     assert "left out: MobileSAM" in "\n".join(
         export_lines(export(ExportConfig(student=toy, out=tmp_path / "t")))
     )
+
+
+@pytest.mark.usefixtures("_quick_onnx")
+@pytest.mark.parametrize("name", ["out", "x.pt", "encoder.onnx", "decoder.onnx"])
+def test_every_step_is_shown_in_order(
+    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(_: object, __: str, begin: Begin) -> OnnxFile:
+        for step in STEPS:
+            begin(step)
+        return OnnxFile(data=b"\x08\x0aonnx", max_relative_difference=1e-6, limit=1e-4)
+
+    for place in (exporter, bundle):
+        for maker in ("export_encoder", "export_decoder"):
+            monkeypatch.setattr(place, maker, made)
+    told: list[tuple[int, int, str]] = []
+    export(ExportConfig(student=run, out=tmp_path / name), progress=lambda *step: told.append(step))
+    count = {"out": 9, "x.pt": 2}.get(name, 5)
+    assert [(number, total) for number, total, _ in told] == [(n, count) for n in range(1, count + 1)]
+    assert told[0][2] == "loading the model"
+    if name == "out":
+        assert [text for *_, text in told[2:5]] == [f"encoder.onnx: {step}" for step in STEPS]
 
 
 def test_the_result_is_plain_json(run: Path, tmp_path: Path) -> None:
