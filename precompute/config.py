@@ -52,8 +52,8 @@ class PrecomputeConfig:
     """
 
     images: tuple[Path, ...] = option(
-        metavar="DIR|TAR...",
-        help="Folders (searched recursively) and .tar files with the images; several may follow one --images.",
+        metavar="DIR|TAR|IMAGE...",
+        help="Folders (searched recursively), .tar files and images, or quoted patterns; several may follow one --images.",
     )
     out: Path = option(Path("store.zarr"), help="Store to write; an existing one is resumed.")
     teacher: str | None = teacher_option(
@@ -66,7 +66,9 @@ class PrecomputeConfig:
     )
     seed: int = option(0, help="Seed of the choice made for --fraction.")
     limit: int | None = option(None, metavar="N", help="Embed at most this many images.")
-    extend: bool = option(False, help="Append images that the store lacks.")
+    extend: bool = option(
+        False, help="Append images that the store lacks, also of folders beside the first one."
+    )
     retry_failed: bool = option(False, help="Recompute shards with failed images.")
     dtype: str | None = option(
         None, choices=DTYPES, help="Type of the stored embeddings [default: the store's, else float16]"

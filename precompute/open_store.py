@@ -24,7 +24,19 @@ from ..store.spec import package_versions
 from .plan import ExistingStore, Plan
 from .progress import Observer
 
-_PACKAGES = ("torch", "torchvision", "segment-anything", "zarr", "numpy", "pillow", "dask", "distributed")
+_PACKAGES = (
+    *(
+        "torch",
+        "torchvision",
+        "segment-anything",
+        "zarr",
+        "numpy",
+        "pillow",
+        "pillow-heif",
+        "dask",
+        "distributed",
+    ),
+)
 """Packages on which an embedding's bits depend."""
 
 

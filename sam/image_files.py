@@ -110,7 +110,7 @@ def expand_paths(paths: Sequence[Path | str]) -> list[str]:
         SamError: there are none, one is absent or can't be read, or a pattern matches nothing.
     """
     found: set[str] = set()
-    for given in map(os.fspath, paths):
+    for given in (os.fspath(path) for path in paths):
         path = given if os.path.lexists(given) else os.path.expanduser(given)
         if os.path.lexists(path) or not glob.has_magic(path):
             found.add(_absolute(path))

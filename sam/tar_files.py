@@ -59,15 +59,13 @@ def scan_tar(path: str) -> TarContents:
         total = os.fstat(file.fileno()).st_size
         if file.peek(8).startswith(_COMPRESSED_MAGIC):
             return TarContents(members={}, unusable=(), problem=DECOMPRESS)
-        problem, start = None, 0
+        problem: str | None = None
+        start: int | None = 0
         try:
-            while problem is None:
+            while problem is None and start is not None:
                 file.seek(start)
                 problem = _scan(file, total, members, unusable)
-                end = file.tell()
-                start = _next_tar(file, end)
-                if start is None:
-                    break
+                start = _next_tar(file, file.tell())
         except (tarfile.TarError, ValueError) as error:
             problem = f"damaged or truncated ({total:,} bytes): {error}"
     return TarContents(members=members, unusable=tuple(unusable), problem=problem)

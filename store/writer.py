@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -317,10 +318,11 @@ def _of_record(record: ImageRecord) -> RowResult:
     )
 
 
-def _result(value: dict) -> RowResult:
+def _result(value: dict[str, Any]) -> RowResult:
     kept = value.pop("kept")
     sizes = {name: tuple(value.pop(name)) for name in ("original_size", "resized_size")}
-    return RowResult(**value, **sizes, kept=None if kept is None else KeptImage(**kept))
+    fields: dict[str, Any] = {**value, **sizes, "kept": None if kept is None else KeptImage(**kept)}
+    return RowResult(**fields)
 
 
 def _read_item(store: Path, layout: ArrayLayout, shard: int, row: int, checksum: int) -> np.ndarray:
