@@ -178,7 +178,7 @@ class ExportConfig:
     head: Path | None = _head_option()
     out: Path = option(
         metavar="X.pt|encoder.onnx|decoder.onnx|DIR",
-        help="File to make, its kind chosen by its name; a folder gets all of them.",
+        help="File to make, its kind chosen by its name; a folder gets all. Only an earlier export is replaced.",
     )
     image_size: int | None = option(
         None,
