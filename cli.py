@@ -121,6 +121,20 @@ def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = 
         expand_paths(given)
 
 
+def _check_weights(*files: Path | None, latest: bool = False) -> None:
+    """Refuse files of another kind than weights, before torch loads; with `latest`, refuse that there is no run."""
+    from .distill.latest_run import refuse_no_run
+    from .sam.weight_files import refuse_other_kind
+
+    if latest:
+        refuse_no_run()
+    for file in files:
+        if (
+            file is not None and file.is_file() and not file.name.endswith(".json")
+        ):  # an index is read as a whole
+            refuse_other_kind(file)
+
+
 def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
     click.echo(json.dumps(result) if as_json else "\n".join(lines))
 
@@ -239,6 +253,7 @@ def distill(config: DistillConfig, as_json: bool) -> int:
     # Another student's name is checked before anything else, which takes torch.
     if config.student == DistillConfig().student:
         _check_paths([config.store])
+        _check_weights(config.init)
     from .distill import distill as run
     from .distill.run import summary_lines
     from .distill.students.registry import student_info
@@ -275,6 +290,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
       mobilesam verify --store headless.zarr --head sam_vit_b_01ec64.pth
     """
     _check_paths([config.store])
+    _check_weights(config.student, config.head, latest=config.student is None)
     from .verify import table_lines
     from .verify import verify as run
 
@@ -356,6 +372,7 @@ def segment(config: SegmentConfig, as_json: bool) -> int:
       mobilesam segment photo.jpg --teacher vit_b --checkpoint sam_vit_b_01ec64.pth --point 320 240 --device cuda:0
       mobilesam segment photo.jpg --teacher vit_nano --image-size 256 --everything --debug
     """
+    _check_weights(config.student, config.head, latest=config.student is None and config.teacher is None)
     from .predict import segment as run
     from .predict.run import segment_lines
 
@@ -382,6 +399,7 @@ def export(config: ExportConfig, as_json: bool) -> int:
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
     """
+    _check_weights(config.student, config.head, latest=config.student is None)
     from .predict import export as run
     from .predict.export.run import export_lines
 
@@ -414,6 +432,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
       mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
     """
     _check_paths([config.store], [] if config.store else [config.images])
+    _check_weights(config.head, *(Path(file) for _, file in config.models))
     from .verify import evaluate_masks, evaluation_lines
 
     with _printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
@@ -456,6 +475,7 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
     """
     if "student" not in axes:
         _check_paths([base.store, config.test_store])
+        _check_weights(*map(Path, axes.get("init", ())))
     from .distill.students.registry import student_info
     from .verify import sweep as run
     from .verify.sweep.grid import plan_trials

@@ -49,16 +49,35 @@ def point_latest(folder: Path) -> None:
 
 
 def latest_run() -> Path:
-    """Return `runs/latest`, or the newest run in `runs` with a student, with a warning, if that run has none.
+    """Return `runs/latest`, or, with a warning, the newest run in `runs` with a student if that one has none.
 
-    An older version's link may point to a run without a student; so may one whose run was set aside.
+    An older version's link may point to a run without a student; so may one whose run was set aside or removed.
+
+    Raises:
+        DistillError: there is no run.
     """
-    if not has_student(LATEST) and (usable := runs_with_student()):
-        fact = "is not finished: no student yet" if LATEST.is_dir() else "is gone"
-        name = LATEST.resolve() if LATEST.is_symlink() else LATEST
-        logger.warning("%s %s; taken instead: %s, the newest run that has a student", name, fact, usable[0])
+    usable = [] if has_student(LATEST) else runs_with_student()
+    if usable:
+        logger.warning("%s; taken instead: %s, the newest run that has a student", _fact(), usable[0])
         return usable[0]
+    if not LATEST.is_dir():
+        fact = f": {_fact()}" if LATEST.is_symlink() else ""
+        raise DistillError(f"no run at {LATEST}{fact}; run distill first, or give a run's folder")
     return LATEST
+
+
+def refuse_no_run() -> None:
+    """Raise the DistillError of `latest_run`, if there is no run, without a warning."""
+    if not has_student(LATEST) and not runs_with_student():
+        latest_run()
+
+
+def _fact() -> str:
+    """Return the reason why `runs/latest` can't be used."""
+    if not os.path.lexists(LATEST):
+        return f"there is no {LATEST}"
+    why = "is not finished: no student yet" if LATEST.is_dir() else "is gone"
+    return f"{LATEST} points to {os.path.realpath(LATEST)}, which {why}"
 
 
 def runs_with_student() -> list[Path]:

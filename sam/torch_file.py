@@ -22,9 +22,7 @@ from torch import Tensor
 
 from ..common.errors import ArchiveError, ForeignObjects, MobileSamError
 from .unpickler import MAX_PICKLE, read_pickle
-
-ZIP_MAGIC = b"PK\x03\x04"
-PICKLE_MAGIC = b"\x80"
+from .weight_files import ZIP_MAGIC, in_torch_format
 
 MAX_DIRECTORY = 2 << 20
 """Largest central directory that is read, in bytes: thirty times that of TinyViT's weights with AdamW's moments;
@@ -34,15 +32,6 @@ parsed it takes about 25 MB."""
 _OLD_FORMAT = (0x1950A86A20F9469CFC6C, 1001)
 _CHUNK = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s22x2H")
-
-
-def in_torch_format(start: bytes) -> bool:
-    """Return True if a file that begins with these bytes was written by `torch.save`.
-
-    A safetensors file begins with a length in eight bytes, the first of which may equal a pickle's, followed by a
-    JSON object. So nine bytes are needed, or all of a shorter file.
-    """
-    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
 
 
 def is_torch_file(path: Path, error: type[MobileSamError]) -> bool:

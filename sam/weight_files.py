@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
-from .registry import TEACHERS
-from .torch_file import archive_names, in_torch_format, read_torch_file
+
+# torch, which takes seconds to load, is imported by the functions that read tensors: a wrong file is told before.
+
+ZIP_MAGIC = b"PK\x03\x04"
+PICKLE_MAGIC = b"\x80"
 
 INDEX_SUFFIX = ".index.json"
 FOLDER_FILES = (
@@ -188,27 +189,44 @@ def _shards(index: Path) -> list[Path]:
 
 def _load_file(path: Path) -> object:
     """Load one file, of torch's or safetensors' format."""
+    from .torch_file import read_torch_file
+
+    refuse_other_kind(path)
+    with _readable(path):
+        with path.open("rb") as file:
+            start = file.read(_START)
+        try:
+            if is_safetensors(start):
+                return _read_safetensors(path)
+            kind = _kind_of_zip(path)
+            if kind:
+                raise CheckpointError(f"{path} is {kind}")
+            return read_torch_file(path, foreign=True)
+        except ArchiveError as error:
+            raise CheckpointError(_damage(path, str(error))) from None
+        except ForeignObjects as error:
+            raise CheckpointError(f"{path} is {error}: save the weights with {PLAIN}") from None
+
+
+def refuse_other_kind(path: Path) -> None:
+    """Refuse a file that begins neither as one of `torch.save` nor as one of safetensors, without loading torch.
+
+    Args:
+        path: path of a file.
+
+    Raises:
+        CheckpointError: it is empty, can't be read, or of another kind, which the message names.
+    """
     with _readable(path):
         with path.open("rb") as file:
             start = file.read(_START)
         if not start:
             raise CheckpointError(f"{path} is empty (0 bytes); {_AGAIN}")
-        try:
-            if is_safetensors(start):
-                return _read_safetensors(path)
-            if in_torch_format(start):
-                kind = _kind_of_zip(path)
-                if kind:
-                    raise CheckpointError(f"{path} is {kind}")
-                return read_torch_file(path, foreign=True)
-        except ArchiveError as error:
-            raise CheckpointError(_damage(path, str(error))) from None
-        except ForeignObjects as error:
-            raise CheckpointError(f"{path} is {error}: save the weights with {PLAIN}") from None
-    raise CheckpointError(
-        f"{path} ({path.stat().st_size:,} bytes) is not a checkpoint of PyTorch or safetensors: it is "
-        f"{_kind(start, path)}"
-    )
+        if not is_safetensors(start) and not in_torch_format(start):
+            raise CheckpointError(
+                f"{path} ({path.stat().st_size:,} bytes) is not a checkpoint of PyTorch or safetensors: it is "
+                f"{_kind(start, path)}"
+            )
 
 
 @contextmanager
@@ -225,6 +243,8 @@ def _readable(path: Path) -> Iterator[None]:
 def _damage(path: Path, reason: str) -> str:
     """Return the message about a damaged file, with the expected length if it is named like an official one."""
     size = path.stat().st_size
+    from .registry import TEACHERS
+
     official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
     wanted = [file.bytes for file in official if file.name == path.name and file.bytes not in (size, None)]
     lengths = f", {wanted[0]:,} expected" if wanted else ""
@@ -237,8 +257,19 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and b"\0" in start[:8]
 
 
+def in_torch_format(start: bytes) -> bool:
+    """Return True if a file that begins with these bytes was written by `torch.save`.
+
+    A safetensors file begins with a length in eight bytes, the first of which may equal a pickle's, followed by a
+    JSON object. So nine bytes are needed, or all of a shorter file.
+    """
+    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
+
+
 def _read_safetensors(path: Path) -> dict[str, object]:
     """Map the tensors of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -263,6 +294,8 @@ def _read_safetensors(path: Path) -> dict[str, object]:
 
 def _kind_of_zip(path: Path) -> str | None:
     """Return the kind of a zip archive that `torch.save` didn't write; None for one that it did, or a damaged one."""
+    from .torch_file import archive_names
+
     with path.open("rb") as file:
         names = archive_names(file) if file.read(2) == b"PK" else None
     if names is None:

@@ -195,7 +195,7 @@ def test_wrong_use_exits_2_and_names_what_is_wrong(arguments: list[str], told: s
         (["precompute", "--images", PHOTOS, "--teacher", "vit_b", "--checkpoint", "none.pth"], "none.pth"),
         (
             ["precompute", "--images", PHOTOS, "--teacher", "vit_b", "--checkpoint", "text.pth"],
-            "not a PyTorch",
+            "not a checkpoint of PyTorch",
         ),
         (["precompute", "--images", PHOTOS, "--teacher", "vit_nano", "--out", "text.pth"], "text.pth"),
         (
@@ -374,7 +374,7 @@ def test_a_finished_run_is_reported_again_without_training(
 ) -> None:
     monkeypatch.chdir(finished["folder"])
     again = json.loads(_run("distill", "--epochs", "2", "--batch-size", "4", "--json").stdout)
-    assert again == _json(finished, "distill")
+    assert again == {**_json(finished, "distill"), "already_finished": True}
 
 
 def test_the_three_commands_work_at_1024(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
