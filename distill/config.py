@@ -153,8 +153,6 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         paths_from_text(self, "store", "images", "coco", "label_masks", "init", "out")
-        if self.labels is None:
-            object.__setattr__(self, "labels", "teacher" if self.label_source is None else "annotations")
         for name in ("epochs", "batch_size", "micro_batch", "workers", "objects", "rounds"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
@@ -170,7 +168,7 @@ class DistillConfig:
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1, both excluded")
         self._require(0 <= self.boxes <= 1, "boxes", "a share of all objects, from 0 to 1")
         self._require(self.objective in OBJECTIVES, "objective", ", ".join(OBJECTIVES))
-        self._require(self.labels in LABELS, "labels", " or ".join(LABELS))
+        self._require(self.labels in (None, *LABELS), "labels", " or ".join(LABELS))
         self._check_label_source()
         self._check_objective()
         self._require(0 <= self.seed < 2**63, "seed", "0 or more")
@@ -179,6 +177,11 @@ class DistillConfig:
 
     def _require(self, good: bool, name: str, wanted: str) -> None:
         require(good, must_be(name, getattr(self, name), wanted), DistillError)
+
+    @property
+    def learns_from_labels(self) -> bool:
+        """True if the target masks are labels where these exist, False if all are the teacher's."""
+        return self.labels == "annotations" or (self.labels is None and self.label_source is not None)
 
     @property
     def label_source(self) -> Path | None:
@@ -203,12 +206,15 @@ class DistillConfig:
 
     def _check_objective(self) -> None:
         if self.objective == "decoupled":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            options, defaults = (
+                self.to_json(),
+                {field.name: field.default for field in dataclasses.fields(self)},
+            )
             defaults["labels"] = "teacher"
-            given = [name for name in sorted(MASK_FIELDS) if getattr(self, name) != defaults[name]]
+            given = [name for name in sorted(MASK_FIELDS) if options[name] != defaults[name]]
             if given:
                 raise DistillError(
-                    f"{given[0].replace('_', ' ')} is {getattr(self, given[0])!r}, but the decoupled objective "
+                    f"{given[0].replace('_', ' ')} is {options[given[0]]!r}, but the decoupled objective "
                     "compares no masks: choose another --objective, or leave it out"
                 )
         if self.objective == "decoder" and self.init is None:
@@ -225,8 +231,10 @@ class DistillConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return every option as a plain JSON value."""
-        values = dataclasses.asdict(self)
+        """Return every option as a plain JSON value, and `labels` as it applies."""
+        values = dataclasses.asdict(self) | {
+            "labels": "annotations" if self.learns_from_labels else "teacher"
+        }
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
     def identity(self) -> dict[str, Any]:

@@ -231,10 +231,10 @@ def describe(
 def _checked_image_root(config: DistillConfig, store: EmbeddingStore) -> Path | None:
     """Return the folder of the images; None for those that the store keeps, beside which are no annotations."""
     root = find_image_root(store, config.images)
-    if root is None and config.labels == "annotations" and config.label_source is None:
+    if root is None and config.learns_from_labels and config.label_source is None:
         raise DistillError(
-            f"{store.path} keeps images but no annotations: say where both are with --images DIR, or give a COCO file "
-            "with --coco"
+            f"{store.path} keeps images but no annotations: say where both are with --images DIR, or give a COCO "
+            "file with --coco"
         )
     return root
 

@@ -89,7 +89,7 @@ def open_labels(
         DistillError: no training image has a labelled object.
         AnnotationError: the file or folder can't be used.
     """
-    if config.labels == "teacher":
+    if not config.learns_from_labels:
         return None
     keys = [record.key for record in records]
     training = set(train)

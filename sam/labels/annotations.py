@@ -135,11 +135,13 @@ class LabelCounts:
         return dict(self.left_out.most_common())
 
     def lines(self) -> list[str]:
-        """Return a sentence on the objects left out, with an example of each reason but crowds; none if all are used."""
+        """Return a sentence on the objects left out and an example of each reason but crowds; none if none is"""
         if not self.left_out:
             return []
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())
-        lines = [f"{self.left_out.total():,} of {counted(self.total, 'labelled object')} left out ({reasons})"]
+        lines = [
+            f"{self.left_out.total():,} of {counted(self.total, 'labelled object')} left out ({reasons})"
+        ]
         return lines + [f"left out: {text}" for reason, text in self.examples.items() if reason != CROWD]
 
 
@@ -269,10 +271,18 @@ def _image_and_objects(content: Any) -> tuple[dict[str, Any], list[Any]]:
     return image, objects
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON in UTF-8, UTF-16 or UTF-32, with a byte order mark or without; BadAnnotation if it is none."""
+def parse_json(data: bytes, convert: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Parse JSON in UTF-8, UTF-16 or UTF-32, with a byte order mark or without.
+
+    Args:
+        data: content of the file.
+        convert: function whose result takes the place of each JSON object, the innermost first.
+
+    Raises:
+        BadAnnotation: it is no JSON.
+    """
     try:
-        return json.loads(data)
+        return json.loads(data, object_hook=convert)
     except (ValueError, RecursionError) as error:
         raise BadAnnotation(f"not JSON ({str(error)[:80]})") from error
 
@@ -326,7 +336,7 @@ def check_size(own: tuple[int, int], size: tuple[int, int] | None, turn: Turn | 
     Args:
         own: (height, width) in pixels that the labels are for.
         size: (height, width) of the upright image in pixels; None accepts any.
-        turn: function that returns the EXIF orientation of the image's file; None if the caller doesn't have the file.
+        turn: function that returns the EXIF orientation of the image's file; None if the caller has no file.
 
     Raises:
         BadAnnotation: the sizes differ.
@@ -339,13 +349,13 @@ def check_size(own: tuple[int, int], size: tuple[int, int] | None, turn: Turn | 
     orientation = None if turn is None else turn()
     if orientation is None:
         raise BadAnnotation(
-            f"{fact}: width and height are exchanged, as for a photo that its EXIF orientation turns; label it upright"
+            f"{fact}: width and height are exchanged, as for a photo that EXIF turns; label it upright"
         )
     if orientation in _UPRIGHT:
         raise BadAnnotation(f"{fact}: width and height are exchanged")
     raise BadAnnotation(
-        f"{fact}, since its EXIF orientation ({orientation}) turns it and the labels are of the unturned photo: label "
-        "the upright photo, or save the photo without the EXIF orientation"
+        f"{fact}, since its EXIF orientation ({orientation}) turns it and the labels are of the unturned photo: "
+        "label the upright photo, or save the photo without the EXIF orientation"
     )
 
 

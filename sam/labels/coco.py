@@ -1,7 +1,7 @@
 """COCO instances files: their objects by image, and the matching of the names that they list with images' keys.
 
-Names are compared as exporters write them: absolute paths, URLs, backslashes, percent-encoding, decomposed letters and
-another case are understood where only one image fits.
+Names are compared as exporters write them: absolute paths, URLs, backslashes, percent-encoding, decomposed letters
+and another case are understood where only one image fits.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .annotations import Annotations, Turn, build_annotations, parse_json
 from .rle import whole_number
 
 MAX_BYTES = 2 * 2**30
-"""Largest COCO file that is read, in bytes. COCO's training set has 470 MB, which take 2 GB of memory while they are
-parsed, and a fifth of their size from then on."""
+"""Largest COCO file that is read, in bytes. COCO's training set has 470 MB. Reading takes about four times a file's
+length of memory, keeping its objects about its length."""
 
 MOST_SHOWN = 3
 """Most names that a message shows of those that match nothing."""
@@ -89,7 +89,7 @@ def match_names(names: Sequence[str], keys: Iterable[str], *, stems: bool = Fals
     """Match listed names with images' keys, one to one.
 
     Equal names match first. Then paths are compared from their ends, without what exporters add (see the module): the
-    pair that has the most folders in common belongs together, but if two names or two keys have as many, none matches.
+    pair that has the most folders in common belongs together, but if two names or keys have as many, none matches.
     Last, letters' case is ignored, in the suffix and then in the whole path.
 
     Args:
@@ -148,7 +148,8 @@ class _Listed:
     name: str
     height: Any
     width: Any
-    objects: list[Any] | bytes = field(default_factory=list)
+    objects: list[bytes] | bytes = field(default_factory=list)
+    """Objects as `_pack_annotation` packs them; all in one when the file has been read."""
     twice: bool = False
     """True if the name is listed more than once; an object that repeats another one is then left out."""
     problem: str | None = None
@@ -179,7 +180,7 @@ class CocoInstances:
         try:
             data = self._read()
             self.sha256 = hashlib.sha256(data).hexdigest()
-            content = parse_json(data)
+            content = parse_json(data, _pack_annotation)
             del data
             self._listed = self._collect(content)
         except BadAnnotation as error:
@@ -277,15 +278,13 @@ class CocoInstances:
         objects.reverse()
         while objects:
             one = objects.pop()
-            image_id = _id(one.get("image_id")) if isinstance(one, dict) else None
+            image_id = _id(one[0]) if isinstance(one, tuple) else None
             owner = None if image_id is None else by_id.get(image_id)
             if owner is None:
                 self.unusable[NO_IMAGE_ID if image_id is None else NO_IMAGE] += 1
                 continue
             assert isinstance(owner.objects, list), "packed below"
-            owner.objects.append(
-                {name: one[name] for name in ("id", "segmentation", "bbox", "iscrowd") if name in one}
-            )
+            owner.objects.append(one[1])
         for each in listed:
             assert isinstance(each.objects, list), "not packed yet"
             each.objects = _packed(_distinct(each.objects) if each.twice else each.objects)
@@ -336,20 +335,37 @@ def _file_name(image: dict[str, Any]) -> str | None:
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
-def _distinct(objects: list[Any]) -> list[Any]:
+def _pack_annotation(one: dict[str, Any]) -> Any:
+    """Return the image id of a COCO annotation, and the fields that are needed as bytes; any other object unchanged.
+
+    Called while the file is parsed, so that its numbers never take memory as Python's objects all at once.
+    """
+    if "image_id" not in one or "file_name" in one or "coco_url" in one:
+        return one
+    fields = {name: one[name] for name in ("id", "segmentation", "bbox", "iscrowd") if name in one}
+    return one["image_id"], marshal.dumps(fields)
+
+
+def _distinct(objects: list[bytes]) -> list[bytes]:
     """Return the objects without those that have the outline and the box of an earlier one."""
-    by_content = {json.dumps([one.get("segmentation"), one.get("bbox")]): one for one in reversed(objects)}
-    return list(reversed(by_content.values()))
+    by_content = {}
+    for packed in objects:
+        one = marshal.loads(packed)
+        by_content.setdefault(json.dumps([one.get("segmentation"), one.get("bbox")]), packed)
+    return list(by_content.values())
 
 
-def _packed(objects: list[Any]) -> bytes:
-    """Return the objects of an image in less memory than Python's lists take: JSON values, as marshal writes them."""
+def _packed(objects: list[bytes]) -> bytes:
+    """Return the objects of an image as one, compressed."""
     return zlib.compress(marshal.dumps(objects), 1) if objects else b""
 
 
-def _unpacked(objects: list[Any] | bytes) -> list[Any]:
-    if isinstance(objects, list):
-        return objects
+def _unpacked(objects: list[bytes] | bytes) -> list[Any]:
+    packed = objects if isinstance(objects, list) else _parts_of(objects)
+    return [marshal.loads(one) for one in packed]
+
+
+def _parts_of(objects: bytes) -> list[bytes]:
     return marshal.loads(zlib.decompress(objects)) if objects else []
 
 

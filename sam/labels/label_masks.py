@@ -1,6 +1,7 @@
 """Label masks: a folder of PNGs named like the photos, in which each object has an integer of its own.
 
-Shape suffixes: H and W rows and columns of a mask, P objects of one image, N runs of equal pixels, 4 (x0, y0, x1, y1).
+Shape suffixes: H and W rows and columns of a mask, P objects of one image, N runs of equal pixels,
+4 (x0, y0, x1, y1).
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def _decode(
 
 
 def _one_channel(pixels: npt.NDArray[Any], mode: str) -> npt.NDArray[Any]:
-    """Return the grey value of a picture that was saved in colours or with alpha, if it has no colour and is opaque."""
+    """Return the grey value of a picture that was saved in colours or with alpha; it must be grey and opaque."""
     colours = pixels[..., : 1 if mode == "LA" else 3]
     opaque = mode == "RGB" or bool((pixels[..., -1] == 255).all())
     if not opaque or not bool((colours == colours[..., :1]).all()):

@@ -68,3 +68,17 @@ def test_options_of_masks_that_make_no_sense_are_refused(changes: dict[str, obje
 def test_a_decoupled_runs_identity_says_nothing_about_masks() -> None:
     assert not DistillConfig().identity().keys() & {"objective", "objects", "rounds", "labels"}
     assert DistillConfig(objective="coupled").identity()["rounds"] == 2
+
+
+def test_a_file_of_labels_needs_no_other_option_and_its_place_is_not_what_the_run_is() -> None:
+    config = DistillConfig(objective="coupled", coco=Path("a.json"))
+    assert config.learns_from_labels
+    assert config.identity() == DistillConfig(objective="coupled", labels="annotations").identity()
+    assert not DistillConfig(objective="coupled").learns_from_labels
+    for wrong, told in (
+        ({"objective": "decoupled"}, "the decoupled objective learns from no labels"),
+        ({"objective": "coupled", "labels": "teacher"}, "labels is 'teacher'"),
+        ({"objective": "coupled", "label_masks": Path("masks")}, "two sources of labels"),
+    ):
+        with pytest.raises(DistillError, match=told):
+            DistillConfig(coco=Path("a.json"), **wrong)

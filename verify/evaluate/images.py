@@ -58,8 +58,10 @@ class Images(Protocol):
 
     root: Path | None
     """Folder that the keys are relative to; None if the images are kept in a store."""
-    all_keys: Sequence[str]
-    """Keys of all images of the folder or store, those that are not evaluated included."""
+
+    @property
+    def all_keys(self) -> Sequence[str]:
+        """Keys of all images of the folder or store, those that are not evaluated included."""
 
     def __len__(self) -> int: ...
 
@@ -87,7 +89,7 @@ class FolderImages:
         self.problems = [str(problem) for problem in listed.problems]
         if listed.passed_over:
             self.problems.append(passed_over_line(listed.passed_over).removeprefix("passed over: "))
-        self.all_keys = [file.key for file in listed.files]
+        self.all_keys: Sequence[str] = [file.key for file in listed.files]
         self._files: Sequence[ImageRef] = listed.files[:limit]
 
     def __len__(self) -> int:
@@ -116,7 +118,7 @@ class StoreImages:
 
     def __init__(self, store: EmbeddingStore, records: Sequence[ImageRecord], root: Path | None) -> None:
         self.root = root
-        self.all_keys = [record.key for record in store.manifest.records()]
+        self.all_keys: Sequence[str] = [record.key for record in store.manifest.records()]
         self._store = store
         self._records = records
 

@@ -60,8 +60,8 @@ def evaluate_masks(
           images with labelled objects; `failed`: {key, reason} of each image that couldn't be read or whose labels
           are damaged.
         - `labels`: the labels' `source` (None for files beside the images), `images` that they are of, number of
-          `objects` that can be used and of those `left_out` by reason; None without labels. From a file or folder also
-          its `names`: numbers of `listed`, `matched`, `missing` and `ambiguous` ones, and the first of these.
+          `objects` that can be used and of those `left_out` by reason; None without labels. From a file or folder
+          also its `names`: numbers of `listed`, `matched`, `missing` and `ambiguous` ones, and the first of these.
         - `reference`: the teacher, None without one. `left_out`: number of pairs of points that didn't fit into their
           images, by protocol.
         - `models`: for each its names, its cost (see `Cost`), and

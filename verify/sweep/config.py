@@ -78,7 +78,7 @@ class SweepConfig:
             name: _absolute(getattr(self.base, name)) for name in ("store", "images", "init")
         }
         if self.base.label_source is not None:  # each trial that uses labels gets it again
-            places |= {"coco": None, "label_masks": None, "labels": None}
+            places |= {"coco": None, "label_masks": None}
         object.__setattr__(self, "base", dataclasses.replace(self.base, out=None, restart=False, **places))
         _require(self.axes.keys() <= AXES.keys(), "axes", sorted(self.axes), f"some of {', '.join(AXES)}")
         axes = {name: tuple(dict.fromkeys(self.axes[name])) for name in AXES if name in self.axes}
@@ -103,8 +103,8 @@ class SweepConfig:
             raise VerifyError("coco and label masks are two sources of labels: leave out one of them")
         if set(self.axes.get("objective", (self.base.objective,))) == {"decoupled"}:
             raise VerifyError(
-                f"{'coco' if self.coco else 'label masks'} is {str(self.coco or self.label_masks)!r}, but every run is "
-                "decoupled and learns from no labels: add coupled to --objective, or leave it out"
+                f"{'coco' if self.coco else 'label masks'} is {str(self.coco or self.label_masks)!r}, but every run "
+                "is decoupled and learns from no labels: add coupled to --objective, or leave it out"
             )
 
 

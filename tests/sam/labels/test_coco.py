@@ -169,7 +169,7 @@ NAMES: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
     "the suffix's case before the name's": (["P1.JPG"], ["p1.jpg", "P1.Jpg"], {"P1.Jpg": 0}),
     "a base name in two folders": (["a.jpg"], ["x/a.jpg", "y/a.jpg"], {}),
     "two names for one image": (["x/a.jpg", "y/a.jpg"], ["a.jpg"], {}),
-    "the nearest folder": (["2/day/a.jpg", "2/night/a.jpg"], ["day/a.jpg", "night/a.jpg"], {"day/a.jpg": 0, "night/a.jpg": 1}),
+    "the nearest folder": (["2/d/a.jpg", "2/n/a.jpg"], ["d/a.jpg", "n/a.jpg"], {"d/a.jpg": 0, "n/a.jpg": 1}),
     "another image": (["a.jpg"], ["b.jpg"], {}),
     "another suffix": (["a.png"], ["a.jpg"], {}),
 }  # fmt: skip

@@ -115,3 +115,31 @@ def test_values_are_read_with_commas_between() -> None:
     for wrong in ("4,", "", "4,x", "1.5"):
         with pytest.raises(VerifyError, match="batch size must be int values with commas between"):
             parse_axis("batch_size", wrong)
+
+
+def test_labels_of_a_file_are_for_the_runs_that_learn_from_labels() -> None:
+    axes = {"objective": ("decoupled", "coupled"), "labels": ("teacher", "annotations")}
+    trials = plan_trials(SweepConfig(out=Path("sweeps/a"), axes=axes, coco=Path("a.json")), 100)
+    used = [(trial.config.objective, trial.options.get("labels"), trial.config.coco) for trial in trials]
+    path = Path("a.json").absolute()
+    assert used == [
+        ("decoupled", None, None), ("coupled", "teacher", None), ("coupled", "annotations", path),
+    ]  # fmt: skip
+    (alone,) = plan_trials(
+        SweepConfig(out=Path("sweeps/a"), axes={"objective": ("coupled",)}, label_masks=Path("masks")), 100
+    )
+    assert alone.config.learns_from_labels
+    assert alone.config.label_masks == Path("masks").absolute()
+    assert alone.name != trials[2].name
+    base = DistillConfig(objective="coupled", coco=Path("a.json"))
+    (given,) = plan_trials(SweepConfig(out=Path("sweeps/a"), base=base), 100)
+    assert (given.name, given.config.coco) == (trials[2].name, path)
+
+
+def test_labels_that_no_run_learns_from_are_refused() -> None:
+    with pytest.raises(VerifyError, match="every run is decoupled and learns from no labels"):
+        SweepConfig(out=Path("sweeps/a"), coco=Path("a.json"))
+    with pytest.raises(VerifyError, match="two sources of labels"):
+        SweepConfig(
+            out=Path("sweeps/a"), axes={"objective": ("coupled",)}, coco=Path("a"), label_masks=Path("b")
+        )
