@@ -98,6 +98,8 @@ class InitialWeights:
         student.load_state_dict(self.tensors, strict=False)
         report = self.report()
         taken = report["taken"]
+        if self.note is not None:
+            logger.info("%s", self.note)
         logger.info(
             "starting from %s (%s): %d weights, %d of %d parameters taken%s",
             self.path,
@@ -252,6 +254,7 @@ def _timm(key: str) -> list[str]:
     timm rebuilds a network for feature maps: the children of its sequences become children of the whole (`layer.0`
     is `layer_0`), or the network becomes a child of a wrapper (`model`, `body`).
     """
+    key = key.removeprefix(ENCODER_PREFIX)  # of SAM's ViT, which timm has as samvit
     flattened = key.replace(".", "_", 1)
     return [BACKBONE_PREFIX + name for name in (key, flattened, f"model.{key}", f"body.{key}")]
 
