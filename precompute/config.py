@@ -53,7 +53,7 @@ class PrecomputeConfig:
 
     images: tuple[Path, ...] = option(
         metavar="DIR|TAR|IMAGE...",
-        help="Folders (searched recursively), .tar files and images, or quoted patterns; several may follow one --images.",
+        help="Folders (searched recursively), .tar files, images, quoted patterns; several may follow one --images.",
     )
     out: Path = option(Path("store.zarr"), help="Store to write; an existing one is resumed.")
     teacher: str | None = teacher_option(

@@ -25,17 +25,8 @@ from .plan import ExistingStore, Plan
 from .progress import Observer
 
 _PACKAGES = (
-    *(
-        "torch",
-        "torchvision",
-        "segment-anything",
-        "zarr",
-        "numpy",
-        "pillow",
-        "pillow-heif",
-        "dask",
-        "distributed",
-    ),
+    *("torch", "torchvision", "segment-anything", "zarr", "numpy"),
+    *("pillow", "pillow-heif", "dask", "distributed"),
 )
 """Packages on which an embedding's bits depend."""
 
