@@ -59,6 +59,18 @@ def trained(store: Path, out: str, *options: str, processes: int | None = None) 
     return json.loads(done.stdout)  # one object, of one process
 
 
+def coco_file(images: Path) -> Path:
+    """Label the left half of each picture but the last two; the third one's label has no outline."""
+    listed, objects = [], []
+    for number, (path, (height, width)) in enumerate(zip(sorted(images.iterdir()), SIZES, strict=True)):
+        half = [] if number == 2 else [[0, 0, width // 2, 0, width // 2, height, 0, height]]
+        if number < 8:
+            listed.append({"id": number, "file_name": path.name, "height": height, "width": width})
+            objects.append({"id": number, "image_id": number, "segmentation": half})
+    Path("labels.json").write_text(json.dumps({"images": listed, "annotations": objects}))
+    return Path("labels.json")
+
+
 def lines(out: str, kind: str) -> list[dict[str, Any]]:
     return [line for line in Run.open(out).history() if line["kind"] == kind]
 
@@ -117,8 +129,9 @@ def test_tiny_vit_has_the_losses_of_one_process_while_batch_norms_use_the_batch(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("labelled", [False, True], ids=["teacher", "coco"])
 def test_two_processes_train_student_and_head_by_masks_as_one_does(
-    ten_images: Path, make_store: MakeStore
+    labelled: bool, ten_images: Path, make_store: MakeStore
 ) -> None:
     torch.manual_seed(0)
     store = make_store(
@@ -138,7 +151,11 @@ def test_two_processes_train_student_and_head_by_masks_as_one_does(
         "--lr",
         "1e-9",
     )
+    if labelled:
+        options += ("--coco", str(coco_file(ten_images)))
     one, many = trained(store, "one", *options), trained(store, "many", *options, processes=2)
+    assert one.get("labels") == many.get("labels")
+    assert (one["labels"]["objects"] > 4) if labelled else ("labels" not in one)
     assert_same_training("one", "many")
     assert_same_weights("one", "many", buffers=True)
     assert many["val"]["miou"] == pytest.approx(one["val"]["miou"], abs=1e-4)
