@@ -361,6 +361,16 @@ def default_workers(device: torch.device) -> int:
     return min(2 if device.type == "cpu" else 16, available)
 
 
+def finished_words(result: Mapping[str, Any]) -> str:
+    """Return when a run was finished, in local time: `finished on 2026-01-31 at 23:59`.
+
+    Args:
+        result: result of `distill`, or `Run.result` of a finished run.
+    """
+    when = datetime.fromisoformat(result["finished"]).astimezone()
+    return f"finished on {when:%Y-%m-%d at %H:%M}"
+
+
 def summary_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of `distill` as lines for the terminal; metrics are of the validation rows' valid cells."""
     val, finished = result["val"], ""

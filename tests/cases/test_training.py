@@ -376,3 +376,31 @@ def _slow_embed() -> Any:
         return embed(*args)
 
     return slow
+
+
+def test_a_sweep_shows_its_verification_and_says_which_runs_were_finished_already(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R7, T2: the same for a sweep's runs; `runs/latest` is left alone."""
+    monkeypatch.setattr("mobilesam.common.terminal.Reporter.LINE_SECONDS", 0.0)
+    asked = (
+        "sweep",
+        "--student",
+        "small",
+        "--epochs",
+        "1,2",
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        "--out",
+        "sw",
+    )
+    first = mobilesam(*asked, "--points", 1)
+    assert first.exit_code == 0, first.output
+    assert first.stderr.count("verify 1/1 images") == 2
+    assert "finished on" not in first.stderr
+    again = mobilesam(*asked, "--points", 2)
+    assert again.exit_code == 0
+    assert again.stderr.count(", trained already, finished on 20") == 2
+    assert not Path("runs").exists()

@@ -59,7 +59,7 @@ def sweep(
     Args:
         config: all options.
         message: called with a line for each run that begins or fails.
-        progress: called with the trainer's progress, if runs are trained in this process.
+        progress: called with the progress of training and verification, if they run in this process.
 
     Returns:
         The JSON object that `--json` prints: `out`; `runs`: the outcomes (see `run_trial`) in the order of the grid;

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...common.errors import RunLocked, VerifyError
 from ...distill import DistillError, DistillInterrupted, Progress, Run, StopFlag, distill
+from ...distill.run import finished_words
 from ...sam import SamError
 from ...store import StoreError
 from ..config import VerifyConfig
@@ -85,14 +86,14 @@ def run_locally(
         settings: settings for the verification.
         known: earlier outcomes by trial name.
         message: called with a line for each trial that begins.
-        progress: called with the trainer's progress.
+        progress: called with the progress of training and verification.
 
     Raises:
         DistillInterrupted: a stop was requested; the training is saved.
     """
     outcomes: dict[str, Outcome] = {}
     for number, trial in enumerate(trials, 1):
-        message(f"run {number} of {len(trials)}: {trial.name}")
+        message(f"run {number} of {len(trials)}: {trial.name}{_finished(trial)}")
         outcome = blocked_outcome(trial, outcomes)
         if outcome is None:
             outcome = run_trial(trial, settings, known.get(trial.name), progress=progress)
@@ -130,7 +131,7 @@ def run_trial(
         settings: settings for the verification.
         known: earlier outcome, whose verification is kept if student and settings are the same.
         stop: flag that requests a checkpoint and a stop.
-        progress: called with the trainer's progress.
+        progress: called with the progress of training and verification.
 
     Returns:
         The outcome as JSON values: `name`, `run` (its folder), `options`, `status`, and
@@ -148,7 +149,8 @@ def run_trial(
     try:
         result = distill(trial.config, stop=stop, progress=progress, latest=False)
         run = Run.open(trial.config.out)
-        return {**outcome, **_training(run, result), **_verification(run, settings, known or {})}
+        watched = None if progress is None else _verification_progress(result, progress)
+        return {**outcome, **_training(run, result), **_verification(run, settings, known or {}, watched)}
     except DistillInterrupted:
         raise
     except RunLocked as error:
@@ -188,7 +190,43 @@ def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[str, Any]:
+def _finished(trial: Trial) -> str:
+    """Return words for a trial whose training is finished already, else an empty string."""
+    try:
+        result = Run.open(trial.config.out).result() if trial.config.out is not None else None
+    except DistillError:
+        return ""  # not begun, or damaged, which its own outcome tells
+    return "" if result is None else f", trained already, {finished_words(result)}"
+
+
+def _verification_progress(
+    result: Mapping[str, Any], progress: Callable[[Progress], None]
+) -> Callable[[int, int], None]:
+    """Return a callback for `verify` that reports its images as a phase after the training's last step."""
+    begun = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        progress(
+            Progress(
+                phase="verify",
+                epoch=result["epochs"],
+                epochs=result["epochs"],
+                step=result["steps"],
+                steps=result["steps"],
+                loss=None,
+                images_per_second=result["images_per_second"],
+                eta_seconds=(time.monotonic() - begun) * (total - done) / done if done else 0.0,
+                evaluated=done,
+                to_evaluate=total,
+            )
+        )
+
+    return report
+
+
+def _verification(
+    run: Run, settings: VerifySettings, known: Outcome, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
     with run.student_path.open("rb") as file:
         student = hashlib.file_digest(file, "sha256").hexdigest()
     verified_with = {"student_sha256": student, **settings.to_json()}
@@ -202,12 +240,12 @@ def _verification(run: Run, settings: VerifySettings, known: Outcome) -> dict[st
         "precision": PRECISION,
         "points": settings.points,
     }
-    numbers = {"val": _verify(VerifyConfig(**common, images=settings.images))}
+    numbers = {"val": _verify(VerifyConfig(**common, images=settings.images), progress)}
     if settings.test_store is not None:
         on_test = VerifyConfig(**common, store=settings.test_store, images=settings.test_images, split="all")
-        numbers["test"] = _verify(on_test)
+        numbers["test"] = _verify(on_test, progress)
     return {**numbers, "judged": verified_with, "judged_seconds": time.monotonic() - begun}
 
 
-def _verify(config: VerifyConfig) -> dict[str, Any]:
-    return {name: value for name, value in verify(config).items() if name != "subject"}
+def _verify(config: VerifyConfig, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    return {name: value for name, value in verify(config, progress=progress).items() if name != "subject"}
