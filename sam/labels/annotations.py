@@ -135,7 +135,7 @@ class LabelCounts:
         return dict(self.left_out.most_common())
 
     def lines(self) -> list[str]:
-        """Return a sentence on the objects left out and an example of each reason but crowds; none if none is"""
+        """Return a line on the objects left out, and an example of each reason but crowds; empty if all are used."""
         if not self.left_out:
             return []
         reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.left_out.most_common())

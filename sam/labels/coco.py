@@ -35,6 +35,9 @@ MOST_SHOWN = 3
 NO_IMAGE = "of no listed image"
 NO_IMAGE_ID = "no image_id"
 
+_NAMES = ("file_name", "coco_url", "path")
+"""Fields with the name of a listed image, the first one that is there."""
+
 Parts = tuple[str, ...]
 
 
@@ -52,6 +55,8 @@ class NameMatch:
     """Listed names that fit several images, or share their image with another name."""
     key: str | None = None
     """First key, as an example."""
+    stems: bool = False
+    """True if names were compared without suffixes, as those of masks."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers, and the first names of each kind, as JSON values."""
@@ -72,7 +77,10 @@ class NameMatch:
         """
         lines = []
         if self.missing or self.ambiguous or not self.found:
-            line = f"{source}: {len(self.found):,} of {self.listed:,} listed images are among yours"
+            things = (
+                "masks are named like one of your images" if self.stems else "listed images are among yours"
+            )
+            line = f"{source}: {len(self.found):,} of {self.listed:,} {things}"
             line += f"; not among them: {_some(self.missing)}" if self.missing else ""
             if not self.found and self.key is not None:
                 line += f"; yours have names such as {shown(self.key)}"
@@ -138,6 +146,7 @@ def match_names(names: Sequence[str], keys: Iterable[str], *, stems: bool = Fals
         missing=tuple(left_names.values()),
         ambiguous=tuple(names[position] for position in sorted(ambiguous)),
         key=keys[0] if keys else None,
+        stems=stems,
     )
 
 
@@ -297,7 +306,7 @@ class CocoInstances:
         first_problem = ""
         for index, image in enumerate(images):
             name = _file_name(image) if isinstance(image, dict) else None
-            image_id = _id(image.get("id")) if isinstance(image, dict) else None
+            image_id = _id(image.get("id", image.get("image_id"))) if isinstance(image, dict) else None
             if name is None or image_id is None:
                 problem = "no file_name" if name is None else "no id"
                 first_problem = first_problem or f"image {index} has {problem}"
@@ -331,7 +340,7 @@ def _id(value: object) -> str | None:
 
 def _file_name(image: dict[str, Any]) -> str | None:
     """Return the name of a listed image; LVIS has only its URL."""
-    names = (image.get(key) for key in ("file_name", "coco_url", "path"))
+    names = (image.get(key) for key in _NAMES)
     return next((name for name in names if isinstance(name, str) and name), None)
 
 
@@ -340,7 +349,8 @@ def _pack_annotation(one: dict[str, Any]) -> Any:
 
     Called while the file is parsed, so that its numbers never take memory as Python's objects all at once.
     """
-    if "image_id" not in one or "file_name" in one or "coco_url" in one:
+    image = one.keys() & _NAMES and not one.keys() & {"segmentation", "bbox", "segments_info"}
+    if image or "image_id" not in one:
         return one
     fields = {name: one[name] for name in ("id", "segmentation", "bbox", "iscrowd") if name in one}
     return one["image_id"], marshal.dumps(fields)

@@ -194,6 +194,9 @@ def test_what_matches_nothing_or_more_than_one_is_told_in_numbers() -> None:
     )
     assert ambiguous.startswith("a.json: 1 listed names are left out, as each fits several images")
     assert match_names(["p1.jpg"], ["p1.jpg"]).lines("a.json") == []
+    assert match_names(["p1.png", "p2.png"], ["p1.jpg"], stems=True).lines("masks") == [
+        "masks: 1 of 2 masks are named like one of your images; not among them: p2.png"
+    ]
 
 
 def test_matching_many_names_takes_seconds_not_minutes() -> None:
@@ -239,6 +242,14 @@ def test_a_base_name_that_several_images_have_belongs_to_none_of_them(write: Cal
     assert found.read("train/a.jpg") is None
     assert found.read("val/c.jpg") is not None
     assert (found.object_count("val/c.jpg"), found.has_labels("val/c.jpg")) == (0, True)
+
+
+def test_objects_of_a_panoptic_file_are_left_out_for_want_of_an_outline(write: Callable[[Any], Path]) -> None:
+    objects = [{"image_id": 11, "file_name": "a.png", "segments_info": [{"id": 3, "bbox": [0, 0, 4, 4]}]}]
+    images = [{"image_id": 11, "file_name": "a.jpg", "height": HEIGHT, "width": WIDTH}]
+    found = CocoInstances(write(instances(images=images, annotations=objects))).read("a.jpg")
+    assert found is not None
+    assert [reason for reason, _ in found.left_out] == ["no outline"]
 
 
 def test_lvis_images_are_named_by_their_url(write: Callable[[Any], Path]) -> None:
