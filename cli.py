@@ -50,7 +50,10 @@ class MainGroup(click.Group):
                 output.flush()
                 if output.failure is None or end.code:
                     raise
-                if output.failure.errno == errno.EPIPE:  # as after `| head`
+                if output.failure.errno in (
+                    errno.EPIPE,
+                    errno.EIO,
+                ):  # as after `| head`; a terminal was closed
                     raise SystemExit(READER_GONE) from None
                 reason = output.failure.strerror
                 click.echo(f"error: the work is done, but its result can't be printed: {reason}", err=True)
@@ -111,7 +114,8 @@ def _common(command: Callable) -> Callable:
 def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = ()) -> None:
     """Refuse paths that hold no store or no images, before the seconds that torch takes to load."""
     from .sam.image_files import expand_paths
-    from .store.zarr_metadata import local_path, read_spec
+    from .store.layout import local_path
+    from .store.zarr_metadata import read_spec
 
     for store in stores:
         if store is not None:

@@ -218,5 +218,5 @@ def starting_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    for signum in dict.fromkeys(came):
-        signal.raise_signal(signum)
+    for number in dict.fromkeys(came):
+        signal.raise_signal(number)
