@@ -4,8 +4,8 @@ Inputs and outputs have the names of segment_anything's SamOnnxModel (utils/onnx
 prompts at once, and returns all four masks of each.
 
 Shape suffixes: B images, P prompts, p mask inputs (one for all prompts, or P), N points of one prompt, T mask tokens
-of a prompt (SAM's single mask, then its three), C channels, H, W rows and columns of an image, map or mask, h, w those
-of low-resolution masks (4g), S side of the encoder's square, L entries of a table, 2 (x, y) or (height, width).
+of a prompt (SAM's single mask, then its three), C channels, H, W rows and columns of an image, map or mask, h, w
+those of low-resolution masks (4g), S side of the encoder's square, L entries of a table, 2 (x, y) or (height, width).
 """
 
 from __future__ import annotations
