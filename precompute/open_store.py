@@ -148,7 +148,7 @@ def open_store(plan: Plan, teacher: TeacherFile, observer: Observer) -> Embeddin
         PrecomputeError: another process has extended it since the plan was made.
     """
     if plan.existing is None:
-        head, head_sha256 = _head(teacher, plan.image_size)
+        head, head_sha256 = _head(teacher, plan)
         if head is None:
             whose = f"{teacher.name} of {teacher.package}" if teacher.package else f"{teacher.path}"
             observer.message(
@@ -182,7 +182,7 @@ def _update(
             f"another process extended {plan.config.out} just now, from {existing.rows:,} to "
             f"{store.manifest.row_count():,} images: run the same command again"
         )
-    _repair_head(store, teacher, observer)
+    _repair_head(store, plan, teacher, observer)
     if plan.new_images:
         store.extend(plan.new_images, plan.selection)
         observer.message(f"extended by {len(plan.new_images):,} images to {store.manifest.row_count():,}")
@@ -192,14 +192,14 @@ def _update(
         store.relist(plan.listing.files)
 
 
-def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer) -> None:
+def _repair_head(store: EmbeddingStore, plan: Plan, teacher: TeacherFile, observer: Observer) -> None:
     """Restore a damaged or missing copy of SAM's prompt encoder and mask decoder from the teacher's file."""
     if store.spec.head_sha256 is None:
         return
     try:
         store.read_head()
     except StoreDamaged as error:
-        head, _ = _head(teacher, store.spec.image_size)
+        head, _ = _head(teacher, plan)
         if head is None:
             raise PrecomputeError(
                 f"{error}\n{teacher.name} of {teacher.package} gives no head any more: its head_state() is gone"
@@ -208,15 +208,18 @@ def _repair_head(store: EmbeddingStore, teacher: TeacherFile, observer: Observer
         observer.message(f"rewrote {store.head_path} from the teacher's file: {error}")
 
 
-def _head(teacher: TeacherFile, image_size: int) -> tuple[bytes, str] | tuple[None, None]:
+def _head(teacher: TeacherFile, plan: Plan) -> tuple[bytes, str] | tuple[None, None]:
     """Return the bytes and SHA-256 of the teacher's head; None if there is none: for an encoder alone, or another
-    package's teacher without one."""
+    package's teacher without one. Another package's is also tried, so that a wrong one is refused before a store is
+    made."""
     if not teacher.has_head:
         return None, None
     if teacher.package is None:
         tensors = load_head(teacher.name, teacher.path)
     else:
-        found = read_package_head(teacher.name, teacher.path, image_size)
+        # Like the workers of this machine; those of a cluster may have devices that this one lacks.
+        device = "cpu" if plan.config.scheduler else plan.hardware.devices[0]
+        found = read_package_head(teacher.name, teacher.path, plan.image_size, device)
         if found is None:
             return None, None
         tensors = found

@@ -92,6 +92,11 @@ def find_head(
         return read_head_file(beside)
     if fallback is not None:
         return read_head_file(Path(fallback))
+    if run is not None and run.description.store.spec.head_sha256 is None:
+        raise HeadNotFound(
+            f"{file} holds no mask decoder: it learned from {run.description.store.spec.teacher}, which has no mask "
+            "head; give --head with a file that has SAM's head for its embeddings"
+        )
     raise HeadNotFound(f"{file} holds no mask decoder, and there is no {HEAD_FILE} beside it: {_MEND}")
 
 

@@ -179,20 +179,26 @@ def load_head(name: str, checkpoint: Path | None, *, with_hq: bool = False) -> d
     }
 
 
-def read_package_head(name: str, checkpoint: Path | None, image_size: int) -> dict[str, Tensor] | None:
-    """Build another package's teacher on the CPU, and return SAM's head from it, float32; None if it has none.
+def read_package_head(
+    name: str, checkpoint: Path | None, image_size: int, device: str
+) -> dict[str, Tensor] | None:
+    """Build and try another package's teacher, and return SAM's head from it, float32 on the CPU; None without one.
 
     Args:
         name: name of the teacher.
         checkpoint: path of a file or folder, or None.
         image_size: side of the square input, in pixels.
+        device: `auto`, `cpu`, `cuda` or `cuda:i`.
 
     Raises:
-        SamError: the package's function or module fails, or its head isn't SAM's.
+        SamError: the package's function or module fails, or gives something else than embeddings or SAM's head.
     """
     found = find_teacher_package(name)
     assert found is not None, "only called for other packages' teachers"
-    return build_from_package(name, found, checkpoint, torch.device("cpu"), image_size).head_state()
+    where = resolve_device(device)
+    encoder = build_from_package(name, found, checkpoint, where, image_size)
+    encoder.probe(image_size, where)
+    return encoder.head_state()
 
 
 def positions_interpolated(name: str, image_size: int) -> bool:
