@@ -358,7 +358,7 @@ def _pack_annotation(one: dict[str, Any]) -> Any:
 
 def _distinct(objects: list[bytes]) -> list[bytes]:
     """Return the objects without those that have the outline and the box of an earlier one."""
-    by_content = {}
+    by_content: dict[str, bytes] = {}
     for packed in objects:
         one = marshal.loads(packed)
         by_content.setdefault(json.dumps([one.get("segmentation"), one.get("bbox")]), packed)

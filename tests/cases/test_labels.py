@@ -408,6 +408,29 @@ def test_distill_refuses_labels_that_it_cannot_learn_from(store: Path, place: Pa
         assert told in refused.stderr
 
 
+def test_a_sweep_gives_the_labels_to_the_runs_that_learn_from_them(store: Path, place: Path) -> None:
+    """L3: sweep --coco trains the coupled run on one's own labels, and refuses them where no run uses them."""
+    coco_file(place / "labels.json", [{**GOOD, "image_id": number} for number in (1, 3, 5, 7)], ALL_FOUR)
+    with registered_small_student() as student:
+        arguments = (
+            "sweep", "--store", store, "--student", student, "--coco", "labels.json", "--epochs", 1,
+            "--batch-size", 2, "--points", 1, "--device", "cpu", "--precision", "float32", "--out", "grid", "--json",
+        )  # fmt: skip
+        unused = mobilesam(*arguments)
+        result = mobilesam(*arguments, "--objective", "decoupled,coupled", "--objects", 1, "--rounds", 1)
+    assert unused.exit_code == 2
+    assert "no run learns from labels: add coupled to --objective" in unused.stderr
+    assert result.exit_code == 0, result.output
+    labels = {
+        run["options"]["objective"]: run["options"].get("labels") for run in json.loads(result.stdout)["runs"]
+    }
+    assert labels == {"decoupled": None, "coupled": "annotations"}
+    (coupled,) = (
+        run for run in json.loads(result.stdout)["runs"] if run["options"]["objective"] == "coupled"
+    )
+    assert len(Run.open(coupled["run"]).description.identity["coco_sha256"]) == 64
+
+
 @pytest.mark.long
 def test_a_student_trained_on_a_small_coco_file_is_above_the_untrained_one(place: Path) -> None:
     """L3: distill --objective coupled --coco learns what evaluate --coco judges by, on pictures it never saw."""

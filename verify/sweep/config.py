@@ -92,20 +92,10 @@ class SweepConfig:
         _require(1 <= self.points <= MOST_POINTS, "points", self.points, f"between 1 and {MOST_POINTS}")
         if self.iterations and "epochs" in axes:
             raise VerifyError("epochs and iterations both set the length of training: give one of them")
-        self._check_labels()
-        if self.test_images is not None and self.test_store is None:
-            raise VerifyError("test images belong to a test store, and none is given: give --test-store too")
-
-    def _check_labels(self) -> None:
-        if self.coco is None and self.label_masks is None:
-            return
         if self.coco is not None and self.label_masks is not None:
             raise VerifyError("coco and label masks are two sources of labels: leave out one of them")
-        if set(self.axes.get("objective", (self.base.objective,))) == {"decoupled"}:
-            raise VerifyError(
-                f"{'coco' if self.coco else 'label masks'} is {str(self.coco or self.label_masks)!r}, but every run "
-                "is decoupled and learns from no labels: add coupled to --objective, or leave it out"
-            )
+        if self.test_images is not None and self.test_store is None:
+            raise VerifyError("test images belong to a test store, and none is given: give --test-store too")
 
 
 def parse_axis(name: str, text: str) -> tuple[Any, ...]:

@@ -46,7 +46,8 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
         training_rows: number of rows to train on, for converting iterations to epochs.
 
     Raises:
-        VerifyError: there are more than MOST_TRIALS trials, or decoder runs without a student to finetune.
+        VerifyError: there are more than MOST_TRIALS trials, decoder runs without a student to finetune, or labels
+            that no trial learns from.
         DistillError: `DistillConfig` refuses a value.
     """
     lengths: Mapping[str, tuple[Any, ...]] = {"iterations": config.iterations} if config.iterations else {}
@@ -67,6 +68,12 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
         if _objective(config, options) == DECODER:
             trial = _decoder_trial(config, options, trials)
             trials[trial.name] = trial
+    labels = config.coco or config.label_masks
+    if labels is not None and not any(trial.config.label_source for trial in trials.values()):
+        raise VerifyError(
+            f"{'coco' if config.coco else 'label masks'} is {str(labels)!r}, but no run learns from labels: add "
+            "coupled to --objective, or leave it out"
+        )
     return list(trials.values())
 
 

@@ -137,8 +137,8 @@ def test_labels_of_a_file_are_for_the_runs_that_learn_from_labels() -> None:
 
 
 def test_labels_that_no_run_learns_from_are_refused() -> None:
-    with pytest.raises(VerifyError, match="every run is decoupled and learns from no labels"):
-        SweepConfig(out=Path("sweeps/a"), coco=Path("a.json"))
+    with pytest.raises(VerifyError, match="no run learns from labels: add coupled to --objective"):
+        plan_trials(SweepConfig(out=Path("sweeps/a"), coco=Path("a.json")), 100)
     with pytest.raises(VerifyError, match="two sources of labels"):
         SweepConfig(
             out=Path("sweeps/a"), axes={"objective": ("coupled",)}, coco=Path("a"), label_masks=Path("b")
