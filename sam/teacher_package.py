@@ -5,12 +5,12 @@ A package's pyproject.toml names a function:
     [project.entry-points."mobilesam.teachers"]
     NAME = "package.module:function"
 
-`function(checkpoint, device)` is called in each worker process, and before that once by the command that makes a store,
-with the path given as `--checkpoint` (a pathlib.Path to a file or folder, or None) and the device as text ("cpu",
-"cuda:0"). If it has a parameter `image_size`, that is
-passed by keyword: S, the side of the padded square in pixels. It returns a torch.nn.Module from pixels normalised as
-SAM's, float32 (B, 3, S, S), to embeddings (B, 256, S/16, S/16) in any floating-point type. Weights are frozen, and
-evaluation mode is set, by the caller. `--precision bfloat16` computes under torch.autocast.
+`function(checkpoint, device)` is called in each worker process, and before that once by the command that makes a
+store, with the path given as `--checkpoint` (a pathlib.Path to a file or folder, or None) and the device as text
+("cpu", "cuda:0"). If it has a parameter `image_size`, that is passed by keyword: S, the side of the padded square in
+pixels. It returns a torch.nn.Module from pixels normalised as SAM's, float32 (B, 3, S, S), to embeddings
+(B, 256, S/16, S/16) in any floating-point type. Weights are frozen, and evaluation mode is set, by the caller.
+`--precision bfloat16` computes under torch.autocast.
 
 If the module has a method `head_state()`, it returns SAM's prompt encoder and mask decoder for these embeddings:
 tensors under the names of SAM's checkpoints. Without it the teacher has no mask head: students learn its embeddings,
