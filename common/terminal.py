@@ -159,6 +159,8 @@ class _Status:
     total: float | None = None
     details: tuple[str, ...] = ()
     """Parts after the count, the most important first: on a narrow terminal the last ones are left out."""
+    quiet: float = 0.0
+    """Seconds after which a phase is worth a line, where no line can be drawn again."""
     began: float = field(default_factory=time.monotonic)
 
     def parts(self) -> list[str]:
@@ -201,8 +203,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         _active.append(self)
-        if self._redraws:  # elsewhere the seconds in which libraries load are worth no line
-            self.phase("starting")
+        self._begin(_Status("starting", quiet=self.LINE_SECONDS))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -248,7 +249,10 @@ class Reporter:
             text: the work.
             details: more about it, the most important first.
         """
-        self._set(_Status(text, details=details))
+        self._begin(_Status(text, details=details, quiet=self.QUIET_SECONDS))
+
+    def _begin(self, phase: _Status) -> None:
+        self._set(phase)
         if self._ticker is None and not self._redraws:
             self._ticker = threading.Thread(target=self._tick, daemon=True)
             self._ticker.start()
@@ -331,7 +335,7 @@ class Reporter:
         while not self._ended.wait(TICK_SECONDS):
             with self._lock:
                 status, now = self._status, time.monotonic()
-                if status is None or status.total is not None or now - status.began < self.QUIET_SECONDS:
+                if status is None or status.total is not None or now - status.began < status.quiet:
                     continue
                 if not self._phase_told or now - self._last_time >= self.LINE_SECONDS:
                     self._phase_told = True
