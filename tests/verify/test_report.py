@@ -13,7 +13,15 @@ from mobilesam.common.errors import VerifyError
 from mobilesam.common.outputs import marked
 from mobilesam.verify.gallery import Sample, build_gallery
 from mobilesam.verify.rendering.charts import Curves
-from mobilesam.verify.report import VERIFY_REPORT, ReportData, check_report, render, write_report
+from mobilesam.verify.report import (
+    EVALUATE_REPORT,
+    SWEEP_REPORT,
+    VERIFY_REPORT,
+    ReportData,
+    check_report,
+    render,
+    write_report,
+)
 from mobilesam.verify.table import table_lines
 
 HOSTILE = 'a/<script>alert("1")</script>&amp;\n\udcff" onload="x.jpg'
@@ -214,6 +222,21 @@ def test_a_report_replaces_the_old_one_whole(tmp_path, monkeypatch):
     write_report(path, data())
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_report_of_the_same_command_is_replaced(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text(render(data()), encoding="utf-8")  # as a version without marks wrote it
+    check_report(path, VERIFY_REPORT)
+    for kind in (EVALUATE_REPORT, SWEEP_REPORT):
+        with pytest.raises(VerifyError, match=f"something else than a {kind}"):
+            check_report(path, kind)
+    write_report(path, data())
+    check_report(path, VERIFY_REPORT)
+    path.write_bytes(path.read_bytes() + b"my notes")
+    with pytest.raises(VerifyError, match="was changed since"):
+        write_report(path, data())
+    assert path.read_bytes().endswith(b"my notes")
 
 
 def test_a_report_that_could_not_be_written_is_refused_beforehand(tmp_path):

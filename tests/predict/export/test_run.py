@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from random_student import IMAGE_SIZE
 
-from mobilesam.common.outputs import marked
+from mobilesam.common.outputs import marked, read_mark
 from mobilesam.predict import ExportConfig, PredictError, export
 from mobilesam.predict.export import bundle
 from mobilesam.predict.export import run as exporter
@@ -94,6 +95,24 @@ def test_people_are_told_what_was_made(run: Path, toy: Path, tmp_path: Path) -> 
     assert "left out: MobileSAM" in "\n".join(
         export_lines(export(ExportConfig(student=toy, out=tmp_path / "t")))
     )
+
+
+def test_an_onnx_file_is_replaced_unless_another_tool_changed_it(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExportConfig(student=toy, out=tmp_path / "encoder.onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr("mobilesam.predict.outputs.marked", lambda data, _: data)
+        export(config)
+    assert read_mark(config.out) is None, "as a version without marks wrote it"
+    export(config)
+    model = onnx.load(config.out)
+    model.ir_version = 9
+    onnx.save(model, config.out)
+    before = config.out.read_bytes()
+    with pytest.raises(PredictError, match=r"encoder\.onnx was changed since mobilesam wrote it"):
+        export(config)
+    assert config.out.read_bytes() == before
 
 
 @pytest.mark.usefixtures("_quick_onnx")
