@@ -391,7 +391,7 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
     if "labels" in result:
         labels = result["labels"]
         words = "labels of" if "names" in labels else "annotations beside"
-        fact = f"{words} {labels['annotated']:,} of {labels['images']:,} images"
+        fact = f"{words} {labels['annotated']:,} of {counted(labels['images'], 'image')}"
         unused = [f"{labels[kind]:,} {kind}" for kind in ("empty", "broken") if labels[kind]]
         lines.append(f"{fact}, {', '.join(unused)}" if unused else fact)
         lines += _object_lines(labels)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.durable import make_folder, write_atomic
-from ..common.errors import DistillError, RunLocked, shown
+from ..common.errors import DistillError, RunLocked, counted, shown
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
 from .checksummed_json import (
     decode_line,
@@ -331,7 +331,7 @@ def _refuse_other_content(folder: Path) -> None:
         others.append(SPLIT_FILE)  # a split of something else
     if others:
         raise DistillError(
-            f"{folder} holds {len(others)} other file(s) and no run, the first: {shown(min(others))}; "
+            f"{folder} holds {counted(len(others), 'other file')} and no run, the first: {shown(min(others))}; "
             "give another --out"
         )
 

@@ -122,7 +122,8 @@ def _record(
     store.record_audits(audits)
     cosine, relative_mse = min(a.cosine for a in audits), max(a.relative_mse for a in audits)
     observer.message(
-        f"audit: {len(audits)} rows, cosine at least {_floor(cosine)}, relative mse at most {relative_mse:.1e}"
+        f"audit: {counted(len(audits), 'row')}, cosine at least {_floor(cosine)}, relative mse at "
+        f"most {relative_mse:.1e}"
     )
     return {
         "rows": len(audits),
@@ -149,7 +150,8 @@ def warn_of_audits(store: EmbeddingStore, observer: Observer) -> bool:
     allowed = tolerance(store.spec.dtype, store.spec.precision)
     (record,) = store.manifest.records(None, range(worst.row, worst.row + 1))
     observer.message(
-        f"WARNING: {len(missed)} audited row(s) of {store.path} differ from what {store.spec.teacher} computes; the "
+        f"WARNING: {counted(len(missed), 'audited row')} of {store.path} "
+        f"{'differs' if len(missed) == 1 else 'differ'} from what {store.spec.teacher} computes; the "
         f"worst is row {worst.row}, {shown(record.key)}: cosine {_floor(worst.cosine)} (expected for "
         f"{store.spec.dtype} from {store.spec.precision}: at least {allowed.cosine:g}), relative mse "
         f"{worst.relative_mse:.1e} (at most {allowed.relative_mse:g}).\nDon't distil from this store: look for a "

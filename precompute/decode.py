@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from ..common.errors import PrecomputeError
+from ..common.errors import PrecomputeError, counted
 from ..common.image_ref import ImageRef
 from ..sam import DecodedImage, ImageError, encode_kept, load_image, place_on_canvas, read_image
 from ..store import RowResult
@@ -266,7 +266,8 @@ class DecodePool(Generic[Loaded]):
         count = _count_hung(future.thread)
         if count > HUNG_ALLOWED:
             raise PrecomputeError(
-                f"{count} images at once took longer than {self._timeout:g} s to read and decode: check the disk or "
+                f"{counted(count, 'image')} at once took longer than {self._timeout:g} s to read and "
+                "decode: check the disk or "
                 "server that holds them, then run the same command again, with a longer --image-timeout if it is "
                 "only slow"
             )

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import CheckpointError
+from ..common.errors import CheckpointError, counted
 from ..sam import normalize_and_pad
 from ..sam.file_kinds import passed_over_line
 from ..store import array_layouts
@@ -75,7 +75,7 @@ def plan_lines(estimate: Mapping[str, Any]) -> list[str]:
         )
     lines = [
         f"images        {estimate['images']:,}, of which {estimate['pending']:,} to compute",
-        f"shards        {estimate['shards']:,} of {estimate['shard_size']} images",
+        f"shards        {estimate['shards']:,} of {counted(estimate['shard_size'], 'image')}",
         f"bytes needed  {needed:,} ({needed / 1e9:.2f} GB)",
         f"bytes free    {free:,} ({free / 1e9:.2f} GB)",
         f"time          {duration}",

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.errors import PrecomputeError, shown
+from ..common.errors import PrecomputeError, counted, shown
 from ..common.image_ref import ImageRef
 from ..sam import ImageError, ImageSet, list_images, read_image
 from ..sam.file_kinds import store_around
@@ -143,15 +143,18 @@ def refuse_absent(
     if not config.extend:
         if os.path.lexists(place):
             raise PrecomputeError(
-                f"{absent.count:,} of the store's {rows:,} images lie outside what --images names, the first: "
+                f"{absent.count:,} of the store's {counted(rows, 'image')} "
+                f"{'lies' if absent.count == 1 else 'lie'} outside what --images names, the first: "
                 f"{shown(place)}; name all of the store's folders, or add images only with --extend"
             )
         raise PrecomputeError(
-            f"{absent.count:,} of the store's {rows:,} images are gone from the folder, the first: {shown(key)}; put "
+            f"{absent.count:,} of the store's {counted(rows, 'image')} "
+            f"{'is' if absent.count == 1 else 'are'} gone from the folder, the first: {shown(key)}; put "
             "them back, give another --out, or add images only with --extend"
         )
     needs = "distill needs these photos" if spec.kept_images is None else "the store keeps them resized"
     observer.message(
-        f"{absent.count:,} of the store's {rows:,} images are not among those listed, the first: {shown(key)}; their "
+        f"{absent.count:,} of the store's {counted(rows, 'image')} "
+        f"{'is' if absent.count == 1 else 'are'} not among those listed, the first: {shown(key)}; their "
         f"embeddings stay, {needs}"
     )

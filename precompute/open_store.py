@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch
+from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch, counted
 from ..sam import KEPT_KIND, preprocessing_recipe
 from ..sam.download import find_checkpoint
 from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package, is_teacher
@@ -180,12 +180,14 @@ def _update(
     if store.manifest.row_count() != existing.rows:
         raise PrecomputeError(
             f"another process extended {plan.config.out} just now, from {existing.rows:,} to "
-            f"{store.manifest.row_count():,} images: run the same command again"
+            f"{counted(store.manifest.row_count(), 'image')}: run the same command again"
         )
     _repair_head(store, plan, teacher, observer)
     if plan.new_images:
         store.extend(plan.new_images, plan.selection)
-        observer.message(f"extended by {len(plan.new_images):,} images to {store.manifest.row_count():,}")
+        observer.message(
+            f"extended by {counted(len(plan.new_images), 'image')} to {store.manifest.row_count():,}"
+        )
     if plan.config.retry_failed:
         store.withdraw(store.manifest.shards_with_failures())
     if store.pending_shards():

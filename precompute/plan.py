@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..common.errors import PrecomputeError, shown
+from ..common.errors import PrecomputeError, counted, shown
 from ..common.image_ref import ImageRef
 from ..sam import (
     KEPT_KIND,
@@ -284,7 +284,8 @@ def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) 
 def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageRef], rows: int) -> None:
     if new and not config.extend:
         raise PrecomputeError(
-            f"{len(new):,} images are not in the store of {rows:,} yet, the first: {shown(new[0].key)}; "
+            f"{counted(len(new), 'image')} {'is' if len(new) == 1 else 'are'} not in the store of "
+            f"{rows:,} yet, the first: {shown(new[0].key)}; "
             "append them with --extend, or ask for fewer with --fraction or --limit"
         )
 
@@ -305,7 +306,7 @@ def select(files: Sequence[ImageRef], selection: Selection) -> list[ImageRef]:
     kept = [file for file in files if _keeps(selection, file)]
     if not kept:
         raise PrecomputeError(
-            f"--fraction {selection.fraction:g} keeps none of {len(files):,} images: raise it"
+            f"--fraction {selection.fraction:g} keeps none of {counted(len(files), 'image')}: raise it"
         )
     return kept[: selection.limit]
 
@@ -363,10 +364,10 @@ def _refuse_fewer(selection: Selection, rows: int, dropped: int) -> None:
     if dropped:
         raise PrecomputeError(
             f"--fraction {selection.fraction:g} --seed {selection.seed} leaves out {dropped:,} of the "
-            f"store's {rows:,} images: ask for what the store was made with or more, or give another --out"
+            f"store's {counted(rows, 'image')}: ask for what the store was made with or more, or give another --out"
         )
     if selection.limit is not None and selection.limit < rows:
         raise PrecomputeError(
-            f"--limit {selection.limit:,} is fewer than the {rows:,} images in the store: raise it, "
+            f"--limit {selection.limit:,} is fewer than the {counted(rows, 'image')} in the store: raise it, "
             "or give another --out"
         )

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..common.durable import explain_os_errors
-from ..common.errors import PrecomputeError, PrecomputeInterrupted
+from ..common.errors import PrecomputeError, PrecomputeInterrupted, counted
 from ..common.outputs import refuse_foreign, write_output
 from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.file_kinds import passed_over_line
@@ -80,7 +80,7 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
         if store.pending_shards():
             begin_phase(observer, "starting the workers")
             cluster = cluster or stack.enter_context(connect(config))
-            observer.message(f"{cluster.workers} worker(s); dashboard: {cluster.dashboard}")
+            observer.message(f"{counted(cluster.workers, 'worker')}; dashboard: {cluster.dashboard}")
             totals, audit = _compute(plan, teacher, store, cluster, observer, stop)
         begin_phase(observer, "ending")
         after = store.manifest.counts()
@@ -108,7 +108,8 @@ def summary_lines(out: Path, result: Mapping[str, Any]) -> list[str]:
         out: path of the store.
         result: result of `precompute`.
     """
-    line = f"{out}: {result['done']:,} of {result['images']:,} images done ({result['done_before']:,} before)"
+    images = counted(result["images"], "image")
+    line = f"{out}: {result['done']:,} of {images} done ({result['done_before']:,} before)"
     if result["failed"]:
         line += f", {result['failed']:,} failed (try them again with --retry-failed)"
     lines = [line, *failed_lines(result["failed_images"], result["failed"])]
@@ -142,7 +143,8 @@ def _refuse_foreign_report(path: Path) -> None:
 def _report_start(store: EmbeddingStore, counts: Counts, observer: Observer) -> None:
     spec = store.spec
     observer.message(
-        f"{counts.rows:,} images, {counts.done:,} done before; teacher {spec.teacher} at {spec.image_size} px in "
+        f"{counted(counts.rows, 'image')}, {counts.done:,} done before; teacher {spec.teacher} at "
+        f"{spec.image_size} px in "
         f"{spec.precision}; {spec.dtype} in shards of {spec.shard_size} into {store.path}"
     )
 
@@ -230,7 +232,7 @@ def _stopping_gracefully(stop: StopFlag) -> Iterator[None]:
 def _refuse_interrupted(stop: StopFlag, counts: Counts) -> None:
     if stop.signum is not None:
         raise PrecomputeInterrupted(
-            f"interrupted: {counts.done + counts.failed:,} of {counts.rows:,} images are committed; "
+            f"interrupted: {counts.done + counts.failed:,} of {counted(counts.rows, 'image')} are committed; "
             "run the same command to resume",
             stop.signum,
         )
@@ -240,7 +242,7 @@ def _warn_of_failures(totals: RunTotals, observer: Observer) -> None:
     """Warn if every image of the run failed: the run succeeded, but hardly as intended."""
     if totals.committed and totals.failed == totals.committed:
         observer.message(
-            f"WARNING: none of this run's {totals.committed:,} images could be embedded; the first: "
+            f"WARNING: none of this run's {counted(totals.committed, 'image')} could be embedded; the first: "
             f"{totals.first_failure}"
         )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from distributed import CancelledError, Future, KilledWorker
 from distributed.comm import CommClosedError
 
-from ..common.errors import PrecomputeError, shown
+from ..common.errors import PrecomputeError, counted, shown
 from ..sam import SamError
 from ..store import EmbeddingStore, StoreError
 from . import sizing
@@ -244,7 +244,7 @@ class ShardScheduler:
             self._cluster.refuse_lost_connection()
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise PrecomputeError(
-                f"a worker has no memory for {self._batch_size} images at once: lower --batch-size"
+                f"a worker has no memory for {counted(self._batch_size, 'image')} at once: lower --batch-size"
             ) from error
         self._failures[task.shard] += 1
         if self._failures[task.shard] >= TRIES:

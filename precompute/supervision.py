@@ -12,7 +12,7 @@ from typing import Any
 
 from distributed import Future, KilledWorker
 
-from ..common.errors import PrecomputeError, shown
+from ..common.errors import PrecomputeError, counted, shown
 from ..common.signals import StopFlag
 from .cluster import START_SECONDS, Cluster
 from .messages import MESSAGE_TOPIC, ShardTask, TaskImage
@@ -131,7 +131,7 @@ class ClusterMonitor:
     def _count(self, now: float) -> None:
         if workers := self.cluster.count_workers():
             if self._reported is not None:
-                self.observer.message(f"{workers} worker(s) at {self.cluster.address} again")
+                self.observer.message(f"{counted(workers, 'worker')} at {self.cluster.address} again")
             self._empty_since = self._reported = None
             return
         if self._empty_since is None:

@@ -18,6 +18,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
+from ..common.errors import counted
 from .mask_files import Mask
 from .prompts import ImagePrompts, ObjectPrompt
 
@@ -198,7 +199,8 @@ def _reason(ious: list[float], generator: SamAutomaticMaskGenerator) -> str:
         fact = f"none reaches a predicted IoU of {limit:g} (the best {best:.3f})"
     points = len(ious) // MASKS_OF_A_POINT
     return (
-        f"nothing found: of {len(ious):,} masks for a grid of {points:,} points {fact}. These are SAM's limits for "
+        f"nothing found: of {counted(len(ious), 'mask')} for a grid of {counted(points, 'point')} "
+        f"{fact}. These are SAM's limits for "
         "everything; --point and --box have none"
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..common.config import require
-from ..common.errors import PredictError
+from ..common.errors import PredictError, counted
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -69,7 +69,8 @@ class ImagePrompts:
         if self.everything:
             require(
                 not points + negative + boxes,
-                f"--everything takes no prompts, and there are {points + negative} points and {boxes} boxes: "
+                f"--everything takes no prompts, and there are {counted(points + negative, 'point')} "
+                f"and {counted(boxes, 'box', 'boxes')}: "
                 "leave out one or the other",
                 PredictError,
             )
@@ -86,7 +87,8 @@ class ImagePrompts:
         )
         require(
             boxes < 2 or not points + negative,
-            f"{points + negative} points with {boxes} boxes: points belong to one object, so give one box with them, "
+            f"{counted(points + negative, 'point')} with {counted(boxes, 'box', 'boxes')}: points "
+            "belong to one object, so give one box with them, "
             "or boxes alone",
             PredictError,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..common.config import PRECISIONS
-from ..common.errors import SamError
+from ..common.errors import SamError, counted
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -37,7 +37,9 @@ def _existing_cuda(wanted: torch.device) -> torch.device:
     if count == 0:
         raise SamError(f"device {wanted}: no CUDA device is usable here; use --device cpu")
     if index >= count:
-        raise SamError(f"device {wanted}: only {count} CUDA device(s) here, cuda:0 to cuda:{count - 1}")
+        raise SamError(
+            f"device {wanted}: only {counted(count, 'CUDA device')} here, cuda:0 to cuda:{count - 1}"
+        )
     return torch.device("cuda", index)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..common.errors import ImageError as ImageError
 from ..common.errors import SamError as SamError
-from ..common.errors import shown
+from ..common.errors import counted, shown
 from ..common.image_ref import ImageRef as ImageRef
 from .file_kinds import (
     COMPRESSED_SUFFIXES,
@@ -425,7 +425,7 @@ def _nothing_found(tops: Sequence[str], listing: _Listing) -> str:
     if listing.passed_over:
         message += f"; {passed_over_line(listing.passed_over)}"
     if listing.problems:
-        message += f"\n{len(listing.problems):,} problems, the first: {listing.problems[0]}"
+        message += f"\n{counted(len(listing.problems), 'problem')}, the first: {listing.problems[0]}"
     return message
 
 

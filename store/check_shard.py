@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged
+from ..common.errors import StoreDamaged, counted
 from .checksum import CHECKSUM_BYTES, crc32c, shard_digest
 from .database import SELECT_RECORDS, decode_record
 from .kept_images import BLOCK, END, header, padding, tar_bytes, tar_path
@@ -92,7 +92,7 @@ def shard_listing(manifest: Manifest, shard: int, shard_size: int) -> ShardListi
         problems.append(
             Problem(
                 kind="listing",
-                message=f"the manifest lists {len(records)} rows of this shard, which was committed with "
+                message=f"the manifest lists {counted(len(records), 'row')} of this shard, which was committed with "
                 f"{len(rows)}, or its checksum of them is wrong",
                 shard=shard,
             )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.durable import explain_os_errors
-from ..common.errors import StoreDamaged, StoreError, shown
+from ..common.errors import StoreDamaged, StoreError, counted, shown
 from .audit_limits import audit_summary, tolerance
 from .check import InspectedStore, ProgressCallback, full_problems, quick_problems
 from .kept_images import FOLDER
@@ -223,7 +223,8 @@ def _store_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"store         {shown(result['store'])}"
     yield f"images        {rows['done']:,} done, {rows['pending']:,} pending, {rows['failed']:,} failed"
     yield from failed_lines(result["failed_images"], rows["failed"])
-    yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {result['shard_size']} images each"
+    size = counted(result["shard_size"], "image")
+    yield f"shards        {shards['committed']:,} of {shards['all']:,} committed, {size} each"
     yield f"bytes         {result['bytes']:,} ({result['bytes'] / 1e9:.2f} GB)"
     made_by = result["teacher_package"]
     yield f"teacher       {result['teacher']}{'' if made_by is None else f' of {_package(made_by)}'}"
@@ -266,7 +267,7 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
         for name, form in (("cosine_min", ".6f"), ("relative_mse_max", ".3g"))
     )
     return (
-        f"{audit['rows']:,} images embedded again: cosine at least {cosine} (limit {limits['cosine']:g}), "
+        f"{counted(audit['rows'], 'image')} embedded again: cosine at least {cosine} (limit {limits['cosine']:g}), "
         f"relative MSE at most {error} (limit {limits['relative_mse']:g})"
     )
 
@@ -277,7 +278,8 @@ def _repair_lines(result: Mapping[str, Any]) -> Iterator[str]:
         return
     yield from _shown_problems("mended", repaired["problems"], Path(result["store"]))
     yield (
-        f"repair        {len(repaired['withdrawn']):,} shards withdrawn, {len(repaired['removed']):,} files removed, "
+        f"repair        {counted(len(repaired['withdrawn']), 'shard')} withdrawn, "
+        f"{counted(len(repaired['removed']), 'file')} removed, "
         f"{len(repaired['rewritten']):,} rewritten"
     )
 

@@ -349,7 +349,7 @@ def test_a_run_whose_images_all_fail_exits_3(tmp_path: Path, monkeypatch: pytest
     result = _run("precompute", "--images", "photos", "--teacher", "vit_nano", "--image-size", "64", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["failed"] == 1
-    assert "none of this run's 1 images could be embedded" in result.stderr
+    assert "none of this run's 1 image could be embedded" in result.stderr
 
 
 def test_a_missed_threshold_exits_1_and_names_both_numbers(finished: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import VerifyError
+from ..common.errors import VerifyError, counted
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
 from ..distill.data.loader import check_preprocessing, find_image_root
 from ..distill.loss.coupled import store_head
@@ -214,7 +214,7 @@ def _notes(student: Student, store: EmbeddingStore, own_store: bool) -> list[str
         notes += run.unfinished(info)
     counts = store.manifest.counts()
     if counts.pending or counts.failed:
-        notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
+        notes.append(f"the store lacks {counts.pending} pending and {counted(counts.failed, 'failed image')}")
     return notes
 
 

@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..common.config import missing_packages
 from ..common.durable import explain_os_errors
-from ..common.errors import ReportError, VerifyError, shown
+from ..common.errors import ReportError, VerifyError, counted, shown
 from ..common.outputs import refuse_foreign, write_output
 from .gallery import Gallery
 from .inputs import Inputs
@@ -221,7 +221,7 @@ def _student(inputs: Inputs) -> Pairs:
         ("file", str(student.file)),
     ]
     if "epoch" in info:
-        pairs.append(("trained for", f"{info['epoch']} epochs, {info['step']:,} steps"))
+        pairs.append(("trained for", f"{counted(info['epoch'], 'epoch')}, {counted(info['step'], 'step')}"))
     if run is not None:
         options, resolved = run.description.options, run.description.resolved
         pairs += [
@@ -263,14 +263,15 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
     if audit is None:
         return "no row was embedded again"
     return (
-        f"{audit['rows']:,} row(s) embedded again in float32: cosine at least {number(audit['cosine_min'], '.6f')}, "
+        f"{counted(audit['rows'], 'row')} embedded again in float32: cosine at least "
+        f"{number(audit['cosine_min'], '.6f')}, "
         f"relative mse at most {number(audit['relative_mse_max'], '.2g')}"
     )
 
 
 def _comparison(inputs: Inputs, split: str) -> Pairs:
     return [
-        ("split", f"{split}: {len(inputs.rows):,} images"),
+        ("split", f"{split}: {counted(len(inputs.rows), 'image')}"),
         ("computed in", f"{inputs.compute.precision} on {inputs.compute.device}; metrics in float64"),
         ("skill against", f"the mean embedding of {inputs.mean.source}"),
         ("computed by", _versions({"mobilesam": __version__, "torch": torch.__version__})),

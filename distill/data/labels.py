@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ...common.errors import AnnotationError, DistillError, ImageError
+from ...common.errors import AnnotationError, DistillError, ImageError, counted
 from ...sam import (
     AnnotationFiles,
     Annotations,
@@ -132,7 +132,8 @@ def _labels_beside(root: Path | None, keys: Sequence[str]) -> OpenLabels:
     count = sum(map(files.has_labels, keys))
     if not count:
         raise DistillError(
-            f"none of the {len(keys):,} images in {root} has annotations beside it, as 1.json is beside 1.jpg: "
+            f"none of the {counted(len(keys), 'image')} in {root} has annotations beside it, as "
+            "1.json is beside 1.jpg: "
             "give a COCO file with --coco or PNG masks with --label-masks, or learn from the teacher's masks with "
             "--labels teacher"
         )

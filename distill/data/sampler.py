@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...common.errors import DistillError
+from ...common.errors import DistillError, counted
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def split_rows(sha256_by_row: Mapping[int, str], val_fraction: float) -> Split:
     position = {digest: int(digest[:16], 16) / 2**64 for digest in set(sha256_by_row.values())}
     if len(position) < 2:
         raise DistillError(
-            f"{len(sha256_by_row)} rows hold {len(position)} distinct image(s): training and validation need "
-            "one each. Precompute at least two different images."
+            f"{counted(len(sha256_by_row), 'row')} with {counted(len(position), 'distinct image')}: training and "
+            "validation need one each. Precompute at least two different images."
         )
     val = {digest for digest, p in position.items() if p < val_fraction}
     if not val:

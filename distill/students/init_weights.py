@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...common.errors import DistillError
+from ...common.errors import DistillError, counted
 from ...sam.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.modeling.head_shapes import head_shapes
 from ...sam.state_dict import count_by_prefix
@@ -107,7 +107,7 @@ class InitialWeights:
             taken["weights"],
             taken["parameters"],
             taken["of_parameters"],
-            f", {len(self.resized)} tables of positions resized" if self.resized else "",
+            f", {counted(len(self.resized), 'table')} of positions resized" if self.resized else "",
         )
         logger.info(
             "left new: %s; unused in the file: %s",

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ...common.durable import write_atomic
-from ...common.errors import DistillError
+from ...common.errors import DistillError, counted
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
@@ -337,7 +337,7 @@ def _check_names(file: Path, name: str, header: Header, wanted: Mapping[str, tup
     if missing or unknown:
         first = (missing or unknown)[0]
         raise DistillError(
-            f"{file} does not hold a {name}: {len(missing)} weights missing, {len(unknown)} unknown, "
+            f"{file} does not hold a {name}: {counted(len(missing), 'weight')} missing, {len(unknown)} unknown, "
             f"the first is {first[:80]}"
         )
     for key, shape in wanted.items():

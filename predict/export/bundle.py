@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from ...common.durable import explain_os_errors
-from ...common.errors import PredictError, shown
+from ...common.errors import PredictError, counted, shown
 from ...common.outputs import marked, read_mark
 from ...distill import DistillError, save_student
 from ...distill.students.student_file import MODEL_FILE
@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> None:
     others = sorted(names if description is None else names - set(FILES))
     if others:
         raise PredictError(
-            f"{shown(str(folder))} holds {len(others)} file(s) that no export has, such as "
+            f"{shown(str(folder))} holds {counted(len(others), 'file')} that no export has, such as "
             f"{shown(others[0])}: give a new folder"
         )
     if description is not None:

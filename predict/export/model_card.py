@@ -135,7 +135,7 @@ def _facts(description: Mapping[str, Any]) -> str:
         "store": data.get("store_id"),
         "trained for": None
         if description["epoch"] is None
-        else f"{description['epoch']} epochs, {description['step']} steps",
+        else f"{_counted(description['epoch'], 'epoch')}, {_counted(description['step'], 'step')}",
         "initial weights": _initial_weights(description),
         "run": description["run"],
         "trained with": _versions(description["trained_with"]),
@@ -160,7 +160,7 @@ def _metrics(metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
         return f"The metrics were {UNKNOWN}."
     lines = [
-        f"Over {metrics.get('rows')} images that were held out, student against teacher. *Image part* counts only "
+        f"Over {_counted(metrics.get('rows'), 'image')} held out, student against teacher. *Image part* counts only "
         "those cells of the embedding whose centre is image, not padding.",
         "",
         "| metric | image part | whole square | definition |",
@@ -217,3 +217,8 @@ def _images(recipe: Mapping[str, Any]) -> str:
         f"3. On the scale of 0 to 255, subtract the mean {normalize['mean']} and divide by {normalize['std']}.\n"
         f"4. Pad right and below with zeros to {resize['image_size']} x {resize['image_size']}."
     )
+
+
+def _counted(number: Any, noun: str) -> str:
+    """Return a number with its noun; a student's file may have anything in its place."""
+    return f"{number} {noun if number == 1 else noun + 's'}"

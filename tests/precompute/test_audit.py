@@ -121,7 +121,7 @@ def test_embeddings_that_differ_from_the_teachers_are_out_of_tolerance(
     assert result["out_of_tolerance"] is True
     assert result["audit"]["relative_mse_max"] > tolerance("float16", "float32").relative_mse
     (warning,) = [message for message in listener.messages if message.startswith("WARNING")]
-    assert "1 audited row(s)" in warning
+    assert "1 audited row of" in warning
     assert "precompute a new store" in warning
     assert run(limit=6)["out_of_tolerance"] is True, "it stays so"
 

@@ -120,7 +120,7 @@ def test_walking_listing_and_store_side_by_side_gives_the_same_as_sets(
     kept = [file for file in files if in_fraction(file.key, fraction, 0)]
     problem, absent, gone = None, Absent(), sorted(map(os.fsencode, set(stored) - set(listed)))
     if dropped := (set(stored) & set(listed)) - set(_keys(kept)):
-        problem = f"leaves out {len(dropped)} of the store's {len(stored)} images"
+        problem = f"leaves out {len(dropped)} of the store's {len(stored)} image"
     elif limit is not None and limit < len(stored):
         problem = f"--limit {limit} is fewer than the {len(stored)} images"
     walked = iter(sorted(map(os.fsencode, stored)))

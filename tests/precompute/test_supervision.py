@@ -63,7 +63,7 @@ def test_absent_workers_are_reported_once_a_minute_and_their_return_at_once() ->
     after(5)
     assert listener.messages[2:] == [
         "no workers at tcp://somewhere:1; waiting",
-        "3 worker(s) at tcp://somewhere:1 again",
+        "3 workers at tcp://somewhere:1 again",
     ]
 
 
@@ -109,4 +109,4 @@ def test_a_run_continues_when_workers_return_to_a_scheduler_that_had_none(
     result = run(scheduler=address, shard_size=1, observer=listener)
     assert (result["done"], result["failed"]) == (7, 0)
     assert f"no workers at {address}; waiting" in listener.messages
-    assert f"1 worker(s) at {address} again" in listener.messages
+    assert f"1 worker at {address} again" in listener.messages

@@ -40,9 +40,9 @@ def test_only_one_point_by_itself_is_ambiguous(prompts: dict[str, Any], ambiguou
     [
         ({}, "nothing to segment"),
         ({"negative_points": [(1, 1), (2, 2)]}, "2 negative points alone"),
-        ({"points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 points with 2 boxes"),
-        ({"negative_points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 points with 2 boxes"),
-        ({"everything": True} | POINT | BOX, "1 points and 1 boxes"),
+        ({"points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 point with 2 boxes"),
+        ({"negative_points": [(1, 1)], "boxes": [(0, 0, 1, 1), (0, 0, 2, 2)]}, "1 point with 2 boxes"),
+        ({"everything": True} | POINT | BOX, "1 point and 1 box"),
         ({"boxes": [(5, 2, 5, 6)]}, "--box 5 2 5 6 is empty"),
         ({"boxes": [(1, 7, 5, 6)]}, "--box 1 7 5 6 is empty"),
         ({"points": [(float("nan"), 1)]}, "nan 1 holds a number that isn't finite"),

@@ -287,7 +287,7 @@ def test_a_store_that_fails_its_audit_fails_the_verification_and_the_report_says
     page = report.read_text()
     assert "The store does not hold the embeddings that its teacher computes." in page
     assert "threshold" not in page.partition("Failed.")[2].partition("</ul>")[0]
-    assert "1 row(s) embedded again" in page
+    assert "1 row embedded again" in page
 
 
 def test_an_audit_that_gave_no_number_fails_too_and_stays_plain_json(world):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...common.errors import VerifyError
+from ...common.errors import VerifyError, counted
 from ...distill import Run
 from ...distill.data.loader import check_preprocessing, find_image_root
 from ...sam import (
@@ -218,7 +218,7 @@ def _records(
 def _notes(store: EmbeddingStore, own_runs: Sequence[Run], models: Sequence[LoadedModel]) -> list[str]:
     counts, notes = store.manifest.counts(), []
     if counts.pending or counts.failed:
-        notes.append(f"the store lacks {counts.pending} pending and {counts.failed} failed images")
+        notes.append(f"the store lacks {counts.pending} pending and {counted(counts.failed, 'failed image')}")
     notes += audit_faults(store)
     ids = {run.id for run in own_runs}
     for model in models:

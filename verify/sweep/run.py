@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...common.durable import explain_os_errors, write_atomic
-from ...common.errors import DistillInterrupted, VerifyError, shown
+from ...common.errors import DistillInterrupted, VerifyError, counted, shown
 from ...common.outputs import marked, refuse_foreign
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
@@ -111,7 +111,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         lines += [*table.lines(), ""]
     lines.append(caption(outcomes))
     lines += failure_lines(outcomes)
-    counts = f"{len(outcomes)} runs, {result['failed']} failed, {result['seconds']:.0f} s"
+    counts = f"{counted(len(outcomes), 'run')}, {result['failed']} failed, {result['seconds']:.0f} s"
     return [*lines, f"{counts}; {result['files']['page']}"]
 
 
@@ -252,7 +252,7 @@ def check_folder(folder: Path) -> None:
     others = [name for name in others if not name.endswith(".partial")]
     if others:
         raise VerifyError(
-            f"{folder} holds {len(others)} other file(s) and no sweep, the first: {shown(min(others))}; "
+            f"{folder} holds {counted(len(others), 'other file')} and no sweep, the first: {shown(min(others))}; "
             "give another --out"
         )
 

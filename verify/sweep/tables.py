@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import shown
+from ...common.errors import counted, shown
 from ...common.table import Table
 from .aggregate import Group, Spread, grouped, varying, verified_split
 from .trial import FAILED
@@ -41,9 +41,8 @@ def caption(outcomes: Sequence[Mapping[str, Any]]) -> str:
     where = (
         f"held-out {image}" if split == "val" else f"{image} of {Path(done[0]['judged']['test_store']).name}"
     )
-    return (
-        f"mIoU with the teacher's masks, {numbers['prompts']} points an image, {numbers['images']:,} {where}"
-    )
+    points = counted(numbers["prompts"], "point")
+    return f"mIoU with the teacher's masks, {points} an image, {numbers['images']:,} {where}"
 
 
 def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:
