@@ -34,9 +34,7 @@ _PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "vision_encoder", "
 _PART = re.compile(rf"^((?:[^.]+\.)*?)({'|'.join(_PARTS)})\.")
 # Ends of two keys, for a bare encoder: those of SAM's ViT and TinyViT, and of Hugging Face's ViT.
 _BARE = (("neck.0.weight", ENCODER_PREFIX), ("neck.conv1.weight", "vision_encoder."))
-_AVERAGE = re.compile(
-    r"(?:^|[^a-z])(ema|avg|averaged?|swa|averaged_model)(?:$|[^a-z])|ema$|^ema", re.IGNORECASE
-)
+_AVERAGE = re.compile(r"(?:^|[^a-z])(?:ema|swa|avg|averaged?)(?:[^a-z]|$)", re.IGNORECASE)
 
 Fits = Callable[[Mapping[str, Tensor]], bool]
 """Function of a state dict that returns True if it is the wanted one, of several in a file."""

@@ -389,8 +389,8 @@ def huggingface_model() -> Any:
         for key, value in model.named_parameters():
             norm = "norm" in key and key.endswith("weight")
             value.normal_(1.0 if norm else 0.0, 0.2 if "pos" in key else 0.1 if value.ndim == 1 else 0.05)
-    embedding = model.shared_image_embedding.positional_embedding
-    model.prompt_encoder.shared_embedding.positional_embedding.copy_(embedding)
+        embedding = model.shared_image_embedding.positional_embedding
+        model.prompt_encoder.shared_embedding.positional_embedding.copy_(embedding)
     return model
 
 

@@ -3,21 +3,30 @@ that may take little more memory than it has."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import io
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bounded import read_bounded
 from flips import flipped
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from mobilesam.common.errors import CheckpointError
+from mobilesam.common.errors import CheckpointError, ForeignObjects
 from mobilesam.sam.checkpoint import read_state
+from mobilesam.sam.torch_file import read_torch_file
+from mobilesam.sam.unpickler import Foreign
 
 MEMORY = 600_000_000
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
@@ -102,10 +111,8 @@ PICKLES: dict[str, bytes] = {
     "many such keys": b"}(" + DOUBLED + b"Nu",
     "a million lists and more": b"(" + b"]" * (1 << 20) + b"t",
     "just under a million lists": b"(" + b"]" * 1_000_000 + b"t",
-    "four million lists and more": b"(" + b"]" * 4_100_000 + b"t",
     "just under four million dictionaries": b"(" + b"}" * 3_990_000 + b"t",
     "just under four million notes of one object": b"(" + b"N" + b"\x94" * 3_990_000 + b"t",
-    "just under four million sets": b"(" + b"\x8f" * 3_990_000 + b"t",
     "a million foreign objects": b"cmy.own\nThing\nq\x01(" + b"h\x01)R" * 990_000 + b"t",
     "a frame longer than the file": b"\x95\xff\xff\xff\xff\xff\xff\xff\x7f" + b"N",
     "bytes longer than the file": b"\x8e\xff\xff\xff\xff\x00\x00\x00\x00",
@@ -252,6 +259,72 @@ def test_a_flipped_bit_in_a_weight_is_found_before_anything_is_used(tmp_path: Pa
         path.write_bytes(flipped(data, 8 * byte + 3))
         with pytest.raises(CheckpointError, match="checksum of 'own/data/0' is wrong"):
             read_state(path)
+
+
+@cache
+def saved_with(protocol: int) -> tuple[bytes, bytes]:
+    """The pickle and the first storage of a file of torch.save, with weights and other objects beside them."""
+    content = {
+        "model": OrderedDict(a=torch.arange(4.0), b=torch.nn.Parameter(torch.ones(2))),
+        "args": argparse.Namespace(path=Path("x"), lr=np.float64(0.1), seen={1, 2}, names=frozenset("ab")),
+        "history": [{"step": step, "loss": (step, 0.5)} for step in range(3)],
+        "counts": defaultdict(list, {"é": ["text", 1 << 70]}),
+        "bytes": [b"bytes", bytearray(b"more")],
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer, pickle_protocol=protocol)
+    with zipfile.ZipFile(buffer) as read:
+        return read.read("archive/data.pkl"), read.read("archive/data/0")
+
+
+def archive_of(description: bytes, payload: bytes) -> bytes:
+    """A file of torch.save with two storages, whose checksums are right."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as written:
+        written.writestr("archive/data.pkl", description)
+        written.writestr("archive/data/0", payload)
+        written.writestr("archive/data/1", bytes(8))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_file_of_any_protocol_is_read_with_inert_objects_in_place_of_foreign_ones(
+    tmp_path: Path, protocol: int
+) -> None:
+    (tmp_path / "file.pt").write_bytes(archive_of(*saved_with(protocol)))
+    loaded: Any = read_torch_file(tmp_path / "file.pt", foreign=True)
+    assert torch.equal(loaded["model"]["a"], torch.arange(4.0))
+    assert loaded["history"][2] == {"step": 2, "loss": (2, 0.5)}
+    assert loaded["counts"] == {"é": ["text", 1 << 70]}
+    assert isinstance(loaded["args"], Foreign)
+    assert loaded["args"].name == "argparse.Namespace"
+    with pytest.raises(ForeignObjects):
+        read_torch_file(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 10**6), st.binary(max_size=3), st.integers(0, 3)), min_size=1, max_size=6
+    )
+)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_changed_pickle_is_read_or_refused_in_our_words(
+    tmp_path: Path, protocol: int, changes: list[tuple[int, bytes, int]]
+) -> None:
+    """Bytes of the pickle are replaced, inserted and removed; the checksums are those of the changed pickle."""
+    description, payload = saved_with(protocol)
+    for place, new, removed in changes:
+        at = place % len(description)
+        description = description[:at] + new + description[at + removed :]
+    (tmp_path / "file.pt").write_bytes(archive_of(description, payload))
+    said = ""
+    try:
+        state = read_state(tmp_path / "file.pt")
+    except CheckpointError as error:
+        state, said = {}, str(error)
+    assert len(said) < 600
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def test_weights_are_mapped_from_the_file_and_never_written_to_it(tmp_path: Path) -> None:
