@@ -145,7 +145,7 @@ def _description(store: InspectedStore) -> dict[str, Any]:
 
 
 def failed_images(manifest: Manifest, limit: int | None = None) -> list[dict[str, str]]:
-    """Return key and reason of each failed image of a store, in row order.
+    """Return key and reason of each failed image of a store, in row order; of those that the manifest lists whole.
 
     Args:
         manifest: the store's manifest.
@@ -153,7 +153,7 @@ def failed_images(manifest: Manifest, limit: int | None = None) -> list[dict[str
     """
     return [
         {"key": record.key, "reason": record.reason or ""}
-        for record in manifest.records("failed", limit=limit)
+        for record in manifest.whole_records("failed", limit=limit)
     ]
 
 

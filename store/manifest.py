@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..common.errors import REPAIR_METADATA, REPLACE_MANIFEST, StoreDamaged, StoreError
@@ -250,6 +250,21 @@ class Manifest:
         values.append(-1 if limit is None else limit)
         found = self.query(f"{select} WHERE {' AND '.join(where)} ORDER BY row LIMIT ?", values)
         return [decode_record(fields) for fields in found]
+
+    def whole_records(
+        self, status: Status, rows: range | None = None, limit: int | None = None
+    ) -> list[ImageRecord]:
+        """Return records as `records` does, without those that are damaged, which a check reports."""
+        try:
+            return self.records(status, rows, limit)
+        except StoreDamaged:
+            found: list[ImageRecord] = []
+        wanted = "IS NULL" if status == "done" else "IS NOT NULL"
+        for (row,) in self.query(f"SELECT row FROM results WHERE reason {wanted} ORDER BY row"):
+            if isinstance(row, int) and (rows is None or row in rows) and len(found) != limit:
+                with suppress(StoreDamaged):
+                    found += self.records(status, range(row, row + 1))
+        return found
 
     def checksums(self, rows: range) -> dict[int, tuple[int, int | None]]:
         """Return the crc32c of the embedding, and of its scales (None except in int8 stores), of every done row in

@@ -301,7 +301,7 @@ class EmbeddingStore:
         manifest = self._manifest_writer()
         for shard in shards:
             with explain_os_errors(self.path):
-                carry(self.path, shard, manifest.records("done", self.shard_rows(shard)))
+                carry(self.path, shard, manifest.whole_records("done", self.shard_rows(shard)))
             manifest.withdraw_shard(shard, self.shard_rows(shard))
             self.reader.forget(shard)
 

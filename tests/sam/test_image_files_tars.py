@@ -231,10 +231,10 @@ def test_members_without_a_suffix_are_judged_by_content(tmp_path: Path) -> None:
         member("x/notes", b"text"),
         member("empty", b""),
     ]
-    members += [member("__MACOSX/a.jpg"), member("b.txt")]
+    members += [member("__MACOSX/a.jpg"), member("b.txt"), member("c.tar")]
     found = list_images([make_tar(tmp_path / "t.tar", members)])
     assert [file.key for file in found.files] == ["t.tar/IMG_1"]
-    assert found.passed_over == {"other": 2, "Mac's __MACOSX folder": 1, "text": 1}
+    assert found.passed_over == {"other": 2, "Mac's __MACOSX folder": 1, "text": 1, "tar inside a tar": 1}
 
 
 @pytest.mark.parametrize("data", [b"", b"text, not a tar at all" * 100, b"\xff" * 2048])
