@@ -168,11 +168,11 @@ def refuse_foreign(
     if mark is None:
         if is_older(path):
             return
-        what = f"holds something else than a {kind} of mobilesam"
+        what = f"exists and is no {kind} of mobilesam"
     elif mark.kind != kind:
-        what = f"holds a {mark.kind} of mobilesam, not a {kind}"
+        what = f"exists and is no {kind}, but mobilesam's {mark.kind}"
     elif not mark.intact:
-        what = f"was changed since mobilesam wrote it, or is damaged, so that its {kind} isn't replaced"
+        what = "was changed since mobilesam wrote it, or is damaged"
     else:
         return
     raise error(f"{option} {shown(str(path))} {what}: give another name, or delete it first")

@@ -101,7 +101,8 @@ def test_another_file_is_refused_in_one_line_that_names_the_mend(content: bytes,
     refuse_foreign(path, KIND, "--report", PredictError)
     path.write_bytes(content)
     with pytest.raises(
-        PredictError, match=r"^--report .*mine.html holds something else.*another name, or del"
+        PredictError,
+        match=r"^--report .*mine.html exists and is no verify report of mobilesam.*another name, or del",
     ) as e:
         refuse_foreign(path, KIND, "--report", PredictError)
     assert "\n" not in str(e.value)
@@ -111,7 +112,7 @@ def test_another_file_is_refused_in_one_line_that_names_the_mend(content: bytes,
 def test_an_output_of_another_kind_or_changed_since_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_bytes(marked(PAGE, "sweep report"))
-    with pytest.raises(PredictError, match="holds a sweep report of mobilesam, not a verify report"):
+    with pytest.raises(PredictError, match="exists and is no verify report, but mobilesam's sweep report"):
         refuse_foreign(path, KIND, "--report", PredictError)
     path.write_bytes(marked(PAGE, KIND) + b"<!-- my notes -->")
     with pytest.raises(PredictError, match="was changed since"):
@@ -131,6 +132,6 @@ def test_a_file_without_hard_links_is_placed_as_well(tmp_path: Path, monkeypatch
 def test_an_output_never_replaces_a_file_that_appeared_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text("mine")
-    with pytest.raises(PredictError, match="something else"):
+    with pytest.raises(PredictError, match="exists and is no verify report"):
         write_output(path, PAGE, KIND, lambda: refuse_foreign(path, KIND, "--report", PredictError))
     assert {place.name: place.read_text() for place in tmp_path.iterdir()} == {"page.html": "mine"}

@@ -29,9 +29,7 @@ def test_a_file_that_appears_while_the_work_is_done_is_left_alone(tmp_path: Path
         for place in (tmp_path / "a.json", tmp_path / "b.json"):
             outputs.add(place, b'{"new": 1}', "--rle", RLE)
         (tmp_path / "b.json").write_text("mine")
-        with pytest.raises(
-            PredictError, match=r"--rle .*b\.json holds something else than a segment rle file"
-        ):
+        with pytest.raises(PredictError, match=r"--rle .*b\.json exists and is no segment rle file"):
             outputs.commit()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"b.json": "mine"}
 

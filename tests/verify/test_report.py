@@ -229,7 +229,7 @@ def test_only_a_report_of_the_same_command_is_replaced(tmp_path):
     path.write_text(render(data()), encoding="utf-8")  # as a version without marks wrote it
     check_report(path, VERIFY_REPORT)
     for kind in (EVALUATE_REPORT, SWEEP_REPORT):
-        with pytest.raises(VerifyError, match=f"something else than a {kind}"):
+        with pytest.raises(VerifyError, match=f"exists and is no {kind} of mobilesam"):
             check_report(path, kind)
     write_report(path, data())
     check_report(path, VERIFY_REPORT)
