@@ -138,3 +138,26 @@ def test_annotations_without_an_object_are_listed_as_empty(tmp_path: Path):
     assert drawn is not None
     assert labels.empty == {"0.png"}
     assert not labels.broken
+
+
+def test_labels_of_a_photo_that_exif_turns_name_that_as_the_reason(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (64, 60)).save(tmp_path / "0.png", exif=exif)
+    write(tmp_path, 0, [np.ones((60, 64), bool)])
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0, image_root=tmp_path)
+    labels.draw(record(0, (64, 60)), 0)
+    assert "its EXIF orientation (6) turns it" in labels.broken["0.png"]
+
+
+def test_objects_that_cannot_be_used_are_counted_once_by_reason(tmp_path: Path):
+    write(tmp_path, 0, [np.ones((64, 64), bool), np.ones((64, 64), bool)])
+    content = json.loads((tmp_path / "0.json").read_text())
+    content["annotations"][0]["segmentation"] = []
+    (tmp_path / "0.json").write_text(json.dumps(content))
+    labels = AnnotationLabels(AnnotationFiles(tmp_path), 64, objects=8, seed=0)
+    for epoch in range(3):
+        drawn = labels.draw(record(0, (64, 64)), epoch)
+        assert drawn is not None
+        assert len(drawn) == 1
+    assert labels.to_json() == {"empty": 0, "broken": 0, "objects": 1, "left_out": {"no outline": 1}}
