@@ -93,7 +93,12 @@ def find_state_dicts(loaded: object, fits: Fits | None = None) -> list[StateDict
 
 
 def count_by_prefix(keys: Iterable[str], parts: int = 1) -> dict[str, int]:
-    """Count keys by the first parts of their names: {"head": 2, "mask_decoder": 131}."""
+    """Count keys by the first parts of their names: {"head": 2, "mask_decoder": 131}.
+
+    Args:
+        keys: keys of a state dict, parts of which are separated by dots.
+        parts: number of parts to count by.
+    """
     counts = Counter(".".join(key.split(".")[:parts])[:60] for key in sorted(keys))
     return dict(counts)
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError, ForeignObjects, MobileSamError
+from ..common.errors import ArchiveError, ForeignObjects
 from .unpickler import MAX_PICKLE, read_pickle
-from .weight_files import ZIP_MAGIC, in_torch_format
+
+ZIP_MAGIC = b"PK\x03\x04"
 
 MAX_DIRECTORY = 2 << 20
 """Largest central directory that is read, in bytes: thirty times that of TinyViT's weights with AdamW's moments;
@@ -32,23 +33,6 @@ parsed it takes about 25 MB."""
 _OLD_FORMAT = (0x1950A86A20F9469CFC6C, 1001)
 _CHUNK = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s22x2H")
-
-
-def is_torch_file(path: Path, error: type[MobileSamError]) -> bool:
-    """Return True if a file was written by `torch.save`.
-
-    Args:
-        path: path of the file.
-        error: type of the error.
-
-    Raises:
-        MobileSamError: of the type `error`, if the file can't be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return in_torch_format(file.read(9))
-    except OSError as cause:
-        raise error(f"{path} can't be read: {cause.strerror or cause}") from cause
 
 
 def read_torch_file(path: Path, *, foreign: bool = False) -> object:

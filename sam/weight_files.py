@@ -17,8 +17,8 @@ from ..common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
 
 # torch, which takes seconds to load, is imported by the functions that read tensors: a wrong file is told before.
 
-ZIP_MAGIC = b"PK\x03\x04"
-PICKLE_MAGIC = b"\x80"
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80")
+"""Beginnings of files of `torch.save`: a zip archive, or in the older format a pickle."""
 
 INDEX_SUFFIX = ".index.json"
 FOLDER_FILES = (
@@ -222,7 +222,7 @@ def refuse_other_kind(path: Path) -> None:
             start = file.read(_START)
         if not start:
             raise CheckpointError(f"{path} is empty (0 bytes); {_AGAIN}")
-        if not is_safetensors(start) and not in_torch_format(start):
+        if not is_safetensors(start) and not _in_torch_format(start):
             raise CheckpointError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a checkpoint of PyTorch or safetensors: it is "
                 f"{_kind(start, path)}"
@@ -257,13 +257,13 @@ def is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and b"\0" in start[:8]
 
 
-def in_torch_format(start: bytes) -> bool:
+def _in_torch_format(start: bytes) -> bool:
     """Return True if a file that begins with these bytes was written by `torch.save`.
 
     A safetensors file begins with a length in eight bytes, the first of which may equal a pickle's, followed by a
     JSON object. So nine bytes are needed, or all of a shorter file.
     """
-    return start.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and start[8:9] != b"{"
+    return start.startswith(_TORCH_STARTS) and start[8:9] != b"{"
 
 
 def _read_safetensors(path: Path) -> dict[str, object]:
