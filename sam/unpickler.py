@@ -129,6 +129,7 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[..., None]]] = {}
     memo: dict[int, Any]
+    read: Callable[[int], bytes]
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
     append: Callable[[Any], None]

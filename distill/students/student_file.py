@@ -23,7 +23,8 @@ from ...common.errors import DistillError, counted
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
-from ...sam.weight_files import FOLDER_FILES, ZIP_MAGIC
+from ...sam.torch_file import ZIP_MAGIC
+from ...sam.weight_files import FOLDER_FILES
 from ..run_description import NO_STUDENT, is_run
 from ..run_description import STUDENT_FILE as STUDENT_FILE
 from .registry import outline_student, student_info
