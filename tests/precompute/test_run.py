@@ -166,7 +166,7 @@ def test_a_folder_without_images_is_refused_and_no_store_is_made(run: Run, tmp_p
 def test_a_removed_image_is_named_and_nothing_is_lost(run: Run, tmp_path: Path, photos: Path) -> None:
     run()
     (photos / "6-cat.png").unlink()
-    with pytest.raises(PrecomputeError, match=r"1 of the store's 7 images are gone .*6-cat\.png"):
+    with pytest.raises(PrecomputeError, match=r"1 of the store's 7 images is gone .*6-cat\.png"):
         run()
     assert len(_embeddings(tmp_path / "store.zarr")) == 7
 
