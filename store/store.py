@@ -263,11 +263,11 @@ class EmbeddingStore:
             "results must cover the shard's rows in order"
         )
         moves = self._moves(shard, attempt, results)
-        for attempted, _, expected in moves:
+        for attempted, place, expected in moves:
             with explain_os_errors(attempted):
                 size = attempted.stat().st_size
             if size != expected:
-                raise StoreError(f"{attempted} has {size} bytes instead of {expected}: run again")
+                raise StoreError(f"{place} was written with {size} bytes instead of {expected}: run again")
         with explain_os_errors(self.path):
             # Embeddings last: a row exists for other Zarr readers only when all its files are there.
             for attempted, place, _ in reversed(moves):

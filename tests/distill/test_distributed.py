@@ -117,6 +117,16 @@ def test_a_student_without_batch_norm_learns_the_same_from_one_global_batch(
 
 
 @pytest.mark.long
+def test_batch_norms_over_one_pooled_value_train_in_every_process(ten_rows: Path) -> None:
+    # Batches of four images in micro-batches of one: every norm over one value uses its running statistics.
+    result = trained(ten_rows, "many", "--student", "timm:skresnet18", "--epochs", "1", processes=2)
+    trained(ten_rows, "one", "--student", "timm:skresnet18", "--epochs", "1")
+    assert result["steps"] == lines("one", "result")[0]["steps"] == 3
+    first, other = (lines(run, "train")[0] for run in ("one", "many"))
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
+@pytest.mark.long
 def test_tiny_vit_has_the_losses_of_one_process_while_batch_norms_use_the_batch(ten_rows: Path) -> None:
     # Whole batches of one image each: the last step's halves are frozen statistics, which are the first process's.
     trained(ten_rows, "one", "--epochs", "1")
