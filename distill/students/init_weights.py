@@ -101,12 +101,12 @@ class InitialWeights:
         if self.note is not None:
             logger.info("%s", self.note)
         logger.info(
-            "starting from %s (%s): %d weights, %d of %d parameters taken%s",
+            "starting from %s (%s): took %s, %s of the student's %s%s",
             self.path,
             self.naming,
-            taken["weights"],
-            taken["parameters"],
-            taken["of_parameters"],
+            counted(taken["weights"], "weight"),
+            f"{taken['parameters']:,}",
+            counted(taken["of_parameters"], "parameter"),
             f", {counted(len(self.resized), 'table')} of positions resized" if self.resized else "",
         )
         logger.info(

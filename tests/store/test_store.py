@@ -67,7 +67,7 @@ def test_an_unfinished_attempt_is_refused_and_the_shard_stays_pending(new_store:
     partial = store.path / "embeddings" / "c.0.0.0.0.attempt.partial"
     partial.write_bytes(b"short")
     results = [RowResult(row=row, reason="none") for row in store.shard_rows(0)]
-    with pytest.raises(StoreError, match="has 5 bytes instead of"):
+    with pytest.raises(StoreError, match="was written with 5 bytes instead of"):
         store.commit(0, "attempt", results)
     assert 0 in store.pending_shards()
 
