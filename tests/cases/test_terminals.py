@@ -442,6 +442,24 @@ def test_a_prompt_that_lies_outside_or_runs_backwards_is_refused(
     assert not list(Path().iterdir())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_that_saves_nothing_in_one_line(folder: Path, signum: signal.Signals) -> None:
+    """R3, R10: in the other commands, too."""
+    Image.new("RGB", (2000, 1500)).save("large.png")
+    options = ["--teacher", "vit_nano", "--image-size", "64", "--everything", "--masks", "masks"]
+    terminal = Terminal([sys.executable, "-m", "mobilesam", "segment", "large.png", *options], columns=60)
+    terminal.read_until(r"\d+/1,024 points")
+    if signum == signal.SIGINT:
+        terminal.press(b"\x03")
+    else:
+        terminal.process.send_signal(signum)
+    assert terminal.end() == 128 + signum
+    lines = [line for line in re.split(r"[\r\n]+", terminal.text()) if line]
+    assert lines[-1].removeprefix("\x1b[?25h") == "error: interrupted"
+    assert {path.name for path in Path().iterdir()} == {"large.png"}
+
+
 def test_everything_shows_its_points_and_says_why_nothing_was_found(folder: Path) -> None:
     """R6: it was silent for minutes, and then found 0 masks without a reason."""
     result = segment(folder / "photos" / "p0.png", "--everything")
