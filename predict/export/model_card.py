@@ -52,8 +52,8 @@ logits at the photo's own size (object above 0); `iou_predictions`, (prompts, 4)
 and `low_res_masks`, (prompts, 4, 4g, 4g). Mask 0 is the single mask, for boxes and several points; 1 to 3 are for
 ambiguous prompts such as one point: take the one with the highest prediction.
 
-Both files are ONNX opset {opset}, IR version {ir_version}: onnxruntime {oldest_onnxruntime} or later reads them. Each
-holds its weights, no values in double precision, and no operators but ONNX's own, unless it says so below.
+Both files are ONNX opset {opset}, IR version {ir_version}: onnxruntime {oldest_onnxruntime} or later reads them.
+Each holds its weights, no values in double precision, and no operators but ONNX's own, unless it says so below.
 
 `orig_im_size` is float32, as in SAM's own export. Its values become the shape of `masks`, and of nothing else. For
 runtimes without shapes that are computed from an input (TensorRT, some browsers'), cut `masks` off:
@@ -74,6 +74,7 @@ Smaller files, by onnxruntime's own tools, which were tried on both files when t
     quant_pre_process("encoder.onnx", "prepared.onnx")
     quantize_dynamic("prepared.onnx", "encoder-8bit.onnx", weight_type=QuantType.QUInt8)
 
+    import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
     onnx.save(convert_float_to_float16(onnx.load("encoder.onnx"), keep_io_types=True), "encoder-half.onnx")
 """
