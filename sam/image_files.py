@@ -30,7 +30,6 @@ from .file_kinds import (
     store_around,
 )
 from .tar_files import DECOMPRESS, path_of, scan_tar, split_tar_key
-from .tar_files import TarMember as TarMember
 
 MAX_BYTES = 2_000_000_000
 """Largest file that is read, in bytes. Images small enough to be decoded are never larger; without a limit, one stray
