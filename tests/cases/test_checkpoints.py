@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import struct
+import sys
+import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +183,18 @@ def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(
         in (message)
     )
     assert message.endswith("Save the weights: torch.save(model.state_dict(), FILE).")
+
+
+def test_only_a_module_of_ultralytics_is_sent_on_to_fastsam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C1: evaluate names FastSAM for a file with ultralytics' classes, and for no other."""
+    for name in ("ultralytics", "other"):
+        module = types.ModuleType(name)
+        module.Model = type("Model", (), {"__module__": name})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+        torch.save({"model": module.Model()}, f"{name}.pt")
+        monkeypatch.delitem(sys.modules, name)
+    assert refusal(*command_with("evaluate", "ultralytics.pt")).endswith("write a=fastsam:ultralytics.pt")
+    assert "fastsam" not in refusal(*command_with("evaluate", "other.pt"))
 
 
 def command_with(command: str, file: str) -> tuple[object, ...]:

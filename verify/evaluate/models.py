@@ -209,9 +209,10 @@ def _checkpoint(name: str, path: Path) -> str | None:
     try:
         weights = read_weights(path)
     except CheckpointError as error:
-        if "ultralytics" not in str(error):
+        if "(ultralytics." not in str(error):  # the module of a pickled class
             raise
-        raise VerifyError(f"--model {shown(name)}: {error}\n{_fastsam(name, path)}") from None
+        first = str(error).splitlines()[0]
+        raise VerifyError(f"--model {shown(name)}: {first}\n{_fastsam(name, path)}") from None
     found = identify_teacher(weights.state)
     if found not in known:
         yolo = any(key.startswith("model.0.conv.") for key in weights.state)
