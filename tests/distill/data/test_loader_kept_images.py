@@ -98,7 +98,7 @@ def test_a_store_without_kept_images_needs_its_photos(
     images: Path, make_store: Callable[..., Path], options: Options, tmp_path: Path
 ) -> None:
     store = make_store(images)
-    with pytest.raises(DistillError, match="--images .*nowhere: no such folder; give the folder"):
+    with pytest.raises(DistillError, match=r"--images .*nowhere: no such folder; give the folder"):
         distill(options(store, images=tmp_path / "nowhere"))
     with (
         EmbeddingStore.open(store) as opened,
