@@ -291,7 +291,11 @@ class Trainer:
                 "annotated": self.run.description.data.annotated,
                 "images": self.run.description.data.rows,
                 **self.loader.labels.to_json(),
-                **{name: value for name, value in (self.run.description.labels or {}).items() if name == "names"},
+                **{
+                    name: value
+                    for name, value in (self.run.description.labels or {}).items()
+                    if name == "names"
+                },
             }
         self.recorder.line("result", result)
         self.recorder.sync()
