@@ -208,6 +208,11 @@ def check_weights(
         raise CheckpointError(f"{path} is a {teacher} checkpoint, not {name}; use --teacher {teacher}")
     if not any(key in state for key in expected):
         raise CheckpointError(f"{path} is not a {name} checkpoint: {describe_other(weights)}")
+    if not encoder_state(state):
+        raise CheckpointError(
+            f"{path} is not a {name} checkpoint: it holds SAM's head (prompt encoder and mask decoder) alone, no "
+            "image encoder"
+        )
     has_head = any(key.startswith(HEAD_PREFIXES) for key in state)
     if not has_head:
         if not encoder_alone:
