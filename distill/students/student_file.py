@@ -171,7 +171,7 @@ def student_path(path: Path | str) -> Path:
     """
     path = Path(path)
     files = [path / name for name in (STUDENT_FILE, MODEL_FILE, *FOLDER_FILES)] if path.is_dir() else [path]
-    if path.suffix == ".pt" and is_run(path.parent):
+    if path.name in ("last.pt", "previous.pt") and is_run(path.parent):
         raise DistillError(f"{path} is a checkpoint that training resumes from; give the run, {path.parent}")
     for file in files:
         if file.is_file():
