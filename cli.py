@@ -1,20 +1,16 @@
 """Command line: one function per command. Options become config objects, and errors become exit codes.
 
-Results go to standard output, messages and progress to standard error. Each command returns its exit code; `_explain`
-chooses that of an error. Only the rooms' configs are imported at the top, the rooms inside commands, so that `--help`
-is fast.
+Results go to standard output, messages and progress to standard error. Each command returns its exit code;
+`common/command.py` chooses that of an error. Only the rooms' configs are imported at the top, the rooms inside
+commands, so that `--help` is fast.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
 import logging
-import os
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,92 +19,25 @@ import click
 
 from . import __version__
 from .common.click_options import PATH_TYPE, config_options, mapping_options, usage_errors
-from .common.durable import final_name
-from .common.errors import Interrupted, MobileSamError, ReportError
-from .common.signals import StopFlag, stopped_by_signals
-from .common.terminal import MessageHandler, Reporter, guarded_streams
+from .common.command import (
+    DONE,
+    FAILED_CHECK,
+    INPUT,
+    MainGroup,
+    RoomCommand,
+    common_options,
+    print_result,
+    printed_without_report,
+    process_rank,
+)
+from .common.errors import ImageError, shown
+from .common.terminal import MessageHandler, Reporter
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
 from .predict.config import ExportConfig, SegmentConfig
 from .verify.config import VerifyConfig
 from .verify.evaluate.config import EvaluateConfig
 from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
-
-# Exit codes. click itself exits with 2 for wrong usage; a signal's code is 128 + its number (129, 130 and 143).
-DONE, FAILED_CHECK, INPUT, READER_GONE = 0, 1, 3, 141
-
-
-class MainGroup(click.Group):
-    """Group of all commands. A message that can't be written is dropped; a lost result becomes an exit code."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command, and exit unless `standalone_mode` is False."""
-        with guarded_streams() as output:
-            try:
-                return super().main(*args, **kwargs)
-            except SystemExit as end:
-                output.flush()
-                if output.failure is None or end.code:
-                    raise
-                if output.failure.errno in (
-                    errno.EPIPE,
-                    errno.EIO,
-                ):  # as after `| head`; a terminal was closed
-                    raise SystemExit(READER_GONE) from None
-                reason = output.failure.strerror
-                click.echo(f"error: the work is done, but its result can't be printed: {reason}", err=True)
-                raise SystemExit(INPUT) from None
-
-
-class RoomCommand(click.Command):
-    """Command whose return value is its exit code, and whose errors become a short message and an exit code."""
-
-    def invoke(self, context: click.Context) -> None:
-        """Run the command and exit."""
-        debug = context.params.pop("debug")
-        try:
-            with stopped_by_signals(StopFlag(), Interrupted, "interrupted"):
-                code = super().invoke(context)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            code = 130
-        except Exception as error:  # noqa: BLE001 - the outermost handler
-            if debug:
-                traceback.print_exc()
-            message, code = _explain(error)
-            if not _rank():
-                click.echo(f"error: {message}", err=True)
-            elif code == INPUT:
-                click.echo(f"error in process {_rank()}: {message}", err=True)
-        context.exit(code)
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """Return the message for an error and the exit code."""
-    if isinstance(error, Interrupted):
-        return str(error), 128 + error.signum
-    if isinstance(error, ReportError) and isinstance(error.__cause__, Exception):
-        message, code = _explain(error.__cause__)
-        return f"no report: {message}", code
-    if isinstance(error, MobileSamError):
-        return str(error), INPUT
-    if isinstance(error, OSError):
-        place = final_name(error.filename) if isinstance(error.filename, str) else "input or output"
-        return f"{place}: {error.strerror or error}", INPUT
-    return f"unexpected {type(error).__name__}: {error}\nThis is a bug; --debug shows where.", INPUT
-
-
-def _rank() -> int:
-    """Return the rank among torchrun's processes; only rank 0 reports."""
-    return int(os.environ.get("RANK", "0")) if os.environ.get("WORLD_SIZE", "1") != "1" else 0
-
-
-def _common(command: Callable) -> Callable:
-    json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-    debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
-    return json_option(debug_option(command))
 
 
 def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = ()) -> None:
@@ -125,32 +54,37 @@ def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = 
         expand_paths(given)
 
 
-def _check_weights(*files: Path | None, latest: bool = False) -> None:
-    """Refuse files of another kind than weights, before torch loads; with `latest`, refuse that there is no run."""
-    from .distill.latest_run import refuse_no_run
-    from .sam.weight_files import refuse_other_kind
+def _check_weights(*files: Path | None, student: Path | None = None, latest: bool = False) -> None:
+    """Refuse weights that are missing or of another kind, before torch loads.
 
-    if latest:
+    Args:
+        files: files or folders of weights, or stores with a head; None for options that weren't given.
+        student: student that the command uses; None: the latest run.
+        latest: refuse that there is no run if `student` is None.
+    """
+    from .distill.latest_run import refuse_no_run
+    from .distill.run_description import is_run, student_path
+    from .sam.weight_files import INDEX_SUFFIX, refuse_other_kind, weight_files
+
+    if latest and student is None:
         refuse_no_run()
-    for file in files:
-        if (
-            file is not None and file.is_file() and not file.name.endswith(".json")
-        ):  # an index is read as a whole
+    given = [file for file in files if file is not None]
+    for file in given:
+        if not file.exists():
+            weight_files(file)
+    if student is not None and not is_run(student):
+        given.append(student_path(student))
+    for file in given:
+        if file.is_file() and not file.name.endswith(INDEX_SUFFIX):  # an index is read as a whole
             refuse_other_kind(file)
 
 
-def _print(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
-    click.echo(json.dumps(result) if as_json else "\n".join(lines))
+def _check_checkpoint(teacher: str | None, checkpoint: Path | None) -> None:
+    """Refuse a built-in teacher's checkpoint before torch loads; a teacher of another package reads its own."""
+    from .sam.registry import TEACHERS
 
-
-@contextmanager
-def _printed_without_report(as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> Iterator[None]:
-    """Print the result before the error if only its report could not be written."""
-    try:
-        yield
-    except ReportError as error:
-        _print(as_json, error.result, lines(error.result))
-        raise
+    if teacher in TEACHERS:
+        _check_weights(checkpoint)
 
 
 @click.group(
@@ -185,7 +119,7 @@ def main() -> None:
 @config_options(PrecomputeConfig)
 @click.argument("more", nargs=-1, type=PATH_TYPE, metavar="[DIR|TAR]...")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its time and its disk space; change nothing.")
-@_common
+@common_options
 def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, as_json: bool) -> int:
     """Embed images with the teacher, into a store.
 
@@ -213,13 +147,14 @@ def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, 
     # dask takes some settings when it is imported.
     with settings, Reporter("precompute") as reporter:
         _check_paths([], config.images)
+        _check_checkpoint(config.teacher, config.checkpoint)
         from .precompute import dry_run as plan
         from .precompute import precompute as run
         from .precompute.dry_run import plan_lines
         from .precompute.run import summary_lines
 
         result = plan(config, reporter) if dry_run else run(config, reporter)
-    _print(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
+    print_result(as_json, result, plan_lines(result) if dry_run else summary_lines(config.out, result))
     if dry_run:
         return DONE
     if result["failed"] == result["images"]:
@@ -229,7 +164,7 @@ def precompute(config: PrecomputeConfig, more: tuple[Path, ...], dry_run: bool, 
 
 @main.command(cls=RoomCommand)
 @config_options(DistillConfig)
-@_common
+@common_options
 def distill(config: DistillConfig, as_json: bool) -> int:
     """Train a student on a store.
 
@@ -264,19 +199,19 @@ def distill(config: DistillConfig, as_json: bool) -> int:
 
     with usage_errors():
         student_info(config.student)
-    if _rank():
+    if process_rank():
         logging.disable(logging.WARNING)
         run(config)
         return DONE
     with Reporter("distill") as reporter:
         result = run(config, progress=reporter.training)
-    _print(as_json, result, [*summary_lines(result), "Next: mobilesam verify"])
+    print_result(as_json, result, [*summary_lines(result), "Next: mobilesam verify"])
     return DONE
 
 
 @main.command(cls=RoomCommand)
 @config_options(VerifyConfig)
-@_common
+@common_options
 def verify(config: VerifyConfig, as_json: bool) -> int:
     """Compare a student with its teacher.
 
@@ -294,13 +229,13 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
       mobilesam verify --store headless.zarr --head sam_vit_b_01ec64.pth
     """
     _check_paths([config.store])
-    _check_weights(config.student, config.head, latest=config.student is None)
+    _check_weights(config.head, student=config.student, latest=True)
     from .verify import table_lines
     from .verify import verify as run
 
-    with _printed_without_report(as_json, table_lines), Reporter("verify") as reporter:
+    with printed_without_report(as_json, table_lines), Reporter("verify") as reporter:
         result = run(config, progress=reporter.comparison, phase=reporter.phase)
-    _print(as_json, result, table_lines(result))
+    print_result(as_json, result, table_lines(result))
     return DONE if result["passed"] else FAILED_CHECK
 
 
@@ -310,7 +245,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
 @click.option(
     "--repair", is_flag=True, help="Check, and remove damaged shards, so that precompute recomputes them."
 )
-@_common
+@common_options
 def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> int:
     """Describe a store, and check or repair it.
 
@@ -326,14 +261,14 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> int:
 
     with Reporter("inspect") as reporter:
         result = inspect_store(store, check=check or repair, repair=repair, progress=reporter.comparison)
-    _print(as_json, result, inspection_lines(result))
+    print_result(as_json, result, inspection_lines(result))
     return FAILED_CHECK if result["problems"] else DONE
 
 
 @main.command(cls=RoomCommand)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @config_options(CostConfig)
-@_common
+@common_options
 def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
     """List students and their cost.
 
@@ -354,13 +289,13 @@ def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
         for name in names:
             reporter.show(len(rows), len(names), name)
             rows += students_table([name], **dataclasses.asdict(config))
-    _print(as_json, {"students": rows}, students_lines(rows))
+    print_result(as_json, {"students": rows}, students_lines(rows))
     return INPUT if all(row["error"] is not None for row in rows) else DONE
 
 
 @main.command(cls=RoomCommand)
 @config_options(SegmentConfig)
-@_common
+@common_options
 def segment(config: SegmentConfig, as_json: bool) -> int:
     """Segment one image by points, boxes, or everything in it.
 
@@ -376,19 +311,22 @@ def segment(config: SegmentConfig, as_json: bool) -> int:
       mobilesam segment photo.jpg --teacher vit_b --checkpoint sam_vit_b_01ec64.pth --point 320 240 --device cuda:0
       mobilesam segment photo.jpg --teacher vit_nano --image-size 256 --everything --debug
     """
-    _check_weights(config.student, config.head, latest=config.student is None and config.teacher is None)
+    if not config.image.exists():
+        raise ImageError(f"{shown(str(config.image))}: the file is missing")
+    _check_weights(config.head, student=config.student, latest=config.teacher is None)
+    _check_checkpoint(config.teacher, config.checkpoint)
     from .predict import segment as run
     from .predict.run import segment_lines
 
     with Reporter("segment") as reporter:
         result = run(config, download=reporter.download, phase=reporter.phase, points_done=reporter.points)
-    _print(as_json, result, segment_lines(result))
+    print_result(as_json, result, segment_lines(result))
     return DONE
 
 
 @main.command(cls=RoomCommand)
 @config_options(ExportConfig)
-@_common
+@common_options
 def export(config: ExportConfig, as_json: bool) -> int:
     """Write files that run without this package.
 
@@ -403,19 +341,19 @@ def export(config: ExportConfig, as_json: bool) -> int:
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
     """
-    _check_weights(config.student, config.head, latest=config.student is None)
+    _check_weights(config.head, student=config.student, latest=True)
     from .predict import export as run
     from .predict.export.run import export_lines
 
     with Reporter("export") as reporter:
         result = run(config, progress=reporter.step)
-    _print(as_json, result, export_lines(result))
+    print_result(as_json, result, export_lines(result))
     return DONE
 
 
 @main.command(cls=RoomCommand)
 @config_options(EvaluateConfig)
-@_common
+@common_options
 def evaluate(config: EvaluateConfig, as_json: bool) -> int:
     """Compare models by their masks and cost.
 
@@ -436,14 +374,16 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
       mobilesam evaluate --store store.zarr --model mobile=mobile_sam.pt --image-size 512 --device cpu --debug
     """
     _check_paths([config.store], [] if config.store else [config.images])
-    _check_weights(config.head, *(Path(file) for _, file in config.models))
+    models = (Path(file) for _, file in config.models)  # or names of teachers
+    _check_weights(config.head, *(file for file in models if file.exists()))
+    _check_checkpoint(config.teacher, config.checkpoint)
     from .verify import evaluate_masks, evaluation_lines
 
-    with _printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
+    with printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
         result = evaluate_masks(
             config, progress=reporter.comparison, download=reporter.download, phase=reporter.phase
         )
-    _print(as_json, result, evaluation_lines(result))
+    print_result(as_json, result, evaluation_lines(result))
     return DONE if result["evaluated"] else INPUT
 
 
@@ -452,7 +392,7 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
 @mapping_options(AXIS_OPTIONS, "axes")
 @config_options(DistillConfig, "base", only=["micro_batch", "val_fraction", "precision", "device", "compile"])
 @config_options(SweepConfig)
-@_common
+@common_options
 def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, ...]], as_json: bool) -> int:
     """Train and verify a grid of students.
 
@@ -492,5 +432,5 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
             student_info(student)
     with Reporter("sweep") as reporter:
         result = run(config, message=reporter.message, progress=reporter.training)
-    _print(as_json, result, summary_lines(result))
+    print_result(as_json, result, summary_lines(result))
     return FAILED_CHECK if result["failed"] else DONE

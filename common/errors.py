@@ -1,7 +1,7 @@
 """All exceptions of this package, advice that several messages share, names and numbers in messages.
 
-Every message is ready for the user: the fact, the numbers and what to do, in one or two lines. Only `cli.py` turns
-exceptions into exit codes.
+Every message is ready for the user: the fact, the numbers and what to do, in one or two lines. Only `command.py`
+turns exceptions into exit codes.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..common.errors import DistillError
 from .checksummed_json import digest
-from .run_description import CONFIG_FILE, STUDENT_FILE
+from .run_description import STUDENT_FILE, is_run
 
 logger = logging.getLogger(__name__)
 
@@ -92,4 +92,4 @@ def runs_with_student() -> list[Path]:
 
 def has_student(folder: Path) -> bool:
     """Return True if a folder is a run that has written a student."""
-    return (folder / CONFIG_FILE).is_file() and (folder / STUDENT_FILE).is_file()
+    return is_run(folder) and (folder / STUDENT_FILE).is_file()

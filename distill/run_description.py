@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import DistillError, StoreError
+from ..sam.weight_files import FOLDER_FILES, absent, describe_folder
 from ..store import ImageRecord
 from ..store.spec import StoreSpec
 from .checksummed_json import digest
 
 CONFIG_FILE = "config.json"
 STUDENT_FILE = "student.safetensors"
+MODEL_FILE = "model.safetensors"
+"""File of student and head together in an export's folder."""
 NO_STUDENT = "no student yet; run the same distill command again to go on"
 """End of the message about a run that has written no student."""
 FORMAT = 2
@@ -29,6 +32,32 @@ def is_run(folder: Path) -> bool:
     except OSError:
         return False
     return b'"sha256"' in text or b'"model_type"' not in text
+
+
+def student_path(path: Path | str) -> Path:
+    """Return the student's file in the folder of a run or an export, or the file itself.
+
+    In a folder of another program it is one of FOLDER_FILES: a file of weights, or the index of several.
+
+    Raises:
+        DistillError: there is none.
+    """
+    path = Path(path)
+    files = [path / name for name in (STUDENT_FILE, MODEL_FILE, *FOLDER_FILES)] if path.is_dir() else [path]
+    if path.name in ("last.pt", "previous.pt") and is_run(path.parent):
+        raise DistillError(f"{path} is a checkpoint that training resumes from; give the run, {path.parent}")
+    for file in files:
+        if file.is_file():
+            return file
+    if is_run(path):
+        raise DistillError(f"{path} is not finished: {NO_STUDENT}")
+    wanted = f"run distill first, or give a run or a {STUDENT_FILE}"
+    if not path.exists():
+        raise DistillError(f"no student at {path}, which {absent(path, wanted)}")
+    kind = describe_folder(path) if path.is_dir() else None
+    if kind is not None:
+        raise DistillError(f"no student at {path}, which is {kind}")
+    raise DistillError(f"no student at {files[0]}; {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)

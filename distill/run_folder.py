@@ -36,8 +36,8 @@ from .checksummed_json import (
 from .data.sampler import Split
 from .latest_run import LATEST, has_student, latest_run, runs_with_student
 from .run_description import CONFIG_FILE as CONFIG_FILE
-from .run_description import CONFIG_MEND, FORMAT, NO_STUDENT, RunDescription, is_run
-from .students.student_file import MEND, STUDENT_FILE, check_tensors, load_student, load_tensors, save_tensors
+from .run_description import CONFIG_MEND, FORMAT, NO_STUDENT, STUDENT_FILE, RunDescription, is_run
+from .students.student_file import MEND, check_tensors, load_student, load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 

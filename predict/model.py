@@ -24,9 +24,9 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from ..common.errors import DistillError, HeadNotFound
-from ..distill.run_description import is_run
+from ..distill.run_description import is_run, student_path
 from ..distill.run_folder import Run
-from ..distill.students.student_file import load_student, student_path
+from ..distill.students.student_file import load_student
 from ..sam.device import resolve_device
 from ..sam.download import Progress, find_checkpoint
 from ..sam.modeling.head import assemble, build_head

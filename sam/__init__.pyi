@@ -1,11 +1,3 @@
-from .labels.annotations import AnnotationError as AnnotationError
-from .labels.annotations import AnnotationFiles as AnnotationFiles
-from .labels.annotations import Annotations as Annotations
-from .labels.annotations import LabelCounts as LabelCounts
-from .labels.annotations import LabelSource as LabelSource
-from .labels.coco import CocoInstances as CocoInstances
-from .labels.coco import NameMatch as NameMatch
-from .labels.label_masks import LabelMasks as LabelMasks
 from .download import CheckpointError as CheckpointError
 from .download import DownloadError as DownloadError
 from .image_decode import MAX_PIXELS as MAX_PIXELS
@@ -20,6 +12,14 @@ from .image_files import in_fraction as in_fraction
 from .image_files import list_images as list_images
 from .image_files import read_checked as read_checked
 from .image_files import read_image as read_image
+from .labels.annotations import AnnotationError as AnnotationError
+from .labels.annotations import AnnotationFiles as AnnotationFiles
+from .labels.annotations import Annotations as Annotations
+from .labels.annotations import LabelCounts as LabelCounts
+from .labels.annotations import LabelSource as LabelSource
+from .labels.coco import CocoInstances as CocoInstances
+from .labels.coco import NameMatch as NameMatch
+from .labels.label_masks import LabelMasks as LabelMasks
 from .preprocess import KEPT_KIND as KEPT_KIND
 from .preprocess import DecodedImage as DecodedImage
 from .preprocess import encode_kept as encode_kept

@@ -17,8 +17,8 @@ from ..common.errors import VerifyError, counted
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
 from ..distill.data.loader import check_preprocessing, find_image_root
 from ..distill.loss.coupled import store_head
-from ..distill.run_folder import CONFIG_FILE
-from ..distill.students.student_file import STUDENT_FILE, lacks_image_size, trained_head
+from ..distill.run_description import STUDENT_FILE, is_run, student_path
+from ..distill.students.student_file import lacks_image_size, trained_head
 from ..predict.head_source import read_head_file
 from ..sam.device import resolve_device, resolve_precision
 from ..sam.modeling.head import SamHead, build_head
@@ -120,12 +120,12 @@ def open_inputs(config: VerifyConfig) -> Inputs:
 
 def _find_student(config: VerifyConfig) -> tuple[Run | None, Path]:
     """Return the run, if any, and the student's file; a student file in a run's folder belongs to the run."""
-    path = config.student
-    if path is not None and not path.is_dir():
-        if path.name != STUDENT_FILE or not (path.parent / CONFIG_FILE).is_file():
-            return None, path
-        path = path.parent
-    run = Run.open(path)
+    folder = path = config.student
+    if path is not None:
+        folder = path if path.is_dir() else path.parent
+        if not is_run(folder) or (folder != path and path.name != STUDENT_FILE):
+            return None, student_path(path)
+    run = Run.open(folder)
     return run, run.student_path
 
 

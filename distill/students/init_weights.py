@@ -24,9 +24,10 @@ from ...common.errors import DistillError, counted
 from ...sam.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.modeling.head_shapes import head_shapes
 from ...sam.state_dict import count_by_prefix
-from ...sam.weight_files import weights_sha256
+from ...sam.weight_files import absent, weights_sha256
+from ..run_description import student_path
 from .registry import outline_student, student_info
-from .student_file import is_own_file, read_own_tensors, student_path, trained_head
+from .student_file import is_own_file, read_own_tensors, trained_head
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,8 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
 def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
     """Return a file's SHA-256 and tensors, and a note about what was taken of a file of another program."""
     if not path.exists():
-        raise DistillError(f"{path} does not exist; --init takes a file of weights (.pt, .pth, .safetensors)")
+        wanted = "--init takes a file of weights (.pt, .pth, .safetensors)"
+        raise DistillError(f"{path} {absent(path, wanted)}")
     try:
         if is_own_file(path):
             return weights_sha256(path), read_own_tensors(path), None

@@ -24,13 +24,8 @@ from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
 from ...sam.torch_file import ZIP_MAGIC
-from ...sam.weight_files import FOLDER_FILES
-from ..run_description import NO_STUDENT, is_run
-from ..run_description import STUDENT_FILE as STUDENT_FILE
+from ..run_description import STUDENT_FILE, student_path
 from .registry import outline_student, student_info
-
-MODEL_FILE = "model.safetensors"
-"""File of student and head together in an export's folder."""
 
 FORMAT = "mobilesam student 1"
 
@@ -130,7 +125,7 @@ def load_own_head(path: Path | str) -> dict[str, Tensor] | None:
     """
     file = student_path(path)
     if not is_own_file(file):
-        return load_head("mobile_sam", file) if inspect_checkpoint("mobile_sam", file)[0] else None
+        return load_head("mobile_sam", file) if inspect_checkpoint("mobile_sam", file).has_head else None
     head = {key: value for key, value in load_tensors(file).items() if key.startswith(HEAD_PREFIXES)}
     return head or None
 
@@ -159,26 +154,6 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
     if metadata.get("format") != FORMAT or not _read_metadata(file, metadata).get(TRAINED_HEAD):
         return None
     return load_own_head(file)
-
-
-def student_path(path: Path | str) -> Path:
-    """Return the student's file in the folder of a run or an export, or the file itself.
-
-    In a folder of another program it is one of FOLDER_FILES: a file of weights, or the index of several.
-
-    Raises:
-        DistillError: there is none.
-    """
-    path = Path(path)
-    files = [path / name for name in (STUDENT_FILE, MODEL_FILE, *FOLDER_FILES)] if path.is_dir() else [path]
-    if path.name in ("last.pt", "previous.pt") and is_run(path.parent):
-        raise DistillError(f"{path} is a checkpoint that training resumes from; give the run, {path.parent}")
-    for file in files:
-        if file.is_file():
-            return file
-    if is_run(path):
-        raise DistillError(f"{path} is not finished: {NO_STUDENT}")
-    raise DistillError(f"no student at {files[0]}; run distill first, or give a run or a {STUDENT_FILE}")
 
 
 def lacks_image_size(path: Path | str) -> bool:

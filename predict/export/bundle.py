@@ -14,7 +14,7 @@ from ...common.durable import explain_os_errors
 from ...common.errors import PredictError, counted, shown
 from ...common.outputs import marked, read_mark
 from ...distill import DistillError, save_student
-from ...distill.students.student_file import MODEL_FILE
+from ...distill.run_description import MODEL_FILE
 from ...sam import preprocessing_recipe
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.download import file_sha256

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...common.config import expand_home
 from ...common.errors import HeadNotFound, VerifyError, shown
 from ...distill import Run
+from ...distill.run_description import STUDENT_FILE, student_path
 from ...distill.students.registry import outline_student, student_info
-from ...distill.students.student_file import STUDENT_FILE, is_own_file, student_path
+from ...distill.students.student_file import is_own_file
 from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
 from ...sam.checkpoint import describe_other, identify_teacher, read_weights
 from ...sam.download import Progress
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
-from ...sam.weight_files import FOLDER_FILES
+from ...sam.weight_files import FOLDER_FILES, absent
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
 from .predictor import Predictor
 from .sam_predictor import EncoderPredictor
@@ -97,6 +99,7 @@ class ModelLoader:
             VerifyError: there is no such file or entry point, or the file isn't a model.
             DistillError, CheckpointError, StoreError: the file is damaged or doesn't fit.
         """
+        value = expand_home(value)
         before, colon, after = value.partition(":")
         path = Path(value)
         if colon and before == FASTSAM:
@@ -110,7 +113,7 @@ class ModelLoader:
             return self.load_teacher(name, EMBEDDED_TEACHER, None)
         if not path.exists():
             raise VerifyError(
-                f"--model {shown(name)}: there is no {shown(value)}{_alternatives(before, colon)}"
+                f"--model {shown(name)}: {shown(value)} {absent(path, _alternatives(before, colon))}"
             )
         found = None if _is_student_folder(path) else _checkpoint(name, student_path(path))
         if found is not None and not TEACHERS[found].student_format:
@@ -230,6 +233,6 @@ def _fastsam(name: str, path: Path) -> str:
 def _alternatives(before: str, colon: str) -> str:
     """Return the end of a message with alternatives; for a value with a colon, the installed entry points."""
     if not colon:
-        return f"; give a run, an export, a student's file, a SAM checkpoint, or {EMBEDDED_TEACHER}"
+        return f"give a run, an export, a student's file, a SAM checkpoint, or {EMBEDDED_TEACHER}"
     names = ", ".join(sorted(installed_predictors())) or "none"
-    return f", and no installed package has a predictor {shown(before)!r} (there are: {names})"
+    return f"no installed package has a predictor {shown(before)!r} (there are: {names})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...common.errors import shown
+from ...common.errors import counted, shown
 from ...common.table import Table
 from ...sam.labels.annotations import CROWD
 from ..table import number
@@ -48,8 +48,8 @@ def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
     Args:
         result: result of `evaluate_masks`.
     """
-    images, evaluated = result["images"], result["evaluated"]
-    counts = f"{evaluated:,} of {images:,} image{_s(images)}"
+    evaluated = result["evaluated"]
+    counts = f"{evaluated:,} of {counted(result['images'], 'image')}"
     if result["reference"] is not None and result["reference"]["store"] is not None:
         counts += f", split {result['split']}"
     lines = [counts]
@@ -62,7 +62,7 @@ def evaluation_lines(result: Mapping[str, Any]) -> list[str]:
         lines += ["", *table.lines()]
     failed = result["failed"]
     if failed:
-        lines += ["", f"{len(failed):,} image{_s(len(failed))} failed:"]
+        lines += ["", f"{counted(len(failed), 'image')} failed:"]
         lines += [
             f"  {one['key']}: {one['reason'].removeprefix(one['key'] + ': ')}" for one in failed[:MOST_NAMED]
         ]
@@ -90,13 +90,13 @@ def no_numbers(result: Mapping[str, Any]) -> str:
     if not labels["images"]:
         return f"nothing to judge: the labels are of other images{teacher}"
     images = labels["images"]
-    return f"nothing to judge: the labels name {images:,} image{_s(images)} and no object in {_them(images)}{teacher}"
+    return f"nothing to judge: the labels name {counted(images, 'image')} and no object in {_them(images)}{teacher}"
 
 
 def _all_left_out(left_out: Mapping[str, int]) -> str:
     """Return the number of objects of which none can be used, and why."""
     count = sum(left_out.values())
-    objects = f"{count:,} labelled object{_s(count)}"
+    objects = counted(count, "labelled object")
     if list(left_out) == [CROWD]:
         return f"{objects}, a crowd" if count == 1 else f"{objects}, all crowds"
     return f"{objects}, left out ({_reasons(left_out)})"
@@ -142,7 +142,7 @@ def _teacher_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]
     fit = f" {left_out:,} of {asked:,} pairs don't fit into their image and are left out." if left_out else ""
     return Table(
         title=f"mIoU with {shown(str(result['reference']['teacher']))}'s masks, {side} x {side} points in "
-        f"{images:,} image{_s(images)}",
+        f"{counted(images, 'image')}",
         note="One foreground point; then one foreground and one background point, at a distance in pixels. Mean over "
         f"an image's prompts, then over images.{fit}",
         columns=[
@@ -155,13 +155,13 @@ def _teacher_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]
 
 
 def _label_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Table:
-    images = f"{result['labelled']:,} image{_s(result['labelled'])}"
+    images = counted(result["labelled"], "image")
     headings = [LABEL_HEADINGS[name] for name in iou.LABEL_PROTOCOLS]
     objects = max((one["prompts"] for model in models for one in model["labels"].values() if one), default=0)
     left_out = result["labels"]["left_out"]
     fewer = f" {sum(left_out.values()):,} left out ({_reasons(left_out)})." if left_out else ""
     return Table(
-        title=f"mIoU with labels, {objects:,} object{_s(objects)} in {images}",
+        title=f"mIoU with labels, {counted(objects, 'object')} in {images}",
         note="Single masks for the object's box and for its innermost point; of three masks for that point, the one "
         f"with the highest predicted IoU, and the best one. Mean over objects.{fewer}",
         columns=["model", *headings],
@@ -173,7 +173,3 @@ def _label_table(result: Mapping[str, Any], models: Sequence[Mapping[str, Any]])
 def _ious(found: Mapping[str, Mapping[str, Any] | None], protocols: Sequence[str]) -> list[str]:
     values = [found.get(name) for name in protocols]
     return [ABSENT if value is None else number(value["miou"], ".4f") for value in values]
-
-
-def _s(count: int) -> str:
-    return "" if count == 1 else "s"

@@ -121,7 +121,7 @@ def inspector(arguments: list[str], stage_file: str) -> int:
 
 def trainer(stage_file: str, mutation: str | None = None, **settings: Any) -> int:
     """Run `mobilesam distill` with these settings, which include some that the command line lacks."""
-    from mobilesam import cli
+    from mobilesam.common import command
     from mobilesam.distill import DistillConfig, distill
 
     apply_mutation(mutation)
@@ -129,7 +129,7 @@ def trainer(stage_file: str, mutation: str | None = None, **settings: Any) -> in
     try:
         distill(DistillConfig(device="cpu", precision="float32", workers=1, **settings))
     except Exception as error:  # noqa: BLE001 - reported as the command line does
-        message, code = cli._explain(error)
+        message, code = command.explain(error)
         os.write(2, f"error: {message}\n".encode())
         return code
     return 0
