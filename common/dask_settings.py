@@ -56,10 +56,9 @@ def own_dask_settings(settings: Mapping[str, Any] | None = None) -> Iterator[Non
         with dask.config.set(dict(settings or {})):
             yield
     finally:
-        # What was imported in the context has added its defaults.
-        added = {name: value for name, value in config.items() if name not in before}
         config.clear()
-        config.update(added | before)
+        # What was imported in the context has added its defaults, also below names that were there before.
+        config.update(dask.config.merge(*dask.config.defaults, before))
         del os.environ[_INHERITED]
         os.environ.update(variables)
 

@@ -261,7 +261,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         results = [
             _run("precompute", "--images", photos, "--teacher", "vit_nano", "--image-size", "128", "--json"),
             _run("distill", "--epochs", "2", "--batch-size", "4", "--json"),
-            _run("verify", "--json"),
+            # In the training's precision: bfloat16 where the processor has it.
+            _run("verify", "--precision", "auto", "--json"),
             _run("verify", "--split", "all", "--report", "report.html"),
             _run("verify", "--min-skill", "0.999", "--min-cosine", "0.9999"),
             _run("inspect", "--json"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,18 @@ def test_workers_load_first_what_of_the_sites_modules_is_there(tmp_path: Path) -
         assert dask.config.get(WORKER_PRELOAD) == [str(script), "json"]
     with dask.config.set({WORKER_PRELOAD: str(script)}), own_dask_settings():
         assert dask.config.get(WORKER_PRELOAD) == [str(script)]
+
+
+def test_distributed_gets_its_defaults_even_if_it_is_imported_after_the_context() -> None:
+    program = (
+        "import dask\n"
+        "from mobilesam.common.dask_settings import own_dask_settings\n"
+        "for imported in (False, True):\n"
+        "    dask.config.set({'distributed.worker.daemon': False})\n"
+        "    with own_dask_settings():\n"
+        "        if imported:\n"
+        "            import distributed\n"
+        "print(dask.config.get('distributed.comm.default-scheme'), dask.config.get('distributed.worker.daemon'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "tcp False\n"
