@@ -13,11 +13,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
-from .config import Listing, Option
+from .config import Listing, Option, expand_home
 from .errors import MobileSamError
 
+
+class _PathType(click.Path):
+    """Path whose `~` is the home folder, which shells leave in `--option=~/file` and in quotes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(expand_home(value) if isinstance(value, str) else value, param, ctx)
+
+
 # click must not check that a path is readable: that would be wrong input (exit code 3), not wrong usage (2).
-PATH_TYPE = click.Path(path_type=Path, readable=False)
+PATH_TYPE = _PathType(path_type=Path, readable=False)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -175,6 +176,11 @@ def _importable(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ValueError:  # sys.modules holds None for it: blocked
         return False
+
+
+def expand_home(path: str) -> str:
+    """Replace a leading `~` by the home folder, unless a file has this very name."""
+    return path if os.path.lexists(path) else os.path.expanduser(path)
 
 
 def paths_from_text(config: Any, *names: str) -> None:

@@ -45,6 +45,8 @@ class TeacherFile:
     """Package of the teacher; None for those of this package."""
     has_head: bool = True
     """False if the checkpoint is known to be an image encoder alone."""
+    trained_image_size: int | None = None
+    """Image size of the checkpoint's position tables, in pixels; None: that of the official checkpoint."""
 
 
 def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> TeacherFile:
@@ -91,11 +93,15 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
     )
     if path is None:
         return TeacherFile(name=plan.teacher, path=None, sha256=embedded_sha256())
-    has_head, note = inspect_checkpoint(plan.teacher, path)
-    if note is not None:
-        observer.message(note)
+    content = inspect_checkpoint(plan.teacher, path)
+    if content.note is not None:
+        observer.message(content.note)
     return TeacherFile(
-        name=plan.teacher, path=path.absolute(), sha256=weights_sha256(path), has_head=has_head
+        name=plan.teacher,
+        path=path.absolute(),
+        sha256=weights_sha256(path),
+        has_head=content.has_head,
+        trained_image_size=content.trained_image_size,
     )
 
 
@@ -238,7 +244,7 @@ def _new_spec(plan: Plan, teacher: TeacherFile, head_sha256: str | None) -> Stor
         image_size=plan.image_size,
         teacher_package=None if teacher.package is None else teacher.package.to_json(),
         positions_interpolated=teacher.package is None
-        and positions_interpolated(teacher.name, plan.image_size),
+        and positions_interpolated(teacher.name, plan.image_size, teacher.trained_image_size),
         preprocessing=preprocessing_recipe(plan.image_size),
         dtype=plan.dtype,
         precision=plan.hardware.precision,

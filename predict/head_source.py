@@ -25,7 +25,7 @@ from ..sam.checkpoint import read_weights
 from ..sam.modeling.head import SamHead, build_head
 from ..sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ..sam.state_dict import count_by_prefix
-from ..sam.weight_files import FOLDER_FILES
+from ..sam.weight_files import FOLDER_FILES, absent, describe_folder
 from ..store import EmbeddingStore
 
 _MEND = "give --head with the store that it learned from, or with a SAM or MobileSAM checkpoint"
@@ -110,6 +110,9 @@ def read_head_file(path: Path) -> LoadedHead:
     if path.is_dir():
         weights = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
     if weights.is_dir():
+        kind = describe_folder(weights)
+        if kind is not None:
+            raise DistillError(f"--head {path} is {kind}")
         with EmbeddingStore.open(path) as store:
             return LoadedHead(
                 state=_decode(store.read_head(), store.head_path),
@@ -118,7 +121,7 @@ def read_head_file(path: Path) -> LoadedHead:
                 checkpoint_sha256=store.spec.checkpoint_sha256,
             )
     if not weights.is_file():
-        raise DistillError(f"there is no file or store {shown(str(path))}; {_MEND}")
+        raise DistillError(f"--head {shown(str(path))} {absent(path, _MEND)}")
     if not is_own_file(weights):
         try:
             found = read_weights(weights)

@@ -15,11 +15,15 @@ from torch import Tensor
 
 from ..common.errors import CheckpointError, shown
 from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES
+from .preprocess import PATCH
 from .registry import TEACHERS, TeacherInfo
 from .state_dict import ENCODER_PREFIX as ENCODER_PREFIX
-from .state_dict import Fits, StateDict, count_by_prefix, find_state_dicts
+from .state_dict import Fits, StateDict, count_by_prefix, dictionary_of, find_state_dicts
 from .unpickler import Foreign
 from .weight_files import FOLDER_FILES, PLAIN, load_weights
+
+MAX_GRID = 256
+"""Largest side of a table of positions: four times SAM's. A file may claim any size."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,9 +119,8 @@ def _other_content(content: object) -> str:
             f"a whole pickled object ({content.name}), not its weights; it was refused, since loading it can run "
             f"code.\nSave its weights: {PLAIN}."
         )
-    if isinstance(content, Foreign):
-        content = content.items
-    if not isinstance(content, Mapping):
+    members = None if isinstance(content, list | tuple) else dictionary_of(content)
+    if members is None:
         return f"a {type(content).__name__}, not a state dict of tensors.\nSave the weights: {PLAIN}."
     pickled = _first_pickled(content)
     if pickled is not None:
@@ -125,14 +128,13 @@ def _other_content(content: object) -> str:
             f"Python objects other than tensors ({pickled}), and no weights; it was refused, since loading them can "
             f"run code.\nSave the weights: {PLAIN}."
         )
-    keys = ", ".join(repr(str(key)[:80]) for key in list(content)[:4]) or "nothing"
+    keys = ", ".join(repr(str(key)[:80]) for key in list(members)[:4]) or "nothing"
     return f"no tensors by name: it holds {keys}.\nSave the weights: {PLAIN}."
 
 
 def _first_pickled(content: object) -> str | None:
     """Return class and key of the first object in a file's own dictionary that isn't known here; None without one."""
-    items = content.items if isinstance(content, Foreign) else content
-    for key, value in items.items() if isinstance(items, Mapping) else ():
+    for key, value in (dictionary_of(content) or {}).items():
         if isinstance(value, Foreign) and value.items is None:
             return shown(f"{value.name}, under {str(key)[:80]!r}")
     return None
@@ -145,11 +147,10 @@ def _left(content: object, found: StateDict) -> tuple[str, ...]:
     ]
     inner: object = content
     for depth, key in enumerate(found.place):
-        items = inner.items if isinstance(inner, Foreign) else inner
-        assert isinstance(items, Mapping), "the place of a state dict leads through dictionaries"
+        members = {str(other): value for other, value in (dictionary_of(inner) or {}).items()}
         outer = ".".join((*found.place[:depth], ""))
-        left += [outer + str(other) for other in items if other != key]
-        inner = items[key]
+        left += [outer + other for other in members if other != key]
+        inner = members[key]
     return tuple(name[:60] for name in left)
 
 
@@ -182,6 +183,21 @@ def _has_trained_shapes(info: TeacherInfo, encoder: Mapping[str, Tensor]) -> boo
     return all(encoder[key].shape == value.shape for key, value in built.items() if key in encoder)
 
 
+def trained_image_size(info: TeacherInfo, state: Mapping[str, Tensor]) -> int:
+    """Return the image size that a checkpoint's absolute position table is for, in pixels: fine-tuned files may have
+    another than the official one. The teacher's own for an encoder without such a table, or one that isn't square.
+
+    Args:
+        info: entry of the teacher.
+        state: tensors of the checkpoint by key.
+    """
+    table = state.get(ENCODER_PREFIX + "pos_embed")
+    if not info.encoder.has_positions or table is None or table.ndim != 4:
+        return info.trained_image_size
+    rows, columns = table.shape[1:3]
+    return PATCH * rows if rows == columns and 0 < rows <= MAX_GRID else info.trained_image_size
+
+
 def check_weights(
     weights: Weights, info: TeacherInfo, expected: Mapping[str, torch.Size], *, encoder_alone: bool = False
 ) -> dict[str, Tensor]:
@@ -206,9 +222,10 @@ def check_weights(
     teacher = None if info.encoder.matches(encoder_state(state)) else identify_teacher(state)
     if teacher is not None:
         raise CheckpointError(f"{path} is a {teacher} checkpoint, not {name}; use --teacher {teacher}")
-    if not any(key in state for key in expected):
+    encoder = encoder_state(state)
+    if not any(key in state for key in expected) or (not encoder and _other_network(state) is not None):
         raise CheckpointError(f"{path} is not a {name} checkpoint: {describe_other(weights)}")
-    if not encoder_state(state):
+    if not encoder:
         raise CheckpointError(
             f"{path} is not a {name} checkpoint: it holds SAM's head (prompt encoder and mask decoder) alone, no "
             "image encoder"
@@ -228,6 +245,12 @@ def check_weights(
     _check_keys(weights, info, expected)
     for key, shape in expected.items():
         if state[key].shape != shape:
+            if not state[key].numel():
+                raise CheckpointError(
+                    f"{path} holds {key} without values, as each process of DeepSpeed's ZeRO or FSDP saves a part.\n"
+                    "Make one file of all parts: python zero_to_fp32.py FOLDER FILE (DeepSpeed), or save the whole "
+                    "state dict"
+                )
             wrong, right = tuple(state[key].shape), tuple(shape)
             raise CheckpointError(f"{path} is not a {name} checkpoint: {key} has shape {wrong}, not {right}")
         if not state[key].is_floating_point() and not key.endswith("num_batches_tracked"):
@@ -284,6 +307,11 @@ _OTHER_NETWORKS = (
 )
 
 
+def _other_network(state: Mapping[str, Tensor]) -> str | None:
+    """Return the network that has the names of a state dict, by _OTHER_NETWORKS; None for SAM's and unknown ones."""
+    return next((kind for part, kind in _OTHER_NETWORKS if any(part in key for key in state)), None)
+
+
 def describe_other(weights: Weights) -> str:
     """Describe the content of a file that is no teacher's, as a whole.
 
@@ -293,7 +321,7 @@ def describe_other(weights: Weights) -> str:
     state = weights.state
     if weights.found.known == 0 and weights.pickled is not None:
         return f"its weights are inside of a pickled object ({weights.pickled}).\nSave them alone: {PLAIN}."
-    kind = next((kind for part, kind in _OTHER_NETWORKS if any(part in key for key in state)), None)
+    kind = _other_network(state)
     first = shown(next(iter(state))[:80])
     count = f"{_tensors(len(state))}, {'' if len(state) == 1 else 'the first '}{first}"
     named = f"; the names are {kind}" if kind else ""

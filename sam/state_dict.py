@@ -28,6 +28,12 @@ MAX_DEPTH = 6
 MAX_DICTIONARIES = 10_000
 """Most dictionaries in which weights are looked for."""
 
+MAX_PART = 10_000
+"""Most tensors in a dictionary of one of SAM's parts."""
+
+MAX_MEMBERS = 16
+"""Most members of a list or tuple, such as (weights, optimizer), in which weights are looked for."""
+
 # Words that torch's containers put into names: DataParallel, compile, FSDP and its activation checkpoints.
 _CONTAINERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _PARTS = ("image_encoder", "prompt_encoder", "mask_decoder", "vision_encoder", "shared_image_embedding")
@@ -107,24 +113,52 @@ def _dictionaries(loaded: object) -> Iterator[tuple[tuple[str, ...], Mapping[obj
     """Yield the dictionaries in a loaded file with the keys that lead to them, outer ones first."""
     level: list[tuple[tuple[str, ...], object]] = [((), loaded)]
     left = MAX_DICTIONARIES
+    seen: set[int] = set()  # of values that the file holds in several places
     for _ in range(MAX_DEPTH):
         inner: list[tuple[tuple[str, ...], object]] = []
         for place, content in level:
-            content = content.items if isinstance(content, Foreign) else content
-            if not isinstance(content, Mapping) or not content or left <= 0:
+            members = dictionary_of(content)
+            if not members or id(content) in seen or left <= 0:
                 continue
             left -= 1
-            yield place, content
+            seen.add(id(content))
+            if not isinstance(content, (list, tuple)):  # whose members have no names
+                yield place, members
             inner += [
-                ((*place, key), value)
-                for key, value in content.items()
-                if isinstance(key, str) and isinstance(value, (dict, Foreign))
+                ((*place, str(key)), value)
+                for key, value in members.items()
+                if isinstance(value, (dict, list, tuple, Foreign))
             ]
         level = inner
 
 
+def dictionary_of(content: object) -> Mapping[object, object] | None:
+    """Return a value in a loaded file as a dictionary: a list's or tuple's first members by their number; None for a
+    value of another kind."""
+    if isinstance(content, Foreign):
+        return content.items
+    if isinstance(content, (list, tuple)):
+        return {str(index): value for index, value in enumerate(content[:MAX_MEMBERS])}
+    return content if isinstance(content, Mapping) else None
+
+
+def _joined_parts(content: Mapping[object, object]) -> Mapping[object, object]:
+    """Put tensors of dictionaries that are named as SAM's parts ({"image_encoder": {...}, ...}) beside the others."""
+    if sum(part in content for part in _PARTS) < 2:
+        return content
+    joined: dict[object, object] = {}
+    for key, value in content.items():
+        part = dictionary_of(value) if key in _PARTS else None
+        if part is None or len(part) > MAX_PART:
+            joined[key] = value
+        else:
+            joined |= {f"{key}.{name}": member for name, member in part.items()}
+    return joined
+
+
 def _state_dicts(place: tuple[str, ...], content: Mapping[object, object]) -> Iterator[StateDict]:
     """Yield the state dicts among one dictionary's own values: one for each prefix of SAM's parts."""
+    content = _joined_parts(content)
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     short = _without_containers(tensors)
     containers, tensors = short.keys() != tensors.keys(), short

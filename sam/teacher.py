@@ -16,7 +16,14 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, SamError
-from .checkpoint import ENCODER_PREFIX, check_weights, encoder_state, identify_teacher, read_weights
+from .checkpoint import (
+    ENCODER_PREFIX,
+    check_weights,
+    encoder_state,
+    identify_teacher,
+    read_weights,
+    trained_image_size,
+)
 from .device import resolve_device, resolve_precision
 from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
 from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
@@ -201,24 +208,30 @@ def read_package_head(
     return encoder.head_state()
 
 
-def positions_interpolated(name: str, image_size: int) -> bool:
+def positions_interpolated(name: str, image_size: int, trained_image_size: int | None = None) -> bool:
     """Return True if a teacher's position tables have to be resampled for an image size (TinyViT has none).
 
     Args:
         name: a key of `TEACHERS`.
         image_size: side of the square input, in pixels.
+        trained_image_size: image size of the checkpoint's tables; None: that of the teacher's official checkpoint.
 
     Raises:
         SamError: an unknown teacher.
     """
     info = find_teacher_info(name)
-    return info.encoder.has_positions and image_size != info.trained_image_size
+    return info.encoder.has_positions and image_size != (trained_image_size or info.trained_image_size)
 
 
-def state_shapes(info: TeacherInfo) -> dict[str, torch.Size]:
-    """Return a teacher's checkpoint shapes by key, encoder first; positions are for the trained image size."""
+def state_shapes(info: TeacherInfo, trained_image_size: int | None = None) -> dict[str, torch.Size]:
+    """Return a teacher's checkpoint shapes by key, encoder first.
+
+    Args:
+        info: entry of the teacher.
+        trained_image_size: image size of the position tables; None: that of the teacher's official checkpoint.
+    """
     with torch.device("meta"):
-        encoder = info.encoder.build(info.trained_image_size)
+        encoder = info.encoder.build(trained_image_size or info.trained_image_size)
     encoder_shapes = {ENCODER_PREFIX + key: value.shape for key, value in encoder.state_dict().items()}
     return encoder_shapes | head_shapes(info.hq_features)
 
@@ -239,22 +252,36 @@ def embedded_sha256() -> str:
     return hashlib.sha256(_EMBEDDED_FILE.read_bytes()).hexdigest()
 
 
-def inspect_checkpoint(name: str, checkpoint: Path | None) -> tuple[bool, str | None]:
+@dataclass(frozen=True, kw_only=True)
+class CheckpointContent:
+    """Description of a teacher's checkpoint."""
+
+    has_head: bool
+    """True if it has SAM's head, False if it is an encoder alone."""
+    trained_image_size: int
+    """Side in pixels of the square input that its position tables are for."""
+    note: str | None
+    """Sentence about what is taken of it; None for a plain one."""
+
+
+def inspect_checkpoint(name: str, checkpoint: Path | None) -> CheckpointContent:
     """Check a teacher's checkpoint, and describe what is taken of it.
 
     Args:
         name: a key of `TEACHERS`.
         checkpoint: path of the file or folder; None only for the embedded teacher.
 
-    Returns:
-        True if it has SAM's head, False if it is an encoder alone; and the note of `Weights.note`.
-
     Raises:
         CheckpointError: the file is unusable or belongs to another teacher.
         SamError: an unknown teacher.
     """
-    state, note = _read_checked(find_teacher_info(name), checkpoint, encoder_alone=True)
-    return any(key.startswith(HEAD_PREFIXES) for key in state), note
+    info = find_teacher_info(name)
+    state, note = _read_checked(info, checkpoint, encoder_alone=True)
+    return CheckpointContent(
+        has_head=any(key.startswith(HEAD_PREFIXES) for key in state),
+        trained_image_size=trained_image_size(info, state),
+        note=note,
+    )
 
 
 def _read_checked(
@@ -273,8 +300,14 @@ def _read_checked(
             f"{info.name} needs its checkpoint {info.checkpoint.name}; give --checkpoint FILE"
         )
     weights = read_weights(checkpoint, lambda state: info.encoder.matches(encoder_state(state)))
-    state = check_weights(weights, info, state_shapes(info), encoder_alone=encoder_alone)
+    trained = trained_image_size(info, weights.state)
+    state = check_weights(weights, info, state_shapes(info, trained), encoder_alone=encoder_alone)
     note, whole = weights.note(state), identify_teacher(weights.state)
     if note is not None and whole is not None and find_teacher_info(whole).hq and not info.hq:
         note += f"; --teacher {whole} decodes masks with SAM-HQ's layers"
+    if trained != info.trained_image_size:
+        note = (
+            f"{checkpoint.name + ':' if note is None else note + ';'} trained at {trained} pixels: --image-size "
+            f"{trained} uses its positions unchanged, other sizes resample them"
+        )
     return state, note

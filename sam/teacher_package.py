@@ -40,9 +40,8 @@ from ..common.errors import CheckpointError, SamError, shown
 from .download import file_sha256
 from .modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from .modeling.neck import EMBEDDING_CHANNELS
+from .preprocess import PATCH
 from .registry import TEACHER_GROUP, TeacherPackage
-
-PATCH = 16
 
 
 class PackageEncoder(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,7 @@ MAX_INDEX = 4 << 20
 MAX_SHARDS = 1000
 """Most files of a sharded model."""
 
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt")
 _CHUNK = 1 << 20
 _START = 512
 _AGAIN = "download or copy it again"
@@ -138,27 +140,86 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_dir():
         path = _file_in(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a file of weights (.pth, .pt, .safetensors)")
+        raise CheckpointError(f"{path} {absent(path)}")
     return _shards(path) if path.name.endswith(INDEX_SUFFIX) else [path]
+
+
+def absent(path: Path, wanted: str = "give a file of weights (.pth, .pt, .safetensors)") -> str:
+    """Return the end of the message about a path that doesn't exist: how to download it, if it looks like an address
+    or a model of Hugging Face, else what is wanted.
+
+    Args:
+        path: path as the user named it.
+        wanted: the mend, for any other path.
+    """
+    text = str(path)
+    address = re.match(r"(https?|ftp|hf|s3|gs):/+(.+)", text)  # a Path has one slash of two
+    if address and address[1] != "hf":
+        return f"is an address, not a file here: download it first (curl -LO {address[1]}://{address[2]})"
+    name = address[2] if address else text
+    # huggingface.co's names of models: an owner and a name, neither of them a path's.
+    if address or (re.fullmatch(r"[\w-]+/[\w.-]+", name) and not path.suffix and not path.parent.exists()):
+        download = f"hf download {name} --local-dir FOLDER"
+        return f"does not exist; {wanted}.\nIf it is a model of Hugging Face, download it first: {download}"
+    return f"does not exist; {wanted}"
 
 
 def _file_in(folder: Path) -> Path:
     for name in FOLDER_FILES:
         if (folder / name).exists():
             return folder / name
-    names = sorted(file.name for file in folder.iterdir())
-    if any(name.endswith(".distcp") for name in names):
-        raise CheckpointError(
-            f"{folder} is a distributed checkpoint of PyTorch; make one file of it:\n"
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
-        )
-    candidates = [name for name in names if name.endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
+    kind = describe_folder(folder)
+    if kind is not None:
+        raise CheckpointError(f"{folder} is {kind}")
     wanted = f"{FOLDER_FILES[0]} or {FOLDER_FILES[2]}"
+    candidates = sorted(file.name for file in folder.iterdir() if file.suffix in _SUFFIXES)
     if not candidates:
         raise CheckpointError(f"{folder} is a directory without {wanted}: not a checkpoint")
     raise CheckpointError(
         f"{folder} is a directory without {wanted}: name the file of weights in it ({', '.join(candidates[:3])})"
     )
+
+
+def describe_folder(folder: Path) -> str | None:
+    """Return the kind of a folder that has weights, but not as one file, and how to make or name one; None for any
+    other folder.
+
+    Args:
+        folder: path of a folder.
+    """
+    names = {file.name for file in folder.iterdir()}
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            "a distributed checkpoint of PyTorch; make one file of it:\n"
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE.pt"
+        )
+    if "data.pkl" in names:
+        return (
+            "an unpacked file of torch.save; pack it again, uncompressed:\n"
+            f"(cd {folder.absolute().parent} && zip -0 -r {folder.name}.pt {folder.name})"
+        )
+    if "zero_to_fp32.py" in names or any(name.startswith("zero_pp_rank_") for name in names):
+        return (
+            "a checkpoint of DeepSpeed, in parts; make one file of it:\n"
+            "python zero_to_fp32.py FOLDER FILE, the script that DeepSpeed saved with it"
+        )
+    if names & {"tf_model.h5", "saved_model.pb", "flax_model.msgpack"}:
+        return "a model of TensorFlow or JAX: save its weights with PyTorch"
+    inner = _folders_in(folder)
+    return f"a folder of checkpoints: name one of them ({', '.join(inner[:3])})" if inner else None
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """Return the folders with weights in a folder, as of Hugging Face's Trainer and cache, the newest first."""
+    wanted = (*FOLDER_FILES, ".metadata")  # the last one of PyTorch's distributed checkpoints
+    found = [
+        file.parent
+        for pattern in ("*", "snapshots/*")
+        for name in wanted
+        for file in folder.glob(f"{pattern}/{name}")
+    ]
+    newest = sorted(set(found), key=lambda each: (-each.stat().st_mtime_ns, each.name))
+    return [shown(str(each)) for each in newest]
 
 
 def _shards(index: Path) -> list[Path]:
