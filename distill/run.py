@@ -91,7 +91,7 @@ def distill(
         records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
         initial = _initial_weights(config, store)
-        labels = open_labels(config, _checked_image_root(config, store), records, split.train)
+        labels = open_labels(config, _checked_image_root(config, store), store, split.train)
         description = describe(config, store, records, split, initial, processes, labels)
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / _folder_name(description)

@@ -32,7 +32,7 @@ from ...sam import (
     exif_orientation,
     read_image,
 )
-from ...store import ImageRecord
+from ...store import EmbeddingStore, ImageRecord
 from ..config import DistillConfig
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,14 @@ class OpenLabels:
 
 
 def open_labels(
-    config: DistillConfig, root: Path | None, records: Sequence[ImageRecord], train: Sequence[int]
+    config: DistillConfig, root: Path | None, store: EmbeddingStore, train: Sequence[int]
 ) -> OpenLabels | None:
     """Open the source of labels, and check that training images have some; None if labels are the teacher's masks.
 
     Args:
         config: all options.
         root: folder of the images; None for the images that the store keeps.
-        records: records of all rows of the run.
+        store: the run's store.
         train: rows of the training images.
 
     Raises:
@@ -91,18 +91,19 @@ def open_labels(
     """
     if not config.learns_from_labels:
         return None
+    records, listed_in = store.manifest.records("done"), Path(store.spec.image_root)
     keys = [record.key for record in records]
     training = set(train)
     train_keys = [record.key for record in records if record.row in training]
     source: CocoInstances | LabelMasks
     if config.coco is not None:
         source = CocoInstances(config.coco)
-        match = source.match(keys)
+        match = source.match(keys, listed_in)
         labelled = sum(source.object_count(key) > 0 for key in train_keys)
         identity = {"coco_sha256": source.sha256}
     elif config.label_masks is not None:
         source = LabelMasks(config.label_masks)
-        match = source.match(keys)
+        match = source.match(keys, listed_in)
         labelled = sum(map(source.has_labels, train_keys))
         identity = {"label_masks_sha256": source.digest(keys)}
     else:

@@ -7,6 +7,7 @@ Shape suffixes: B images, C channels, H and W rows and columns of the image's ca
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from ...sam import (
 )
 from ...sam.file_kinds import is_store
 from ...sam.image_files import read_image, resolved_folder
+from ...sam.tar_files import path_of
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import AnnotationLabels
 
@@ -314,7 +316,8 @@ def find_image_root(
         The absolute path; None if the images that the store keeps are to be used.
 
     Raises:
-        refusal: there is no such folder, or the one that the user gave lacks the store's first image.
+        refusal: there is no such folder, or the store's first image isn't in the one that the user gave, or its first
+            one of another folder isn't beside it.
     """
     if asked is None and store.spec.kept_images is not None:
         return None
@@ -325,18 +328,36 @@ def find_image_root(
     if not root.is_dir():
         raise refusal(f"the images of {store.path} are not at {root}; say where they are with {option} DIR")
     if asked is not None:
-        _check_first_image(store, root, f"{option} {asked}", refusal)
+        _check_first_images(store, root, f"{option} {asked}", refusal)
     return root
 
 
-def _check_first_image(store: EmbeddingStore, root: Path, given: str, refusal: type[MobileSamError]) -> None:
-    """Refuse a folder in which the first image of the store can't be read."""
-    for record in store.manifest.records("done", range(store.spec.shard_size))[:1]:
-        try:
-            size = None if record.offset is None else record.bytes
-            read_image(root, record.key, offset=record.offset, size=size)
-        except ImageError as error:
+def _check_first_images(store: EmbeddingStore, root: Path, given: str, refusal: type[MobileSamError]) -> None:
+    """Refuse a folder in which the first image of the store can't be read, or beside which the first one that was
+    listed beside the store's folder can't."""
+    first = store.manifest.records("done", range(store.spec.shard_size))[:1]
+    for record in first:
+        if (error := _reading_error(root, record)) is not None:
             raise refusal(
                 f"{given} doesn't hold the images of {store.path}: {shown(record.key)}: {error};\n"
                 "give the folder that precompute read, or a copy of it"
-            ) from error
+            )
+    key = next((key for key in store.manifest.sorted_keys() if key >= b"../"), b"")
+    beside = store.manifest.find(os.fsdecode(key)) if key.startswith(b"../") else None
+    if beside is not None and (error := _reading_error(root, beside)) is not None:
+        listed = path_of(store.spec.image_root, beside.key)
+        raise refusal(
+            f"{shown(listed)} is looked for at {shown(path_of(root, beside.key))}, beside {given}: {error};\n"
+            "the store's folders have to lie beside one another as they did: move this one too, or link it there"
+        )
+
+
+def _reading_error(root: Path, record: ImageRecord) -> ImageError | None:
+    """Return the error of reading an image; None if it can be read."""
+    try:
+        read_image(
+            root, record.key, offset=record.offset, size=None if record.offset is None else record.bytes
+        )
+    except ImageError as error:
+        return error
+    return None

@@ -49,7 +49,7 @@ BOX_NUMBERS = "bbox is not four numbers"
 BOX_CORNERS = "bbox holds two corners"
 
 _NO_CROWD, _IS_CROWD = (0, None, "", "0", "false"), (1, "1", "true")
-_UPRIGHT = range(1, 5)
+UPRIGHT = range(1, 5)
 """EXIF orientations that keep width and height."""
 
 Turn = Callable[[], int]
@@ -283,6 +283,9 @@ def parse_json(data: bytes, convert: Callable[[dict[str, Any]], Any] | None = No
     """
     try:
         return json.loads(data, object_hook=convert)
+    except json.JSONDecodeError as error:
+        lines = ": several values, as in JSON Lines; write one" if error.msg == "Extra data" else ""
+        raise BadAnnotation(f"not JSON ({str(error)[:80]}){lines}") from error
     except (ValueError, RecursionError) as error:
         raise BadAnnotation(f"not JSON ({str(error)[:80]})") from error
 
@@ -351,7 +354,7 @@ def check_size(own: tuple[int, int], size: tuple[int, int] | None, turn: Turn | 
         raise BadAnnotation(
             f"{fact}: width and height are exchanged, as for a photo that EXIF turns; label it upright"
         )
-    if orientation in _UPRIGHT:
+    if orientation in UPRIGHT:
         raise BadAnnotation(f"{fact}: width and height are exchanged")
     raise BadAnnotation(
         f"{fact}, since its EXIF orientation ({orientation}) turns it and the labels are of the unturned photo: "

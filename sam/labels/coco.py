@@ -1,7 +1,8 @@
 """COCO instances files: their objects by image, and the matching of the names that they list with images' keys.
 
-Names are compared as exporters write them: absolute paths, URLs, backslashes, percent-encoding, decomposed letters
-and another case are understood where only one image fits.
+Names are compared as exporters write them: absolute paths, URLs, backslashes, percent-encoding, decomposed letters,
+another case, no suffix, and the names that Roboflow and Label Studio give to copies are understood where only one
+image fits.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...common.errors import AnnotationError, BadAnnotation, shown
-from ..file_kinds import IMAGE_SUFFIXES
-from .annotations import Annotations, Turn, build_annotations, parse_json
+from ..file_kinds import AVIF_SUFFIXES, HEAD_BYTES, HEIC_SUFFIXES, IMAGE_SUFFIXES, content_kind
+from ..tar_files import path_of
+from .annotations import UPRIGHT, Annotations, Turn, build_annotations, parse_json
 from .rle import whole_number
 
 MAX_BYTES = 2 * 2**30
@@ -37,6 +39,12 @@ NO_IMAGE_ID = "no image_id"
 
 _NAMES = ("file_name", "coco_url", "path")
 """Fields with the name of a listed image, the first one that is there."""
+
+_COPY = (
+    re.compile(r"(.+)_([A-Za-z]{3,4})\.rf\.[0-9A-Za-z]{16,64}\.[A-Za-z]{3,4}"),
+    re.compile(r"[0-9a-f]{8}-(.+)\.([A-Za-z0-9]{3,5})"),
+)
+"""Names of copies of NAME.SUFFIX: Roboflow's NAME_SUFFIX.rf.HASH.jpg and Label Studio's HASH-NAME.SUFFIX."""
 
 Parts = tuple[str, ...]
 
@@ -75,6 +83,8 @@ class NameMatch:
         Args:
             source: name of the file or folder that lists them.
         """
+        if not self.listed:
+            return [f"{source} lists no image"]
         lines = []
         if self.missing or self.ambiguous or not self.found:
             things = (
@@ -93,16 +103,21 @@ class NameMatch:
         return lines
 
 
-def match_names(names: Sequence[str], keys: Iterable[str], *, stems: bool = False) -> NameMatch:
+def match_names(
+    names: Sequence[str], keys: Iterable[str], *, root: Path | None = None, stems: bool = False
+) -> NameMatch:
     """Match listed names with images' keys, one to one.
 
     Equal names match first. Then paths are compared from their ends, without what exporters add (see the module): the
     pair that has the most folders in common belongs together, but if two names or keys have as many, none matches.
-    Last, letters' case is ignored, in the suffix and then in the whole path.
+    Then letters' case is ignored, in the suffix and then in the whole path; last, what exporters add to the names of
+    copies (see `_COPY`) or masks, and for names without a suffix that of the photo; another suffix is another photo.
 
     Args:
         names: listed names, each once.
         keys: keys of all images.
+        root: absolute folder that the keys are relative to; its own folders count as those in common. None if it is
+            not known.
         stems: compare without suffixes, as p1.png is the mask of p1.jpg.
     """
     keys = list(dict.fromkeys(keys))
@@ -114,12 +129,18 @@ def match_names(names: Sequence[str], keys: Iterable[str], *, stems: bool = Fals
         (lambda name: (*_parts(name)[:-1], _stem(_parts(name)[-1]))) if stems else _parts,
         *(() if stems else (_with_lower_suffix,)),
         lambda name: tuple(part.casefold() for part in forms[1](name)),
+        *((_without_mask_mark,) if stems else (_without_copy_marks, _without_suffix)),
     )
     for form in forms:
         if not left_names or not left_keys:
             break
-        name_parts = {position: form(name) for position, name in left_names.items()}
-        key_parts = {position: form(key) for position, key in left_keys.items()}
+        # Equal names are equal keys; all else is compared with the image's whole path.
+        base = None if form is forms[0] else root
+        name_form = _without_copy_marks if form is _without_suffix else form
+        name_parts = {position: name_form(name) for position, name in left_names.items()}
+        key_parts = {
+            position: form(key if base is None else path_of(base, key)) for position, key in left_keys.items()
+        }
         depth = max(map(len, (*name_parts.values(), ())), default=0)
         for count in range(depth, 0, -1):
             by_tail: defaultdict[Parts, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
@@ -188,6 +209,7 @@ class CocoInstances:
         self.unusable: Counter[str] = Counter()
         try:
             data = self._read()
+            _refuse_other_kind(data)
             self.sha256 = hashlib.sha256(data).hexdigest()
             content = parse_json(data, _pack_annotation)
             del data
@@ -204,15 +226,16 @@ class CocoInstances:
         """Names of the listed images."""
         return [listed.name for listed in self._listed]
 
-    def match(self, keys: Iterable[str]) -> NameMatch:
+    def match(self, keys: Iterable[str], root: Path | None = None) -> NameMatch:
         """Match the listed names with the keys of all images; from then on, only these images are read.
 
         The objects of other images are dropped from memory.
 
         Args:
             keys: keys of all images, as `list_images` returns them.
+            root: folder that they are relative to, as in `match_names`.
         """
-        self._match = match_names(self.names, keys)
+        self._match = match_names(self.names, keys, root=root)
         kept = set(self._match.found.values())
         for position, listed in enumerate(self._listed):
             if position not in kept:
@@ -243,8 +266,8 @@ class CocoInstances:
             alone (see `match_names`).
 
         Raises:
-            AnnotationError: the file states no size or another one, or lists other images with the same id. The
-                message is one line, and names the image.
+            AnnotationError: the file states another size, or none for a photo that EXIF turns, or lists other images
+                with the same id. The message is one line, and names the image.
         """
         listed = self._find(key)
         if listed is None:
@@ -253,6 +276,10 @@ class CocoInstances:
             if listed.problem is not None:
                 raise BadAnnotation(listed.problem)
             image = {"height": listed.height, "width": listed.width}
+            unstated = listed.height is None and listed.width is None
+            # Of a photo that EXIF turns, nothing says which way the labels are.
+            if unstated and size is not None and (turn is None or turn() in UPRIGHT):
+                image = dict(zip(("height", "width"), size, strict=True))
             return build_annotations(shown(str(self.path)), image, _unpacked(listed.objects), size, turn)
         except BadAnnotation as error:
             raise AnnotationError(f"{shown(key)}: its annotations in {self.path.name}: {error}") from error
@@ -280,7 +307,7 @@ class CocoInstances:
             (content.get(key) for key in ("images", "annotations")) if isinstance(content, dict) else (0, 0)
         )
         if not isinstance(images, list) or not isinstance(objects, list):
-            raise BadAnnotation("it has no images or no annotations")
+            raise BadAnnotation(f"it has no images or no annotations, but {_outline(content)}")
         listed, by_id = self._listed_images(images)
         images.clear()
         # Objects are taken from the end of the list, whose memory is freed on the way.
@@ -328,6 +355,23 @@ class CocoInstances:
         if images and not by_name:
             raise BadAnnotation(first_problem)
         return list(by_name.values()), by_id
+
+
+def _refuse_other_kind(data: bytes) -> None:
+    """Raise BadAnnotation for a file that is empty, or of a kind that its first bytes tell."""
+    kind = content_kind(data[:HEAD_BYTES])
+    if kind is not None or not data.strip():
+        raise BadAnnotation(f"it is a file of kind {kind}, not JSON" if kind else "it is empty")
+
+
+def _outline(content: object) -> str:
+    """Return what the content of another program's JSON file is, for messages."""
+    if isinstance(content, dict):
+        keys = ", ".join(shown(str(key)[:40]) for key in list(content)[:4])
+        return f"the keys {keys}{' and others' if len(content) > 4 else ''}" if content else "is empty"
+    if isinstance(content, list):
+        return "is a list, as of detections or of another program's tasks: export instances in COCO's format"
+    return f"is a JSON {type(content).__name__}"
 
 
 def _id(value: object) -> str | None:
@@ -398,6 +442,30 @@ def _with_lower_suffix(name: str) -> Parts:
     parts = _parts(name)
     stem, dot, suffix = parts[-1].rpartition(".")
     return (*parts[:-1], stem + dot + suffix.lower())
+
+
+def _without_copy_marks(name: str) -> Parts:
+    """Return the parts of a path in lower case, the base name as it was before an exporter copied the photo."""
+    *folders, last = (part.casefold() for part in _parts(name))
+    for copy in _COPY:
+        if found := copy.fullmatch(last):
+            last = f"{found[1]}.{found[2]}"
+    return (*folders, last)
+
+
+def _without_suffix(key: str) -> Parts:
+    *folders, last = _without_copy_marks(key)
+    stem, suffix = os.path.splitext(last)
+    return (*folders, stem if suffix in (*IMAGE_SUFFIXES, *HEIC_SUFFIXES, *AVIF_SUFFIXES) else last)
+
+
+_MASK_MARK = re.compile(r"[-_. ](masks?|labels?|seg|instances?)$")
+
+
+def _without_mask_mark(name: str) -> Parts:
+    """Return the parts of a path in lower case, the base name without a suffix and a word such as mask at its end."""
+    *folders, last = (part.casefold() for part in _parts(name))
+    return (*folders, _stem(_MASK_MARK.sub("", _stem(last))))
 
 
 def _stem(name: str) -> str:

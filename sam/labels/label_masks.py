@@ -68,13 +68,14 @@ class LabelMasks:
     def __len__(self) -> int:
         return len(self.names)
 
-    def match(self, keys: Iterable[str]) -> NameMatch:
+    def match(self, keys: Iterable[str], root: Path | None = None) -> NameMatch:
         """Match the PNGs' names with the keys of all images; from then on, only these images are read.
 
         Args:
             keys: keys of all images, as `list_images` returns them.
+            root: folder that they are relative to, as in `match_names`.
         """
-        self._match = match_names(self.names, keys, stems=True)
+        self._match = match_names(self.names, keys, root=root, stems=True)
         return self._match
 
     def digest(self, keys: Iterable[str]) -> str:

@@ -226,7 +226,9 @@ def _polygon_runs(segmentation: list[Any], size: tuple[int, int]) -> Runs:
 
 def _polygons(segmentation: list[Any]) -> list[Any]:
     """Return the polygons of a segmentation, each as a flat list: some tools write the only polygon without the list
-    around it, or each corner as a pair."""
+    around it, or each corner as a pair or as an object with x and y."""
+    if all(isinstance(part, dict) for part in segmentation):
+        segmentation = [[part.get("x"), part.get("y")] for part in segmentation]
     if not any(isinstance(part, list) for part in segmentation):
         return [segmentation]
     if len(segmentation) > 2 and _are_pairs(segmentation):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def _open_folder(
     return EvaluationInputs(
         images=images,
         labels=_labels(listed, images),
-        match=None if listed is None else listed.match(images.all_keys),
+        match=None if listed is None else listed.match(images.all_keys, images.root),
         teacher=None if teacher is None else teacher.predictor,
         reference=reference,
         models=[loader.load(name, value) for name, value in config.models],
@@ -155,7 +156,7 @@ def _open_store(
     return EvaluationInputs(
         images=images,
         labels=_labels(listed, images),
-        match=None if listed is None else listed.match(images.all_keys),
+        match=None if listed is None else listed.match(images.all_keys, Path(store.spec.image_root)),
         teacher=teacher,
         reference={
             "teacher": store.spec.teacher,

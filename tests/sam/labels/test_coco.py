@@ -172,6 +172,11 @@ NAMES: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
     "the nearest folder": (["2/d/a.jpg", "2/n/a.jpg"], ["d/a.jpg", "n/a.jpg"], {"d/a.jpg": 0, "n/a.jpg": 1}),
     "another image": (["a.jpg"], ["b.jpg"], {}),
     "another suffix": (["a.png"], ["a.jpg"], {}),
+    "no suffix": (["x/a", "b.v2"], ["a.JPG", "b.v2.jpg"], {"a.JPG": 0, "b.v2.jpg": 1}),
+    "no suffix and two images": (["a"], ["a.jpg", "a.png"], {}),
+    "Roboflow's copy": ([f"a_JPG.rf.{'0f' * 16}.jpg"], ["x/a.JPG", "b.jpg"], {"x/a.JPG": 0}),
+    "Roboflow's two copies of one": ([f"a_jpg.rf.{c * 32}.jpg" for c in "0f"], ["a.jpg"], {}),
+    "Label Studio's copy": (["/data/upload/1/ab12cd34-a-b.png"], ["a-b.png", "b.png"], {"a-b.png": 0}),
 }  # fmt: skip
 
 
@@ -179,6 +184,24 @@ NAMES: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
 def test_names_as_exporters_write_them_find_their_image_where_one_fits(name: str) -> None:
     names, keys, wanted = NAMES[name]
     assert match_names(names, keys).found == wanted
+
+
+ROOTED: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
+    "the first root and a sibling": (
+        ["day1/a.jpg", "day2/a.jpg"], ["a.jpg", "../day2/a.jpg"], {"a.jpg": 0, "../day2/a.jpg": 1},
+    ),
+    "the first root alone": (["day1/a.jpg"], ["a.jpg", "../day2/a.jpg"], {"a.jpg": 0}),
+    "a sibling alone": (["x/day2/a.jpg"], ["a.jpg", "../day2/a.jpg", "../day3/a.jpg"], {"../day2/a.jpg": 0}),
+    "an absolute path of one of several": (["/photos/day1/a.jpg"], ["a.jpg", "sub/a.jpg"], {"a.jpg": 0}),
+    "a folder named like the root": (["day1/a.jpg"], ["a.jpg", "day1/a.jpg"], {"day1/a.jpg": 0}),
+    "a base name of both": (["x/a.jpg"], ["a.jpg", "../day2/a.jpg"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROOTED)
+def test_the_folders_of_the_root_are_part_of_a_photos_path(name: str) -> None:
+    names, keys, wanted = ROOTED[name]
+    assert match_names(names, keys, root=Path("/photos/day1")).found == wanted
 
 
 def test_what_matches_nothing_or_more_than_one_is_told_in_numbers() -> None:
