@@ -16,6 +16,8 @@ _MENDS = {
     errno.ENOSPC: "free some room and run again",
     errno.EDQUOT: "your disk quota is used up: free some room and run again",
     errno.ENOENT: "does it exist, on every machine that takes part?",
+    errno.EEXIST: "a file is in the way, give another path",
+    errno.ENOTDIR: "a file is in the way, give another path",
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
     errno.EIO: "the disk is failing: check it, and then the store with mobilesam inspect STORE --check",

@@ -20,6 +20,7 @@ from ..sam import (
     refuse_keeping,
 )
 from ..sam.device import resolve_precision
+from ..sam.file_kinds import store_around
 from ..store import (
     EmbeddingStore,
     Selection,
@@ -134,7 +135,8 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
         StoreError: the path holds something else than a store.
         StoreMismatch: options contradict the store.
         SamError: the images can't be listed.
-        PrecomputeError: no cluster answers at `--scheduler`, or the selected images don't match the store's.
+        PrecomputeError: the path is inside another store, no cluster answers at `--scheduler`, or the selected images
+            don't match the store's.
     """
     existing = read_existing(config.out)
     if existing:
@@ -144,9 +146,19 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
 
 
 def read_existing(path: Path) -> ExistingStore | None:
-    """Read the facts that a plan needs from the store at `path`; return None if a store can be made there."""
+    """Read the facts that a plan needs from the store at `path`; return None if a store can be made there.
+
+    Raises:
+        StoreError: the path holds something else than a store.
+        PrecomputeError: it is inside another store.
+    """
     if not exists(path):
         refuse_taken(path)
+        around = store_around(os.path.abspath(path))
+        if around is not None:
+            raise PrecomputeError(
+                f"--out {shown(str(path))} is inside the store {shown(around)}: give a path outside"
+            )
         return None
     with EmbeddingStore.open(path) as store:
         return ExistingStore(

@@ -53,6 +53,16 @@ _KINDS = {
     "JPEG XL": "jxl",
     "OpenEXR": "exr",
     "Radiance HDR": "hdr",
+    "JPEG XR": "jxr hdp wdp",
+    "JPEG-LS": "jls",
+    "Netpbm": "ppm pgm pbm pnm pam pfm",
+    "TGA": "tga",
+    "icon": "ico icns cur",
+    "PCX": "pcx",
+    "DDS": "dds",
+    "SGI": "sgi",
+    "FITS": "fits fit fts",
+    "NIfTI": "nii",
     "Photoshop": "psd psb",
     "DICOM": "dcm",
     "SVG": "svg svgz",
@@ -76,8 +86,15 @@ _KINDS = {
 _BY_SUFFIX = {f".{suffix}": kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
 _SYSTEM_NAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "picasa.ini"}
 _MAC_FOLDER = "__macosx"
+_SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),  # Synology, QNAP
+    *("$recycle.bin", "system volume information", "lost+found", "lost.dir"),
+}
+"""Folders of thumbnails and deleted photos that servers and systems make beside the photos, in small letters.
+Thumbnails among the photos would put held-out photos into training."""
 
 _MAGIC = (
+    (b"\xff\xd8\xff\xf7", "JPEG-LS"),
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF8", "GIF"),
@@ -87,6 +104,10 @@ _MAGIC = (
     (b"MM\0+", "TIFF"),
     (b"IIRO", "RAW photo"),
     (b"IIU\0", "RAW photo"),
+    (b"II\xbc\x01", "JPEG XR"),
+    (b"\0\0\1\0", "icon"),
+    (b"DDS ", "DDS"),
+    (b"SIMPLE  =", "FITS"),
     (b"FUJIFILMCCD-RAW", "RAW photo"),
     (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
     (b"\xff\x0a", "JPEG XL"),
@@ -221,6 +242,15 @@ HINTS = {
     "RAW photo": "export them as JPEG or TIFF",
     "JPEG 2000": "convert them to JPEG or PNG",
     "JPEG XL": "convert them to JPEG or PNG",
+    "JPEG XR": "convert them to JPEG or PNG",
+    "JPEG-LS": "convert them to PNG",
+    "Netpbm": "convert them to PNG",
+    "TGA": "convert them to PNG",
+    "PCX": "convert them to PNG",
+    "DDS": "convert them to PNG",
+    "SGI": "convert them to PNG",
+    "OpenEXR": "convert them to PNG, with a white level of your choice",
+    "Radiance HDR": "convert them to PNG, with a white level of your choice",
     "video": "save their frames as photos",
 }
 """How the photos in files of some kinds can be had, for messages."""
@@ -239,6 +269,8 @@ def hidden_kind(name: str) -> str | None:
         return MAC_TWIN
     if name.lower() == _MAC_FOLDER:
         return "Mac's __MACOSX folder"
+    if name.lower() in _SYSTEM_FOLDERS:
+        return "system folder"
     return HIDDEN if name.startswith(".") else None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -40,6 +42,9 @@ from ..common.errors import ImageError, counted
 from .file_kinds import HEAD_BYTES, INSTALL_HEIF, content_kind, decodable
 
 logger = logging.getLogger(__name__)
+
+# Of damaged metadata, mostly: it is ignored, and a warning doesn't say in which file it is.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 MAX_PIXELS = 200_000_000
 """Largest image that is decoded, in pixels: enough for 200-megapixel cameras (800 MB while decoding)."""
@@ -82,8 +87,8 @@ def decode_image(data: bytes) -> np.ndarray:
     - ICC profiles and gamma are not applied, as in SAM's own code.
     - Of several frames or pages the first one is used.
     - Of a TIFF whose bands have no stated colour, as satellites' have, the first three are red, green and blue.
-    - Metadata is not pixels: a PNG is decoded whatever the size of its texts and profile. So is a JPEG that lacks
-      only its end mark; one whose pixels are cut is refused.
+    - Metadata is not pixels: a PNG is decoded whatever the size of its texts and profile, and if these are damaged.
+      So is a JPEG that lacks only its end mark; one whose pixels are cut is refused.
 
     Args:
         data: the file's bytes.
@@ -103,12 +108,17 @@ def decode_rgb(data: bytes) -> Image.Image:
     try:
         return _decode(data)
     except ImageError as error:
-        if data.startswith(_PNG) and "MAX_TEXT" in str(error.__cause__):
+        if data.startswith(_PNG) and _is_of_metadata(str(error.__cause__)):
             return _decode(b"".join(_chunks_without_texts(data)))
         if data.startswith(_JPEG) and "image file is truncated" in str(error.__cause__):
             rgb = _decode_without_end(data)
             if rgb is not None:
                 return rgb
+        unknown = _unknown_frame(data)
+        if unknown is not None:
+            raise ImageError(
+                f"a JPEG {unknown}, which can't be decoded here: save it with 8 bits, lossy"
+            ) from error
         raise
 
 
@@ -189,6 +199,37 @@ def _reason(image: object, error: Exception) -> str:
     return f"damaged or truncated {getattr(image, 'format', 'image')}: {detail}"
 
 
+_FRAMES = {
+    0xC3: "that is lossless",
+    0xC5: "of several sizes in one (hierarchical)",
+    0xC6: "of several sizes in one (hierarchical)",
+    0xC7: "of several sizes in one (hierarchical)",
+    0xCB: "that is lossless",
+    0xF7: "of the kind JPEG-LS",
+}
+"""Markers of a JPEG's frame header that no decoder here knows, in words."""
+
+
+def _unknown_frame(data: bytes) -> str | None:
+    """Return why a JPEG's frame can't be decoded, in words; None if its header is an ordinary one or isn't found."""
+    at = 2
+    while data.startswith(_JPEG) and data[at : at + 1] == b"\xff" and at + 5 <= len(data):
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            return _FRAMES[marker]
+        if marker in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA):
+            return None if data[at + 4] == 8 else f"with {data[at + 4]} bits a sample"
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _is_of_metadata(reason: str) -> bool:
+    """Return True if Pillow refused a PNG for a text that is too large, or for the checksum of a chunk that decoders
+    may ignore: their names begin with a small letter."""
+    broken = re.search(r"checksum in b'([a-z])", reason)
+    return "MAX_TEXT" in reason or broken is not None
+
+
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _ORIENTING = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Keywords of texts from which Pillow reads the EXIF orientation."""
@@ -197,7 +238,8 @@ _MAX_TEXT = 1 << 20
 
 
 def _chunks_without_texts(data: bytes) -> Iterator[bytes]:
-    """Yield the parts of a PNG without its texts and its profile, but for those that can state an orientation.
+    """Yield the parts of a PNG without its texts and its profile, but for those that can state an orientation, and
+    without damaged metadata.
 
     Pillow refuses a picture with very large ones, and its limits are the same for all threads.
     """
@@ -206,7 +248,9 @@ def _chunks_without_texts(data: bytes) -> Iterator[bytes]:
     while at < len(data):
         size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         content = data[at + 8 : at + 8 + size]
-        if kind not in _TEXTS or (content.split(b"\0", 1)[0] in _ORIENTING and _is_small_text(kind, content)):
+        is_whole = zlib.crc32(kind + content) == int.from_bytes(data[at + 8 + size : at + 12 + size], "big")
+        is_orienting = content.split(b"\0", 1)[0] in _ORIENTING and _is_small_text(kind, content)
+        if (is_whole or kind[:1].isupper()) and (kind not in _TEXTS or is_orienting):
             yield data[at : at + 12 + size]
         at += 12 + size
 

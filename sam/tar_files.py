@@ -8,7 +8,7 @@ import tarfile
 from dataclasses import dataclass
 from io import BufferedReader
 
-from .file_kinds import TAR_SUFFIX
+from .file_kinds import HEAD_BYTES, TAR_SUFFIX, content_kind
 
 DECOMPRESS = "a compressed tar can't be read in place: decompress it to a .tar, or extract it to a folder"
 
@@ -67,7 +67,11 @@ def scan_tar(path: str) -> TarContents:
                 problem = _scan(file, total, members, unusable)
                 start = _next_tar(file, file.tell())
         except (tarfile.TarError, ValueError) as error:
-            problem = f"damaged or truncated ({total:,} bytes): {error}"
+            file.seek(0)
+            kind = None if members else content_kind(file.read(HEAD_BYTES))
+            problem = (
+                f"damaged or truncated ({total:,} bytes): {error}" if kind is None else f"no tar, but {kind}"
+            )
     return TarContents(members=members, unusable=tuple(unusable), problem=problem)
 
 

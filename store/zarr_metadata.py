@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.durable import write_atomic
+from ..common.durable import explain_os_errors, write_atomic
 from ..common.errors import REPAIR_METADATA, StoreDamaged, StoreError, StoreNotFound
 from .layout import MANIFEST, ArrayLayout, local_path
 from .spec import StoreSpec
@@ -42,7 +42,8 @@ def read_spec(store: Path) -> StoreSpec:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _no_store(store, f"it has no {DOCUMENT}") from error
     except OSError as error:
-        raise StoreError(f"can't read {path}: {error.strerror}; check its permissions") from error
+        with explain_os_errors(path):
+            raise error
     except (ValueError, RecursionError) as error:
         raise StoreDamaged(f"{path} is damaged (not JSON): {REPAIR_METADATA}") from error
     except (KeyError, TypeError, IndexError) as error:

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from one_process import one_process_cluster
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from small_student import registered_small_student
 
 from mobilesam.cli import main
@@ -121,3 +122,27 @@ def test_an_image_without_a_stated_size_has_that_of_its_photo(
     result = evaluate("--images", "photos", "--coco", "labels.json", "--image-size", 64)
     assert result["labelled"] == 1
     assert "no height and width" in json.dumps(result)
+
+
+def test_what_servers_put_beside_photos_is_no_photo_and_damaged_metadata_costs_none(place: Path) -> None:
+    """I3: thumbnails of a NAS aren't embedded, other formats are counted by name, a text's checksum is no pixel's."""
+    photos(place / "photos", 0, count=2)
+    photos(place / "photos/@eaDir/p0.jpg", 0, count=1)
+    text = PngInfo()
+    text.add_text("Comment", "hello")
+    Image.open("photos/p0.jpg").save("photos/damaged.png", pnginfo=text)
+    data = bytearray((place / "photos/damaged.png").read_bytes())
+    data[data.index(b"hello")] ^= 1
+    (place / "photos/damaged.png").write_bytes(data)
+    Image.open("photos/p0.jpg").save("photos/scan.ppm")
+    with one_process_cluster() as cluster:
+        arguments = ("--teacher", "vit_nano", "--image-size", 64, "--audit", 0, "--json")
+        arguments += ("--scheduler", cluster.scheduler_address, "--images", "photos")
+        made = mobilesam("precompute", *arguments, "--out", "s.zarr")
+        inside = mobilesam("precompute", *arguments, "--out", "s.zarr/two.zarr")
+    assert made.exit_code == 0, made.output
+    result = json.loads(made.stdout)
+    assert (result["done"], result["failed"]) == (3, 0)
+    assert result["passed_over"] == {"Netpbm": 1, "system folder": 1}
+    assert inside.exit_code == 3
+    assert f"--out s.zarr/two.zarr is inside the store {place}/s.zarr: give a path outside" in inside.stderr

@@ -198,6 +198,33 @@ def test_damaged_pixels_beside_large_texts_are_still_an_error(scene: np.ndarray,
     assert reason(bytes(data[:-60])).startswith("damaged or truncated PNG")
 
 
+def test_damaged_metadata_of_a_png_is_left_out_and_no_pixels_are(scene: np.ndarray, encode: Encode) -> None:
+    data = bytearray(encode(scene, "PNG", pnginfo=texts(("zTXt", True)), dpi=(72, 72), exif=b"Exif\0\0II*\0"))
+    for kind in (b"zTXt", b"pHYs", b"eXIf"):
+        data[data.index(kind) + 6] ^= 0xFF
+    assert np.array_equal(decode_image(bytes(data)), scene)
+    data[data.index(b"IHDR") + 7] ^= 1
+    assert reason(bytes(data)) == "damaged or truncated PNG: broken PNG file (bad header checksum in b'IHDR')"
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "wanted"),
+    [
+        (0xC1, 12, "with 12 bits a sample"),
+        (0xC3, 8, "that is lossless"),
+        (0xC5, 8, "of several sizes in one (hierarchical)"),
+        (0xF7, 8, "of the kind JPEG-LS"),
+    ],
+)
+def test_jpegs_that_no_decoder_here_knows_are_called_what_they_are(
+    scene: np.ndarray, encode: Encode, marker: int, bits: int, wanted: str
+) -> None:
+    data = bytearray(encode(scene, "JPEG"))
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = marker, bits
+    assert reason(bytes(data)) == f"a JPEG {wanted}, which can't be decoded here: save it with 8 bits, lossy"
+
+
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0, "quality": 95}, {"restart_marker_rows": 1}])
 @pytest.mark.parametrize("picture", ["noise", "smooth", "flat", "half"])
 def test_a_jpeg_that_lacks_only_its_end_mark_is_whole_and_one_byte_less_is_not(

@@ -275,6 +275,14 @@ def test_names_that_say_nothing_are_judged_by_content_and_no_others_are_opened(
     assert len(opened) == len(images) + 3
 
 
+def test_thumbnails_and_deleted_photos_of_servers_and_systems_are_passed_over(tmp_path: Path) -> None:
+    for folder in ("@eaDir/a.jpg", "sub/@EADIR", "#recycle", "$RECYCLE.BIN", ".@__thumb", "@__thumb", "kept"):
+        put(tmp_path / folder / "SYNOPHOTO_THUMB_XL.jpg", JPEG)
+    found = list_images([tmp_path])
+    assert [file.key for file in found.files] == ["kept/SYNOPHOTO_THUMB_XL.jpg"]
+    assert found.passed_over == {"system folder": 5, "hidden": 1}
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_heic_photos_are_listed_where_they_can_be_decoded_and_else_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mobilesam.sam import ImageError, SamError, list_images, read_image
+from mobilesam.sam.tar_files import scan_tar
 
 
 def member(name: str, data: bytes = b"x", **fields: object) -> tuple[tarfile.TarInfo, bytes]:
@@ -276,3 +277,13 @@ def test_headers_do_not_pile_up_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(tarfile.TarFile, "next", watched)
     list_images([path])
     assert most <= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(b"<!DOCTYPE html>", "HTML"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer")],
+)
+def test_a_file_that_is_no_tar_is_called_what_it_is(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "x.tar").write_bytes(content + bytes(1000))
+    contents = scan_tar(str(tmp_path / "x.tar"))
+    assert (contents.members, contents.problem) == ({}, f"no tar, but {kind}")
