@@ -49,7 +49,18 @@ _DTYPES = {
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
+    # Bytes of other objects than tensors of weights, whose place in the file has to be known.
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
 }
+_UNTYPED = torch.uint8
+"""Type of the elements of a storage without a type: bytes, which each tensor takes as its own type's."""
+_UNTYPED_DTYPES = (
+    *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    *("uint16", "uint32", "uint64", "complex32"),
+)
+"""Names in torch of the types that are saved in storages without a type."""
 
 
 class Foreign:
@@ -180,6 +191,26 @@ class _Unpickler(pickle._Unpickler):
         # as_strided refuses a tensor that reaches beyond the storage; Tensor.set_ would enlarge the storage.
         return storage.as_strided(size, stride, offset)  # type: ignore[arg-type]
 
+    def _untyped_tensor(
+        self,
+        storage: object,
+        offset: object,
+        size: object,
+        stride: object,
+        _grad: object,
+        _hooks: object,
+        dtype: object,
+        *_metadata: object,
+    ) -> Tensor | Foreign:
+        """Return a tensor of a type that has no storages of its own, such as float8."""
+        if isinstance(dtype, _ForeignClass):
+            return Foreign(dtype.name)
+        if not isinstance(storage, Tensor) or storage.dtype != _UNTYPED or not isinstance(dtype, torch.dtype):
+            raise ArchiveError("a tensor isn't described as torch does")
+        if len(storage) % dtype.itemsize:
+            raise ArchiveError("a tensor has a part of a number")
+        return self._tensor(storage.view(dtype), offset, size, stride)
+
     def _parameter(self, data: object, *_attributes: object) -> object:
         return data
 
@@ -291,6 +322,7 @@ class _ForeignClass:
 # Plain functions: bound methods would keep the unpickler, and a mapped file, alive until garbage collection.
 _CALLED: tuple[Callable[..., object], ...] = (
     _Unpickler._tensor,
+    _Unpickler._untyped_tensor,
     _Unpickler._parameter,
     _Unpickler._subclass,
     _Unpickler._dictionary,
@@ -301,10 +333,14 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): _Unpickler._dictionary,
     ("torch._utils", "_rebuild_tensor"): _Unpickler._tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _Unpickler._tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _Unpickler._untyped_tensor,
     ("torch._utils", "_rebuild_parameter"): _Unpickler._parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _Unpickler._parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _Unpickler._subclass,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
+    ("torch.storage", "UntypedStorage"): _UNTYPED,
+    ("torch", "UntypedStorage"): _UNTYPED,
+    **{("torch", name): getattr(torch, name) for name in _UNTYPED_DTYPES if hasattr(torch, name)},
 }
 
 
@@ -322,7 +358,8 @@ class _Operations(dict[int, Callable[..., None]]):
 _INHERITED_OPERATIONS = (
     pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE,
     pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4,
-    pickle.BINFLOAT, pickle.SHORT_BINSTRING, pickle.BINSTRING, pickle.SHORT_BINBYTES, pickle.BINBYTES,
+    pickle.INT, pickle.LONG, pickle.BINFLOAT,  # the first two are protocol 1's
+    pickle.SHORT_BINSTRING, pickle.BINSTRING, pickle.SHORT_BINBYTES, pickle.BINBYTES,
     pickle.BINBYTES8, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8, pickle.EMPTY_TUPLE,
     pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.MEMOIZE,
     pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.GLOBAL, pickle.BINPERSID,

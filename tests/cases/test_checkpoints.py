@@ -9,6 +9,7 @@ import sys
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mobilesam.cli import main
 from mobilesam.distill.students import cost
 from mobilesam.sam.modeling.head_shapes import head_shapes
 from mobilesam.sam.modeling.tiny_vit import TinyViT
-from mobilesam.sam.registry import TEACHERS
+from mobilesam.sam.registry import TEACHERS, CheckpointFile, TeacherInfo
 from mobilesam.sam.teacher import load_head, load_teacher, state_shapes
 from mobilesam.store import EmbeddingStore
 
@@ -468,3 +469,118 @@ def head_masks(head: dict[str, Tensor], emb_BCHW: Tensor) -> Tensor:
             multimask_output=True,
         )
     return masks
+
+
+@pytest.fixture
+def small_vit(monkeypatch: pytest.MonkeyPatch) -> TeacherInfo:
+    """A teacher with a small ViT, trained at 128 pixels."""
+    info = TeacherInfo(
+        name="small", parameters=1, macs_at_1024=1e9, architecture="vit.ViTConfig", trained_image_size=128,
+        settings={"width": 64, "depth": 2, "heads": 2, "global_blocks": (1,)},
+        checkpoint=CheckpointFile(name="small.pth", url="https://example.org/small.pth"),
+    )  # fmt: skip
+    monkeypatch.setitem(TEACHERS, "small", info)  # type: ignore[arg-type]  # a dict, which its users only read
+    return info
+
+
+@pytest.mark.parametrize("side", [64, 128])
+def test_a_vit_trained_at_another_image_size_keeps_its_positions(
+    scheduler: str, small_vit: TeacherInfo, side: int
+) -> None:
+    """C3: positions of 64 pixels in place of 128; the store says if they were resampled, a note says their size."""
+    from segment_anything.modeling import ImageEncoderViT
+
+    theirs = ImageEncoderViT(
+        img_size=side, embed_dim=64, depth=2, num_heads=2, out_chans=256, qkv_bias=True, use_rel_pos=True,
+        window_size=14, global_attn_indexes=(1,), norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+    ).eval()  # fmt: skip
+    torch.manual_seed(0)
+    for value in theirs.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    weights = {f"image_encoder.{key}": value for key, value in theirs.state_dict().items()}
+    torch.save(weights | {key: torch.zeros(shape) for key, shape in head_shapes().items()}, "small.pth")
+    teacher = load_teacher("small", Path("small.pth"), image_size=side)
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher.embed(pixels), theirs(pixels), rtol=0, atol=1e-4)
+    note = "small.pth: trained at 64 pixels: --image-size 64 uses its positions unchanged, other sizes resample them"
+    assert teacher.note == (note if side == 64 else None)
+    embedding(scheduler, "small.pth", "small")
+    with EmbeddingStore.open(Path("c.zarr")) as store:
+        assert store.spec.positions_interpolated == (side == 128)
+
+
+def test_an_adapters_file_with_sams_decoder_is_called_an_adapters(state: dict[str, Tensor]) -> None:
+    """C4: SAMed's file has LoRA's layers and the mask decoder, no encoder."""
+    lora = {f"w_a_{i:03d}": torch.zeros(4, 8) for i in range(4)}
+    decoder = {key: value for key, value in state.items() if key.startswith("mask_decoder.")}
+    torch.save(lora | decoder, "samed.pth")
+    assert "the names are an adapter's (LoRA)" in refusal(*command_with("precompute", "samed.pth"))
+
+
+def test_a_part_of_a_sharded_training_is_called_that(state: dict[str, Tensor]) -> None:
+    """C4: DeepSpeed's ZeRO stage 3 saves tensors without values beside the model."""
+    torch.save({"module": {key: torch.empty(0) for key in state}}, "mp_rank_00_model_states.pt")
+    message = refusal(*command_with("segment", "mp_rank_00_model_states.pt"))
+    assert "without values, as each process of DeepSpeed's ZeRO or FSDP saves a part" in message
+
+
+@pytest.mark.parametrize("command", ["segment", "precompute", "evaluate", "head"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("https://example.org/sam.pth", "download it first (curl -LO https://example.org/sam.pth)"),
+        ("facebook/sam-vit-base", "hf download facebook/sam-vit-base --local-dir FOLDER"),
+        ("~/nowhere.pth", "home/nowhere.pth"),
+    ],
+)
+def test_what_is_no_path_is_told_with_the_way_to_a_file(
+    state: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    command: str,
+    given: str,
+    said: str,
+) -> None:
+    """C3: an address, a model's name at Hugging Face, a home folder that the shell left as it was."""
+    monkeypatch.setenv("HOME", str(place / "home"))
+    if command == "head":
+        torch.save(state, "flat.pt")
+        options = ("segment", "photos/p0.jpg", "--student", "flat.pt", f"--head={given}", *SMALL, *POINT)
+    else:
+        options = command_with(command, given)
+    assert said in refusal(*options)
+
+
+def test_a_home_folder_that_the_shell_left_is_found(
+    state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    """C3: --student=~/sam.pt, which shells hand on as it is."""
+    monkeypatch.setenv("HOME", str(place / "home"))
+    (place / "home").mkdir()
+    torch.save(state, "home/sam.pt")
+    assert segment("~/sam.pt")[0] == segment("home/sam.pt")[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (
+            "checkpoint-500/model.safetensors",
+            "is a folder of checkpoints: name one of them (out/checkpoint-500)",
+        ),
+        ("snapshots/abc/model.safetensors", "name one of them (out/snapshots/abc)"),
+        ("__0_0.distcp", "is a distributed checkpoint of PyTorch; make one file of it:"),
+        ("zero_to_fp32.py", "is a checkpoint of DeepSpeed, in parts; make one file of it:"),
+        ("data.pkl", "is an unpacked file of torch.save; pack it again, uncompressed:"),
+        ("tf_model.h5", "is a model of TensorFlow or JAX"),
+    ],
+)
+@pytest.mark.parametrize("command", ["segment", "precompute"])
+def test_a_folder_that_holds_weights_otherwise_is_called_what_it_is(
+    place: Path, file: str, said: str, command: str
+) -> None:
+    """C3: the Trainer's output folder, the hub's cache, parts of a distributed checkpoint, an unpacked file."""
+    (place / "out" / file).parent.mkdir(parents=True)
+    (place / "out" / file).write_bytes(b"x")
+    assert said in refusal(*command_with(command, "out"))

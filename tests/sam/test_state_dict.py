@@ -76,6 +76,24 @@ def test_the_weights_are_found_under_any_key(key: str) -> None:
     assert (found.place, found.state) == ((key,), SAM)
 
 
+@pytest.mark.parametrize("content", [(SAM, {"epoch": 1}), [SAM], {"models": [SAM]}, {0: SAM}])
+def test_the_weights_are_found_in_lists_and_under_numbers(content: object) -> None:
+    assert first(content) == SAM
+
+
+def test_weights_in_a_dictionary_for_each_of_sams_parts_are_joined() -> None:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in SAM.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})["module." + name] = value
+    assert first(parts) == SAM
+    assert first({"model": {**parts, "epoch": 1}, "optimizer": {0: {"exp_avg": ONE}}}) == SAM
+
+
+def test_a_dictionary_that_stands_in_many_places_is_searched_once() -> None:
+    assert len(find_state_dicts({f"copy{i}": SAM for i in range(1000)})) == 1
+
+
 def test_the_set_of_weights_is_chosen_by_fit_then_by_sams_names_then_as_an_average() -> None:
     fewer = dict.fromkeys(list(SAM)[:2], ONE)
     average = dict.fromkeys(SAM, ONE + 1)

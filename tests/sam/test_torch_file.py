@@ -287,7 +287,7 @@ def archive_of(description: bytes, payload: bytes) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
 def test_a_file_of_any_protocol_is_read_with_inert_objects_in_place_of_foreign_ones(
     tmp_path: Path, protocol: int
 ) -> None:
@@ -297,9 +297,28 @@ def test_a_file_of_any_protocol_is_read_with_inert_objects_in_place_of_foreign_o
     assert loaded["history"][2] == {"step": 2, "loss": (2, 0.5)}
     assert loaded["counts"] == {"é": ["text", 1 << 70]}
     assert isinstance(loaded["args"], Foreign)
-    assert loaded["args"].name == "argparse.Namespace"
+    assert loaded["args"].name == ("copy_reg._reconstructor" if protocol == 1 else "argparse.Namespace")
     with pytest.raises(ForeignObjects):
         read_torch_file(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_types_without_storages_of_their_own_are_read_or_inert(tmp_path: Path, old: bool) -> None:
+    eighths = torch.tensor([0.5, 0.25, 2.0])
+    content = {
+        "float8": eighths.to(torch.float8_e4m3fn),
+        "uint16": torch.tensor([7, 60_000], dtype=torch.uint16),
+        "int8": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "bytes": torch.ones(2).untyped_storage(),
+        "weights": torch.arange(4.0),
+    }
+    torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=not old)
+    loaded: Any = read_torch_file(tmp_path / "file.pt", foreign=True)
+    assert torch.equal(loaded["float8"].float(), eighths)
+    assert loaded["uint16"].tolist() == [7, 60_000]
+    assert isinstance(loaded["int8"], Foreign)
+    assert torch.equal(loaded["weights"], torch.arange(4.0))
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
