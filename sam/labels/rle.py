@@ -69,7 +69,8 @@ def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
     """Read and check the runs of a mask.
 
     Args:
-        segmentation: value from COCO's JSON: compressed or uncompressed RLE, or polygons; also a single polygon.
+        segmentation: value from COCO's JSON: compressed or uncompressed RLE, or polygons; also a single polygon, or a
+            list of one RLE.
         size: (height, width) of the image in pixels.
 
     Returns:
@@ -78,6 +79,8 @@ def checked_runs(segmentation: object, size: tuple[int, int]) -> Runs:
     Raises:
         BadAnnotation: `segmentation` is anything else.
     """
+    if isinstance(segmentation, list) and len(segmentation) == 1 and isinstance(segmentation[0], dict):
+        segmentation = segmentation[0]
     if isinstance(segmentation, list):
         return _polygon_runs(segmentation, size)
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
@@ -227,8 +230,9 @@ def _polygon_runs(segmentation: list[Any], size: tuple[int, int]) -> Runs:
 def _polygons(segmentation: list[Any]) -> list[Any]:
     """Return the polygons of a segmentation, each as a flat list: some tools write the only polygon without the list
     around it, or each corner as a pair or as an object with x and y."""
-    if all(isinstance(part, dict) for part in segmentation):
-        segmentation = [[part.get("x"), part.get("y")] for part in segmentation]
+    segmentation = [
+        [_pair(corner) for corner in part] if isinstance(part, list) else _pair(part) for part in segmentation
+    ]
     if not any(isinstance(part, list) for part in segmentation):
         return [segmentation]
     if len(segmentation) > 2 and _are_pairs(segmentation):
@@ -237,6 +241,11 @@ def _polygons(segmentation: list[Any]) -> list[Any]:
         [value for pair in part for value in pair] if isinstance(part, list) and _are_pairs(part) else part
         for part in segmentation
     ]
+
+
+def _pair(corner: Any) -> Any:
+    """Return a corner that is an object with x and y as a pair, anything else unchanged."""
+    return [corner["x"], corner["y"]] if isinstance(corner, dict) and {"x", "y"} <= corner.keys() else corner
 
 
 def _are_pairs(parts: list[Any]) -> bool:

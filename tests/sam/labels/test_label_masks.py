@@ -108,6 +108,28 @@ def test_masks_are_found_by_the_photos_name_without_its_suffix(write: Callable[.
     assert masks.read("p3.jpg") is None
 
 
+def test_masks_named_for_what_they_are_belong_to_the_photo_if_it_has_no_other(
+    write: Callable[..., LabelMasks],
+) -> None:
+    grey = Image.fromarray(SMALL.astype(np.uint8))
+    for name in (
+        "p1_mask.png",
+        "day2/p1_mask.png",
+        "P2-SEG.png",
+        "p3_mask.png",
+        "p3.png",
+        "p4_mask.png",
+        "p4_seg.png",
+    ):
+        masks = write(grey, name)
+    keys = ["p1.jpg", "../day2/p1.jpg", "p2.jpg", "p3.jpg", "p4.jpg"]
+    match = masks.match(keys, Path("/photos/day1"))
+    assert {key: masks.names[place] for key, place in match.found.items()} == {
+        "p1.jpg": "p1_mask.png", "../day2/p1.jpg": "day2/p1_mask.png", "p2.jpg": "P2-SEG.png", "p3.jpg": "p3.png",
+    }  # fmt: skip
+    assert (match.missing, match.ambiguous) == (("p3_mask.png",), ("p4_mask.png", "p4_seg.png"))
+
+
 def test_the_digest_is_that_of_keys_and_contents(write: Callable[..., LabelMasks], tmp_path: Path) -> None:
     masks = write(Image.fromarray(VALUES))
     before = masks.digest(["p1.jpg", "p2.jpg"])

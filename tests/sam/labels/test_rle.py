@@ -104,6 +104,18 @@ def test_any_polygon_is_drawn_as_pycocotools_draws_it(corners: list[tuple[float,
     assert checked_runs([flat], (40, 50)).tolist() == counted(wanted)
 
 
+def test_polygons_and_rle_are_read_as_other_programs_wrap_them() -> None:
+    wanted = checked_runs([[1, 1, 8, 1, 8, 6]], (10, 12)).tolist()
+    corners = [{"x": 1, "y": 1}, {"x": 8, "y": "1"}, {"x": 8, "y": 6}]
+    for segmentation in (
+        corners,
+        [corners],
+        [[[1, 1], [8, 1], [8, 6]]],
+        [{"size": [10, 12], "counts": wanted}],
+    ):
+        assert checked_runs(segmentation, (10, 12)).tolist() == wanted
+
+
 BROKEN: dict[str, tuple[Any, str]] = {
     "nothing": (None, "neither RLE with size and counts nor polygons"),
     "no counts": ({"size": [4, 5]}, "neither RLE"),
