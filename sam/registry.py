@@ -10,10 +10,12 @@ module in `sam/modeling` is imported only when its encoder is needed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..common.config import Listing, option
@@ -21,6 +23,8 @@ from ..common.errors import SamError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_TEACHER = "vit_nano"
 """Teacher whose weights are part of the package, for trials and tests."""
@@ -290,10 +294,10 @@ class TeacherPackage:
 def installed_teachers() -> dict[str, list[tuple[TeacherPackage, EntryPoint]]]:
     """Return the teachers of other packages by name, with every package that claims the name."""
     found: dict[str, list[tuple[TeacherPackage, EntryPoint]]] = {}
-    for point in entry_points(group=TEACHER_GROUP):
+    for point in readable_entry_points(TEACHER_GROUP):
         made_by = TeacherPackage(
-            distribution="a package without metadata" if point.dist is None else point.dist.name,
-            version="" if point.dist is None else point.dist.version,
+            distribution=(point.dist and point.dist.name) or "a package without metadata",
+            version=(point.dist and point.dist.version) or "",
             entry_point=point.value,
         )
         claims = found.setdefault(point.name, [])
@@ -301,6 +305,37 @@ def installed_teachers() -> dict[str, list[tuple[TeacherPackage, EntryPoint]]]:
         if made_by not in [package for package, _ in claims]:
             claims.append((made_by, point))
     return found
+
+
+def readable_entry_points(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group, without those of installed packages whose metadata is damaged.
+
+    `importlib.metadata.entry_points` fails for all packages if the metadata of one can't be read.
+
+    Args:
+        group: name of the group.
+    """
+    found: list[EntryPoint] = []
+    seen: set[str] = set()
+    for package in distributions():
+        try:
+            points = list(package.entry_points.select(group=group))
+            name = package.name if points else None
+        except Exception as error:  # noqa: BLE001 - any parser's
+            logger.warning(
+                "the metadata of an installed package can't be read (%s): its teachers aren't known", error
+            )
+            continue
+        # As Python does, the first of a name in the import path is the one that is imported.
+        if points and (name is None or name not in seen):
+            found += points
+            seen |= set() if name is None else {name}
+    return found
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    logger.warning("the metadata of an installed package can't be read, it is passed over: %s", reason)
 
 
 def find_teacher_package(name: str) -> tuple[TeacherPackage, EntryPoint] | None:

@@ -10,7 +10,7 @@ store, with the path given as `--checkpoint` (a pathlib.Path to a file or folder
 ("cpu", "cuda:0"). If it has a parameter `image_size`, that is passed by keyword: S, the side of the padded square in
 pixels. It returns a torch.nn.Module from pixels normalised as SAM's, float32 (B, 3, S, S), to embeddings
 (B, 256, S/16, S/16) in any floating-point type. Weights are frozen, and evaluation mode is set, by the caller.
-`--precision bfloat16` computes under torch.autocast.
+`--precision bfloat16` computes under torch.autocast. An image's embedding must not depend on the batch it is in.
 
 If the module has a method `head_state()`, it returns SAM's prompt encoder and mask decoder for these embeddings:
 tensors under the names of SAM's checkpoints. Without it the teacher has no mask head: students learn its embeddings,
@@ -43,6 +43,9 @@ from .modeling.neck import EMBEDDING_CHANNELS
 from .preprocess import PATCH
 from .registry import TEACHER_GROUP, TeacherPackage
 
+MAX_CHANGE = 1e-3
+"""Largest relative MSE between two embeddings of one image that is rounding, in any precision and batch."""
+
 
 class PackageEncoder(nn.Module):
     """Encoder of another package, whose errors and results are checked.
@@ -73,20 +76,33 @@ class PackageEncoder(nn.Module):
 
     @torch.no_grad()
     def probe(self, image_size: int, device: torch.device) -> None:
-        """Embed one grey square, so that a wrong teacher is refused before any image is decoded.
+        """Embed noise, alone and beside a grey image, so that a wrong teacher is refused before any image is decoded.
 
         Args:
             image_size: side of the square in pixels.
             device: device of the weights.
 
         Raises:
-            SamError: the module fails, or its result has another shape or type or isn't finite.
+            SamError: the module fails, its result has another shape or type or isn't finite, or an image's embedding
+                isn't the same with and without another image beside it.
         """
-        emb_BCHW = self(torch.zeros(1, 3, image_size, image_size, device=device))
-        wrong = int((~torch.isfinite(emb_BCHW)).sum())
+        noise = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
+        alone_BCHW = self(noise.clone()).float()
+        wrong = int((~torch.isfinite(alone_BCHW)).sum())
         if wrong:
             raise SamError(
-                f"{self._who} gives NaN or infinite values: {wrong:,} of {emb_BCHW.numel():,} for a grey image"
+                f"{self._who} gives NaN or infinite values: {wrong:,} of {alone_BCHW.numel():,} for an image of noise"
+            )
+        beside_BCHW = self(torch.cat((noise, torch.zeros_like(noise))))[:1].float()
+        change = float(
+            (beside_BCHW - alone_BCHW).square().mean() / alone_BCHW.square().mean().clamp_min(1e-12)
+        )
+        if not change <= MAX_CHANGE:
+            raise SamError(
+                f"{self._who} gives one image two embeddings, alone and in a batch: their relative MSE "
+                f"is {change:.2g}, more than rounding.\nDropout that eval() leaves on does that, or a norm over the batch"
             )
 
     def head_state(self) -> dict[str, Tensor] | None:
@@ -160,20 +176,23 @@ def build_from_package(
         SamError: the function can't be imported, fails, or returns no module.
     """
     package, point = found
-    with blamed(name, package, f"to import {point.value}"):
+    with _settings_kept(), blamed(name, package, f"to import {point.value}"):
         function = point.load()
     if not callable(function):
         raise SamError(f"{_who(name, package)}: {point.value} is a {type(function).__name__}, not a function")
     extra = {"image_size": image_size} if _takes_image_size(function) else {}
-    with blamed(name, package, f"in {point.value}"):
+    with _settings_kept(), blamed(name, package, f"in {point.value}(checkpoint, device)"):
         module = function(checkpoint, str(device), **extra)
     if not isinstance(module, nn.Module):
         raise SamError(
             f"{_who(name, package)}: {point.value} returns a {type(module).__name__}, not a torch.nn.Module"
         )
     with blamed(name, package, f"to move to {device}"):
-        module = module.requires_grad_(False).eval().to(device)
-    return PackageEncoder(module, name, package)
+        module.eval()
+        module.to(device)
+        for weight in module.parameters():  # requires_grad_ of a TorchScript module isn't supported
+            weight.requires_grad_(False)
+    return PackageEncoder(module, name, package).eval()
 
 
 def package_sha256(name: str, package: TeacherPackage, checkpoint: Path | None) -> str:
@@ -217,6 +236,20 @@ def _folder_sha256(folder: Path) -> str:
 
 
 @contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Undo changes that a package's code makes to settings of torch that hold for the whole process."""
+    dtype, device, threads = torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            if torch.get_default_device() != device:
+                torch.set_default_device(device)
+
+
+@contextmanager
 def blamed(name: str, package: TeacherPackage, doing: str) -> Iterator[None]:
     """Turn any exception of a package's code into a SamError that names the package; lack of memory stays.
 
@@ -228,14 +261,14 @@ def blamed(name: str, package: TeacherPackage, doing: str) -> Iterator[None]:
         doing: what failed, after "failed": "to import X".
 
     Raises:
-        SamError: the code in the context raised an exception.
+        SamError: the code in the context raised an exception, or ended the process.
     """
     try:
         with redirect_stdout(sys.stderr):
             yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:300]
         raise SamError(
             f"{_who(name, package)} failed {doing} with {type(error).__name__}: {shown(reason)}"

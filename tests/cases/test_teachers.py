@@ -207,7 +207,15 @@ WRONG = {
     "tuple": ("return (means, means)", "gives a tuple, not a tensor"),
     "NaN": (
         "return means[:, :1].repeat(1, 256, 1, 1) / 0 * float('nan')",
-        "gives NaN or infinite values: 4,096 of 4,096 for a grey image",
+        "gives NaN or infinite values: 4,096 of 4,096 for an image of noise",
+    ),
+    "dropout": (
+        "return nn.functional.dropout(means[:, :1].repeat(1, 256, 1, 1))",
+        "gives one image two embeddings, alone and in a batch: their relative MSE ",
+    ),
+    "batch": (
+        "return (means - means.mean(0))[:, :1].repeat(1, 256, 1, 1) + 0.01",
+        "gives one image two embeddings, alone and in a batch",
     ),
     "raises": ("return self.nothing", "failed for pixels .* with AttributeError"),
 }
@@ -245,8 +253,41 @@ BROKEN = {
     "load = 3": "their_teacher:load is a int, not a function",
     "def load(checkpoint, device):\n    raise OSError('no weights here')": "with OSError: no weights here",
     "def load(checkpoint, device):\n    return lambda x: x": "returns a function, not a torch.nn.Module",
-    "def load():\n    pass": "in their_teacher:load with TypeError",
+    "def load():\n    pass": "in their_teacher:load(checkpoint, device) with TypeError",
+    "def load(checkpoint, device):\n    raise SystemExit(0)": "with SystemExit: 0",
 }
+
+
+def test_a_package_changes_no_settings_of_the_process(
+    precompute: Callable[..., Result], install: Install
+) -> None:
+    """Section 1: a package that sets a default type, a seed and threads, and whose train() returns nothing."""
+    before = torch.get_default_dtype(), torch.get_num_threads(), torch.random.initial_seed()
+    install(
+        AVERAGE.replace(
+            "def load(checkpoint, device):\n    return Average()",
+            "torch.set_default_dtype(torch.float64)\n"
+            "class Own(Average):\n"
+            "    def train(self, mode=True):\n"
+            "        super().train(mode)\n"
+            "def load(checkpoint, device):\n"
+            "    torch.set_num_threads(3); torch.manual_seed(7)\n"
+            "    return Own()",
+        )
+    )
+    assert precompute().exit_code == 0
+    assert (torch.get_default_dtype(), torch.get_num_threads(), torch.random.initial_seed()) == before
+
+
+def test_a_damaged_package_beside_the_teachers_is_passed_over(
+    precompute: Callable[..., Result], install: Install, place: Path
+) -> None:
+    """Section 1: metadata of any installed package that can't be read costs no other package's teacher."""
+    install(AVERAGE)
+    (broken := place / "site" / "broken-1.0.dist-info").mkdir()
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (broken / "entry_points.txt").write_bytes(b"[mobilesam.teachers]\n\xff\xfe\n")
+    assert precompute().exit_code == 0
 
 
 @pytest.mark.parametrize("source", BROKEN)

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ...common.config import missing_packages
 from ...common.errors import VerifyError
 from ...distill.students.cost import median_seconds
 from ...sam.modeling.decode_prompts import Prompts
+from ...sam.registry import readable_entry_points
 from .images import LazyImage
 from .predictor import TIMING_SECONDS, Cost, Floats, PredictedMasks
 
@@ -41,7 +42,7 @@ masks at the image's resolution."""
 
 def installed_predictors() -> Mapping[str, EntryPoint]:
     """Return the entry points of installed packages by name."""
-    return {point.name: point for point in entry_points(group=GROUP)}
+    return {point.name: point for point in readable_entry_points(GROUP)}
 
 
 def open_predictor(name: str, point: EntryPoint, file: Path, device: torch.device) -> PluginPredictor:
