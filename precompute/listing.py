@@ -64,10 +64,12 @@ def list_planned(config: PrecomputeConfig, spec: StoreSpec | None, observer: Obs
 def _list_known(config: PrecomputeConfig, spec: StoreSpec, observer: Observer) -> ImageSet:
     root = Path(spec.image_root)
     paths = [Path(path) for path in expand_paths(config.images)]
-    if all(path.is_relative_to(root) for path in paths):
-        return list_images(paths, root)
     first = Path(expand_paths(config.images[:1])[0])
     with EmbeddingStore.open(config.out) as store:
+        stored = store.manifest.records(None, range(1))
+        are_there = all(os.path.lexists(place_on_disk(root, record.key)) for record in stored)
+        if are_there and all(path.is_relative_to(root) for path in paths):
+            return list_images(paths, root)
         for place in (None, first if first.is_dir() else first.parent):
             listing = list_images(paths, place)
             if _holds_stored(listing, store.manifest):

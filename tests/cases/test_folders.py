@@ -110,6 +110,25 @@ def test_a_moved_first_folder_without_its_sibling_is_told_before_training(siblin
         assert mobilesam(*arguments).exit_code == 0
 
 
+def test_photos_that_moved_into_a_subfolder_are_found_there(siblings: Path) -> None:
+    """T5: a root whose photos went down a folder, is the new root; a copy beside them is new photos."""
+    with one_process_cluster() as cluster:
+        options = ("--teacher", "vit_nano", "--image-size", 64, "--audit", 0, "--json")
+        options += ("--scheduler", cluster.scheduler_address, "--out", "both.zarr")
+        assert mobilesam("precompute", "--images", "day1", "day2", *options).exit_code == 0
+        shutil.copytree("day1", "copy/day1")
+        copied = mobilesam("precompute", "--images", "copy", *options)
+        assert copied.exit_code == 3
+        assert "lie outside what --images names" in copied.stderr
+        (siblings / "archive").mkdir()
+        for folder in ("day1", "day2"):
+            shutil.move(folder, f"archive/{folder}")
+        again = mobilesam("precompute", "--images", "archive/day1", "archive/day2", *options)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["done_before"] == 6
+    assert f"the store's photos, once in {siblings}, are read from {siblings}/archive" in again.stderr
+
+
 def test_an_image_without_a_stated_size_has_that_of_its_photo(
     place: Path, evaluate: Callable[..., dict]
 ) -> None:
