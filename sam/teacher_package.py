@@ -102,7 +102,7 @@ class PackageEncoder(nn.Module):
         if not change <= MAX_CHANGE:
             raise SamError(
                 f"{self._who} gives one image two embeddings, alone and in a batch: their relative MSE "
-                f"is {change:.2g}, more than rounding.\nDropout that eval() leaves on does that, or a norm over the batch"
+                f"is {change:.2g}, more than rounding.\n(Dropout that eval() leaves on, or a norm over the batch)"
             )
 
     def head_state(self) -> dict[str, Tensor] | None:
