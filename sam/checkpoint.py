@@ -41,17 +41,18 @@ class Weights:
     pickled: str | None = None
     """Class of a pickled object in the file's own dictionary, and its key; None if it has none."""
 
-    def note(self, used: Collection[str] | None = None) -> str | None:
+    def note(self, used: Collection[str] | None = None, unmentioned: tuple[str, ...] = ()) -> str | None:
         """Describe in one sentence what was taken of the file and what was left out.
 
         Args:
             used: keys of `state` that are used; None: all.
+            unmentioned: prefixes of keys that every file of its kind has and nobody uses; nothing is said of them.
 
         Returns:
             The sentence; None if the file is a plain checkpoint that is used as a whole.
         """
         unused = set() if used is None else self.state.keys() - set(used)
-        counts = count_by_prefix(unused, 2)
+        counts = count_by_prefix([key for key in unused if not key.startswith(unmentioned)], 2)
         left = [*(f"{name} ({_tensors(n)})" for name, n in counts.items()), *self.left]
         how = []
         if self.found.place:

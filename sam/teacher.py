@@ -302,7 +302,8 @@ def _read_checked(
     weights = read_weights(checkpoint, lambda state: info.encoder.matches(encoder_state(state)))
     trained = trained_image_size(info, weights.state)
     state = check_weights(weights, info, state_shapes(info, trained), encoder_alone=encoder_alone)
-    note, whole = weights.note(state), identify_teacher(weights.state)
+    never_used = tuple(ENCODER_PREFIX + prefix for prefix in info.encoder.unused_prefixes)
+    note, whole = weights.note(state, never_used), identify_teacher(weights.state)
     if note is not None and whole is not None and find_teacher_info(whole).hq and not info.hq:
         note += f"; --teacher {whole} decodes masks with SAM-HQ's layers"
     if trained != info.trained_image_size:

@@ -237,7 +237,7 @@ def test_a_run_that_needs_restart_fails_with_a_sweeps_mend(finished: dict[str, A
 
 def test_a_folder_that_holds_something_else_is_refused(finished: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "letters.txt").write_text("dear")
-    with pytest.raises(VerifyError, match=r"holds 1 other file\(s\) and no sweep"):
+    with pytest.raises(VerifyError, match="holds 1 other file and no sweep"):
         sweep(config(_store(finished), tmp_path))
     with pytest.raises(VerifyError, match="is a file"):
         sweep(config(_store(finished), tmp_path / "letters.txt"))
