@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..common.durable import make_folder, write_atomic
 from ..common.errors import DistillError, RunLocked, counted, shown
+from ..sam.file_kinds import store_around
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
 from .checksummed_json import (
     decode_line,
@@ -317,10 +318,18 @@ def open_or_create_run(
 
 
 def _refuse_other_content(folder: Path) -> None:
-    """Refuse a path that is a file, or a folder that holds something other than a run."""
+    """Refuse a path that is a file, lies in a store, isn't UTF-8, or is a folder with something other than a run."""
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:
+        raise DistillError(
+            f"--out {shown(str(folder.resolve()))} isn't valid UTF-8, which the run's files need; give another --out"
+        ) from None
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"{folder} is a file; give another --out")
     if not folder.exists():
+        if (store := store_around(str(folder.resolve()))) is not None:
+            raise DistillError(f"--out {folder} lies in the store {store}; give another --out")
         return
     config = folder / CONFIG_FILE
     if config.exists() and (is_checksummed(config) or (folder / LOCK_FILE).exists()):

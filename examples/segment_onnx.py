@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 
@@ -61,6 +62,8 @@ def prompt(x: float, y: float, photo: Image.Image, side: int) -> dict[str, np.nd
 
 
 def main(encoder_file: str, decoder_file: str, photo_file: str, x: str, y: str, mask_file: str) -> None:
+    if os.path.exists(mask_file):
+        sys.exit(f"{mask_file} exists: give another name")
     encoder, decoder = (
         onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
         for file in (encoder_file, decoder_file)

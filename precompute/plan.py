@@ -34,7 +34,7 @@ from . import sizing
 from .cluster import Cluster, connect, local_devices
 from .config import DEFAULT_DTYPE, DEFAULT_IMAGE_SIZE, DEFAULT_TEACHER, PrecomputeConfig
 from .listing import Absent, list_planned, refuse_absent, source_path
-from .progress import Observer
+from .progress import Observer, begin_phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,11 @@ def plan_run(config: PrecomputeConfig, stack: ExitStack, observer: Observer) -> 
     existing = read_existing(config.out)
     if existing:
         refuse_contradictions(config, existing.spec)
-    cluster = stack.enter_context(connect(config)) if config.scheduler else None
+    cluster = None
+    if config.scheduler:
+        begin_phase(observer, "waiting for the scheduler and a worker")
+        cluster = stack.enter_context(connect(config))
+    begin_phase(observer, "listing the images")
     return make_plan(config, existing, detect_hardware(config, existing, cluster), observer), cluster
 
 

@@ -69,7 +69,6 @@ def precompute(config: PrecomputeConfig, observer: Observer | None = None) -> di
     message = "interrupted; run the same command to resume"
     with stopped_by_signals(stop, PrecomputeInterrupted, message), ExitStack() as stack:
         _refuse_unwritable_report(config.performance_report)
-        begin_phase(observer, "listing the images")
         plan, cluster = plan_run(config, stack, observer)
         begin_phase(observer, "checking the teacher's file")
         teacher = find_teacher(plan, observer)

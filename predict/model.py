@@ -29,7 +29,7 @@ from ..distill.run_folder import Run
 from ..distill.students.student_file import load_student
 from ..sam.device import resolve_device
 from ..sam.download import Progress, find_checkpoint
-from ..sam.modeling.head import assemble, build_head
+from ..sam.modeling.head import SamHead, assemble, build_head
 from ..sam.modeling.hq import HqEncoder, build_hq_head
 from ..sam.modeling.vit import ViTEncoder
 from ..sam.registry import find_teacher_info, find_teacher_package, hq_note
@@ -53,7 +53,7 @@ class Model:
     info: Mapping[str, Any]
     """Description in the student's file (`teacher`, `run`, ...); empty for a file in mobile_sam.pt's format."""
     head_source: str
-    """File or store of the head."""
+    """File or store of the head; empty if there is none."""
     device: torch.device
     notes: tuple[str, ...] = ()
     """Warnings for users of the masks, one sentence each."""
@@ -69,6 +69,7 @@ def load_model(
     *,
     head: Path | str | None = None,
     fallback_head: Path | str | None = None,
+    needs_head: bool = True,
     device: str = "cpu",
     image_size: int | None = None,
 ) -> Model:
@@ -81,12 +82,14 @@ def load_model(
             model.safetensors, or any SAM checkpoint. None: the head in the student's own file, or in its run or
             folder.
         fallback_head: store or file as for `head`, used if neither the student's file nor its folder has a head.
+        needs_head: if False and no head is found, the model gets one of random weights, and `head_source` is empty:
+            for use of the encoder alone.
         device: "auto", "cpu", "cuda" or "cuda:i".
         image_size: side of the encoder's square in pixels, for a file in mobile_sam.pt's format, which doesn't record
             it (None: 1024); for other files it must agree with the recorded size.
 
     Raises:
-        HeadNotFound: no head was found.
+        HeadNotFound: a head is needed, and none was found.
         DistillError, CheckpointError, StoreError: a file is missing or damaged, the head doesn't fit, or the student
             has another image size.
     """
@@ -95,7 +98,12 @@ def load_model(
     size = info["image_size"]
     if image_size not in (None, size):
         raise DistillError(f"{file} takes images of {size} pixels, not {image_size}: leave out --image-size")
-    found = find_head(file, run, given=head, fallback=fallback_head)
+    try:
+        found = find_head(file, run, given=head, fallback=fallback_head)
+    except HeadNotFound:
+        if needs_head:
+            raise
+        found = LoadedHead(state=SamHead(size).state_dict(), source="")
     return Model(
         sam=assemble(encoder, found.build(size)).to(target),
         student=info["student"],

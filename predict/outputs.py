@@ -12,6 +12,7 @@ from types import TracebackType
 from ..common.durable import explain_os_errors, fsync_directory
 from ..common.errors import PredictError, shown
 from ..common.outputs import marked, place_output, refuse_foreign
+from ..sam.file_kinds import store_around
 
 _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 
@@ -54,8 +55,12 @@ def check_writable(folder: Path, option: str) -> None:
         option: option of the command line that names it, for messages.
 
     Raises:
-        PredictError: the folder is missing, or no file can be created in it.
+        PredictError: the folder is missing or lies in a store, or no file can be created in it.
     """
+    if (store := store_around(str(folder.resolve()))) is not None:
+        raise PredictError(
+            f"{option}: {shown(str(folder))} lies in the store {shown(store)}: give another folder"
+        )
     with explain_os_errors(folder, PredictError, option):
         if not folder.is_dir():
             raise PredictError(f"{option}: there is no folder {shown(str(folder))}; make it first")

@@ -15,6 +15,7 @@ from ...common.errors import PredictError, counted, shown
 from ...common.outputs import marked, read_mark
 from ...distill import DistillError, save_student
 from ...distill.run_description import MODEL_FILE
+from ...distill.students.student_file import check_tensors
 from ...sam import preprocessing_recipe
 from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.download import file_sha256
@@ -54,7 +55,11 @@ def check_folder(folder: Path) -> None:
     with explain_os_errors(folder, PredictError, "--out"):
         names = {path.name for path in folder.iterdir() if not is_partial(path)}
     description = _read_description(folder)
-    others = sorted(names if description is None else names - set(FILES))
+    others = sorted(names - set(FILES))
+    if (
+        description is None and not others
+    ):  # the files of an export that was killed while it renamed them, or others
+        others = sorted(name for name in names if not _is_known(folder / name, None))
     if others:
         raise PredictError(
             f"{shown(str(folder))} holds {counted(len(others), 'file')} that no export has, such as "
@@ -76,18 +81,33 @@ def _read_description(folder: Path) -> dict[str, Any] | None:
     return description if isinstance(description, dict) and description.get("format") == FORMAT else None
 
 
-def _refuse_changed(path: Path, description: Mapping[str, Any] | None) -> None:
-    """Refuse to replace a file of an export, described by its model.json, that isn't as it was written."""
+def _is_known(path: Path, description: Mapping[str, Any] | None) -> bool:
+    """Return True if a file of an export, described by its model.json, is as it was written."""
     with explain_os_errors(path, PredictError):
         mark = read_mark(path)
         if mark is not None:
-            known = mark.kind == EXPORT and mark.intact
-        elif path.name == DESCRIPTION_FILE:
-            known = description is not None  # of a version without marks
-        else:
-            listed = _object((_object((description or {}).get("files")) or {}).get(path.name)) or {}
-            known = listed.get("sha256") == file_sha256(path)
-    if not known:
+            return mark.kind == EXPORT and mark.intact
+        if path.name == DESCRIPTION_FILE:
+            return description is not None  # of a version without marks
+        listed = _object((_object((description or {}).get("files")) or {}).get(path.name)) or {}
+        if listed.get("sha256") == file_sha256(path):
+            return True
+        # Renamed before a kill, model.json not: the file's own SHA-256 says that it is whole.
+        card = path.with_name(CARD_FILE)
+        return path.name == MODEL_FILE and card.is_file() and read_mark(card) is not None and _is_whole(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_tensors(path)
+    except DistillError:
+        return False
+    return True
+
+
+def _refuse_changed(path: Path, description: Mapping[str, Any] | None) -> None:
+    """Refuse to replace a file of an export, described by its model.json, that isn't as it was written."""
+    if not _is_known(path, description):
         raise PredictError(
             f"{shown(str(path))} was changed since mobilesam exported it, or is damaged: give --out a new folder, or "
             "delete that file first"
@@ -161,10 +181,16 @@ def _write(folder: Path, content: Mapping[str, bytes]) -> None:
         outputs.make_folder(folder, "--out")
         description = _read_description(folder)
         stale = [path for path in folder.iterdir() if path.name in FILES or is_partial(path)]
-        for name, data in content.items():
+        # A kill between the renames leaves model.safetensors, which has no mark, beside a card, which has one.
+        for name in sorted(content, key=_rename_order):
+            data = content[name]
             refuse = partial(_refuse_changed, folder / name, description)
             outputs.add_unmarked(folder / name, data, "--out", refuse)
         outputs.commit(stale)
+
+
+def _rename_order(name: str) -> int:
+    return {MODEL_FILE: 1, DESCRIPTION_FILE: 2}.get(name, 0)
 
 
 def describe_file(data: bytes) -> dict[str, Any]:

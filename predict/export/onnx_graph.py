@@ -327,9 +327,25 @@ class Session:
         self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run the network on tensors by input name, and return its outputs in order."""
+        """Run the network on tensors by input name, and return its outputs in order.
+
+        Raises:
+            PredictError: onnxruntime refuses: the network was traced to one batch size, or uses what it doesn't have.
+        """
+        from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
+
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
-        return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
+        try:
+            outputs = self._session.run(None, arrays)
+        except (
+            onnxruntime_errors.Fail,
+            onnxruntime_errors.InvalidArgument,
+            onnxruntime_errors.NotImplemented,
+            onnxruntime_errors.RuntimeException,
+        ) as error:
+            fact = " ".join(str(error).split())[:300]
+            raise PredictError(f"onnxruntime can't run the exported network: {fact}") from error
+        return [torch.from_numpy(array) for array in outputs]
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

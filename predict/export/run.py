@@ -37,10 +37,10 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
         progress: called when a step begins.
 
     Returns:
-        The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `teacher`, `head`, `files` (name ->
-        `bytes` and `sha256`), `checks` (ONNX file -> `max_relative_difference` from torch, and the `limit` for it),
-        `onnx` (ONNX file -> `opset`, `ir_version`, `oldest_onnxruntime`, and `notes`, what doesn't work with it),
-        `left_out` (file -> reason), `warnings` and `seconds`.
+        The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `teacher`, `head` (None: an encoder
+        without one), `files` (name -> `bytes` and `sha256`), `checks` (ONNX file -> `max_relative_difference` from
+        torch, and the `limit` for it), `onnx` (ONNX file -> `opset`, `ir_version`, `oldest_onnxruntime`, and `notes`,
+        what doesn't work with it), `left_out` (file -> reason), `warnings` and `seconds`.
 
     Raises:
         PredictError: a package is missing, the export failed, or a file can't be written.
@@ -55,7 +55,9 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
         check_file(config.out, "--out", EXPORT, is_older_onnx)
     begin = _counted(progress, _steps(kind))
     begin(LOADING)
-    model = load_model(config.student, head=config.head, image_size=config.image_size)
+    model = load_model(
+        config.student, head=config.head, needs_head=kind != ENCODER, image_size=config.image_size
+    )
     made = (
         write_bundle(model, config.out, begin)
         if kind == FOLDER
@@ -67,7 +69,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
         "student": model.student,
         "image_size": model.image_size,
         "teacher": model.info.get("teacher"),
-        "head": model.head_source,
+        "head": model.head_source or None,
         **made,
         "seconds": time.monotonic() - started,
     }
@@ -114,8 +116,9 @@ def _write_file(model: Model, out: Path, kind: str, begin: Begin) -> dict[str, A
 
 def export_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of `export` as text: the model, warnings, a table of files, the files left out."""
+    head = f", head from {result['head']}" if result["head"] else ""
     lines = [
-        f"{result['student']} at {result['image_size']} pixels, head from {result['head']}",
+        f"{result['student']} at {result['image_size']} pixels{head}",
         *(f"note: {warning}" for warning in result["warnings"]),
         *_files_table(result).lines(),
         *(f"{name} left out: {reason}" for name, reason in result["left_out"].items()),

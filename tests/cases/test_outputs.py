@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from photo_store import make_photo_store
 from PIL import Image
 from random_student import save_random_student
 
 from mobilesam.cli import main
+from mobilesam.distill import build_student, save_student
+from mobilesam.predict.export.bundle import check_folder
+from mobilesam.sam.teacher import load_head
 
 TEACHER = ("--teacher", "vit_nano", "--image-size", "64")
 
@@ -168,3 +172,51 @@ def test_a_folder_of_something_else_is_never_written_into(photos: Path) -> None:
         _folder_refused(folder, *make_store, folder)
         _folder_refused(folder, "distill", *train, folder)
         _folder_refused(folder, "sweep", *train, folder)
+
+
+@pytest.mark.long
+def test_a_folder_left_by_a_kill_between_renames_is_replaced(place: Path) -> None:
+    """R2: the next export asked to delete model.safetensors, which the killed one had renamed already."""
+    student = save_random_student(place / "student.safetensors", "timm:test_resnet")
+    command = ("export", "--student", student, "--out", place / "exported")
+    assert _mobilesam(*command).exit_code == 0
+    described = place / "exported" / "model.json"
+    described.write_text('{"format": "mobilesam model 1", "files": {}}')  # an older export's
+    check_folder(place / "exported")
+    described.unlink()
+    (place / "exported" / "decoder.onnx").unlink()
+    assert _mobilesam(*command).exit_code == 0
+    described.unlink()
+    (place / "exported" / "README.md").unlink()  # then nothing says that the folder is an export's
+    result = _mobilesam(*command)
+    assert (result.exit_code, "such as model.safetensors" in result.stderr) == (3, True)
+
+
+def test_nothing_is_written_into_a_store(photos: Path, place: Path) -> None:
+    """T5: a run or an export in a store is lost with it."""
+    student = save_random_student(place / "student.safetensors")
+    head = {key: value.numpy() for key, value in load_head("vit_nano", None).items()}
+    embeddings = np.zeros((3, 256, 4, 4), np.float32)
+    make_photo_store(place / "store.zarr", photos, head=head, embeddings=embeddings)
+    for command in (
+        ("export", "--student", student, "--out", "store.zarr/new"),
+        ("export", "--student", student, "--out", "store.zarr/embeddings/new.pt"),
+        ("segment", photos / "0.png", *TEACHER, "--point", 1, 1, "--out", "store.zarr/new.png"),
+        ("distill", "--store", "store.zarr", "--images", photos, "--out", "store.zarr/new"),
+    ):
+        result = _mobilesam(*command)
+        assert (result.exit_code, result.stdout) == (3, ""), result.output
+        assert f"lies in the store {place / 'store.zarr'}" in result.stderr
+    assert not list((place / "store.zarr").rglob("new*"))
+
+
+@pytest.mark.long
+def test_an_encoder_is_exported_without_a_head(place: Path) -> None:
+    """R2: `export --out encoder.onnx` asked for a head, which an encoder doesn't need."""
+    student = place / "student.safetensors"
+    save_student(build_student("timm:test_resnet", 64, 0).eval(), student, "timm:test_resnet", 64, {})
+    result = _mobilesam("export", "--student", student, "--out", "encoder.onnx", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["head"] is None
+    result = _mobilesam("export", "--student", student, "--out", "decoder.onnx")
+    assert (result.exit_code, "holds no mask decoder" in result.stderr) == (3, True)
