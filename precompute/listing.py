@@ -66,8 +66,8 @@ def _list_known(config: PrecomputeConfig, spec: StoreSpec, observer: Observer) -
     paths = [Path(path) for path in expand_paths(config.images)]
     first = Path(expand_paths(config.images[:1])[0])
     with EmbeddingStore.open(config.out) as store:
-        stored = store.manifest.records(None, range(1))
-        are_there = all(os.path.lexists(place_on_disk(root, record.key)) for record in stored)
+        key = os.fsdecode(next(store.manifest.sorted_keys(), b""))
+        are_there = os.path.lexists(place_on_disk(root, key))
         if are_there and all(path.is_relative_to(root) for path in paths):
             return list_images(paths, root)
         for place in (None, first if first.is_dir() else first.parent):
