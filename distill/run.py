@@ -252,10 +252,18 @@ def _name_closest_run(run: Run) -> None:
     if closest is None:
         return
     earlier, differences = closest
+    new = RUNS / run.path.name
+    if not differences:
+        logger.warning(
+            "a new run begins in %s, from new weights: the one in %s is the same, begun with --out",
+            new,
+            earlier,
+        )
+        return
     logger.warning(
         "a new run begins in %s, from new weights: the earlier one in %s was begun differently (%s); to start from "
         "its student, add --init %s",
-        RUNS / run.path.name,
+        new,
         earlier,
         "; ".join(differences),
         earlier,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,19 @@ def test_a_checkpoint_with_any_number_of_steps_since_the_last_logged_line_resume
     assert 2000 < line["loss"] < 0.1 * 45_000 / 2, "the mean of 45,005 steps"
 
 
+def test_the_weights_of_another_program_are_no_run(place: Path) -> None:
+    """R4: a config.json and a student.safetensors in `runs` were taken for the newest run."""
+    trained("--out", "runs/base")
+    Path("runs/latest").unlink()
+    other = Path("runs/sam-vit-base")
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "sam"}')
+    shutil.copy("runs/base/student.safetensors", other)
+    os.utime(other / "student.safetensors", (2e9, 2e9))
+    result = json.loads(mobilesam("verify", "--points", 0, "--json").stdout)
+    assert result["subject"]["run"] == "base"
+
+
 def test_latest_names_the_last_run_that_has_a_student(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R4: it stays at a finished run while another one has none yet, and moves at that one's first epoch."""
     trained("--out", "runs/base")
@@ -234,6 +248,15 @@ def test_more_epochs_than_a_finished_run_are_refused_and_init_is_named(place: Pa
     assert "runs/t2/student.safetensors" in done.stderr
     config = json.loads(Path("runs/t2b/config.json").read_text())
     assert config["init"]["taken"]["parameters"] == config["init"]["taken"]["of_parameters"]
+
+
+def test_the_same_run_in_a_folder_that_was_named_is_told_when_another_begins(place: Path) -> None:
+    """T2: nothing differs but the folder."""
+    trained("--out", "runs/t2")
+    words = " ".join(distill().stderr.split())
+    assert re.search(
+        r"a new run begins in runs/small-\w+, from new weights: the one in runs/t2 is the same", words
+    )
 
 
 def test_more_epochs_in_a_folder_of_their_own_begin_anew_with_a_word_on_the_earlier_run(place: Path) -> None:
