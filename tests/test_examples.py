@@ -73,6 +73,11 @@ def test_segment_onnx_gives_our_mask_without_torch(exported: Path, photo: Path, 
     )  # fmt: skip
     assert re.match(r"embedding \d+\.\d{3} s, mask \d+\.\d{3} s\n", done.stdout)
     _assert_same(tmp_path / "mask.png", _wanted(exported, photo))
+    again = subprocess.run(
+        [sys.executable, str(EXAMPLES / "segment_onnx.py"), *map(str, files), *POINT, "mask.png"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (again.returncode, again.stderr) == (1, "mask.png exists: give another name\n")
 
 
 GREY = np.asarray(Image.open(EXAMPLES / "photos" / "coffee.jpg").convert("L").resize((48, 32)))

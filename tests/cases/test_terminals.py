@@ -325,6 +325,10 @@ def test_a_dumb_terminal_gets_lines_while_a_training_runs(folder: Path) -> None:
         (["evaluate", "--store", "missing", "--model", "a=b.pt"], "missing is no mobilesam store"),
         (["evaluate", "--images", "missing", "--model", "a=b.pt", "--teacher", "vit_nano"], "no such folder"),
         (["inspect", "missing"], "missing is no mobilesam store"),
+        (["segment", "missing.jpg", "--point", "1", "1"], "missing.jpg: the file is missing"),
+        (["export", "--student", "missing", "--out", "new"], "no student at missing"),
+        (["verify", "--student", "missing.pt"], "no student at missing.pt"),
+        (["sweep", "--store", "{made}/store.zarr", "--init", "missing.pt"], "missing.pt does not exist"),
     ],
 )
 def test_a_path_with_nothing_there_is_told_before_torch_is_loaded(
@@ -337,7 +341,7 @@ def test_a_path_with_nothing_there_is_told_before_torch_is_loaded(
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-c", program, *(text.format(made=folder) for text in arguments)],
         capture_output=True,
         text=True,
         check=True,
