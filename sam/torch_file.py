@@ -238,7 +238,9 @@ def _locate(file: BinaryIO) -> dict[str, Record]:
     end_of_last, length = 0, file.seek(0, io.SEEK_END)
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise ArchiveError("its records are compressed, not by torch.save: unpack it, and pack it with zip -0")
+            raise ArchiveError(
+                "its records are compressed, not by torch.save: unpack it, and pack it with zip -0"
+            )
         start = _data_start(file, entry.header_offset)
         # Records that don't overlap can't hold more bytes than the file.
         if entry.header_offset < end_of_last or start + entry.file_size > length:
