@@ -27,7 +27,7 @@ _MENDS = {
 }
 
 _DRAFT = re.compile(r"\.?(?P<name>.*?)\.[^.]+\.partial")
-"""Name of a file being written: NAME.ATTEMPT.partial, .NAME.ATTEMPT.partial, or .ATTEMPT.partial in a folder."""
+"""Name of what is being written: NAME.ATTEMPT.partial, .NAME.ATTEMPT.partial, or .ATTEMPT.partial in a folder."""
 
 
 def fsync_directory(path: Path) -> None:
@@ -73,15 +73,14 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def final_name(path: Path | str) -> str:
-    """Return the path for a message: of a hidden file that is being written, the file or folder it will be.
+    """Return the path for a message: of a hidden file or folder that is being written, what it will be.
 
     Args:
         path: path of any file, such as `OSError.filename`.
     """
-    draft = _DRAFT.fullmatch(os.path.basename(path))
-    if draft is None:
-        return str(path)
-    return str(Path(os.path.dirname(path), draft["name"]))
+    drafts = map(_DRAFT.fullmatch, Path(path).parts)
+    parts = [draft["name"] if draft else part for draft, part in zip(drafts, Path(path).parts, strict=True)]
+    return str(Path(*parts)) if parts != list(Path(path).parts) else str(path)
 
 
 @contextmanager

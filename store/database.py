@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 
+from ..common.durable import final_name
 from ..common.errors import REPLACE_MANIFEST, StoreDamaged, StoreError
 from .checksum import row_digest
 from .records import ImageRecord, KeptImage, RowResult
@@ -211,6 +212,7 @@ def explain_sqlite_errors(path: Path) -> Iterator[None]:
         StoreDamaged: the file's content is not what SQLite or the schema expects.
         StoreError: any other error: disk full, no permission, a lock, a failing disk, a value refused by the schema.
     """
+    path = Path(final_name(path))  # a store that is being made has a hidden name
     try:
         yield
     except sqlite3.OperationalError as error:

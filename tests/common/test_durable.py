@@ -33,6 +33,7 @@ def test_an_error_of_the_operating_system_names_its_mend(tmp_path: Path, number:
         ("s/0.tar.0a1b2c.partial", "s/0.tar"),
         ("masks/.0a1b2c3d.partial", "masks"),
         ("r/.page.html.77.partial", "r/page.html"),
+        ("new.zarr.0a1b2c3d.partial/embeddings/manifest.sqlite", "new.zarr/embeddings/manifest.sqlite"),
         ("mine.partial", "mine.partial"),
         ("plain.jpg", "plain.jpg"),
     ],
