@@ -15,8 +15,8 @@ from mobilesam.distill import Run
 
 pytestmark = pytest.mark.long  # two processes a test, which import everything
 
-# The command with a small student; it sends itself signals at a chosen call of a function, with FUNCTION>FILE of those
-# whose last argument is that file.
+# The command with a small student; it sends itself signals at a chosen call of a function, with FUNCTION>FILE of
+# those whose last argument is that file.
 PROGRAM = """
 import importlib, os, sys
 from torch import nn

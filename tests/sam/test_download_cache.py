@@ -116,7 +116,7 @@ def test_looking_without_downloading_gives_the_same_advice(cache: Path, requests
 
 
 def test_an_unknown_teacher_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(SamError, match="vit_h, vit_l, vit_b, .*mobile_sam, vit_nano"):
+    with pytest.raises(SamError, match=r"vit_h, vit_l, vit_b, .*mobile_sam, vit_nano"):
         find_checkpoint("vit_x")
 
 

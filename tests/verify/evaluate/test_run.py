@@ -267,8 +267,8 @@ def test_a_coco_file_that_names_none_of_the_images_is_noted(world: Any, tmp_path
     )
     (note,) = result["notes"]
     assert note == (
-        "instances.json: 0 of 1 listed images are among yours; not among them: elsewhere/9.jpg; yours have names such "
-        "as photo0.bmp"
+        "instances.json: 0 of 1 listed images are among yours; not among them: elsewhere/9.jpg; yours have names "
+        "such as photo0.bmp"
     )
     assert result["evaluated"] == 6
 
