@@ -147,6 +147,7 @@ class EmbeddingStore:
     def _tidy(self) -> None:
         with explain_os_errors(self.path):
             self._remove_partials()
+            forget_carried(self.path, self.manifest.committed_shards())
             write_documents(self.path, self.manifest.documents(self.spec))
             if self.spec.kept_images is not None:
                 make_folder(self.path / FOLDER)
@@ -274,7 +275,7 @@ class EmbeddingStore:
                 os.rename(attempted, place)
                 fsync_directory(place.parent)
         manifest.commit_shard(shard, attempt, results)
-        forget_carried(self.path, shard)
+        forget_carried(self.path, {shard})
         self.reader.forget(shard)
 
     def _moves(self, shard: int, attempt: str, results: Sequence[RowResult]) -> list[tuple[Path, Path, int]]:

@@ -223,6 +223,7 @@ def _write_all(descriptor: int, buffers: Sequence[memoryview | bytes], offset: i
 # listed of the rows is kept beside it, in a file per shard.
 
 CARRIED = PRIVATE / "carried"
+_CARRIED = re.compile(r"\d+\.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,15 +290,17 @@ def carry(store: Path, shard: int, records: Iterable[ImageRecord]) -> None:
         write_atomic(_carried_path(store, shard), json.dumps({"rows": rows}).encode())
 
 
-def forget_carried(store: Path, shard: int) -> None:
-    """Forget the rows of a shard that was committed again.
+def forget_carried(store: Path, committed: Container[int]) -> None:
+    """Forget the rows of shards that are committed, again or still.
 
     Args:
         store: path of the store.
-        shard: number of the shard.
+        committed: numbers of committed shards.
     """
     with suppress(OSError):
-        _carried_path(store, shard).unlink(missing_ok=True)
+        for path in _matching(store / CARRIED, _CARRIED):
+            if int(path.stem) in committed:
+                path.unlink(missing_ok=True)
         (store / CARRIED).rmdir()  # unless others are in it
 
 
@@ -351,6 +354,7 @@ def partial_files(store: Path, layouts: Sequence[ArrayLayout]) -> Iterator[Path]
     """
     yield from _matching(store, _DOCUMENT)
     yield from _matching(store / PRIVATE, _PRIVATE)
+    yield from _matching(store / CARRIED, re.compile(rf"{_CARRIED.pattern}\.[0-9a-f]{{8}}\.partial"))
     yield from _matching(store / FOLDER, _PARTIAL_TAR)
     for layout in layouts:
         zeros = r"\.0" * len(layout.item_shape)

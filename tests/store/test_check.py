@@ -109,7 +109,9 @@ def test_a_row_number_far_out_does_not_make_work_for_ever(store: EmbeddingStore)
 
 
 def test_what_a_killed_writer_left_is_reported_by_name(store: EmbeddingStore) -> None:
-    left = ["embeddings/c.1.0.0.0.dead.partial", "scales/c.7.0", "zarr.json.00c0ffee.partial"]
+    carried = "embeddings/mobilesam/carried/1.json.00c0ffee.partial"
+    left = ["embeddings/c.1.0.0.0.dead.partial", "scales/c.7.0", "zarr.json.00c0ffee.partial", carried]
+    (store.path / carried).parent.mkdir()
     for name in left:
         (store.path / name).write_bytes(b"x")
     problems = inspect_store(store.path, check=True)["problems"]

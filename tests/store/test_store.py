@@ -25,6 +25,7 @@ from mobilesam.store import (
     StoreMismatch,
 )
 from mobilesam.store.layout import HEAD as HEAD_FILE
+from mobilesam.store.writer import CARRIED
 from mobilesam.store.zarr_metadata import documents_of
 
 NewStore = Callable[..., EmbeddingStore]
@@ -128,6 +129,23 @@ def test_an_extension_cut_short_after_its_rows_is_finished_by_the_next_writer(
     with EmbeddingStore.open(full_store.path, writable=True) as store:
         assert store.pending_shards() == [2]
         assert zarr.open_group(store.path, mode="r")["embeddings"].shape[0] == 9
+
+
+def test_a_writer_forgets_the_carried_rows_of_shards_that_are_committed(full_store: EmbeddingStore) -> None:
+    """Killed before the shard was withdrawn, after it was committed again, or while the rows were written."""
+    folder = full_store.path / CARRIED
+    full_store.withdraw([1, 2])
+    kept = (folder / "1.json").read_bytes()
+    (folder / "0.json").write_bytes(b"of a committed shard")
+    (folder / "0.json.339ffebc.partial").write_bytes(b"cut short")
+    (folder / "notes.txt").write_text("somebody else's")
+    full_store.close()
+    with EmbeddingStore.open(full_store.path, writable=True) as store:
+        assert {path.name for path in folder.iterdir()} == {"1.json", "2.json", "notes.txt"}
+        assert (folder / "1.json").read_bytes() == kept
+        (folder / "notes.txt").unlink()
+        compute(store, embeddings())
+        assert not folder.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="drops privileges")
