@@ -255,6 +255,7 @@ def test_cocos_layout_beside_a_photo_is_used_and_labelmes_is_ignored(place: Path
     )
     assert result.exit_code == 0
     assert judged(json.loads(result.stdout)) == 1
+    assert "JSON" not in result.stderr, "labels are not passed over"
 
 
 @pytest.mark.parametrize(

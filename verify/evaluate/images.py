@@ -87,8 +87,10 @@ class FolderImages:
         listed = list_images([path])
         self.root: Path | None = listed.root
         self.problems = [str(problem) for problem in listed.problems]
-        if listed.passed_over:
-            self.problems.append(passed_over_line(listed.passed_over).removeprefix("passed over: "))
+        # JSON beside the images may be their labels.
+        passed_over = {kind: count for kind, count in listed.passed_over.items() if kind != "JSON"}
+        if passed_over:
+            self.problems.append(passed_over_line(passed_over).removeprefix("passed over: "))
         self.all_keys: Sequence[str] = [file.key for file in listed.files]
         self._files: Sequence[ImageRef] = listed.files[:limit]
 
