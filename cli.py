@@ -42,7 +42,7 @@ from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
 
 def _check_paths(stores: Iterable[Path | None], images: Iterable[Path | None] = ()) -> None:
     """Refuse paths that hold no store or no images, before the seconds that torch takes to load."""
-    from .sam.image_files import expand_paths
+    from .sam.photos.image_files import expand_paths
     from .store.layout import local_path
     from .store.zarr_metadata import read_spec
 
@@ -64,7 +64,7 @@ def _check_weights(*files: Path | None, student: Path | None = None, latest: boo
     """
     from .distill.latest_run import refuse_no_run
     from .distill.run_description import is_run, student_path
-    from .sam.weight_files import INDEX_SUFFIX, refuse_other_kind, weight_files
+    from .sam.weights.weight_files import INDEX_SUFFIX, refuse_other_kind, weight_files
 
     if latest and student is None:
         refuse_no_run()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..common.durable import fsync_directory, write_atomic
 from ..common.errors import ArchiveError, DistillError, ForeignObjects
-from ..sam.torch_file import read_torch_file
+from ..sam.weights.torch_file import read_torch_file
 
 logger = logging.getLogger(__name__)
 

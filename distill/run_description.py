@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import DistillError, StoreError
-from ..sam.weight_files import FOLDER_FILES, absent, describe_folder
+from ..sam.weights.weight_files import FOLDER_FILES, absent, describe_folder
 from ..store import ImageRecord
 from ..store.spec import StoreSpec
 from .checksummed_json import digest

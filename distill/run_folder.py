@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..common.durable import make_folder, write_atomic
 from ..common.errors import DistillError, RunLocked, counted, shown
-from ..sam.file_kinds import store_around
+from ..sam.photos.file_kinds import store_around
 from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
 from .checksummed_json import (
     decode_line,

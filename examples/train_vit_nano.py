@@ -47,7 +47,7 @@ from mobilesam.distill.loss.masks import MaskLoss, MaskLossWeights, PromptedObje
 from mobilesam.sam.allocator import keep_freed_memory
 from mobilesam.sam.modeling.head import SamHead
 from mobilesam.sam.modeling.vit import fit_positions
-from mobilesam.sam.preprocess import normalize_and_pad
+from mobilesam.sam.photos.preprocess import normalize_and_pad
 from mobilesam.sam.registry import TEACHERS
 
 NANO = TEACHERS["vit_nano"]

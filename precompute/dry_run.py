@@ -15,7 +15,7 @@ from typing import Any
 
 from ..common.errors import CheckpointError, counted
 from ..sam import normalize_and_pad
-from ..sam.file_kinds import passed_over_line
+from ..sam.photos.file_kinds import passed_over_line
 from ..store import array_layouts
 from .config import PrecomputeConfig
 from .decode import Batch, decoded_batches

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..common.errors import PrecomputeError, counted, shown
 from ..common.image_ref import ImageRef
 from ..sam import ImageError, ImageSet, list_images, read_image
-from ..sam.file_kinds import store_around
-from ..sam.image_files import expand_paths
-from ..sam.tar_files import place_on_disk
+from ..sam.photos.file_kinds import store_around
+from ..sam.photos.image_files import expand_paths
+from ..sam.photos.tar_files import place_on_disk
 from ..store import EmbeddingStore, ImageRecord, StoreSpec
 from ..store.manifest import Manifest
 from .config import PrecomputeConfig

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch, counted
 from ..sam import KEPT_KIND, preprocessing_recipe
-from ..sam.download import find_checkpoint
 from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package, is_teacher
 from ..sam.teacher import (
     embedded_sha256,
@@ -18,7 +17,8 @@ from ..sam.teacher import (
     read_package_head,
 )
 from ..sam.teacher_package import package_sha256
-from ..sam.weight_files import weights_sha256
+from ..sam.weights.download import find_checkpoint
+from ..sam.weights.weight_files import weights_sha256
 from ..store import EmbeddingStore, StoreDamaged, StoreSpec, encode_head
 from ..store.spec import package_versions
 from .plan import ExistingStore, Plan

@@ -20,7 +20,7 @@ from ..sam import (
     refuse_keeping,
 )
 from ..sam.device import resolve_precision
-from ..sam.file_kinds import store_around
+from ..sam.photos.file_kinds import store_around
 from ..store import (
     EmbeddingStore,
     Selection,

@@ -19,7 +19,7 @@ from ..common.durable import explain_os_errors
 from ..common.errors import PrecomputeError, PrecomputeInterrupted, counted
 from ..common.outputs import refuse_foreign, write_output
 from ..common.signals import StopFlag, stopped_by_signals
-from ..sam.file_kinds import passed_over_line
+from ..sam.photos.file_kinds import passed_over_line
 from ..store import Counts, EmbeddingStore
 from ..store.inspection import failed_images, failed_lines
 from . import sizing

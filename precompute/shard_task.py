@@ -25,7 +25,7 @@ from distributed import Worker, get_worker
 
 from ..common.errors import PrecomputeError
 from ..sam import refuse_keeping
-from ..sam.tar_files import place_on_disk
+from ..sam.photos.tar_files import place_on_disk
 from ..store import RowResult, ShardWriter
 from ..store.writer import CarriedRows
 from .decode import Batch, LoadedImage, decoded_batches

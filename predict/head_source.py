@@ -21,11 +21,11 @@ from torch import Tensor
 from ..common.errors import CheckpointError, DistillError, HeadNotFound, shown
 from ..distill.run_folder import HEAD_FILE, Run
 from ..distill.students.student_file import is_own_file, load_own_head, read_own_tensors, trained_head
-from ..sam.checkpoint import read_weights
 from ..sam.modeling.head import SamHead, build_head
 from ..sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
-from ..sam.state_dict import count_by_prefix
-from ..sam.weight_files import FOLDER_FILES, absent, describe_folder
+from ..sam.weights.checkpoint import read_weights
+from ..sam.weights.state_dict import count_by_prefix
+from ..sam.weights.weight_files import FOLDER_FILES, absent, describe_folder
 from ..store import EmbeddingStore
 
 _MEND = "give --head with the store that it learned from, or with a SAM or MobileSAM checkpoint"

@@ -28,13 +28,13 @@ from ..distill.run_description import is_run, student_path
 from ..distill.run_folder import Run
 from ..distill.students.student_file import load_student
 from ..sam.device import resolve_device
-from ..sam.download import Progress, find_checkpoint
 from ..sam.modeling.head import SamHead, assemble, build_head
 from ..sam.modeling.hq import HqEncoder, build_hq_head
 from ..sam.modeling.vit import ViTEncoder
 from ..sam.registry import find_teacher_info, find_teacher_package, hq_note
 from ..sam.teacher import load_head, load_teacher
 from ..sam.teacher_package import PackageEncoder
+from ..sam.weights.download import Progress, find_checkpoint
 from .head_source import LoadedHead, find_head, read_head_file
 
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from ..common.durable import explain_os_errors, fsync_directory
 from ..common.errors import PredictError, shown
 from ..common.outputs import marked, place_output, refuse_foreign
-from ..sam.file_kinds import store_around
+from ..sam.photos.file_kinds import store_around
 
 _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 

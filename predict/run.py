@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..common.errors import PredictError, shown
 from ..common.table import Table
 from ..sam import ImageError, decode_image, read_image, resized_size
-from ..sam.download import Progress
+from ..sam.weights.download import Progress
 from .config import SegmentConfig
 from .mask_files import Mask, add_masks, check_masks_folder, encode_rle, mask_name
 from .model import Model, load_model, load_teacher_model

@@ -16,7 +16,11 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, SamError
-from .checkpoint import (
+from .device import resolve_device, resolve_precision
+from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
+from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
+from .teacher_package import build_from_package, package_sha256
+from .weights.checkpoint import (
     ENCODER_PREFIX,
     check_weights,
     encoder_state,
@@ -24,11 +28,7 @@ from .checkpoint import (
     read_weights,
     trained_image_size,
 )
-from .device import resolve_device, resolve_precision
-from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES, head_shapes
-from .registry import EMBEDDED_TEACHER, TeacherInfo, TeacherPackage, find_teacher_info, find_teacher_package
-from .teacher_package import build_from_package, package_sha256
-from .weight_files import weights_sha256
+from .weights.weight_files import weights_sha256
 
 _EMBEDDED_FILE = files(__package__).joinpath(f"{EMBEDDED_TEACHER}.safetensors")
 

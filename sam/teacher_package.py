@@ -37,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import CheckpointError, SamError, shown
-from .download import file_sha256
 from .modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from .modeling.neck import EMBEDDING_CHANNELS
-from .preprocess import PATCH
+from .photos.preprocess import PATCH
 from .registry import TEACHER_GROUP, TeacherPackage
+from .weights.download import file_sha256
 
 MAX_CHANGE = 1e-3
 """Largest relative MSE between two embeddings of one image that is rounding, in any precision and batch."""

@@ -16,9 +16,9 @@ from mobilesam.common.errors import CheckpointError
 from mobilesam.distill import DistillConfig, distill
 from mobilesam.distill.students import cost
 from mobilesam.distill.students.registry import outline_student, student_info
-from mobilesam.sam.checkpoint import ENCODER_PREFIX, identify_teacher, read_state
 from mobilesam.sam.registry import TEACHERS, CheckpointFile, TeacherInfo
 from mobilesam.sam.teacher import load_head, load_teacher, positions_interpolated, state_shapes
+from mobilesam.sam.weights.checkpoint import ENCODER_PREFIX, identify_teacher, read_state
 from mobilesam.store import EmbeddingStore
 from mobilesam.verify import EvaluateConfig, VerifyConfig, evaluate_masks, verify
 from mobilesam.verify.evaluate.models import outline_encoder

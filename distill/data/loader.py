@@ -29,9 +29,9 @@ from ...sam import (
     read_checked,
     valid_cells,
 )
-from ...sam.file_kinds import is_store
-from ...sam.image_files import read_image, resolved_folder
-from ...sam.tar_files import path_of
+from ...sam.photos.file_kinds import is_store
+from ...sam.photos.image_files import read_image, resolved_folder
+from ...sam.photos.tar_files import path_of
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import AnnotationLabels
 

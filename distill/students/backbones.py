@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...common.errors import DistillError
 from ...sam.modeling.neck import EMBEDDING_CHANNELS, neck_projection, neck_rest
-from ...sam.preprocess import PATCH
+from ...sam.photos.preprocess import PATCH
 
 DEIT_TINY = "deit_tiny_patch16_224"
 STRIDES = (16, 32)

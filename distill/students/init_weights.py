@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.errors import DistillError, counted
-from ...sam.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.modeling.head_shapes import head_shapes
-from ...sam.state_dict import count_by_prefix
-from ...sam.weight_files import absent, weights_sha256
+from ...sam.weights.checkpoint import ENCODER_PREFIX, read_weights
+from ...sam.weights.state_dict import count_by_prefix
+from ...sam.weights.weight_files import absent, weights_sha256
 from ..run_description import student_path
 from .registry import outline_student, student_info
 from .student_file import is_own_file, read_own_tensors, trained_head

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ...common.durable import write_atomic
 from ...common.errors import DistillError, counted
-from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
-from ...sam.torch_file import ZIP_MAGIC
+from ...sam.weights.checkpoint import ENCODER_PREFIX
+from ...sam.weights.torch_file import ZIP_MAGIC
 from ..run_description import STUDENT_FILE, student_path
 from .registry import outline_student, student_info
 

@@ -17,9 +17,9 @@ from ...distill import DistillError, save_student
 from ...distill.run_description import MODEL_FILE
 from ...distill.students.student_file import check_tensors
 from ...sam import preprocessing_recipe
-from ...sam.checkpoint import ENCODER_PREFIX
-from ...sam.download import file_sha256
 from ...sam.modeling.head_shapes import HEAD_PREFIXES
+from ...sam.weights.checkpoint import ENCODER_PREFIX
+from ...sam.weights.download import file_sha256
 from ..model import Model
 from ..outputs import EXPORT, Outputs, check_writable, is_partial
 from .model_card import model_card

@@ -9,8 +9,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from ...common.errors import PredictError
-from ...sam.checkpoint import ENCODER_PREFIX
 from ...sam.modeling.tiny_vit import VARIANTS
+from ...sam.weights.checkpoint import ENCODER_PREFIX
 from ..model import Model
 
 UPSTREAM_STUDENT = "tiny_vit"

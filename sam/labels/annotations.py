@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from ...common.errors import AnnotationError as AnnotationError
 from ...common.errors import BadAnnotation, counted, shown
-from ..image_decode import MAX_PIXELS
-from ..tar_files import TarMember, path_of, scan_tar, split_tar_key
+from ..photos.image_decode import MAX_PIXELS
+from ..photos.tar_files import TarMember, path_of, scan_tar, split_tar_key
 from .rle import Runs, checked_runs, number, runs_box, whole_number, write_runs
 
 SUFFIX = ".json"

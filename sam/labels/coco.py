@@ -22,8 +22,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from ...common.errors import AnnotationError, BadAnnotation, shown
-from ..file_kinds import AVIF_SUFFIXES, HEAD_BYTES, HEIC_SUFFIXES, IMAGE_SUFFIXES, content_kind
-from ..tar_files import path_of
+from ..photos.file_kinds import AVIF_SUFFIXES, HEAD_BYTES, HEIC_SUFFIXES, IMAGE_SUFFIXES, content_kind
+from ..photos.tar_files import path_of
 from .annotations import UPRIGHT, Annotations, Turn, build_annotations, parse_json
 from .rle import whole_number
 

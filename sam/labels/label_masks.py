@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...common.errors import AnnotationError, BadAnnotation, shown
-from ..image_decode import MAX_PIXELS
+from ..photos.image_decode import MAX_PIXELS
 from .annotations import MOST_OBJECTS, Annotations, Turn, check_size
 from .coco import NameMatch, match_names
 from .rle import Runs, runs_box, write_runs

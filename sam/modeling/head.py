@@ -10,7 +10,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from torch import Tensor, nn
 
 from ...common.errors import CheckpointError
-from ..preprocess import PIXEL_MEAN, PIXEL_STD
+from ..photos.preprocess import PIXEL_MEAN, PIXEL_STD
 from .neck import EMBEDDING_CHANNELS
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..preprocess import PATCH
+from ..photos.preprocess import PATCH
 from .neck import neck_projection, neck_rest
 
 MLP_RATIO = 4

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..device import cpu_accelerates_bfloat16
-from ..preprocess import PATCH
+from ..photos.preprocess import PATCH
 from .attention import attend
 from .neck import EMBEDDING_CHANNELS, neck_convolution, neck_projection
 

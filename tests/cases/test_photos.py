@@ -22,7 +22,7 @@ from random_student import save_random_student
 from tiff_writer import write_tiff
 
 from mobilesam.cli import main
-from mobilesam.sam import file_kinds
+from mobilesam.sam.photos import file_kinds
 from mobilesam.store import EmbeddingStore, ImageRecord, ImageRef
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)

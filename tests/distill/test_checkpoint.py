@@ -186,7 +186,7 @@ def test_a_checkpoint_that_could_not_be_read_is_refused_and_replaces_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Scene(tmp_path).save()
-    monkeypatch.setattr("mobilesam.sam.torch_file.MAX_PICKLE", 1000)
+    monkeypatch.setattr("mobilesam.sam.weights.torch_file.MAX_PICKLE", 1000)
     with pytest.raises(DistillError, match=r"last\.pt can't be saved .* at most 1,000 are read"):
         Scene(tmp_path, 2).save()
     monkeypatch.undo()

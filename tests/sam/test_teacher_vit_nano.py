@@ -108,7 +108,7 @@ def embeddings(photo_pixels_BCHW: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def photo_pixels_BCHW(photos: dict[str, bytes]) -> torch.Tensor:
-    from mobilesam.sam.preprocess import load_image, normalize_and_pad, place_on_canvas
+    from mobilesam.sam.photos.preprocess import load_image, normalize_and_pad, place_on_canvas
 
     images = [load_image(data, 256) for data in photos.values()]
     canvas = np.zeros((len(images), 256, 256, 3), np.uint8)

@@ -16,7 +16,7 @@ import torch
 from mobilesam.distill import DistillError, load_student
 from mobilesam.common.errors import SamError
 from mobilesam.common.errors import ForeignObjects
-from mobilesam.sam.checkpoint import read_state
+from mobilesam.sam.weights.checkpoint import read_state
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()

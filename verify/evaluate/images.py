@@ -24,7 +24,7 @@ from ...sam import (
     read_image,
     resized_size,
 )
-from ...sam.file_kinds import passed_over_line
+from ...sam.photos.file_kinds import passed_over_line
 from ...store import EmbeddingStore, ImageRecord
 
 

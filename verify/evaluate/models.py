@@ -18,10 +18,10 @@ from ...distill.students.registry import outline_student, student_info
 from ...distill.students.student_file import is_own_file
 from ...predict.model import Model, load_model, load_teacher_model
 from ...sam import CheckpointError
-from ...sam.checkpoint import describe_other, identify_teacher, read_weights
-from ...sam.download import Progress
 from ...sam.registry import EMBEDDED_TEACHER, TEACHERS
-from ...sam.weight_files import FOLDER_FILES, absent
+from ...sam.weights.checkpoint import describe_other, identify_teacher, read_weights
+from ...sam.weights.download import Progress
+from ...sam.weights.weight_files import FOLDER_FILES, absent
 from .plugins import LICENCE, installed_predictors, open_fastsam, open_predictor
 from .predictor import Predictor
 from .sam_predictor import EncoderPredictor

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..common.errors import ImageError as ImageError
-from ..common.errors import SamError as SamError
-from ..common.errors import counted, shown
-from ..common.image_ref import ImageRef as ImageRef
+from ...common.errors import ImageError as ImageError
+from ...common.errors import SamError as SamError
+from ...common.errors import counted, shown
+from ...common.image_ref import ImageRef as ImageRef
 from .file_kinds import (
     COMPRESSED_SUFFIXES,
     HEAD_BYTES,

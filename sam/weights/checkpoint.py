@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..common.errors import CheckpointError, shown
-from .modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES
-from .preprocess import PATCH
-from .registry import TEACHERS, TeacherInfo
+from ...common.errors import CheckpointError, shown
+from ..modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES
+from ..photos.preprocess import PATCH
+from ..registry import TEACHERS, TeacherInfo
 from .state_dict import ENCODER_PREFIX as ENCODER_PREFIX
 from .state_dict import Fits, StateDict, count_by_prefix, dictionary_of, find_state_dicts
 from .unpickler import Foreign

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
+from ...common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
 
 # torch, which takes seconds to load, is imported by the functions that read tensors: a wrong file is told before.
 
@@ -304,7 +304,7 @@ def _readable(path: Path) -> Iterator[None]:
 def _damage(path: Path, reason: str) -> str:
     """Return the message about a damaged file, with the expected length if it is named like an official one."""
     size = path.stat().st_size
-    from .registry import TEACHERS
+    from ..registry import TEACHERS
 
     official = [info.checkpoint for info in TEACHERS.values() if info.checkpoint]
     wanted = [file.bytes for file in official if file.name == path.name and file.bytes not in (size, None)]

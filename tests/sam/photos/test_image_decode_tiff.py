@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiff_writer import write_tiff
 
-from mobilesam.sam import ImageError, decode_image, image_decode
+from mobilesam.sam import ImageError, decode_image
+from mobilesam.sam.photos import image_decode
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mobilesam.common.errors import CheckpointError, ForeignObjects
-from mobilesam.sam.checkpoint import read_state
-from mobilesam.sam.torch_file import read_torch_file
-from mobilesam.sam.unpickler import Foreign
+from mobilesam.sam.weights.checkpoint import read_state
+from mobilesam.sam.weights.torch_file import read_torch_file
+from mobilesam.sam.weights.unpickler import Foreign
 
 MEMORY = 600_000_000
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"

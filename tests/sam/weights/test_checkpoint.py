@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from mobilesam.common.errors import CheckpointError
-from mobilesam.sam.checkpoint import identify_teacher, read_state
 from mobilesam.sam.modeling.head_shapes import head_shapes
 from mobilesam.sam.modeling.tiny_vit import TinyViT
 from mobilesam.sam.registry import TEACHERS
 from mobilesam.sam.teacher import load_head, load_teacher, state_shapes
+from mobilesam.sam.weights.checkpoint import identify_teacher, read_state
 
 
 class Hostile:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, features
 
-from ..common.errors import ImageError, SamError
+from ...common.errors import ImageError, SamError
 from .image_decode import decode_rgb
 
 if TYPE_CHECKING:

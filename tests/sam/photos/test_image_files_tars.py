@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mobilesam.sam import ImageError, SamError, list_images, read_image
-from mobilesam.sam.tar_files import scan_tar
+from mobilesam.sam.photos.tar_files import scan_tar
 
 
 def member(name: str, data: bytes = b"x", **fields: object) -> tuple[tarfile.TarInfo, bytes]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mobilesam.sam.registry import TEACHERS
-from mobilesam.sam.state_dict import MAX_DEPTH, find_state_dicts, huggingface_name
 from mobilesam.sam.teacher import state_shapes
+from mobilesam.sam.weights.state_dict import MAX_DEPTH, find_state_dicts, huggingface_name
 
 ONE = torch.zeros(1)
 SAM = {

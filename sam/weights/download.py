@@ -27,9 +27,9 @@ from typing import BinaryIO
 
 import platformdirs
 
-from ..common.errors import CheckpointError as CheckpointError
-from ..common.errors import DownloadError as DownloadError
-from .registry import EMBEDDED_TEACHER, find_teacher_info
+from ...common.errors import CheckpointError as CheckpointError
+from ...common.errors import DownloadError as DownloadError
+from ..registry import EMBEDDED_TEACHER, find_teacher_info
 from .weight_files import weight_files
 
 CACHE_VARIABLE = "MOBILESAM_CACHE"

@@ -112,7 +112,7 @@ def test_reading_and_decoding_images_needs_no_torch() -> None:
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("name", ["image_files", "download"])
+@pytest.mark.parametrize("name", ["photos.image_files", "weights.download"])
 def test_listing_and_downloading_need_no_torch(name: str) -> None:
     assert "torch" not in modules_after(f"import mobilesam.sam.{name}")
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, image_decode, load_image
+from mobilesam.sam import MAX_PIXELS, ImageError, decode_image, load_image
+from mobilesam.sam.photos import image_decode
 
 Encode = Callable[..., bytes]
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"]
@@ -121,9 +122,9 @@ def test_the_limit_is_ours_alone_and_not_pillows_global_one(
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert np.array_equal(decode_image(encode(scene, "PNG")), scene)
-    monkeypatch.setattr("mobilesam.sam.image_decode.MAX_PIXELS", scene.shape[0] * scene.shape[1])
+    monkeypatch.setattr("mobilesam.sam.photos.image_decode.MAX_PIXELS", scene.shape[0] * scene.shape[1])
     assert np.array_equal(decode_image(encode(scene, "PNG")), scene)
-    monkeypatch.setattr("mobilesam.sam.image_decode.MAX_PIXELS", scene.shape[0] * scene.shape[1] - 1)
+    monkeypatch.setattr("mobilesam.sam.photos.image_decode.MAX_PIXELS", scene.shape[0] * scene.shape[1] - 1)
     assert reason(encode(scene, "PNG")) == "too large: 60 x 40 is 2,400 pixels, the limit is 2,399"
 
 

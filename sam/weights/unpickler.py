@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError, ForeignObjects, SamError
+from ...common.errors import ArchiveError, ForeignObjects, SamError
 
 MAX_PICKLE = 64 << 20
 """Largest pickle that is read, in bytes: a history of a million steps beside the weights of a large network."""

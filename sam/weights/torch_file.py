@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.errors import ArchiveError, ForeignObjects
+from ...common.errors import ArchiveError, ForeignObjects
 from .unpickler import MAX_PICKLE, read_pickle
 
 ZIP_MAGIC = b"PK\x03\x04"

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mobilesam.common.errors import shown
-from mobilesam.sam import ImageError, ImageRef, SamError, file_kinds, list_images, read_image
+from mobilesam.sam import ImageError, ImageRef, SamError, list_images, read_image
+from mobilesam.sam.photos import file_kinds
 
 
 def put(path: Path, data: bytes = b"x") -> Path:

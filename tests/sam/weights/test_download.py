@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mobilesam.common.errors import DownloadError
-from mobilesam.sam import download
-from mobilesam.sam.download import Request, download_file
+from mobilesam.sam.weights import download
+from mobilesam.sam.weights.download import Request, download_file
 
 BODY = np.random.default_rng(1).bytes(300_000)
 NEWER = np.random.default_rng(2).bytes(300_000)

@@ -38,7 +38,7 @@ from PIL.TiffImagePlugin import (
 )
 from PIL.WebPImagePlugin import WebPImageFile
 
-from ..common.errors import ImageError, counted
+from ...common.errors import ImageError, counted
 from .file_kinds import HEAD_BYTES, INSTALL_HEIF, content_kind, decodable
 
 logger = logging.getLogger(__name__)

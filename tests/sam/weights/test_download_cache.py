@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from mobilesam.common.errors import CheckpointError, DownloadError, SamError
-from mobilesam.sam import download
-from mobilesam.sam.download import Request, cache_directory, file_sha256, find_checkpoint
 from mobilesam.sam.registry import TEACHERS
+from mobilesam.sam.weights import download
+from mobilesam.sam.weights.download import Request, cache_directory, file_sha256, find_checkpoint
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Photos as people bring them: listed, read, decoded and preprocessed as SAM's predictor does."""
