@@ -1,8 +1,10 @@
-"""What makes runs of the suite alike: threads, before anything else is imported, and hypothesis's examples."""
+"""What makes runs of the suite alike: threads, before anything else is imported, hypothesis's examples, signals."""
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -21,3 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     short = "not long" in config.option.markexpr
     settings.register_profile("mobilesam", deadline=None, derandomize=short)
     settings.load_profile("mobilesam")
+
+
+@pytest.fixture(autouse=True)
+def _hangup_is_not_ignored() -> Iterator[None]:
+    """SIGHUP as a terminal's programs have it, also where `nohup` runs the suite: what a test starts inherits it."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

@@ -361,6 +361,7 @@ def test_a_missing_store_and_a_wrong_file_are_told_before_torch_loads(
 ) -> None:
     """T2: in a second, not after the ten that torch takes on a busy machine."""
     Path("wrong.pt").write_text("x\n")
+    Image.new("RGB", (64, 48)).save("photo.jpg")
     code = (
         "import sys; from mobilesam.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     )

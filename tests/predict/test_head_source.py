@@ -136,7 +136,7 @@ def test_a_safetensors_file_is_known_by_its_content_whatever_its_first_byte(
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (None, "no file or store"),
+        (None, "does not exist; give --head with the store"),
         (b"", "is empty"),
         (b"this is text", "not a checkpoint of PyTorch or safetensors: it is a text"),
         ("folder", "store"),

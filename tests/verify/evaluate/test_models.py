@@ -74,7 +74,7 @@ def test_models_are_known_by_their_content(world: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"--model x: there is no .*/x.pt; give a run, an export"),
+        (None, r"--model x: .*/x.pt does not exist; give a run, an export"),
         (b"not a model", "x.pt .* is not a checkpoint of PyTorch or safetensors: it is a text"),
         (b"", "damaged|no safetensors|is empty"),
         ("flat", r"--model x: .* and mobile_sam: it holds 1 tensor, image_encoder.x$"),
