@@ -97,8 +97,8 @@ def fill_and_resume(
     disk.leave(None)
     phase = None
     if first.error:
-        # A store is created in a partial folder beside its path.
-        stage = "creation" if ".partial/" in first.message else "filling"
+        # A store is created in a partial folder beside its path; messages name its path in both stages.
+        stage = "filling" if disk.call(os.path.lexists, store).value else "creation"
         phase = f"store {stage}, {phase_of(first, disk.path)}"
     again = disk.call(embed, **options)
     assert again.value, again
