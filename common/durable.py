@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,12 +47,13 @@ def make_folder(path: Path) -> None:
         fsync_directory(folder.parent)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, place: Callable[[Path, Path], None] | None = None) -> None:
     """Replace a file's content atomically and durably: temporary file, fsync, rename, fsync of the folder.
 
     Args:
         path: file to write or replace.
         data: its new content.
+        place: function that moves the temporary file to `path`, and may refuse to; None: os.rename.
 
     Raises:
         OSError: it names the file; the old content is unchanged, and no temporary file is left.
@@ -63,7 +64,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.rename(partial, path)
+        (place or os.rename)(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(partial)):

@@ -13,13 +13,12 @@ import mmap
 import os
 import re
 import struct
-import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .durable import fsync_directory
+from .durable import write_atomic
 from .errors import MobileSamError, shown
 
 _MARK = re.compile(rb"mobilesam ([a-z ]{1,40}), SHA-256 without this mark: ([0-9a-f]{64})")
@@ -108,7 +107,7 @@ class Mark:
 
     kind: str
     intact: bool
-    """Whether the file is as it was written."""
+    """True if the file is as it was written."""
 
 
 def read_mark(path: Path) -> Mark | None:
@@ -216,18 +215,6 @@ def write_output(path: Path, data: bytes, kind: str, refuse: Callable[[], None])
     Raises:
         OSError: it names the file; the old content is unchanged, and no temporary file is left.
     """
-    path = path.resolve()
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(marked(data, kind))
-            file.flush()
-            os.fsync(file.fileno())
-        place_output(partial, path, refuse)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)  # write and fsync don't say which file
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    write_atomic(
+        path.resolve(), marked(data, kind), lambda partial, final: place_output(partial, final, refuse)
+    )

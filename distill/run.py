@@ -91,8 +91,9 @@ def distill(
         records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
         initial = _initial_weights(config, store)
-        labels = open_labels(config, _checked_image_root(config, store), store, split.train)
-        description = describe(config, store, records, split, initial, processes, labels)
+        image_root = _checked_image_root(config, store)
+        labels = open_labels(config, image_root, store, split.train)
+        description = describe(config, store, records, split, initial, processes, labels, image_root)
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / _folder_name(description)
         started: tuple[Path, dict[str, Any] | None] | None = None
@@ -172,6 +173,7 @@ def describe(
     initial: InitialWeights | None,
     processes: ProcessGroup,
     labels: OpenLabels | None,
+    image_root: Path | None,
 ) -> RunDescription:
     """Describe a run that begins now, with device, precision and micro-batch resolved for this machine.
 
@@ -183,9 +185,10 @@ def describe(
         initial: weights to start from; None: random.
         processes: processes that train together.
         labels: source of labels; None: the teacher's masks.
+        image_root: folder of the images; None: the store keeps them.
 
     Raises:
-        DistillError: the student is unknown, or the images are missing.
+        DistillError: the student is unknown.
         SamError: the device or the precision isn't available on this machine.
     """
     device = resolve_device(processes.local_device(config.device))
@@ -221,7 +224,7 @@ def describe(
             processes=processes.world_size,
         ),
         store=StoreDescription(path=Path(config.store).resolve(), spec=store.spec),
-        image_root=_checked_image_root(config, store),
+        image_root=image_root,
         counts={"done": counts.done, "failed": counts.failed, "pending": counts.pending},
         versions=package_versions(("torch", "numpy", "pillow")),
         split_sha256=split_sha256(split),

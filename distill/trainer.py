@@ -287,15 +287,12 @@ class Trainer:
             },
         }
         if self.loader.labels is not None:
+            described = self.run.description.labels or {}
             result["labels"] = {
                 "annotated": self.run.description.data.annotated,
                 "images": self.run.description.data.rows,
                 **self.loader.labels.to_json(),
-                **{
-                    name: value
-                    for name, value in (self.run.description.labels or {}).items()
-                    if name == "names"
-                },
+                **({"names": described["names"]} if "names" in described else {}),
             }
         self.recorder.line("result", result)
         self.recorder.sync()

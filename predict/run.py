@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..common.errors import PredictError, shown
+from ..common.errors import PredictError, counted, shown
 from ..common.table import Table
 from ..sam import ImageError, decode_image, read_image, resized_size
 from ..sam.weights.download import Progress
@@ -193,7 +193,7 @@ def segment_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{result['image']}: {width} x {height} pixels, {name} at {result['image_size']} on {result['device']}",
         *(f"note: {note}" for note in result["notes"]),
-        f"embedding {result['embedding_seconds']:.2f} s, {len(masks):,} mask{'' if len(masks) == 1 else 's'} "
+        f"embedding {result['embedding_seconds']:.2f} s, {counted(len(masks), 'mask')} "
         f"{result['mask_seconds']:.2f} s",
         *(_masks_table(masks, height * width).lines() if masks else []),
         *(f"{kind:<8}{place}" for kind, place in places.items() if place is not None),

@@ -173,7 +173,7 @@ class FileCheck(ABC):
 
     def _images(self) -> str:
         count = sum(record.status == "done" for record in self._listing.records)
-        return f"{count} image{'' if count == 1 else 's'}"
+        return counted(count, "image")
 
     def _unreadable(self, error: OSError) -> Finding:
         return self._of_file("unreadable", f"the disk can't read it ({error.strerror}): check the disk")

@@ -289,7 +289,7 @@ def _problem_lines(result: Mapping[str, Any]) -> Iterator[str]:
     yield from _shown_problems("problem", problems, Path(result["store"]))
     if result["checked"]:
         left = " left" if result["repaired"] is not None else ""
-        found = f"{len(problems):,} problem{'' if len(problems) == 1 else 's'}{left}" if problems else "whole"
+        found = f"{counted(len(problems), 'problem')}{left}" if problems else "whole"
         yield f"check         {found}"
 
 

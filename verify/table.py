@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.errors import shown
+from ..common.errors import counted, shown
 from ..common.table import Table
 from .thresholds import describe, run_checks
 
@@ -131,7 +131,7 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
         result: result of `verify`.
     """
     subject: Mapping[str, Any] = result["subject"]
-    images = f"{result['images']:,} image{'' if result['images'] == 1 else 's'}"
+    images = counted(result["images"], "image")
     lines = [f"{subject['student']} against {subject['teacher']}, split {subject['split']}: {images}"]
     lines += [f"note: {note}" for note in subject["notes"]]
     for table in _tables(result):

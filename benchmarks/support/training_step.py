@@ -103,7 +103,8 @@ def _our_step(
     rows, image_size = batch.rows, store.spec.image_size
     config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows), micro_batch=len(rows))
     split = Split(train=tuple(rows), val=())
-    description = describe(config, store, store.manifest.records("done"), split, None, ProcessGroup(), None)
+    records, root = store.manifest.records("done"), Path(store.spec.image_root)
+    description = describe(config, store, records, split, None, ProcessGroup(), None, root)
     trainer = Trainer(
         config,
         Run(path=store.path.parent, description=description, split=split),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...common.errors import CheckpointError, shown
+from ...common.errors import CheckpointError, counted, shown
 from ..modeling.head_shapes import HEAD_PREFIXES, HQ_PREFIXES
 from ..photos.preprocess import PATCH
 from ..registry import TEACHERS, TeacherInfo
@@ -53,7 +53,7 @@ class Weights:
         """
         unused = set() if used is None else self.state.keys() - set(used)
         counts = count_by_prefix([key for key in unused if not key.startswith(unmentioned)], 2)
-        left = [*(f"{name} ({_tensors(n)})" for name, n in counts.items()), *self.left]
+        left = [*(f"{name} ({counted(n, 'tensor')})" for name, n in counts.items()), *self.left]
         how = []
         if self.found.place:
             how.append(f"under {'.'.join(self.found.place)!r}")
@@ -68,16 +68,12 @@ class Weights:
         if not how and not left:
             return None
         more = f", and {len(left) - 8} more" if len(left) > 8 else ""
-        taken = f"took {_tensors(len(self.state) - len(unused))} {', '.join(how)}".rstrip()
+        taken = f"took {counted(len(self.state) - len(unused), 'tensor')} {', '.join(how)}".rstrip()
         name = (
             f"{self.path.parent.name}/{self.path.name}" if self.path.name in FOLDER_FILES else self.path.name
         )
         rest = f"; left out: {', '.join(left[:8])}{more}" if left else ", all that it holds"
         return shown(f"{name}: {taken}{rest}")
-
-
-def _tensors(count: int) -> str:
-    return f"{count:,} tensor{'' if count == 1 else 's'}"
 
 
 def read_weights(path: Path, fits: Fits | None = None) -> Weights:
@@ -324,7 +320,7 @@ def describe_other(weights: Weights) -> str:
         return f"its weights are inside of a pickled object ({weights.pickled}).\nSave them alone: {PLAIN}."
     kind = _other_network(state)
     first = shown(next(iter(state))[:80])
-    count = f"{_tensors(len(state))}, {'' if len(state) == 1 else 'the first '}{first}"
+    count = f"{counted(len(state), 'tensor')}, {'' if len(state) == 1 else 'the first '}{first}"
     named = f"; the names are {kind}" if kind else ""
     if any(key.startswith((ENCODER_PREFIX, *HEAD_PREFIXES)) for key in state):
         sizes = state.get(ENCODER_PREFIX + "patch_embed.proj.weight")

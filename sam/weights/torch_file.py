@@ -218,22 +218,27 @@ def archive_names(file: BinaryIO) -> list[str] | None:
         file: archive, open for reading bytes.
     """
     try:
-        with zipfile.ZipFile(_BoundedFile(file)) as archive:
-            return archive.namelist()
-    except (ArchiveError, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error):
+        return [entry.filename for entry in _directory(file)]
+    except ArchiveError:
         return None
 
 
-def _locate(file: BinaryIO) -> dict[str, Record]:
+def _directory(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """Read a zip archive's directory; ArchiveError, with the reason, if there is no intact one."""
     try:
         with zipfile.ZipFile(_BoundedFile(file)) as archive:
-            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+            return archive.infolist()
+    # zipfile raises NotImplementedError for features that it can't read, which damage can claim.
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
         if "not a zip file" in str(error):
             raise ArchiveError(
                 "no zip directory at its end, as after an unfinished download or copy"
             ) from None
         raise ArchiveError(f"no intact zip archive: {error}") from None
+
+
+def _locate(file: BinaryIO) -> dict[str, Record]:
+    entries = sorted(_directory(file), key=lambda entry: entry.header_offset)
     records: dict[str, Record] = {}
     end_of_last, length = 0, file.seek(0, io.SEEK_END)
     for entry in entries:

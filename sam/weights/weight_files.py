@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import ArchiveError, CheckpointError, ForeignObjects, shown
+from ...common.errors import ArchiveError, CheckpointError, ForeignObjects, counted, shown
 
 # torch, which takes seconds to load, is imported by the functions that read tensors: a wrong file is told before.
 
@@ -372,7 +372,7 @@ def _kind_of_zip(path: Path) -> str | None:
     if any(name == "data.pkl" or name.startswith("data/") for name in inner):
         return None  # torch.save's, perhaps damaged
     first = f", the first {shown(names[0][:80])}" if names else ""
-    count = f"{len(names):,} file{'' if len(names) == 1 else 's'}"
+    count = counted(len(names), "file")
     return f"a zip archive of {count}{first}, not a checkpoint of PyTorch: unpack it first"
 
 
