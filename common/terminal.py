@@ -154,7 +154,7 @@ class _Status:
     """State of the work as shown: a count, or a phase whose length isn't known."""
 
     text: str
-    """What is done now, or the unit of the count."""
+    """Name of the phase, or the unit of the count."""
     done: float = 0
     total: float | None = None
     details: tuple[str, ...] = ()

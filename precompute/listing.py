@@ -34,7 +34,7 @@ class Absent:
     rows: int = 0
     """Images of the store."""
     count: int = 0
-    """Those of them that the listing lacks."""
+    """Images of the store that the listing lacks."""
     first: bytes | None = None
     """Key of the first one."""
 

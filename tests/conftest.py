@@ -1,4 +1,4 @@
-"""What makes runs of the suite alike: threads, before anything else is imported, hypothesis's examples, signals."""
+"""Settings that make runs of the suite alike: threads, before all other imports, hypothesis's examples, signals."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class OnnxFile:
     limit: float
     """Largest relative difference allowed."""
     notes: Sequence[str] = ()
-    """What other runtimes may not have, and which of onnxruntime's tools can't be used on it; one sentence each."""
+    """Limits, one sentence each: operators that other runtimes may lack, tools of onnxruntime that fail on it."""
 
     def check(self) -> dict[str, float]:
         """Return the comparison as JSON values."""
@@ -167,7 +167,7 @@ def _attention(
     from onnxscript import opset18 as op
 
     if is_causal or enable_gqa:
-        raise NotImplementedError("causal and grouped attention, which no image encoder here has")
+        raise PredictError("causal and grouped attention, which no image encoder here has")
     axes = list(range(len(key.shape)))
     root = key.shape[-1] ** -0.5 if scale is None else scale
     scaled = op.Mul(query, op.CastLike(op.Constant(value_float=float(root)), query))

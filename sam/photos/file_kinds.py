@@ -36,7 +36,7 @@ COMPRESSED_SUFFIXES = (
 )
 
 INSTALL_HEIF = "pip install 'mobilesam[heif]'"
-"""What makes HEIC photos readable."""
+"""Command that makes HEIC photos readable."""
 
 HIDDEN = "hidden"
 MAC_TWIN = "Mac's ._ twin"
@@ -253,7 +253,7 @@ HINTS = {
     "Radiance HDR": "convert them to PNG, with a white level of your choice",
     "video": "save their frames as photos",
 }
-"""How the photos in files of some kinds can be had, for messages."""
+"""Mends for messages: ways to the photos in files of some kinds."""
 
 
 def passed_over_line(counts: Mapping[str, int]) -> str:

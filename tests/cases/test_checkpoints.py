@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gradient_photo import gradient_photo
 from one_process import one_process_cluster
-from PIL import Image
+from PIL import ImageOps
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.serialization import config as torch_files
@@ -72,10 +73,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cost, "FORWARDS", 1)
     torch.set_num_threads(1)
     (tmp_path / "photos").mkdir()
-    y, x = np.mgrid[:96, :128]
-    pixels = np.stack([2 * x % 256, 2 * y % 256, (x + y) % 256], -1).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photos" / "p0.jpg")
-    Image.fromarray(pixels[::-1]).save(tmp_path / "photos" / "p1.jpg")
+    photo = gradient_photo(0, (96, 128))
+    photo.save(tmp_path / "photos" / "p0.jpg")
+    ImageOps.flip(photo).save(tmp_path / "photos" / "p1.jpg")
     return tmp_path
 
 
@@ -106,7 +106,7 @@ def embedding(scheduler: str, file: object, teacher: str = "mobile_sam", out: st
 
 
 def wrapped(state: dict[str, Tensor]) -> dict[str, object]:
-    """What training scripts save, by the name of the file."""
+    """Contents of files as training scripts save them, by the name of the file."""
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4}]}
     history = [{"step": step, "loss": step * 0.1} for step in range(20_000)]
     return {

@@ -1,4 +1,4 @@
-"""What the exported files hold, and what others' tools make of them.
+"""Exported files: their content, and use by others' tools.
 
 Shapes: P prompts, N points of one prompt, 2 (x, y).
 """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gradient_photo import gradient_photo
 from labelled_shapes import write_shapes
 from one_process import one_process_cluster
 from photo_store import make_photo_store
@@ -63,10 +64,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cost, "FORWARDS", 1)
     torch.set_num_threads(1)
     (tmp_path / "photos").mkdir()
-    y, x = np.mgrid[:96, :128]
     for number in (1, 3):
-        pixels = np.stack([(2 * x + 20 * number) % 256, 2 * y % 256, (x + y + 9 * number) % 256], -1)
-        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photos" / f"p{number}.jpg", quality=92)
+        gradient_photo(number, (96, 128)).save(tmp_path / "photos" / f"p{number}.jpg", quality=92)
     return tmp_path
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gradient_photo import gradient_photo
 from one_process import one_process_cluster
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -25,6 +26,7 @@ from mobilesam.cli import main
 from mobilesam.sam.photos import file_kinds
 from mobilesam.store import EmbeddingStore, ImageRecord, ImageRef
 
+TRAIN = ["distill", "--store", "t4.zarr", "--epochs", "1", "--batch-size", "2", "--student", "timm:resnet18"]
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 
 
@@ -66,16 +68,10 @@ def precompute(run_precompute: Callable[..., Result]) -> Precompute:
     return run
 
 
-def _photo(number: int) -> Image.Image:
-    y, x = np.mgrid[:48, :64]
-    bands = [(2 * x + 20 * number) % 256, 2 * y % 256, (x + y + 9 * number) % 256]
-    return Image.fromarray(np.stack(bands, -1).astype(np.uint8))
-
-
 def _photos(folder: Path, numbers: range) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
-        _photo(number).save(folder / f"p{number}.jpg")
+        gradient_photo(number).save(folder / f"p{number}.jpg")
     return folder
 
 
@@ -181,7 +177,7 @@ def test_a_store_is_no_folder_of_photos_for_any_command(place: Path, precompute:
 
 
 def _png_texts(place: Path) -> None:
-    picture, text = _photo(0), "x" * (2 << 20)
+    picture, text = gradient_photo(0), "x" * (2 << 20)
 
     def info(kind: str, times: int = 1, size: int = 2 << 20) -> PngInfo:
         made = PngInfo()
@@ -246,7 +242,7 @@ def test_names_that_say_nothing_are_judged_by_content_and_all_that_is_passed_ove
     folder = place / "i3"
     folder.mkdir()
     for number, name in enumerate(["a.jpg", "b.JPG", "c.jfif", "d.jpe", "noext", "wrong.png", "e.jpg_large"]):
-        _photo(number).save(folder / name, "JPEG")
+        gradient_photo(number).save(folder / name, "JPEG")
     for number in range(20):
         (folder / f"IMG_{number:04}.HEIC").write_bytes(HEIC)
     (folder / "renamed.jpg").write_bytes(HEIC)
@@ -276,8 +272,8 @@ def test_heic_and_avif_photos_are_embedded(place: Path, precompute: Precompute) 
     """I3: where pillow-heif is installed, and Pillow is built with AVIF."""
     pillow_heif = pytest.importorskip("pillow_heif")
     (place / "i3").mkdir()
-    pillow_heif.from_pillow(_photo(0)).save(place / "i3" / "IMG_0001.HEIC")
-    _photo(0).save(place / "i3" / "a.avif")
+    pillow_heif.from_pillow(gradient_photo(0)).save(place / "i3" / "IMG_0001.HEIC")
+    gradient_photo(0).save(place / "i3" / "a.avif")
     shutil.copy(place / "i3" / "IMG_0001.HEIC", place / "i3" / "renamed.jpg")
     assert precompute("--images", "i3", "--out", "i3.zarr")["done"] == 3
     sums = _checksums("i3.zarr")
@@ -290,7 +286,7 @@ def test_a_jpeg_that_lacks_only_its_end_mark_is_embedded_and_a_cut_one_never(
     """I7: one answer for a smooth photo and for noise."""
     (place / "i7").mkdir()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    for name, picture in {"noise": noise, "smooth": _photo(0)}.items():
+    for name, picture in {"noise": noise, "smooth": gradient_photo(0)}.items():
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG")
         for cut in (0, 1, 2, 3, 20, 300):
@@ -369,21 +365,10 @@ def test_photos_of_a_sibling_folder_are_appended_under_keys_of_the_first_root(
     assert wrong.exit_code == 3
     assert "3 of the store's 7 images lie outside what --images names" in wrong.stderr
     # Students are trained on photos of both folders, and on the moved ones where the folders moved together.
-    train = [
-        "distill",
-        "--store",
-        "t4.zarr",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "2",
-        "--student",
-        "timm:resnet18",
-    ]
-    done = CliRunner().invoke(main, [*train, "--out", "run", "--json"])
+    done = CliRunner().invoke(main, [*TRAIN, "--out", "run", "--json"])
     assert done.exit_code == 0, done.output
     (place / "t4").rename(place / "moved")
-    done = CliRunner().invoke(main, [*train, "--out", "run2", "--images", "moved/day1", "--json"])
+    done = CliRunner().invoke(main, [*TRAIN, "--out", "run2", "--images", "moved/day1", "--json"])
     assert done.exit_code == 0, done.output
     moved = run_precompute("--images", "moved/day1", "moved/day2", "--out", "t4.zarr", "--json")
     assert moved.exit_code == 0, moved.output
@@ -409,24 +394,13 @@ def test_a_first_folder_that_is_archived_keeps_its_rows_when_others_are_appended
     checked = CliRunner().invoke(main, ["inspect", "t4.zarr", "--check", "--json"])
     assert checked.exit_code == 0, checked.output
     assert not (place / "t4.zarr/embeddings/mobilesam/carried").exists()
-    train = [
-        "distill",
-        "--store",
-        "t4.zarr",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "2",
-        "--student",
-        "timm:resnet18",
-    ]
-    done = CliRunner().invoke(main, [*train, "--out", "run", "--json"])
+    done = CliRunner().invoke(main, [*TRAIN, "--out", "run", "--json"])
     if options == ("--keep-images",):
         assert done.exit_code == 0, done.output
     else:
         assert done.exit_code == 3
         assert "t4/day1; say where they are with --images DIR" in done.stderr
-        done = CliRunner().invoke(main, [*train, "--out", "run", "--images", "t4/archive", "--json"])
+        done = CliRunner().invoke(main, [*TRAIN, "--out", "run", "--images", "t4/archive", "--json"])
         assert done.exit_code == 0, done.output
 
 
@@ -461,7 +435,7 @@ def test_a_sibling_folder_with_the_same_names_is_not_taken_for_the_first_one_mov
     for day, numbers in {"day1": range(3), "day2": range(5, 8)}.items():
         (place / day).mkdir()
         for index, number in enumerate(numbers):
-            _photo(number).save(place / day / f"IMG_{index}.bmp")
+            gradient_photo(number).save(place / day / f"IMG_{index}.bmp")
     precompute("--images", "day1", "--out", "s.zarr")
     assert precompute("--images", "day2", "--out", "s.zarr", "--extend")["images"] == 6
     assert len(set(_checksums("s.zarr").values())) == 6

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gradient_photo import gradient_photo
 from photo_store import make_photo_store
 from PIL import Image
 from precompute_command import command_of
@@ -59,9 +60,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
     for i in range(6):
-        y, x = np.mgrid[:48, :64]
-        pixels = np.stack([(4 * x + 20 * i) % 256, 4 * y % 256, (x + y + 9 * i) % 256], -1).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"p{i}.png")
+        gradient_photo(i, steepness=4).save(folder / "photos" / f"p{i}.png")
     head = {key: value.numpy() for key, value in load_head("vit_nano", None).items()}
     embeddings = np.random.default_rng(0).normal(size=(6, 256, 4, 4)).astype(np.float32)
     make_photo_store(folder / "store.zarr", folder / "photos", head=head, embeddings=embeddings)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gradient_photo import gradient_photo
 from photo_store import make_photo_store
 from PIL import Image
 from small_student import registered_small_student
@@ -42,9 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "photos").mkdir()
     for i in range(8):
-        y, x = np.mgrid[:48, :64]
-        pixels = np.stack([(4 * x + 20 * i) % 256, 4 * y % 256, (x + y + 9 * i) % 256], -1).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / "photos" / f"p{i}.png")
+        gradient_photo(i, steepness=4).save(folder / "photos" / f"p{i}.png")
     write_store(folder / "store.zarr", folder / "photos", load_teacher("vit_nano", None, image_size=64))
     return folder
 
@@ -86,7 +85,7 @@ def trained(*args: object) -> dict[str, Any]:
 
 
 def told(result: Result, code: int) -> str:
-    """What the command said to people; it exited with `code`, in one or two lines and with no word of a bug."""
+    """Return a command's message; it exited with `code`, in one or two lines and with no word of a bug."""
     assert result.exit_code == code, result.output
     errors = result.stderr.split("error: ")[-1].strip()
     assert 1 <= len(errors.splitlines()) <= 2, errors
