@@ -133,7 +133,7 @@ def _wait(folder: Path, epochs: int, image_size: int, device: torch.device) -> F
         value=result["data_wait_share"],
         target=WAIT_TARGET,
         at_least=False,
-        sides=f"{result['steps']} steps of up to {config.batch_size} images at "
+        sides=f"{result['steps']} steps of up to {result['batch_size']} images at "
         f"{result['images_per_second']:.3g} images/s",
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from operator import not_
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..common.config import (
     AUTO_PRECISIONS,
@@ -28,6 +28,21 @@ from ..common.signals import StopFlag as StopFlag
 OBJECTIVES = ("decoupled", "semi_coupled", "coupled", "decoder")
 LOSS_REGIONS = ("all", "valid")
 LABELS = ("teacher", "annotations")
+BATCH_SIZE = 8
+"""Images per optimizer step where there are enough images; `expectations.py` takes less where they are few."""
+AUTO = "auto"
+"""Value of `epochs` for as many as make enough optimizer steps."""
+
+
+def parse_epochs(text: str) -> int | str:
+    """Parse the command line's value of `--epochs`; ValueError if it is neither a whole number nor auto."""
+    if text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("give a number of passes over the images, or auto") from None
+
 
 MASK_FIELDS = frozenset(
     {"labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight"}
@@ -78,8 +93,16 @@ class DistillConfig:
         help="Weights to start from: ImageNet's (files of timm or TinyViT), MobileSAM's or a student's "
         "[default: random weights drawn from --seed]",
     )
-    epochs: int = option(8, help="Number of passes over the training images.")
-    batch_size: int = option(8, help="Images per optimizer step.")
+    epochs: int | Literal["auto"] = option(
+        8,
+        metavar="N|auto",
+        parse=parse_epochs,
+        text="8",
+        help="Number of passes over the training images; auto makes as many steps as are enough to learn from.",
+    )
+    batch_size: int | None = option(
+        None, metavar="B", help="Images per optimizer step [default: 8; 4, 2 or 1 where images are few]"
+    )
     micro_batch: int | None = option(
         None, metavar="M", help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"
     )
@@ -153,12 +176,16 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         paths_from_text(self, "store", "images", "coco", "label_masks", "init", "out")
-        for name in ("epochs", "batch_size", "micro_batch", "workers", "objects", "rounds"):
+        auto = isinstance(self.epochs, str) and self.epochs == AUTO
+        self._require(
+            auto or (isinstance(self.epochs, int) and self.epochs >= 1), "epochs", "at least 1, or auto"
+        )
+        for name in ("batch_size", "micro_batch", "workers", "objects", "rounds"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
         if self.micro_batch is not None:
-            fits = self.micro_batch <= self.batch_size
-            self._require(fits, "micro_batch", f"at most the batch size, {self.batch_size}")
+            largest = self.batch_size or BATCH_SIZE
+            self._require(self.micro_batch <= largest, "micro_batch", f"at most the batch size, {largest}")
         for name in ("lr", "clip", "checkpoint_seconds"):
             self._require(0 < getattr(self, name) < float("inf"), name, "above 0")
         for name in ("weight_decay", "mse_weight", "focal_weight", "dice_weight", "iou_weight"):
@@ -177,6 +204,13 @@ class DistillConfig:
 
     def _require(self, good: bool, name: str, wanted: str) -> None:
         require(good, must_be(name, getattr(self, name), wanted), DistillError)
+
+    @property
+    def length(self) -> tuple[int, int]:
+        """Epochs and batch size as numbers, which they are after `expectations.resolve_length`."""
+        assert isinstance(self.epochs, int), "resolved before a run is described"
+        assert self.batch_size is not None, "resolved before a run is described"
+        return self.epochs, self.batch_size
 
     @property
     def learns_from_labels(self) -> bool:

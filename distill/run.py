@@ -27,6 +27,7 @@ from .data.labels import AnnotationLabels, OpenLabels, open_labels
 from .data.loader import Loader, check_preprocessing, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
+from .expectations import Length, Outlook, resolve_length, run_facts, run_note
 from .latest_run import RUNS, point_latest
 from .loss.coupled import MaskOptions
 from .loss.registry import build_objective
@@ -77,7 +78,9 @@ def distill(
         (metrics of the validation rows after the last epoch), `finished` (time of the run's end, in ISO 8601),
         `already_finished` (True if nothing was trained by this call); with labels from annotations also `labels`
         (`annotated`, `images`, `empty` and `broken`, numbers of images; `objects` and `left_out` by reason, numbers
-        of labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names).
+        of labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names);
+        and the keys of `run_facts`: `images`, `batch_size`, `too_few_steps`, `advised_epochs`, `train`,
+        `no_better_than_constant`.
 
     Raises:
         DistillInterrupted: stopped by a signal or by `stop`.
@@ -90,6 +93,8 @@ def distill(
         store = stack.enter_context(EmbeddingStore.open(config.store))
         records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
+        chosen = config.batch_size is None
+        config = resolve_length(config, len(split.train))
         initial = _initial_weights(config, store)
         image_root = _checked_image_root(config, store)
         labels = open_labels(config, image_root, store, split.train)
@@ -113,14 +118,61 @@ def distill(
             run = Run.open(path)
         if finished is not None:
             return {**finished, "run": str(path), "already_finished": True}
+        outlook = _tell_length(run, processes, chosen=chosen, slow_start=config.compile)
+
+        def on_progress(done: Progress) -> None:
+            outlook.on_progress(done)
+            if progress is not None:
+                progress(done)
 
         def on_student() -> None:
+            outlook.on_student()
             if latest:
                 point_latest(run.path)
 
         inputs = _Inputs(store=store, initial=initial, labels=labels)
-        result = _train(config, run, inputs, processes, stop, progress, on_student)
-        return {**result, "already_finished": False}
+        result = _train(config, run, inputs, processes, stop, on_progress, on_student)
+        facts = processes.broadcast(_tell_facts(run) if processes.is_main else None)
+        return {**result, **facts, "already_finished": False}
+
+
+def _tell_length(run: Run, processes: ProcessGroup, *, chosen: bool, slow_start: bool) -> Outlook:
+    """Tell how many steps the training makes, as a warning if they are too few.
+
+    Args:
+        run: run that begins or resumes.
+        processes: processes that train together.
+        chosen: nobody gave the batch size.
+        slow_start: the first step takes much longer than the others.
+
+    Returns:
+        An observer of the training, which tells how long it takes.
+    """
+    length = Length.of(run)
+    level = logging.WARNING if length.too_few else logging.INFO
+    if processes.is_main:
+        logger.log(level, "%s", length.line(chosen))
+        busy = -(-length.batch_size // run.description.resolved.micro_batch)
+        if busy < processes.world_size:
+            logger.warning(
+                "a batch of %d keeps %d of %d processes busy: give a larger --batch-size, or fewer processes",
+                length.batch_size,
+                busy,
+                processes.world_size,
+            )
+
+    def say(line: str) -> None:
+        if processes.is_main:
+            logger.log(level, "%s", line)
+
+    return Outlook(length, say, slow_start=slow_start)
+
+
+def _tell_facts(run: Run) -> dict[str, Any]:
+    """Return the facts about a finished run; warn if its student is no better than a constant."""
+    if (note := run_note(run)) is not None:
+        logger.warning("%s", note)
+    return run_facts(run)
 
 
 def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
@@ -178,7 +230,7 @@ def describe(
     """Describe a run that begins now, with device, precision and micro-batch resolved for this machine.
 
     Args:
-        config: all options.
+        config: all options, their length resolved.
         store: store open for reading.
         records: records of the rows to learn from.
         split: the same rows, divided into training and validation.
@@ -193,9 +245,10 @@ def describe(
     """
     device = resolve_device(processes.local_device(config.device))
     precision = resolve_precision(config.precision, device)
+    _, batch_size = config.length
     micro_batch = config.micro_batch or default_micro_batch(
         student_info(config.student),
-        -(-config.batch_size // processes.world_size),
+        -(-batch_size // processes.world_size),
         store.spec.image_size,
         precision,
         device,
@@ -285,7 +338,7 @@ def _finished_result(run: Run) -> dict[str, Any] | None:
         logger.warning("%s\nthe run's last checkpoint restores it", error)
         return None
     run.checkpoints.drop_previous()
-    return finished
+    return {**finished, **_tell_facts(run)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +452,8 @@ def summary_lines(result: Mapping[str, Any]) -> list[str]:
         f"{result['images_per_second']:.3g} images/s, {result['data_wait_share']:.1%} of the time waiting for data",
         f"held out: cosine {val['cosine_valid']['mean']:.4f}, skill {val['skill_valid']:.4f}",
     ]
+    if (train := result["train"]) is not None and train["skill_valid"] is not None:
+        lines.append(f"trained on: skill {train['skill_valid']:.4f}")
     if "labels" in result:
         labels = result["labels"]
         words = "labels of" if "names" in labels else "annotations beside"

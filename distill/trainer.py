@@ -80,6 +80,7 @@ class Trainer:
         processes: ProcessGroup | None = None,
     ) -> None:
         self.config, self.run, self.loader, self.compute = config, run, loader, compute
+        self.epochs, self.batch_size = config.length
         self.processes = processes or ProcessGroup()
         self.student = student.to(memory_format=compute.memory_format)
         self.batch_norms = BatchNorms(student, config.student, run.description.image_size, compute.batch_size)
@@ -93,8 +94,8 @@ class Trainer:
         self.validation = Validation(
             self.student, loader, run, self.objective, compute=compute, processes=self.processes
         )
-        self.steps_per_epoch = math.ceil(len(run.split.train) / config.batch_size)
-        self.steps = self.steps_per_epoch * config.epochs
+        self.steps_per_epoch = math.ceil(len(run.split.train) / self.batch_size)
+        self.steps = self.steps_per_epoch * self.epochs
         self.log_every = max(1, self.steps_per_epoch // LINES_PER_EPOCH)
         grid = run.description.image_size // 16
         shape = (EMBEDDING_CHANNELS, grid, grid)
@@ -137,7 +138,7 @@ class Trainer:
                     Recorder(self.run.path, keep_bytes=state.log.metrics_bytes, next_step=state.step + 1)
                 )
             self.stop.graceful = True
-            while state.epoch < self.config.epochs:
+            while state.epoch < self.epochs:
                 self.train_epoch()
                 self.gather_label_faults()
                 self.validate()
@@ -150,7 +151,7 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train on the remaining batches of the current epoch."""
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
-        batches = split_batches(order, self.config.batch_size)[self.state.batch :]
+        batches = split_batches(order, self.batch_size)[self.state.batch :]
         micro_batches = [
             self.processes.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
         ]
@@ -260,7 +261,7 @@ class Trainer:
         """Measure the student on training rows; write and return the run's result."""
         state, config = self.state, self.config
         # The first rows of the epoch after the last one: a random sample that is reproducible.
-        rows = sorted(epoch_order(self.run.split.train, config.seed, config.epochs)[:TRAIN_EVAL_ROWS])
+        rows = sorted(epoch_order(self.run.split.train, config.seed, self.epochs)[:TRAIN_EVAL_ROWS])
         metrics = self.evaluate(rows, "evaluate")
         self.log("train_eval", {"epoch": state.epoch, "step": state.step, "rows": len(rows), **metrics})
         return self.processes.broadcast(self.write_result() if self.processes.is_main else None)
@@ -427,7 +428,7 @@ class Trainer:
         """
         if self.progress is None:
             return
-        state, split, epochs = self.state, self.run.split, self.config.epochs
+        state, split, epochs = self.state, self.run.split, self.epochs
         to_train = epochs * len(split.train) - state.throughput.images
         validations = epochs - state.epoch - (phase == "validate")
         last = 0 if phase == "evaluate" else min(TRAIN_EVAL_ROWS, len(split.train))
@@ -435,8 +436,8 @@ class Trainer:
         self.progress(
             Progress(
                 phase=phase,
-                epoch=min(state.epoch + 1, self.config.epochs),
-                epochs=self.config.epochs,
+                epoch=min(state.epoch + 1, epochs),
+                epochs=epochs,
                 step=state.step,
                 steps=self.steps,
                 loss=self.meter.last_loss,

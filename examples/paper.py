@@ -29,6 +29,7 @@ from shuffled_store import shuffle_store
 
 from mobilesam.common.errors import PrecomputeInterrupted
 from mobilesam.distill import DistillConfig, DistillInterrupted, Progress
+from mobilesam.distill.config import BATCH_SIZE
 from mobilesam.precompute import PrecomputeConfig, precompute
 from mobilesam.verify import EvaluateConfig, SweepConfig, evaluate_masks, sweep
 from mobilesam.verify.sweep.grid import RUNS
@@ -37,7 +38,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "PAPER.md"
 TRAIN_SEED, TEST_SEED, MANY_SEED = 101, 102, 103
 SHUFFLE_SEED = 0
 WAYS = ("decoupled", "semi_coupled", "coupled", "decoder")
-BATCH, EPOCHS = DistillConfig().batch_size, DistillConfig().epochs
+BATCH, EPOCHS = BATCH_SIZE, int(DistillConfig().epochs)
 
 
 @dataclass(frozen=True, kw_only=True)

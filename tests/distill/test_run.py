@@ -53,12 +53,17 @@ def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[
     result = finished[1]
     assert list(result) == [
         *("run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "finished", "val"),
+        *("images", "batch_size", "too_few_steps", "advised_epochs", "train", "no_better_than_constant"),
         "already_finished",
     ]
     assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
-    assert set(result["val"]) == {
+    metrics = {
         name + suffix for name in ("mse", "relative_mse", "cosine", "skill") for suffix in ("", "_valid")
     }
+    assert set(result["val"]) == set(result["train"]) == metrics
+    assert (result["images"], result["batch_size"]) == ({"train": 5, "val": 1}, 2)
+    assert (result["too_few_steps"], result["advised_epochs"]) == (True, 167)
+    assert result["no_better_than_constant"] is (result["train"]["skill_valid"] <= 0)
     assert 0 <= result["data_wait_share"] <= 1
     assert json.loads(json.dumps(result)) == result
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from ...common.config import Option, label_masks_option, must_be, option, require
 from ...common.errors import VerifyError
-from ...distill.config import DistillConfig
+from ...distill.config import AUTO, DistillConfig
 from ..config import MOST_POINTS
 
 
@@ -109,13 +109,15 @@ def parse_axis(name: str, text: str) -> tuple[Any, ...]:
         VerifyError: one of them isn't a value of the axis.
     """
     kind = AXES.get(name, int)
+    words = (AUTO,) if name == "epochs" else ()
     try:
         parts = [part.strip() for part in text.split(",")]
         if not all(parts):
             raise ValueError
-        return tuple(map(kind, parts))
+        return tuple(part if part in words else kind(part) for part in parts)
     except ValueError:
-        raise VerifyError(must_be(name, text, f"{kind.__name__} values with commas between")) from None
+        also = "".join(f" or {word}" for word in words)
+        raise VerifyError(must_be(name, text, f"{kind.__name__} values{also} with commas between")) from None
 
 
 def _axis_options(*names: str) -> Mapping[str, Option]:
@@ -130,7 +132,7 @@ def _axis_options(*names: str) -> Mapping[str, Option]:
         if name == "iterations":
             text = "Numbers of optimizer steps, in place of --epochs; each run gets the nearest number of epochs."
         options[name] = dataclasses.replace(
-            described, help=text, metavar="V,...", choices=(), parse=partial(parse_axis, name)
+            described, help=text, metavar="V,...", choices=(), parse=partial(parse_axis, name), text=None
         )
     return MappingProxyType(options)
 

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import ceil
 from typing import Any
 
 from ...common.errors import VerifyError
 from ...distill.checksummed_json import digest
-from ...distill.config import MASK_FIELDS, DistillConfig
+from ...distill.config import BATCH_SIZE, MASK_FIELDS, DistillConfig
+from ...distill.expectations import resolve_length, steps_per_epoch
 from .config import AXES, SweepConfig
 
 RUNS = "runs"
@@ -43,7 +43,8 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
 
     Args:
         config: options of the sweep.
-        training_rows: number of rows to train on, for converting iterations to epochs.
+        training_rows: number of rows to train on, which iterations, `epochs="auto"` and a batch size that isn't given
+            become numbers by.
 
     Raises:
         VerifyError: there are more than MOST_TRIALS trials, decoder runs without a student to finetune, or labels
@@ -60,8 +61,11 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
     combinations = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     for options in combinations:
         if "iterations" in options:
-            steps = ceil(training_rows / options.get("batch_size", config.base.batch_size))
+            # Smaller batches would make no more steps here.
+            batch_size = options.setdefault("batch_size", config.base.batch_size or BATCH_SIZE)
+            steps = steps_per_epoch(training_rows, batch_size)
             options["epochs"] = max(1, round(options.pop("iterations") / steps))
+        options |= _length(config, options, training_rows)
     trained = [options for options in combinations if _objective(config, options) != DECODER]
     trials = {trial.name: trial for trial in (_trial(config, options) for options in trained)}
     for options in combinations:
@@ -79,6 +83,13 @@ def plan_trials(config: SweepConfig, training_rows: int) -> list[Trial]:
 
 def _objective(config: SweepConfig, options: Mapping[str, Any]) -> str:
     return str(options.get("objective", config.base.objective))
+
+
+def _length(config: SweepConfig, options: Mapping[str, Any], training_rows: int) -> dict[str, Any]:
+    """Return epochs and batch size of a combination as numbers."""
+    given = {name: options[name] for name in ("epochs", "batch_size") if name in options}
+    epochs, batch_size = resolve_length(dataclasses.replace(config.base, **given), training_rows).length
+    return {"epochs": epochs, "batch_size": batch_size}
 
 
 def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:

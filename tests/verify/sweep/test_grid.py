@@ -23,8 +23,8 @@ def test_every_combination_is_a_run_and_seeds_vary_slowest() -> None:
 
 
 def test_what_is_not_an_axis_is_distills_default() -> None:
-    (trial,) = plan()
-    assert trial.config.identity() == DistillConfig().identity()
+    (trial,) = plan(rows=5000)
+    assert trial.config.identity() == DistillConfig(batch_size=8).identity()
 
 
 def test_a_runs_name_does_not_depend_on_the_other_runs() -> None:
