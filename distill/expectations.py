@@ -33,7 +33,12 @@ FORWARD_SHARE = 1 / 3
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """Return the optimizer steps of one pass over the images; the last batch may be short."""
+    """Return the optimizer steps of one pass over the images.
+
+    Args:
+        images: images to train on.
+        batch_size: images per step; the last one of a pass may have fewer.
+    """
     return ceil(images / batch_size)
 
 
@@ -292,5 +297,5 @@ def constant_note(skill: float | None, rows: str, length: Length | None) -> str 
 
 
 def run_note(run: Run) -> str | None:
-    """Return the line of `constant_note` about a run's training rows; None if there is nothing to say."""
+    """Return the line of `constant_note` about a finished run's training rows; None if there is nothing to say."""
     return constant_note(training_skill(run), "its own training rows", Length.of(run))

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from ..common.errors import VerifyError
+from ..common.errors import VerifyError, counted
 from ..distill import ImageMetrics, evaluate
+from ..distill.expectations import constant_note, run_note, training_skill
 from ..distill.metrics.masks import MaskComparison
+from ..distill.students.student_file import TRAINED_HEAD
 from ..sam.registry import hq_note
 from .config import VerifyConfig
 from .gallery import build_gallery, load_samples
@@ -41,6 +43,9 @@ def verify(
           worst image's mean), both None if an embedding isn't finite; `prompts`, the number of points per image;
           `empty_masks`, the number of empty masks of `teacher` and `student`. The IoU of two empty masks is 1, that
           of an empty and another mask 0.
+        - `no_better_than_constant`: True if the skill over valid cells is 0 or less, on the run's training rows or,
+          for a student without its run, on the rows compared; a note says so. None if the run isn't finished, its
+          objective compares masks alone, or the skill is undefined.
         - `passed`; `failed_checks`: {check, metric, value, threshold} of each. An audit of the store that is out of
           tolerance fails too, since its embeddings are not the teacher's.
         - `subject`: student, store, settings and notes of the comparison.
@@ -104,9 +109,13 @@ def _open_masks(inputs: Inputs, config: VerifyConfig) -> MaskComparison | None:
 def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) -> dict[str, Any]:
     audit = store_audit(inputs.store)
     failed = failed_checks([*run_checks(numbers, config.thresholds), *audit_checks(audit)])
+    skill, note = _skill_of_training(inputs, numbers)
+    if note is not None:
+        inputs.notes.insert(0, note)
     return {
         "images": len(inputs.rows),
         **numbers,
+        "no_better_than_constant": None if skill is None else skill <= 0,
         "passed": not failed,
         "failed_checks": failed,
         "subject": {
@@ -117,6 +126,21 @@ def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) ->
             "report": None if config.report is None else str(config.report),
         },
     }
+
+
+def _skill_of_training(inputs: Inputs, numbers: Mapping[str, Any]) -> tuple[float | None, str | None]:
+    """Return the skill that says if the student is better than a constant, and the note if it isn't.
+
+    It is that of the run's training rows. Without a run, it is that of the rows compared, unless a head that was
+    trained with the student suggests that embeddings weren't what it learned.
+    """
+    student = inputs.student
+    if student.run is not None:
+        return training_skill(student.run), run_note(student.run)
+    if student.info.get(TRAINED_HEAD):
+        return None, None
+    skill: float | None = numbers["skill_valid"]
+    return skill, constant_note(skill, f"the {counted(len(inputs.rows), 'image')} compared", None)
 
 
 def _report_data(

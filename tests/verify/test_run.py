@@ -43,7 +43,8 @@ def test_the_latest_run_and_its_store_are_the_default(world):
     assert result["subject"]["run"] == world.run.path.name
     assert result["subject"]["store"] == str(world.store)
     masks = {"miou", "miou_min", "prompts", "empty_masks"}
-    assert {"images", "passed", "failed_checks", "subject", *metrics(result), *masks} == set(result)
+    about = {"images", "no_better_than_constant", "passed", "failed_checks", "subject"}
+    assert {*about, *metrics(result), *masks} == set(result)
     json.dumps(result, allow_nan=False)
 
 
@@ -129,6 +130,40 @@ def test_a_store_that_moved_is_the_same_store(world, tmp_path):
     moved = shutil.move(world.store, tmp_path / "moved.zarr")
     result = verify(asked(store=moved))
     assert_same(result, expected)
+    assert result["subject"]["notes"] == expected["subject"]["notes"]
+
+
+def test_a_student_no_better_than_a_constant_is_called_so_in_numbers_table_and_report(world, tmp_path):
+    skill = world.run.last("train_eval")["skill_valid"]
+    assert skill < 0, "four steps"
+    report = tmp_path / "report.html"
+    result = verify(asked(report=report))
+    note = (
+        f"this student is no better than a constant (skill {skill:.3g} on its own training rows): 4 steps were too "
+        "few; distill again with --epochs auto"
+    )
+    assert result["no_better_than_constant"] is True
+    assert result["subject"]["notes"][0] == note
+    assert f"note: {note}" in table_lines(result)
+    assert f'<div class="callout warn"><p>{note}</p></div>' in report.read_text()
+
+
+def test_without_its_run_a_student_is_judged_by_the_rows_compared(world, tmp_path):
+    file = tmp_path / "alone.safetensors"
+    shutil.copy(world.run.student_path, file)
+    result = verify(asked(student=file, store=world.store, split="all"))
+    assert result["no_better_than_constant"] is True
+    note = result["subject"]["notes"][0]
+    assert f"(skill {result['skill_valid']:.3g} on the 6 images compared)" in note
+    assert "embedded by its own teacher" in note
+
+
+def test_a_run_whose_training_rows_were_never_measured_is_not_judged(world):
+    metrics_file = world.run.path / "metrics.jsonl"
+    lines = metrics_file.read_bytes().splitlines(keepends=True)
+    metrics_file.write_bytes(b"".join(line for line in lines if b"train_eval" not in line))
+    result = verify(asked())
+    assert result["no_better_than_constant"] is None
     assert result["subject"]["notes"] == []
 
 

@@ -42,7 +42,20 @@ def caption(outcomes: Sequence[Mapping[str, Any]]) -> str:
         f"held-out {image}" if split == "val" else f"{image} of {Path(done[0]['judged']['test_store']).name}"
     )
     points = counted(numbers["prompts"], "point")
-    return f"mIoU with the teacher's masks, {points} an image, {numbers['images']:,} {where}"
+    return (
+        f"mIoU with the teacher's masks, {points} an image, {numbers['images']:,} {where}{_constants(done)}"
+    )
+
+
+def _constants(done: Sequence[Mapping[str, Any]]) -> str:
+    """Return words on the students that are no better than a constant, with the mend if they had too few steps."""
+    constant = [outcome for outcome in done if outcome.get("no_better_than_constant")]
+    if not constant:
+        return ""
+    few = sum(outcome["too_few_steps"] for outcome in constant)
+    mend = f"; {few:,} of them had too few steps, and --epochs auto takes enough" if few else ""
+    share = f"{len(constant):,} of {counted(len(done), 'student')}"
+    return f"; {share} no better than a constant on their training rows{mend}"
 
 
 def failure_lines(outcomes: Sequence[Mapping[str, Any]]) -> list[str]:

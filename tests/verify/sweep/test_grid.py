@@ -43,6 +43,20 @@ def test_iterations_become_the_nearest_number_of_epochs(batch: int, epochs: int)
     assert trial.config.epochs == epochs
 
 
+def test_iterations_keep_the_batch_size_since_smaller_ones_would_make_no_more_of_them() -> None:
+    (trial,) = plan(rows=40, iterations=(100,))
+    assert (trial.config.epochs, trial.config.batch_size) == (20, 8)
+
+
+def test_few_images_get_small_batches_and_auto_becomes_a_number_in_the_name_and_the_tables() -> None:
+    small, auto = plan(rows=10, epochs=(8, "auto"))
+    assert (small.config.length, auto.config.length) == ((8, 1), (50, 1))
+    assert (auto.options["epochs"], auto.options["batch_size"]) == (50, 1)
+    (number,) = plan(rows=10, epochs=(50,))
+    assert auto.name == number.name
+    assert "-b1-e50-s0-" in auto.name
+
+
 def test_fewer_iterations_than_an_epoch_has_are_one_epoch() -> None:
     (trial,) = plan(rows=1000, iterations=(3,))
     assert trial.config.epochs == 1
@@ -112,6 +126,9 @@ def test_values_are_read_with_commas_between() -> None:
     assert parse_axis("batch_size", "4, 8") == (4, 8)
     assert parse_axis("lr", "1e-3,0.5") == (1e-3, 0.5)
     assert parse_axis("init", "a.pt") == (Path("a.pt"),)
+    assert parse_axis("epochs", "8, auto") == (8, "auto")
+    with pytest.raises(VerifyError, match="epochs must be int values or auto with commas between"):
+        parse_axis("epochs", "8,many")
     for wrong in ("4,", "", "4,x", "1.5"):
         with pytest.raises(VerifyError, match="batch size must be int values with commas between"):
             parse_axis("batch_size", wrong)

@@ -71,6 +71,16 @@ def test_nothing_done_has_no_table_and_failures_are_one_line_each() -> None:
     assert caption([broken]) == "nothing was measured"
 
 
+def test_the_caption_counts_students_that_are_no_better_than_a_constant() -> None:
+    constant = {"no_better_than_constant": True, "too_few_steps": True}
+    runs = [outcome(0.3) | constant, outcome(0.2, 1) | constant | {"too_few_steps": False}, outcome(0.7, 2)]
+    assert caption(runs).endswith(
+        "7 held-out images; 2 of 3 students no better than a constant on their training rows; 1 of them had too few "
+        "steps, and --epochs auto takes enough"
+    )
+    assert caption(runs[1:]).endswith("; 1 of 2 students no better than a constant on their training rows")
+
+
 def test_seeds_whose_number_is_undefined_are_counted() -> None:
     (table,) = sweep_tables([outcome(0.3, 0), outcome(None, 1)])
     assert table.rows[0][3:5] == ["2, 1 undefined", "0.3000"]
