@@ -176,6 +176,7 @@ def distill(config: DistillConfig, as_json: bool) -> int:
     \b
     Examples:
       mobilesam distill --epochs 8
+      mobilesam distill --epochs auto
       mobilesam distill --store store.zarr --images /data/photos --student tiny_vit --out runs/mine
       mobilesam distill --student timm:resnet18 --init resnet18.safetensors
       mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1

@@ -126,7 +126,7 @@ def _wait(folder: Path, epochs: int, image_size: int, device: torch.device) -> F
     precompute(
         PrecomputeConfig(images=(PHOTOS,), out=store, teacher="vit_nano", image_size=image_size, device=where)
     )
-    config = DistillConfig(store=store, epochs=epochs, device=where)
+    config = DistillConfig(store=store, epochs=epochs, batch_size=8, device=where)
     result = in_a_new_process(_distill_in, folder, config)
     return Figure(
         what="data wait / training time of distill, TinyViT on the example photos",

@@ -136,12 +136,17 @@ class Length:
         )
 
 
-def about(seconds: float) -> str:
-    """Return a time in words: `about 25 minutes`."""
+def about(seconds: float, word: str = "about") -> str:
+    """Return a time in words: `about 25 minutes`.
+
+    Args:
+        seconds: estimated time.
+        word: word before the number.
+    """
     for unit, length, upto in (("second", 1, 90), ("minute", 60, 90), ("hour", 3600, 48)):
         if seconds / length < upto:
-            return f"about {counted(max(1, round(seconds / length)), unit)}"
-    return f"about {counted(round(seconds / 86400), 'day')}"
+            return f"{word} {counted(max(1, round(seconds / length)), unit)}"
+    return f"{word} {counted(round(seconds / 86400), 'day')}"
 
 
 class Outlook:
@@ -222,14 +227,16 @@ class Outlook:
 
     def _tell(self) -> None:
         self._told = True
+        assert self._first is not None
         length, done = self._length, self._last[1]
-        left = about(self.seconds(length.epochs, done))
+        word = "about" if done > self._first[1] else "at most"  # the first step takes longer than the others
         if (advised := length.advised_epochs) is None:
+            left = about(self.seconds(length.epochs, done), word)
             self._say(f"{counted(length.steps - done, 'step')} left: {left}")
             return
         self._say(
             f"{counted(length.steps, 'step')} {'is' if length.steps == 1 else 'are'} too few to learn from: "
-            f"--epochs {advised} makes {advised * length.steps_per_epoch:,}, {about(self.seconds(advised))}; "
+            f"--epochs {advised} makes {advised * length.steps_per_epoch:,}, {about(self.seconds(advised), word)}; "
             "--epochs auto takes them"
         )
 
