@@ -116,7 +116,7 @@ class LightStudent(nn.Module):
     It shows leaks of loader, trainer and logs, but none of TinyViT.
     """
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, _image_size: int, _student_size: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, 256, 16, 16)
         self.norm = nn.BatchNorm2d(256)

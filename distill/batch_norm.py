@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import counted
+from ..sam.modeling.neck import input_side
 from .students.registry import outline_student, student_info
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,14 @@ class BatchNorms:
     Args:
         student: encoder, with or without batch norms.
         name: its name in the registry.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
         micro_batch: images of a full micro-batch.
     """
 
     def __init__(self, student: nn.Module, name: str, image_size: int, micro_batch: int) -> None:
         self._modules = {path: m for path, m in student.named_modules() if isinstance(m, _BatchNorm)}
         self._name, self._image_size, self._micro_batch = name, image_size, micro_batch
+        self._student_size = input_side(student, image_size)
 
     def prepare(self, micro_steps: int, *, frozen: bool, images: int) -> None:
         """Set the batch norms up for a forward pass in training.
@@ -58,7 +60,7 @@ class BatchNorms:
     @cached_property
     def _single(self) -> frozenset[str]:
         """Paths of the norms that see one value of each channel in an image."""
-        single = single_value_norms(self._name, self._image_size)
+        single = single_value_norms(self._name, self._image_size, self._student_size)
         if single and self._micro_batch == 1:
             logger.warning(
                 "%s has %s over one value per image; in micro-batches of one image they keep their first statistics: "
@@ -69,16 +71,18 @@ class BatchNorms:
         return single
 
 
-def single_value_norms(name: str, image_size: int) -> frozenset[str]:
+def single_value_norms(name: str, image_size: int, student_size: int | None = None) -> frozenset[str]:
     """Return the module paths of a student's batch norms that see one value of each channel in an image.
 
     They are found by a forward pass on torch's meta device, which computes shapes alone.
 
     Args:
         name: name of the student in the registry, or `timm:NAME`.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
+        student_size: side of the student's input in pixels; None: `image_size`.
     """
-    student = outline_student(student_info(name), image_size).eval()
+    side = student_size or image_size
+    student = outline_student(student_info(name), image_size, side).eval()
     single: set[str] = set()
 
     def hook(path: str, given: Tensor) -> None:
@@ -89,7 +93,7 @@ def single_value_norms(name: str, image_size: int) -> frozenset[str]:
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(lambda _, inputs, path=path: hook(path, inputs[0]))
     with torch.no_grad():
-        student(torch.empty(1, 3, image_size, image_size, device="meta"))
+        student(torch.empty(1, 3, side, side, device="meta"))
     return frozenset(single)
 
 

@@ -85,7 +85,14 @@ class DistillConfig:
     student: str = option(
         "tiny_vit",
         metavar="NAME",
-        help="Student to train: tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, or timm:NAME for one of timm.",
+        help="Student to train: tiny_vit, tiny_vit_11m, tiny_vit_21m, deit_tiny, repvit_m1_1, efficientvit_b1, "
+        "mobilenetv4_conv_medium, or timm:NAME for one of timm.",
+    )
+    student_size: int | None = option(
+        None,
+        metavar="PX",
+        help="Side of the student's input in pixels, a multiple of 16: phones pay by pixels "
+        "[default: the store's image size]",
     )
     init: Path | None = option(
         None,
@@ -180,7 +187,7 @@ class DistillConfig:
         self._require(
             auto or (isinstance(self.epochs, int) and self.epochs >= 1), "epochs", "at least 1, or auto"
         )
-        for name in ("batch_size", "micro_batch", "workers", "objects", "rounds"):
+        for name in ("student_size", "batch_size", "micro_batch", "workers", "objects", "rounds"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1")
         if self.micro_batch is not None:
@@ -276,6 +283,8 @@ class DistillConfig:
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
             left_out |= MASK_FIELDS | {"objective"}  # runs from before there were other objectives lack these
+        if self.student_size is None:
+            left_out |= {"student_size"}  # as runs from before there was another size do
         return {name: v for name, v in self.to_json().items() if name not in left_out}
 
 
@@ -283,6 +292,9 @@ class DistillConfig:
 class CostConfig:
     """Options of the table that `students_table` makes."""
 
-    image_size: int = option(1024, metavar="PX", help="Side of the encoder's input in pixels.")
+    image_size: int = option(1024, metavar="PX", help="Side of SAM's square in pixels.")
+    student_size: int | None = option(
+        None, metavar="PX", help="Side of a smaller input of the students in pixels [default: half of it]"
+    )
     device: str = device_option()
     precision: str = precision_option("Precision of the encoder's arithmetic.", default="float32")

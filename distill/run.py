@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from .run_description import (
 from .run_folder import Run, closest_run, open_or_create_run, split_sha256
 from .students.cost import default_micro_batch
 from .students.init_weights import InitialWeights, read_initial
-from .students.registry import build_student, student_info
+from .students.registry import build_student, check_student_size, student_info
 from .train_log import Progress
 from .trainer import Trainer
 
@@ -94,7 +94,7 @@ def distill(
         records = _committed_rows(store)
         split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
         chosen = config.batch_size is None
-        config = resolve_length(config, len(split.train))
+        config = _resolve_student_size(resolve_length(config, len(split.train)), store)
         initial = _initial_weights(config, store)
         image_root = _checked_image_root(config, store)
         labels = open_labels(config, image_root, store, split.train)
@@ -204,11 +204,23 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
     return records
 
 
+def _resolve_student_size(config: DistillConfig, store: EmbeddingStore) -> DistillConfig:
+    """Check the student's size; the store's image size itself becomes None, which is the same student."""
+    size = check_student_size(config.student_size, store.spec.image_size)
+    return replace(config, student_size=None if size == store.spec.image_size else size)
+
+
 def _initial_weights(config: DistillConfig, store: EmbeddingStore) -> InitialWeights | None:
     """Read the file of `--init`, if one is given; for the decoder objective it must hold a whole student."""
     if config.init is None:
         return None
-    initial = read_initial(config.init, config.student, store.spec.image_size)
+    size = config.student_size or store.spec.image_size
+    initial = read_initial(config.init, config.student, store.spec.image_size, size)
+    if config.objective == "decoder" and initial.file_size not in (None, size):
+        raise DistillError(
+            f"{initial.path} is a student of {initial.file_size} pixels, this run's gets {size}: give "
+            f"--student-size {initial.file_size}"
+        )
     if config.objective == "decoder" and (initial.left or initial.resized):
         raise DistillError(
             f"{initial.path} is no finished {config.student}: {len(initial.left)} of its weights are missing and "
@@ -230,7 +242,7 @@ def describe(
     """Describe a run that begins now, with device, precision and micro-batch resolved for this machine.
 
     Args:
-        config: all options, their length resolved.
+        config: all options, their length and the student's size resolved.
         store: store open for reading.
         records: records of the rows to learn from.
         split: the same rows, divided into training and validation.
@@ -243,6 +255,8 @@ def describe(
         DistillError: the student is unknown.
         SamError: the device or the precision isn't available on this machine.
     """
+    image_size = store.spec.image_size
+    student_size = config.student_size or image_size
     device = resolve_device(processes.local_device(config.device))
     precision = resolve_precision(config.precision, device)
     _, batch_size = config.length
@@ -253,11 +267,13 @@ def describe(
         precision,
         device,
         masks=None if config.objective == "decoupled" else MaskOptions.from_config(config),
+        student_size=student_size,
     )
     counts = store.manifest.counts()
     return RunDescription(
         student=config.student,
-        image_size=store.spec.image_size,
+        image_size=image_size,
+        student_size=student_size,
         options=config.to_json(),
         identity=config.identity()
         | ({"init_sha256": initial.sha256} if initial else {})
@@ -368,7 +384,8 @@ def _train(
         keep_freed_memory()
     resolved = run.description.resolved
     compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
-    student = build_student(config.student, store.spec.image_size, config.seed)
+    student_size = run.description.student_size
+    student = build_student(config.student, store.spec.image_size, config.seed, student_size)
     if initial is not None and not run.checkpoints.exist():
         initial.apply(student)
     student = student.to(device)
@@ -384,6 +401,7 @@ def _train(
         workers=config.workers or default_workers(device),
         pin_memory=device.type == "cuda",
         labels=_annotation_labels(config, run, inputs.labels),
+        student_size=student_size,
     )
     with _compiled(student, config), loader:
         trainer = Trainer(

@@ -107,7 +107,9 @@ class RunDescription:
     student: str
     """Name in the registry of students."""
     image_size: int
-    """Side of the encoder's square input, in pixels."""
+    """Side of SAM's square, in pixels."""
+    student_size: int
+    """Side of the student's input, in pixels."""
     options: Mapping[str, Any]
     """All options given when the run began (`DistillConfig.to_json`); the key in JSON is `config`."""
     identity: Mapping[str, Any]
@@ -136,6 +138,7 @@ class RunDescription:
             "format": FORMAT,
             "student": self.student,
             "image_size": self.image_size,
+            "student_size": self.student_size,
             "config": self.options,
             "identity": self.identity,
             **({} if self.init is None else {"init": self.init}),
@@ -162,6 +165,7 @@ class RunDescription:
         try:
             store, root = value["store"], value["image_root"]
             known: dict[str, Any] = {
+                "student_size": value["image_size"],  # of runs from before there were others
                 **{"options" if name == "config" else name: each for name, each in value.items()},
                 "data": DataDescription(**_known(DataDescription, value["data"])),
                 "resolved": ResolvedSettings(**_known(ResolvedSettings, value["resolved"])),

@@ -37,23 +37,36 @@ def read_photo(file: str) -> Image.Image:
     return photo.convert("RGB")
 
 
-def prepare(photo: Image.Image, recipe: dict) -> tuple[np.ndarray, float, float]:
-    """Return the encoder's input, float32 (1, 3, S, S), and the scales of x and y."""
-    size = recipe["resize"]["image_size"]
+def resized_size(photo: Image.Image, size: int) -> tuple[int, int]:
+    """Return width and height of a photo whose longer side is resized to `size`."""
     scale = size / max(photo.size)
     width, height = (int(side * scale + 0.5) for side in photo.size)
+    return width, height
+
+
+def prepare(photo: Image.Image, recipe: dict) -> np.ndarray:
+    """Return the encoder's input, float32 (1, 3, size, size)."""
+    size = recipe["resize"]["image_size"]
+    width, height = resized_size(photo, size)
     resized_HWC = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR), dtype=np.float32)
     mean_C, std_C = (np.array(recipe["normalize"][name], dtype=np.float32) for name in ("mean", "std"))
     pixels_BCHW = np.zeros((1, 3, size, size), dtype=np.float32)
     pixels_BCHW[0, :, :height, :width] = ((resized_HWC - mean_C) / std_C).transpose(2, 0, 1)
-    return pixels_BCHW, width / photo.width, height / photo.height
+    return pixels_BCHW
 
 
 def prompt(x: float, y: float, photo: Image.Image, side: int) -> dict[str, np.ndarray]:
-    """Return the decoder's inputs for one point on the object, x and y in pixels of the resized photo."""
+    """Return the decoder's inputs for one point on the object, x and y in pixels of the photo.
+
+    `side` is that of the decoder's low-resolution masks: a quarter of SAM's square, on which the decoder takes
+    points. The encoder may take a smaller photo.
+    """
+    width, height = resized_size(photo, 4 * side)
     return {
         # A prompt without a box ends with a point of label -1.
-        "point_coords": np.array([[[x, y], [0, 0]]], dtype=np.float32),
+        "point_coords": np.array(
+            [[[x * width / photo.width, y * height / photo.height], [0, 0]]], dtype=np.float32
+        ),
         "point_labels": np.array([[1, -1]], dtype=np.float32),
         "mask_input": np.zeros((1, 1, side, side), dtype=np.float32),
         "has_mask_input": np.zeros(1, dtype=np.float32),
@@ -72,10 +85,9 @@ def main(encoder_file: str, decoder_file: str, photo_file: str, x: str, y: str, 
     photo = read_photo(photo_file)
 
     started = time.perf_counter()
-    pixels_BCHW, scale_x, scale_y = prepare(photo, recipe)
-    (embeddings,) = encoder.run(None, {"pixels": pixels_BCHW})
+    (embeddings,) = encoder.run(None, {"pixels": prepare(photo, recipe)})
     embedded = time.perf_counter()
-    inputs = prompt(float(x) * scale_x, float(y) * scale_y, photo, 4 * embeddings.shape[-1])
+    inputs = prompt(float(x), float(y), photo, 4 * embeddings.shape[-1])
     masks, iou, _ = decoder.run(None, {"image_embeddings": embeddings, **inputs})
     # One point is ambiguous: take the best rated of the three masks for such prompts.
     best = 1 + int(iou[0, 1:].argmax())

@@ -5,4 +5,5 @@ from .export.run import export as export
 from .model import Model as Model
 from .model import load_model as load_model
 from .model import load_teacher_model as load_teacher_model
+from .predictor import StudentPredictor as StudentPredictor
 from .run import segment as segment

@@ -30,6 +30,7 @@ from ..distill.students.student_file import load_student
 from ..sam.device import resolve_device
 from ..sam.modeling.head import SamHead, assemble, build_head
 from ..sam.modeling.hq import HqEncoder, build_hq_head
+from ..sam.modeling.neck import input_side
 from ..sam.modeling.vit import ViTEncoder
 from ..sam.registry import find_teacher_info, find_teacher_package, hq_note
 from ..sam.teacher import load_head, load_teacher
@@ -37,13 +38,17 @@ from ..sam.teacher_package import PackageEncoder
 from ..sam.weights.download import Progress, find_checkpoint
 from .head_source import LoadedHead, find_head, read_head_file
 
+_OWN_FIELDS = ("student", "image_size", "student_size", "note")
+"""Keys of a student's description that a model has in other places."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
     """Whole SAM with its metadata."""
 
     sam: Sam
-    """segment_anything's class, in evaluation mode, float32, on `device`; for `SamPredictor`."""
+    """segment_anything's class, in evaluation mode, float32, on `device`; for `StudentPredictor`, and if
+    `student_size` is `image_size` also for segment_anything's own `SamPredictor`."""
     student: str
     """The encoder's name in the registry of students, or the teacher's name."""
     file: Path | None
@@ -60,8 +65,13 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the encoder's padded square."""
+        """Side in pixels of SAM's square, the frame of prompts and masks."""
         return self.sam.image_encoder.img_size
+
+    @property
+    def student_size(self) -> int:
+        """Side in pixels of the encoder's input."""
+        return input_side(self.sam.image_encoder, self.image_size)
 
 
 def load_model(
@@ -109,7 +119,7 @@ def load_model(
         student=info["student"],
         file=file,
         run=run,
-        info={key: value for key, value in info.items() if key not in ("student", "image_size", "note")},
+        info={key: value for key, value in info.items() if key not in _OWN_FIELDS},
         head_source=found.source,
         device=target,
         notes=_notes(info, run, found),
@@ -240,3 +250,13 @@ def _load_package_model(
         head_source=found.source,
         device=loaded.device,
     )
+
+
+def size_words(result: Mapping[str, Any]) -> str:
+    """Return the size of a model's images: `1024`, or `512 (of 1024)` for a student of smaller inputs.
+
+    Args:
+        result: `student_size` and `image_size`, the sides of the encoder's input and of SAM's square in pixels.
+    """
+    size, square = result["student_size"], result["image_size"]
+    return f"{size}" if size == square else f"{size} (of {square})"

@@ -19,6 +19,8 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.modeling import Sam
 
 from ..common.errors import counted
+from ..sam import DecodedImage, image_pixels, resize_longest_side, resized_size
+from ..sam.modeling.neck import input_side
 from .mask_files import Mask
 from .prompts import ImagePrompts, ObjectPrompt
 
@@ -104,8 +106,41 @@ def stability_score(logits_HW: npt.NDArray[np.floating], threshold: float = 0.0)
     return both / either if either else None
 
 
-class _WatchedPredictor(SamPredictor):
-    """SamPredictor that adds up the time of its image embeddings, and keeps the predicted IoUs of points.
+class StudentPredictor(SamPredictor):
+    """segment_anything's predictor for students of any input size.
+
+    Photos are resized to the student's own size; prompts, masks and everything else stay as in `SamPredictor`.
+
+    Args:
+        sam_model: SAM, such as the `sam` of a `Model`.
+    """
+
+    def set_image(self, image: npt.NDArray[np.uint8], image_format: str = "RGB") -> None:
+        """Embed a photo, as `SamPredictor.set_image` does: uint8 (H, W, 3), `image_format` "RGB" or "BGR"."""
+        encoder = self.model.image_encoder
+        size = input_side(encoder, encoder.img_size)
+        if size == encoder.img_size:
+            super().set_image(image, image_format)
+            return
+        pixels_HWC = resize_longest_side(
+            image if image_format == self.model.image_format else image[..., ::-1], size
+        )
+        original_size = image.shape[0], image.shape[1]
+        photo = DecodedImage(
+            pixels_HWC=pixels_HWC,
+            original_size=original_size,
+            resized_size=(pixels_HWC.shape[0], pixels_HWC.shape[1]),
+        )
+        self.reset_image()
+        with torch.no_grad():
+            self.features = encoder(image_pixels(photo, size, self.device))
+        self.original_size = original_size
+        self.input_size = resized_size(*original_size, encoder.img_size)
+        self.is_image_set = True
+
+
+class _WatchedPredictor(StudentPredictor):
+    """StudentPredictor that adds up the time of its image embeddings, and keeps the predicted IoUs of points.
 
     Args:
         sam: model to predict with.

@@ -18,7 +18,7 @@ from ..sam import ImageError, decode_image, read_image, resized_size
 from ..sam.weights.download import Progress
 from .config import SegmentConfig
 from .mask_files import Mask, add_masks, check_masks_folder, encode_rle, mask_name
-from .model import Model, load_model, load_teacher_model
+from .model import Model, load_model, load_teacher_model, size_words
 from .outputs import OVERLAY, RLE, Outputs, check_file
 from .overlay import check_format, draw_overlay, encode_picture
 from .predictor import Prediction, predict
@@ -45,10 +45,10 @@ def segment(
 
     Returns:
         The object that `--json` prints: `image`, `original_size` (height, width), `student` (its name; None for a
-        teacher), `teacher`, `model` (its file), `head`, `image_size`, `device`, `notes`, `embedding_seconds`,
-        `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height in pixels, `predicted_iou`,
-        `stability_score`, `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks are in the
-        order of the boxes; for everything by area, the largest first.
+        teacher), `teacher`, `model` (its file), `head`, `image_size`, `student_size`, `device`, `notes`,
+        `embedding_seconds`, `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height in pixels,
+        `predicted_iou`, `stability_score`, `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks
+        are in the order of the boxes; for everything by area, the largest first.
 
     Raises:
         PredictError: a prompt lies outside the image, an output can't be written, or there isn't enough memory.
@@ -61,7 +61,7 @@ def segment(
     check_format(config.out.suffix, original_size)
     phase("loading the model")
     model = _load(config, download)
-    _check_resized(config.image, original_size, model.image_size)
+    _check_resized(config.image, original_size, model.student_size)
     phase("embedding the image")
     prediction = _predict(model, image_HWC, prompts, points_done)
     notes += [] if prediction.note is None else [prediction.note]
@@ -88,10 +88,10 @@ def _read_image(path: Path) -> npt.NDArray[np.uint8]:
         raise ImageError(f"{shown(str(path))}: {error}") from error
 
 
-def _check_resized(path: Path, original_size: tuple[int, int], image_size: int) -> None:
+def _check_resized(path: Path, original_size: tuple[int, int], student_size: int) -> None:
     """Refuse an image so thin that one side would be 0 pixels after resizing."""
     try:
-        resized_size(*original_size, image_size)
+        resized_size(*original_size, student_size)
     except ImageError as error:
         raise ImageError(f"{shown(str(path))}: {error}") from error
 
@@ -170,6 +170,7 @@ def _result(
         "model": None if model.file is None else str(model.file),
         "head": model.head_source,
         "image_size": model.image_size,
+        "student_size": model.student_size,
         "device": str(model.device),
         "notes": [*model.notes, *notes],
         "embedding_seconds": prediction.embedding_seconds,
@@ -191,7 +192,7 @@ def segment_lines(result: Mapping[str, Any]) -> list[str]:
     name, masks = result["student"] or result["teacher"], result["masks"]
     places = {"overlay": result["out"], "masks": result["masks_dir"], "RLE": result["rle"]}
     lines = [
-        f"{result['image']}: {width} x {height} pixels, {name} at {result['image_size']} on {result['device']}",
+        f"{result['image']}: {width} x {height} pixels, {name} at {size_words(result)} on {result['device']}",
         *(f"note: {note}" for note in result["notes"]),
         f"embedding {result['embedding_seconds']:.2f} s, {counted(len(masks), 'mask')} "
         f"{result['mask_seconds']:.2f} s",

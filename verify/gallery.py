@@ -158,16 +158,23 @@ def load_samples(
     rows = [inputs.rows[position] for position in chosen]
     samples = []
     with (
-        Loader(inputs.store, [records[row] for row in rows], inputs.image_root, workers=1) as loader,
+        Loader(
+            inputs.store,
+            [records[row] for row in rows],
+            inputs.image_root,
+            workers=1,
+            student_size=inputs.student.info["student_size"],
+        ) as loader,
         closing(loader.batches([row] for row in rows)) as batches,
     ):
         for position, batch in zip(chosen, batches, strict=True):
             student_1CHW, teacher_1CHW = _embed(inputs, batch)
             height, width = batch.sizes_B2[0].tolist()
+            seen_height, seen_width = batch.canvas_sizes_B2[0].tolist()
             samples.append(
                 Sample(
                     key=records[batch.rows[0]].key,
-                    photo_HWC=batch.canvas_BHWC[0, :height, :width].numpy(),
+                    photo_HWC=batch.canvas_BHWC[0, :seen_height, :seen_width].numpy(),
                     valid_gg=batch.valid_BHW[0].numpy(),
                     teacher_CHW=teacher_1CHW[0].cpu().numpy(),
                     student_CHW=student_1CHW[0].cpu().numpy(),

@@ -37,7 +37,7 @@ class Student:
 
     encoder: nn.Module
     info: Mapping[str, Any]
-    """Description in the student's file: `student`, `image_size`, `teacher`, `epoch`, ..."""
+    """Description in the student's file: `student`, `image_size`, `student_size`, `teacher`, `epoch`, ..."""
     file: Path
     run: Run | None
     """Run that the file belongs to; None for a file outside a run's folder."""
@@ -73,6 +73,7 @@ class Inputs:
         run = self.student.run
         return {
             "student": self.student.info["student"],
+            "student_size": self.student.info["student_size"],
             "file": str(self.student.file),
             "run": None if run is None else run.path.name,
             "teacher": self.store.spec.teacher,

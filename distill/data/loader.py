@@ -27,10 +27,12 @@ from ...sam import (
     place_on_canvas,
     preprocessing_recipe,
     read_checked,
+    resized_size,
     valid_cells,
 )
 from ...sam.photos.file_kinds import is_store
 from ...sam.photos.image_files import read_image, resolved_folder
+from ...sam.photos.preprocess import TOO_THIN
 from ...sam.photos.tar_files import path_of
 from ...store import EmbeddingStore, ImageRecord, StoredBatch
 from .labels import AnnotationLabels
@@ -63,9 +65,12 @@ class Batch:
     rows: list[int]
     """Row numbers of the B images."""
     canvas_BHWC: Tensor
-    """uint8 RGB (B, S, S, 3), image in the top-left corner, zeros elsewhere."""
-    sizes_B2: Tensor
+    """uint8 RGB, the student's input: square, image in the top-left corner, zeros elsewhere."""
+    canvas_sizes_B2: Tensor
     """int64 (B, 2), height and width in pixels of the image on its canvas."""
+    sizes_B2: Tensor
+    """int64 (B, 2), height and width in pixels of the image on SAM's square, of which the canvas may be a smaller
+    one."""
     valid_BHW: Tensor
     """bool (B, g, g), True for cells of the embedding whose centre lies in the image."""
     values_BCHW: Tensor
@@ -90,6 +95,8 @@ class Loader:
         workers: number of threads.
         pin_memory: put batches into pinned memory, for asynchronous copies to a GPU.
         labels: source of annotated objects, for batches with masks; None: no annotations.
+        student_size: side of the canvas in pixels; None: the store's image size. Everything else of a batch has the
+            frame of SAM's square, whatever the student sees.
 
     Attributes:
         records: records by row.
@@ -106,6 +113,7 @@ class Loader:
         workers: int,
         pin_memory: bool = False,
         labels: AnnotationLabels | None = None,
+        student_size: int | None = None,
     ) -> None:
         self.epoch = 0
         self.labels = labels
@@ -113,6 +121,7 @@ class Loader:
         self.records = {record.row: record for record in records}
         self._image_root = image_root
         self._image_size = store.spec.image_size
+        self._student_size = student_size or store.spec.image_size
         self._grid = store.spec.grid
         self._pin_memory = pin_memory
         self._read_ahead = 2 * workers
@@ -197,11 +206,12 @@ class Loader:
             pending.append((batch, futures))
 
     def _empty(self, rows: list[int], labels: AnnotationLabels | None) -> Batch:
-        size, pin = self._image_size, self._pin_memory
+        size, pin = self._student_size, self._pin_memory
         values_BCHW, scales_BC = self._empty_embeddings(len(rows))
         return Batch(
             rows=rows,
             canvas_BHWC=torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=pin),
+            canvas_sizes_B2=torch.empty(len(rows), 2, dtype=torch.int64, pin_memory=pin),
             sizes_B2=torch.tensor([self._resized_size(row) for row in rows], pin_memory=pin),
             valid_BHW=self.valid(rows).pin_memory() if pin else self.valid(rows),
             values_BCHW=values_BCHW,
@@ -236,7 +246,9 @@ class Loader:
     def _fill(self, batch: Batch, place: int, labels: AnnotationLabels | None, epoch: int) -> None:
         """Decode one image and read one embedding into their place in the batch (runs in a thread)."""
         row = batch.rows[place]
-        place_on_canvas(self._decode(self.records[row]), batch.canvas_BHWC[place].numpy())
+        image = self._decode(self.records[row])
+        place_on_canvas(image, batch.canvas_BHWC[place].numpy())
+        batch.canvas_sizes_B2[place] = torch.tensor(image.resized_size)
         here = slice(place, place + 1)
         scales = None if batch.scales_BC is None else batch.scales_BC[here].numpy()
         self._store.read([row], StoredBatch(batch.values_BCHW[here].numpy(), scales))
@@ -256,14 +268,17 @@ class Loader:
     def _decode(self, record: ImageRecord) -> DecodedImage:
         data = self._read(record)
         try:
-            image = load_image(data, self._image_size)
+            image = load_image(data, self._student_size)
+            found = resized_size(*image.original_size, self._image_size)
         except ImageError as error:
+            if self._student_size < self._image_size and str(error).startswith(TOO_THIN):
+                raise DistillError(f"{record.key!r} is {error}: give a larger --student-size") from error
             raise DistillError(
                 f"{record.key!r} decoded when it was precomputed but not now: {error}"
             ) from error
-        if image.resized_size != record.resized_size:
+        if found != record.resized_size:
             raise DistillError(
-                f"{record.key!r} is now resized to {image.resized_size}, to {record.resized_size} when it was "
+                f"{record.key!r} is now resized to {found}, to {record.resized_size} when it was "
                 "precomputed: another version of the image libraries? Precompute again"
             )
         return image

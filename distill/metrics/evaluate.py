@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...sam import normalize_and_pad
+from ...sam.modeling.neck import input_side
 from ...store import EmbeddingStore
 from ..data.loader import Batch, Loader
 from ..data.sampler import split_batches
@@ -64,7 +65,7 @@ def embed(student: nn.Module, batch: Batch, compute: ComputeSettings) -> tuple[T
     """
     device = compute.device
     canvas_BHWC = batch.canvas_BHWC.to(device, non_blocking=True)
-    pixels_BCHW = normalize_and_pad(canvas_BHWC, batch.sizes_B2)
+    pixels_BCHW = normalize_and_pad(canvas_BHWC, batch.canvas_sizes_B2)
     pixels_BCHW = pixels_BCHW.contiguous(memory_format=compute.memory_format)
     teacher_BCHW = batch.values_BCHW.to(device, non_blocking=True).float()
     if batch.scales_BC is not None:
@@ -144,7 +145,12 @@ def evaluate(
     pin_memory = compute.device.type == "cuda"
     with (
         Loader(
-            store, store.manifest.records(), image_root, workers=compute.workers, pin_memory=pin_memory
+            store,
+            store.manifest.records(),
+            image_root,
+            workers=compute.workers,
+            pin_memory=pin_memory,
+            student_size=input_side(student, store.spec.image_size),
         ) as loader,
         closing(loader.batches(split_batches(rows, compute.batch_size))) as batches,
     ):

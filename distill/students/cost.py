@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -22,10 +22,18 @@ from ...common.table import Table
 from ...sam.device import resolve_device, resolve_precision
 from ...sam.modeling.head import SamHead
 from ...sam.modeling.neck import EMBEDDING_CHANNELS
+from ...sam.photos.preprocess import PATCH
 from ..data.labels import mask_side
 from ..loss.coupled import MaskOptions
 from ..loss.masks import PromptedObjects
-from .registry import STUDENTS, StudentInfo, build_student, outline_student, student_info
+from .registry import (
+    STUDENTS,
+    StudentInfo,
+    build_student,
+    check_student_size,
+    outline_student,
+    student_info,
+)
 
 FORWARDS = 5
 """Number of timed calls, whose median is reported; one untimed call comes before them."""
@@ -43,62 +51,84 @@ def students_table(
     image_size: int = 1024,
     device: str | torch.device = "cpu",
     precision: str = "float32",
+    student_size: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure students, one row for each.
+    """Measure students, one row for each, with images of two sizes as their input.
 
     Args:
         names: registry names or `timm:NAME`; all of `STUDENTS` if empty.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels, and of the larger input.
         device: device of the timing, as for `--device`.
         precision: "float32", "bfloat16" (autocast) or "auto".
+        student_size: side of the smaller input in pixels; None: half of `image_size`, rounded down to a multiple of
+            16.
 
     Returns:
-        Rows with the keys `name`, `summary`, `parameters`, `macs` (multiply-accumulates of convolutions, matrix
-        products and attention for one image), `milliseconds` (one image in evaluation mode on `device`: the median of
-        five after an untimed one), `error`. If a student can't be built, `error` says why and the numbers are None.
+        Rows with the keys `name`, `summary`, `student_size` (side of the input in pixels), `parameters`, `macs`
+        (multiply-accumulates of convolutions, matrix products and attention for one image), `milliseconds` (one image
+        in evaluation mode on `device`: the median of five after an untimed one), `error`; and `small` with these
+        keys, from `student_size` on, for the smaller input. If a student can't be built, `error` says why and the
+        numbers are None.
 
     Raises:
-        DistillError: `image_size` isn't a positive multiple of 16.
+        DistillError: a size isn't allowed (`check_student_size`).
         SamError: an unknown device or precision.
     """
-    if image_size < 16 or image_size % 16:
-        raise DistillError(f"image size must be a positive multiple of 16; it is {image_size}")
+    small = check_student_size(student_size or max(PATCH, image_size // 2 // PATCH * PATCH), image_size)
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
-    return [_row(name, image_size, device, precision) for name in names or STUDENTS]
+    return [
+        {
+            "name": name,
+            "summary": _summary(name),
+            **_costs(name, image_size, image_size, device, precision),
+            "small": _costs(name, image_size, small, device, precision),
+        }
+        for name in names or STUDENTS
+    ]
 
 
-def students_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def students_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Format the rows of `students_table` for the terminal."""
+    sizes = (rows[0]["student_size"], rows[0]["small"]["student_size"])
     table = Table(
         title="",
-        columns=("name", "parameters", "MACs", "ms/image", ""),
-        numeric=(False, True, True, True, False),
-        rows=[[row["name"], *_cells(row)] for row in rows],
+        columns=(
+            "name",
+            "parameters",
+            *(f"{what} at {size}" for size in sizes for what in ("MACs", "ms")),
+            "",
+        ),
+        numeric=(False, *[True] * 5, False),
+        rows=[
+            [
+                row["name"],
+                "" if row["error"] else f"{row['parameters']:,}",
+                *_cells(row),
+                *_cells(row["small"]),
+                row["error"] or row["summary"],
+            ]
+            for row in rows
+        ],
     )
     return table.lines()
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    if row["error"] is not None:
-        return ["", "", "", row["error"]]
-    return [
-        f"{row['parameters']:,}",
-        f"{row['macs'] / 1e9:.3g} G",
-        f"{row['milliseconds']:,.1f}",
-        row["summary"],
-    ]
+def _cells(costs: Mapping[str, Any]) -> list[str]:
+    if costs["error"] is not None:
+        return ["", ""]
+    return [f"{costs['macs'] / 1e9:.3g} G", f"{costs['milliseconds']:,.1f}"]
 
 
-def count_macs(student: nn.Module, image_size: int, device: torch.device | str = "meta") -> int:
+def count_macs(student: nn.Module, student_size: int, device: torch.device | str = "meta") -> int:
     """Return the multiply-accumulates of one image.
 
     Args:
         student: encoder on the device (`outline_student`).
-        image_size: side of the encoder's square in pixels.
+        student_size: side of the encoder's input in pixels.
         device: the meta device, where nothing is computed, or the one where the encoder is.
     """
-    pixels_BCHW = torch.zeros(1, 3, image_size, image_size, device=device)
+    pixels_BCHW = torch.zeros(1, 3, student_size, student_size, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.eval()(pixels_BCHW)
     return counter.get_total_flops() // 2
@@ -129,6 +159,7 @@ def default_micro_batch(
     precision: str,
     device: torch.device,
     masks: MaskOptions | None = None,
+    student_size: int | None = None,
 ) -> int:
     """Return the default number of images in a forward pass of training.
 
@@ -137,10 +168,11 @@ def default_micro_batch(
     Args:
         info: the student's registry entry.
         batch_size: largest result; this process's share of the batch.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
         precision: "float32" or "bfloat16".
         device: device of the training.
         masks: options of an objective that compares masks, else None.
+        student_size: side of the student's input in pixels; None: `image_size`.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -148,8 +180,12 @@ def default_micro_batch(
         return min(2, batch_size)
     else:
         free, batch_size = psutil.virtual_memory().available, min(2, batch_size)
-    known = info.training_bytes
-    at_1024 = known[precision] if known else measure_training_bytes(info, image_size, precision, device)
+    known = info.training_bytes if student_size in (None, image_size) else None
+    at_1024 = (
+        known[precision]
+        if known
+        else measure_training_bytes(info, image_size, precision, device, student_size)
+    )
     if masks is not None:
         at_1024 += measure_mask_bytes(masks, image_size)
     bytes_per_image = at_1024 * (image_size / 1024) ** 2
@@ -157,9 +193,13 @@ def default_micro_batch(
 
 
 def measure_training_bytes(
-    info: StudentInfo, image_size: int, precision: str, device: torch.device | str = "cpu"
+    info: StudentInfo,
+    image_size: int,
+    precision: str,
+    device: torch.device | str = "cpu",
+    student_size: int | None = None,
 ) -> int:
-    """Measure the memory of activations for one training image at 1024 x 1024 pixels.
+    """Measure the memory of activations for one training image if SAM's square has 1024 x 1024 pixels.
 
     It is the memory that autograd keeps for the backward pass of three images minus that of two, which leaves out
     weights and their casts. Images of at most 256 x 256 pixels are measured, and the result is scaled by the area.
@@ -167,17 +207,20 @@ def measure_training_bytes(
 
     Args:
         info: the student's registry entry.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
         precision: "float32" or "bfloat16".
         device: device to measure on.
+        student_size: side of the student's input in pixels; None: `image_size`.
 
     Returns:
         Bytes, at least 1.
     """
     size = min(image_size, MEASURED_SIZE)
+    # Scaled alike, to the nearest size that is allowed.
+    small = PATCH * math.ceil((student_size or image_size) * size / image_size / PATCH)
     with torch.random.fork_rng():
-        student = info.build(size).to(device).train()
-        two, three = (_saved_bytes(student, count, size, precision, device) for count in (2, 3))
+        student = info.build(size, small).to(device).train()
+        two, three = (_saved_bytes(student, count, small, precision, device) for count in (2, 3))
     return max(1, round((three - two) * (1024 / size) ** 2))
 
 
@@ -212,28 +255,36 @@ def measure_mask_bytes(options: MaskOptions, image_size: int) -> int:
     return max(1, round((twice - once) * (1024 / size) ** 2))
 
 
-def _row(name: str, image_size: int, device: torch.device, precision: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": name, "summary": None, "parameters": None, "macs": None}
-    row |= {"milliseconds": None, "error": None}
+def _summary(name: str) -> str | None:
     try:
-        info = student_info(name)
-        row["summary"] = info.summary
-        outline = outline_student(info, image_size)
-        student = build_student(name, image_size, seed=0).to(device).eval()
+        return student_info(name).summary
+    except DistillError:  # the row's error says why
+        return None
+
+
+def _costs(
+    name: str, image_size: int, student_size: int, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """Measure a student with inputs of one size; if it can't be built, all numbers are None."""
+    costs: dict[str, Any] = {"student_size": student_size, "parameters": None, "macs": None}
+    costs |= {"milliseconds": None, "error": None}
+    try:
+        outline = outline_student(student_info(name), image_size, student_size)
+        student = build_student(name, image_size, 0, student_size).to(device).eval()
     except DistillError as error:
-        return {**row, "error": str(error)}
+        return {**costs, "error": str(error)}
     return {
-        **row,
+        **costs,
         "parameters": sum(parameter.numel() for parameter in outline.parameters()),
-        "macs": count_macs(outline, image_size),
-        "milliseconds": 1000 * _seconds(student, image_size, device, precision),
+        "macs": count_macs(outline, student_size),
+        "milliseconds": 1000 * _seconds(student, student_size, device, precision),
     }
 
 
 @torch.no_grad()
-def _seconds(student: nn.Module, image_size: int, device: torch.device, precision: str) -> float:
+def _seconds(student: nn.Module, student_size: int, device: torch.device, precision: str) -> float:
     student = student.to(memory_format=torch.channels_last)
-    pixels_BCHW = torch.zeros(1, 3, image_size, image_size, device=device)
+    pixels_BCHW = torch.zeros(1, 3, student_size, student_size, device=device)
     pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         return median_seconds(lambda: student(pixels_BCHW), device)

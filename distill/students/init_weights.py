@@ -27,7 +27,7 @@ from ...sam.weights.state_dict import count_by_prefix
 from ...sam.weights.weight_files import absent, weights_sha256
 from ..run_description import student_path
 from .registry import outline_student, student_info
-from .student_file import is_own_file, read_own_tensors, trained_head
+from .student_file import describe_student, is_own_file, read_own_tensors, trained_head
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,10 @@ class InitialWeights:
     """Weights by key of the student, in the student's dtypes."""
     head: dict[str, Tensor] | None = field(repr=False, default=None)
     """SAM's head, float32, if the file is of a student trained together with it, or in mobile_sam.pt's format."""
+    student_size: int
+    """Side in pixels of the input of the student that gets the weights."""
+    file_size: int | None = None
+    """Side in pixels of the input of the file's student; None if the file doesn't record it."""
     note: str | None = None
     """Sentence about what was taken of another program's file; None for a plain one."""
 
@@ -95,12 +99,19 @@ class InitialWeights:
         }
 
     def apply(self, student: nn.Module) -> None:
-        """Load the weights into a student of the name and image size they were read for, and log a summary."""
+        """Load the weights into a student of the name and sizes they were read for, and log a summary."""
         student.load_state_dict(self.tensors, strict=False)
         report = self.report()
         taken = report["taken"]
         if self.note is not None:
             logger.info("%s", self.note)
+        if self.file_size not in (None, self.student_size):
+            logger.warning(
+                "%s was trained on inputs of %s pixels, this student gets %s: --student-size decides",
+                self.path,
+                self.file_size,
+                self.student_size,
+            )
         logger.info(
             "starting from %s (%s): took %s, %s of the student's %s%s",
             self.path,
@@ -117,14 +128,18 @@ class InitialWeights:
         )
 
 
-def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
+def read_initial(
+    path: Path, student: str, image_size: int, student_size: int | None = None
+) -> InitialWeights:
     """Read a file's weights for a student.
 
     Args:
         path: file or folder of a student, or of weights from any program (`read_weights`). Its keys are named as in
             mobile_sam.pt, TinyViT's releases, timm, or a student, perhaps with the same words before all of them.
         student: name in the registry, or `timm:NAME`.
-        image_size: side of the student's square in pixels; position tables are resized for it.
+        image_size: side of SAM's square in pixels.
+        student_size: side of the student's input in pixels, for which position tables are resized; None:
+            `image_size`.
 
     Raises:
         DistillError: the file is missing or damaged, has less than half of the encoder's parameters, or has values
@@ -133,7 +148,7 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
     """
     path = student_path(path) if Path(path).is_dir() else Path(path)
     sha256, state, note = _read(path)
-    outline = outline_student(student_info(student), image_size)
+    outline = outline_student(student_info(student), image_size, student_size)
     wanted = outline.state_dict()
     parameters = {key: value.numel() for key, value in outline.named_parameters()}
     matches = [_match(name, names, wanted) for names in _shortened(state) for name in NAMINGS]
@@ -144,7 +159,9 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
             raise DistillError(
                 f"{path} holds values that aren't finite, in {best.theirs[key][:80]}; give a whole one"
             )
-    head = trained_head(path) if is_own_file(path) else _whole_head(state)
+    own = is_own_file(path)
+    head = trained_head(path) if own else _whole_head(state)
+    described = describe_student(path) if own else None
     used = {best.theirs[key] for key in best.tensors}
     return InitialWeights(
         path=path,
@@ -157,6 +174,8 @@ def read_initial(path: Path, student: str, image_size: int) -> InitialWeights:
         parameters=parameters,
         tensors=best.tensors,
         head=head,
+        student_size=student_size or image_size,
+        file_size=None if described is None else described["student_size"],
         note=note,
     )
 

@@ -5,6 +5,7 @@ To add one, write its network (or a function that builds it) and one entry in ST
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,10 +15,15 @@ import torch
 from torch import nn
 
 from ...common.errors import DistillError
+from ...sam.modeling.neck import input_side
 from ...sam.modeling.tiny_vit import TinyViT
+from ...sam.photos.preprocess import PATCH
 from .backbones import build_deit_tiny, build_timm, check_timm_name
 
 TIMM_PREFIX = "timm:"
+
+SMALLEST_SHARE = 4
+"""The image size is at most this many times the student's: its neck takes no map finer than stride 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +33,18 @@ class StudentInfo:
     name: str
     summary: str
     """One line for the table of students."""
-    build: Callable[[int], nn.Module]
-    """Takes the image size S in pixels and returns an encoder from normalised pixels (B, 3, S, S) to embeddings
-    (B, 256, S/16, S/16), its weights drawn from torch's global generator. Raises DistillError if timm is needed and
+    build: Callable[[int, int], nn.Module]
+    """Takes the sides of SAM's square, S, and of the student's input, s, in pixels (`check_student_size`). Returns an
+    encoder from normalised pixels (B, 3, s, s) to embeddings (B, 256, S/16, S/16), its weights drawn from torch's
+    global generator; for an s below S, with the attribute `student_size`. Raises DistillError if timm is needed and
     isn't installed, or if the backbone doesn't take images of that size."""
     training_bytes: Mapping[str, int] | None = None
     """Memory of activations in bytes for one training image at 1024 x 1024, by precision; it scales with the area.
     None: measured when needed (`measure_training_bytes`)."""
+
+
+def _tiny_vit(variant: str, image_size: int, student_size: int) -> nn.Module:
+    return TinyViT(image_size, variant, student_size)
 
 
 STUDENTS: Mapping[str, StudentInfo] = {
@@ -42,24 +53,39 @@ STUDENTS: Mapping[str, StudentInfo] = {
         StudentInfo(
             name="tiny_vit",
             summary="TinyViT-5M with SAM's neck: MobileSAM's encoder, 5.7 M parameters",
-            build=TinyViT,
+            build=partial(_tiny_vit, "5m"),
             # Slope of the process's peak memory over the number of images, rounded up (measured on a CPU).
             training_bytes={"float32": 2_600_000_000, "bfloat16": 1_500_000_000},
         ),
         StudentInfo(
             name="tiny_vit_11m",
             summary="TinyViT-11M with SAM's neck",
-            build=partial(TinyViT, variant="11m"),
+            build=partial(_tiny_vit, "11m"),
         ),
         StudentInfo(
             name="tiny_vit_21m",
             summary="TinyViT-21M with SAM's neck",
-            build=partial(TinyViT, variant="21m"),
+            build=partial(_tiny_vit, "21m"),
         ),
         StudentInfo(
             name="deit_tiny",
             summary="DeiT-Tiny with SAM's neck: a plain ViT of patch 16, attention over the whole image (needs timm)",
             build=build_deit_tiny,
+        ),
+        StudentInfo(
+            name="repvit_m1_1",
+            summary="RepViT-M1.1 with SAM's neck: EdgeSAM's encoder (needs timm)",
+            build=partial(build_timm, "repvit_m1_1"),
+        ),
+        StudentInfo(
+            name="efficientvit_b1",
+            summary="EfficientViT-B1 with SAM's neck: linear attention (needs timm)",
+            build=partial(build_timm, "efficientvit_b1"),
+        ),
+        StudentInfo(
+            name="mobilenetv4_conv_medium",
+            summary="MobileNetV4-Conv-M with SAM's neck: convolutions alone (needs timm)",
+            build=partial(build_timm, "mobilenetv4_conv_medium"),
         ),
     )
 }
@@ -78,7 +104,7 @@ def student_info(name: str) -> StudentInfo:
         check_timm_name(backbone)
         return StudentInfo(
             name=name,
-            summary=f"timm's {backbone} with SAM's neck on its maps of stride 16 and 32",
+            summary=f"timm's {backbone} with SAM's neck on its maps of stride 16 and 32, finer ones of small inputs",
             build=partial(build_timm, backbone),
         )
     if name not in STUDENTS:
@@ -91,35 +117,68 @@ def student_info(name: str) -> StudentInfo:
     return STUDENTS[name]
 
 
-def build_student(name: str, image_size: int, seed: int) -> nn.Module:
+def build_student(name: str, image_size: int, seed: int, student_size: int | None = None) -> nn.Module:
     """Build a student with random weights on the CPU; torch's global generator is restored afterwards.
 
     Args:
         name: name in the registry, or `timm:NAME`.
-        image_size: side of the encoder's square in pixels, S.
+        image_size: side of SAM's square in pixels, S.
         seed: seed of the weights.
+        student_size: side of the student's input in pixels, s; None: S.
 
     Returns:
-        An encoder of normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16).
+        An encoder of normalised pixels (B, 3, s, s) to embeddings (B, 256, S/16, S/16).
 
     Raises:
-        DistillError: see `student_info` and `StudentInfo.build`.
+        DistillError: see `student_info`, `check_student_size` and `StudentInfo.build`.
     """
     info = student_info(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return info.build(image_size)
+        return _build(info, image_size, student_size)
 
 
-def outline_student(info: StudentInfo, image_size: int) -> nn.Module:
+def outline_student(info: StudentInfo, image_size: int, student_size: int | None = None) -> nn.Module:
     """Build a student on torch's meta device: names, shapes and dtypes of its weights, without their memory.
 
     Args:
         info: the student's registry entry.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
+        student_size: side of the student's input in pixels; None: `image_size`.
 
     Raises:
-        DistillError: see `StudentInfo.build`.
+        DistillError: see `check_student_size` and `StudentInfo.build`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return info.build(image_size)
+        return _build(info, image_size, student_size)
+
+
+def _build(info: StudentInfo, image_size: int, student_size: int | None) -> nn.Module:
+    size = check_student_size(student_size, image_size)
+    student = info.build(image_size, size)
+    if input_side(student, image_size) != size:
+        raise DistillError(f"{info.name} takes no inputs of another size than {image_size}, the image size")
+    return student
+
+
+def check_student_size(student_size: int | None, image_size: int) -> int:
+    """Return the side of a student's input in pixels.
+
+    Args:
+        student_size: the side that was asked for; None: `image_size`.
+        image_size: side of SAM's square in pixels.
+
+    Raises:
+        DistillError: a size isn't a positive multiple of 16, or the student's isn't a quarter of the image size to
+            all of it.
+    """
+    if image_size < PATCH or image_size % PATCH:
+        raise DistillError(f"image size must be a positive multiple of {PATCH}; it is {image_size}")
+    size = image_size if student_size is None else student_size
+    smallest = PATCH * math.ceil(image_size / SMALLEST_SHARE / PATCH)
+    if size % PATCH or not smallest <= size <= image_size:
+        raise DistillError(
+            f"student size must be a multiple of {PATCH} from {smallest} to {image_size}, the image size; it is "
+            f"{size}"
+        )
+    return size

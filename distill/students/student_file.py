@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...common.durable import write_atomic
 from ...common.errors import DistillError, counted
 from ...sam.modeling.head_shapes import HEAD_PREFIXES, head_shapes
+from ...sam.modeling.neck import input_side
 from ...sam.teacher import inspect_checkpoint, load_head, load_teacher
 from ...sam.weights.checkpoint import ENCODER_PREFIX
 from ...sam.weights.torch_file import ZIP_MAGIC
@@ -58,14 +59,16 @@ def save_student(
         student: encoder, on any device.
         path: file to create or replace.
         name: the student's name in the registry, or `timm:NAME`.
-        image_size: side of the student's square in pixels.
+        image_size: side of SAM's square in pixels; that of the student's input is the student's own (`input_side`).
         info: further JSON values to save, such as teacher and run.
         head: SAM's head (keys `prompt_encoder.*` and `mask_decoder.*`); with it the file is a whole SAM.
     """
+    student_size = input_side(student, image_size)
     metadata = {
         "format": FORMAT,
         "student": name,
         "image_size": str(image_size),
+        **({} if student_size == image_size else {"student_size": str(student_size)}),
         "info": json.dumps(info, sort_keys=True),
     }
     tensors = {ENCODER_PREFIX + key: value for key, value in student.state_dict().items()} | dict(head or {})
@@ -83,12 +86,13 @@ def load_student(
         path: student's file, or the folder of a run or an export; or a file or folder of MobileSAM's weights from
             any program (`read_weights`).
         device: device of the student.
-        image_size: side of the student's square in pixels, for a file in mobile_sam.pt's format, which is a tiny_vit
+        image_size: side of SAM's square in pixels, for a file in mobile_sam.pt's format, which is a tiny_vit
             and doesn't record its image size; None: 1024. Ignored for other files.
 
     Returns:
-        The student, and its description: `student`, `image_size`, and the `info` that it was saved with. For weights
-        from another program, `note` is a sentence about what was taken of the file, if there is anything to say.
+        The student, and its description: `student`, `image_size`, `student_size` (side of its input in pixels), and
+        the `info` that it was saved with. For weights from another program, `note` is a sentence about what was taken
+        of the file, if there is anything to say.
 
     Raises:
         DistillError: the file is missing, damaged (its SHA-256 differs) or not a student, its weights don't fit the
@@ -99,7 +103,8 @@ def load_student(
     if not is_own_file(file):
         teacher = load_teacher("mobile_sam", file, image_size=image_size or 1024, device=device)
         note = {} if teacher.note is None else {"note": teacher.note}
-        return teacher.image_encoder, {"student": "tiny_vit", "image_size": teacher.image_size, **note}
+        sizes = {"image_size": teacher.image_size, "student_size": teacher.image_size}
+        return teacher.image_encoder, {"student": "tiny_vit", **sizes, **note}
     with _mend_added(file):
         header = check_tensors(file)
         info = _read_metadata(file, header.metadata)
@@ -110,7 +115,7 @@ def load_student(
         tensors = load_tensors(file)
     _check_values(file, info["student"], tensors, {key: value.dtype for key, value in wanted.items()})
     with torch.random.fork_rng(devices=[]):
-        student = student_info(info["student"]).build(info["image_size"])
+        student = student_info(info["student"]).build(info["image_size"], info["student_size"])
     student.load_state_dict({key.removeprefix(ENCODER_PREFIX): tensors[key] for key in wanted})
     return student.to(device).eval(), info
 
@@ -146,14 +151,24 @@ def trained_head(path: Path | str) -> dict[str, Tensor] | None:
     file = student_path(path)
     if not is_own_file(file):
         return load_own_head(file)
+    return load_own_head(file) if (describe_student(file) or {}).get(TRAINED_HEAD) else None
+
+
+def describe_student(file: Path) -> dict[str, Any] | None:
+    """Return the description in a file that mobilesam wrote, as `load_student` does; None if it holds no student.
+
+    Args:
+        file: path of the file (`is_own_file`); its SHA-256 is not checked.
+
+    Raises:
+        DistillError: the file is damaged.
+    """
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
     except SafetensorError as error:
         raise DistillError(f"{file} is damaged ({str(error)[:100]}); {MEND}") from error
-    if metadata.get("format") != FORMAT or not _read_metadata(file, metadata).get(TRAINED_HEAD):
-        return None
-    return load_own_head(file)
+    return _read_metadata(file, metadata) if metadata.get("format") == FORMAT else None
 
 
 def lacks_image_size(path: Path | str) -> bool:
@@ -278,7 +293,7 @@ def _outline(file: Path, info: Mapping[str, Any]) -> dict[str, Tensor]:
     If the student can't be built, the error doesn't suggest another copy of the file, which wouldn't help.
     """
     try:
-        student = outline_student(student_info(info["student"]), info["image_size"])
+        student = outline_student(student_info(info["student"]), info["image_size"], info["student_size"])
     except DistillError as error:
         raise DistillError(f"{file} can't be rebuilt: {error}") from error
     return {ENCODER_PREFIX + key: value for key, value in student.state_dict().items()}
@@ -302,12 +317,13 @@ def _read_metadata(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             int(metadata["image_size"][:40]),
             json.loads(metadata["info"]),
         )
+        student_size = int(metadata.get("student_size", str(image_size))[:40])
     except (KeyError, ValueError, RecursionError) as error:
         raise DistillError(f"{file} has damaged metadata ({str(error)[:100]})") from error
     # Checked before the encoder is built: a forged size could ask for a huge one.
     if not (16 <= image_size <= 16384) or image_size % 16 or not isinstance(info, dict):
         raise DistillError(f"{file} has damaged metadata (image size {image_size})")
-    return {**info, "student": name, "image_size": image_size}
+    return {**info, "student": name, "image_size": image_size, "student_size": student_size}
 
 
 def _check_names(file: Path, name: str, header: Header, wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -144,7 +144,7 @@ def write_bundle(model: Model, folder: Path, begin: Begin = silent) -> dict[str,
     known, warnings = _describe_model(model)
     content: dict[str, bytes] = {}
     left_out = {}
-    reason = unsupported_reason(model.student)
+    reason = unsupported_reason(model)
     if reason is None:
         content[TORCH_FILE] = marked(export_torch(model), EXPORT)
     else:
@@ -236,8 +236,9 @@ def _describe_model(model: Model) -> tuple[dict[str, Any], list[str]]:
     known = {
         "student": model.student,
         "image_size": model.image_size,
+        "student_size": model.student_size,
         "parameters": sizes,
-        "preprocessing": preprocessing_recipe(model.image_size),
+        "preprocessing": preprocessing_recipe(model.student_size),
         "teacher": None
         if teacher is None
         else {"name": teacher, "checkpoint_sha256": info.get("checkpoint_sha256")},

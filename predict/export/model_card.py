@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...common.errors import shown
+from ..model import size_words
 
 UNKNOWN = "not recorded"
 
@@ -24,24 +25,23 @@ _TORCH = """\
 """
 
 _SAFETENSORS = """\
-`model.safetensors` rebuilds the model with mobilesam and segment_anything's predictor:
+`model.safetensors` rebuilds the model with mobilesam, for segment_anything's predictor:
 
-    from mobilesam.predict import load_model
-    from segment_anything import SamPredictor
-    predictor = SamPredictor(load_model("THIS_FOLDER").sam)
+    from mobilesam.predict import StudentPredictor, load_model
+    predictor = StudentPredictor(load_model("THIS_FOLDER").sam)
 
 or on the command line: `mobilesam segment photo.jpg --student THIS_FOLDER --point 300 200`.
 """
 
 _ONNX = """\
 `encoder.onnx` and `decoder.onnx` need onnxruntime alone; mobilesam's `examples/segment_onnx.py` is a whole client
-without torch. All inputs and outputs are float32; S is {image_size}, g is S/16.
+without torch. All inputs and outputs are float32; S is {image_size}, g is S/16, s is {student_size}.
 
 | file | input | shape | what |
 |---|---|---|---|
-| encoder | `pixels` | (batch, 3, S, S) | RGB, prepared as below |
+| encoder | `pixels` | (batch, 3, s, s) | RGB, prepared as below |
 | decoder | `image_embeddings` | (1, 256, g, g) | the encoder's output of the same name |
-| | `point_coords` | (prompts, points, 2) | x and y in pixels of the resized image |
+| | `point_coords` | (prompts, points, 2) | x and y in pixels of the image resized to S |
 | | `point_labels` | (prompts, points) | 1 object, 0 not, 2 and 3 a box's top left and bottom right, -1 padding |
 | | `mask_input` | (1 or prompts, 1, 4g, 4g) | logits, such as the `low_res_masks` of an earlier answer |
 | | `has_mask_input` | (1,) | 0 to ignore `mask_input` |
@@ -62,8 +62,8 @@ runtimes without shapes that are computed from an input (TensorRT, some browsers
     inputs = ["image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"]
     onnx.utils.extract_model("decoder.onnx", "low.onnx", inputs, ["iou_predictions", "low_res_masks"])
 
-and upscale `low_res_masks` yourself: bilinearly to S x S, cropped to the resized photo's size, bilinearly to the
-photo's own size.
+and upscale `low_res_masks` yourself: bilinearly to S x S, cropped to the size of the photo resized to S, bilinearly
+to the photo's own size.
 """
 
 _SMALLER = """\
@@ -127,7 +127,7 @@ def _facts(description: Mapping[str, Any]) -> str:
     rows = {
         "student": description["student"],
         "parameters": f"{sizes['encoder']:,} in the encoder, {sizes['head']:,} in the head",
-        "image size": f"{description['image_size']} pixels",
+        "image size": f"{size_words(description)} pixels",
         "teacher": teacher["name"] if teacher else None,
         "teacher's checkpoint, SHA-256": teacher.get("checkpoint_sha256"),
         "head": description["head"],
@@ -203,7 +203,8 @@ def _files(description: Mapping[str, Any]) -> str:
 def _onnx(description: Mapping[str, Any]) -> str:
     files = description["onnx"]
     any_file = next(iter(files.values()))
-    parts = [_ONNX.format(image_size=description["image_size"], **any_file).strip(), _SMALLER.strip()]
+    sizes = {name: description[name] for name in ("image_size", "student_size")}
+    parts = [_ONNX.format(**sizes, **any_file).strip(), _SMALLER.strip()]
     limits = [f"- `{name}`: {_text(note)}" for name, one in files.items() for note in one["notes"]]
     parts.append("\n".join(["Not with:", "", *limits]) if limits else "All of this works with both files.")
     return "\n\n".join(parts)

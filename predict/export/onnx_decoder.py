@@ -272,7 +272,7 @@ def export_decoder(model: Model, name: str = "decoder.onnx", begin: Begin = sile
     )
     masks = proto.graph.output[0].type.tensor_type.shape.dim
     rename_axes(proto, {masks[2].dim_param: "height", masks[3].dim_param: "width"})
-    data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION)
+    data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION, model.image_size)
     begin(STEPS[1])
     session = Session(data)
     cases = list(_cases(model))
@@ -329,7 +329,7 @@ def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
     size, half = model.image_size, model.image_size // 2
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        emb_1CHW = model.sam.image_encoder(synthetic_pixels(1, size))
+        emb_1CHW = model.sam.image_encoder(synthetic_pixels(1, model.student_size))
 
     def case(labels: list[list[int]], masks: int, height: int, width: int) -> dict[str, Tensor]:
         labels_PN = torch.tensor(labels, dtype=torch.float32)

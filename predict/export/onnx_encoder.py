@@ -1,7 +1,7 @@
 """A student's image encoder as an ONNX file, checked against torch.
 
-Shape suffixes: B images of a batch, C channels, H, W rows and columns of an image or map, S side of the encoder's
-square (pixels), 2 (height, width).
+Shape suffixes: B images of a batch, C channels, H, W rows and columns of an image or map, S side of SAM's square
+(pixels), 2 (height, width). A student's input, s pixels, may be smaller than S.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ INPUT, OUTPUT = "pixels", "image_embeddings"
 BATCHES = (1, 3)
 
 DESCRIPTION = (
-    f"Image encoder. {INPUT}: float32 (batch, 3, S, S), RGB, normalised, then padded with zeros right and bottom, as "
-    f"the metadata `preprocessing` describes. {OUTPUT}: float32 (batch, 256, S/16, S/16)."
+    f"Image encoder. {INPUT}: float32 (batch, 3, s, s), RGB, normalised, then padded with zeros right and bottom, as "
+    f"the metadata `preprocessing` describes. {OUTPUT}: float32 (batch, 256, S/16, S/16). s and S are the metadata "
+    "`student_size` and `image_size`."
 )
 
 
 def export_encoder(model: Model, name: str = "encoder.onnx", begin: Begin = silent) -> OnnxFile:
     """Export the encoder, and compare it in onnxruntime with torch on batches of 1 and 3 synthetic photos.
 
-    The file has the input `pixels`, float32 (B, 3, S, S), normalised and padded, for any B, and the output
+    The file has the input `pixels`, float32 (B, 3, s, s), normalised and padded, for any B, and the output
     `image_embeddings`, float32 (B, 256, S/16, S/16).
 
     Args:
@@ -53,7 +54,7 @@ def export_encoder(model: Model, name: str = "encoder.onnx", begin: Begin = sile
     Raises:
         PredictError: torch can't export the encoder, or the outputs differ from torch's.
     """
-    encoder, size = model.sam.image_encoder, model.image_size
+    encoder, size = model.sam.image_encoder, model.student_size
     begin(STEPS[0])
     proto = to_onnx(
         encoder,
@@ -62,7 +63,7 @@ def export_encoder(model: Model, name: str = "encoder.onnx", begin: Begin = sile
         {INPUT: {0: "batch"}},
         f"the encoder {model.student}",
     )
-    data = serialize(proto, "image encoder", model, DESCRIPTION)
+    data = serialize(proto, "image encoder", model, DESCRIPTION, size)
     begin(STEPS[1])
     session = Session(data)
     difference = 0.0
@@ -83,11 +84,11 @@ def synthetic_pixels(batch: int, size: int, seed: int = 0) -> Tensor:
 
     Args:
         batch: number of pictures, B.
-        size: side of the encoder's square in pixels, S.
+        size: side of the encoder's input in pixels, s.
         seed: seed of the random numbers; equal seeds give equal pictures.
 
     Returns:
-        float32 (B, 3, S, S), normalised and padded.
+        float32 (B, 3, s, s), normalised and padded.
     """
     generator = torch.Generator().manual_seed(seed)
     coarse_BCHW = torch.rand(batch, 3, 8, 8, generator=generator) * 255

@@ -257,7 +257,7 @@ def quiet() -> Iterator[None]:
         root.handlers[:] = handlers  # without any, the root logger makes itself one
 
 
-def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:
+def serialize(proto: Any, part: str, model: Model, description: str, side: int) -> bytes:
     """Return the file's content: `proto` with metadata, and without paths of this machine.
 
     Args:
@@ -265,25 +265,27 @@ def serialize(proto: Any, part: str, model: Model, description: str) -> bytes:
         part: name of the half of the model, for the metadata.
         model: model that the metadata describes.
         description: description of inputs and outputs; becomes the file's doc string.
+        side: longest side in pixels of the resized photo that the file's inputs belong to.
     """
     from onnx import helper
 
     for noted in (proto.graph, *proto.graph.node, *proto.graph.value_info):
         noted.ClearField("metadata_props")  # torch's own, with stack traces of this machine
     proto.doc_string = description
-    helper.set_model_props(proto, {**_metadata(model), "part": part})
+    helper.set_model_props(proto, {**_metadata(model, side), "part": part})
     data: bytes = proto.SerializeToString()
     return data
 
 
-def _metadata(model: Model) -> dict[str, str]:
+def _metadata(model: Model, side: int) -> dict[str, str]:
     """Return the file's metadata as strings: names unchanged, other values as JSON."""
     known = {key: model.info[key] for key in ("teacher", "checkpoint_sha256") if key in model.info}
     return {
         "format": FORMAT,
         "student": model.student,
         "image_size": str(model.image_size),
-        "preprocessing": json.dumps(preprocessing_recipe(model.image_size)),
+        "student_size": str(model.student_size),
+        "preprocessing": json.dumps(preprocessing_recipe(side)),
         **{key: str(value) for key, value in known.items()},
         "versions": json.dumps(versions()),
     }

@@ -10,7 +10,7 @@ from typing import Any
 from ...common.errors import shown
 from ...common.table import Table
 from ..config import DECODER, ENCODER, FOLDER, TORCH, ExportConfig
-from ..model import Model, load_model
+from ..model import Model, load_model, size_words
 from ..outputs import EXPORT, Outputs, check_file
 from . import bundle
 from .bundle import check_folder, describe_file, write_bundle
@@ -37,10 +37,11 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
         progress: called when a step begins.
 
     Returns:
-        The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `teacher`, `head` (None: an encoder
-        without one), `files` (name -> `bytes` and `sha256`), `checks` (ONNX file -> `max_relative_difference` from
-        torch, and the `limit` for it), `onnx` (ONNX file -> `opset`, `ir_version`, `oldest_onnxruntime`, and `notes`,
-        what doesn't work with it), `left_out` (file -> reason), `warnings` and `seconds`.
+        The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `student_size`, `teacher`, `head`
+        (None: an encoder without one), `files` (name -> `bytes` and `sha256`), `checks` (ONNX file ->
+        `max_relative_difference` from torch, and the `limit` for it), `onnx` (ONNX file -> `opset`, `ir_version`,
+        `oldest_onnxruntime`, and `notes`, what doesn't work with it), `left_out` (file -> reason), `warnings` and
+        `seconds`.
 
     Raises:
         PredictError: a package is missing, the export failed, or a file can't be written.
@@ -68,6 +69,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
         "kind": kind,
         "student": model.student,
         "image_size": model.image_size,
+        "student_size": model.student_size,
         "teacher": model.info.get("teacher"),
         "head": model.head_source or None,
         **made,
@@ -118,7 +120,7 @@ def export_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the result of `export` as text: the model, warnings, a table of files, the files left out."""
     head = f", head from {result['head']}" if result["head"] else ""
     lines = [
-        f"{result['student']} at {result['image_size']} pixels{head}",
+        f"{result['student']} at {size_words(result)} pixels{head}",
         *(f"note: {warning}" for warning in result["warnings"]),
         *_files_table(result).lines(),
         *(f"{name} left out: {reason}" for name, reason in result["left_out"].items()),

@@ -25,7 +25,7 @@ def export_torch(model: Model) -> bytes:
     Raises:
         PredictError: upstream's code has no class for the student.
     """
-    reason = unsupported_reason(model.student)
+    reason = unsupported_reason(model)
     if reason is not None:
         raise PredictError(f"{reason}: give --out a folder, whose model.safetensors load_model reads")
     buffer = io.BytesIO()
@@ -33,12 +33,15 @@ def export_torch(model: Model) -> bytes:
     return buffer.getvalue()
 
 
-def unsupported_reason(student: str) -> str | None:
-    """Return the reason why a student of this name has no .pt file; None if it has one."""
-    if student == UPSTREAM_STUDENT:
-        return None
-    known = f"only for TinyViT-5M ({UPSTREAM_STUDENT})"
-    return f"MobileSAM's own code, which a .pt is for, has no class for {student}, {known}"
+def unsupported_reason(model: Model) -> str | None:
+    """Return the reason why a student has no .pt file; None if it has one."""
+    if model.student != UPSTREAM_STUDENT:
+        known = f"only for TinyViT-5M ({UPSTREAM_STUDENT})"
+        return f"MobileSAM's own code, which a .pt is for, has no class for {model.student}, {known}"
+    if model.student_size != model.image_size:
+        sizes = f"{model.student_size} pixels instead of {model.image_size}"
+        return f"MobileSAM's own code, which a .pt is for, has no encoder of a smaller input, as this one of {sizes}"
+    return None
 
 
 def flat_state(sam: Sam) -> dict[str, Tensor]:

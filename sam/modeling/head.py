@@ -93,7 +93,8 @@ def assemble(image_encoder: nn.Module, head: SamHead) -> Sam:
 
     Args:
         image_encoder: network from float32 normalised pixels (B, 3, S, S) to embeddings (B, 256, S/16, S/16), S being
-            `head.image_size`. Its attribute `img_size`, which those classes read, is set.
+            `head.image_size`; a student may take smaller pixels (`input_side`). Its attribute `img_size`, which those
+            classes read, is set.
         head: SAM's head, on the encoder's device unless the whole model is moved afterwards.
 
     Returns:

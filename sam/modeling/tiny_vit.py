@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..photos.preprocess import PATCH
-from .neck import neck_projection, neck_rest
+from .neck import finest_stride, fuse_maps, neck_projection, neck_rest
 
 MLP_RATIO = 4
 """Width of the MLPs' hidden layer, in multiples of a stage's width."""
@@ -54,6 +54,9 @@ class TinyViTConfig:
             if width % heads:
                 raise ValueError(f"width {width} is not divisible by {heads} heads")
 
+
+EARLIER_STRIDES = (4, 8)
+"""Strides of the stages before those of stride 16."""
 
 VARIANTS = {
     "5m": TinyViTConfig(widths=(64, 128, 160, 320), heads=(2, 4, 5, 10)),
@@ -300,46 +303,62 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the map of this stage's resolution, and the input of the next stage."""
         for block in self.blocks:
             x_BCHW = block(x_BCHW)
-        return x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        return x_BCHW, x_BCHW if self.downsample is None else self.downsample(x_BCHW)
 
 
 class TinyViT(nn.Module):
     """TinyViT with SAM's neck: (B, 3, S, S) normalised pixels to a (B, 256, S/16, S/16) embedding.
 
+    With a smaller input than SAM's square, the neck also takes the maps of earlier stages, which have the resolution
+    that the last one lacks, each by a projection of its own (`laterals`).
+
     Args:
-        image_size: S in pixels, a multiple of 16. No weight depends on it.
+        image_size: side of SAM's square in pixels, S, a multiple of 16. No weight depends on it.
         variant: `5m` (MobileSAM's; 5,743,892 parameters), `11m` or `21m`.
+        student_size: side of the input in pixels, a multiple of 16; None: S.
 
     Raises:
-        ValueError: an unknown variant, an image_size that is no multiple of 16, or (in `forward`) pixels of another
-            size.
+        ValueError: an unknown variant, a size that is no multiple of 16, or (in `forward`) pixels of another size.
     """
 
-    def __init__(self, image_size: int = 1024, variant: str = "5m") -> None:
+    def __init__(self, image_size: int = 1024, variant: str = "5m", student_size: int | None = None) -> None:
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"unknown TinyViT variant {variant!r}: use {', '.join(VARIANTS)}")
-        if image_size < PATCH or image_size % PATCH:
-            raise ValueError(f"image_size {image_size} is not a positive multiple of {PATCH}")
-        self.image_size = image_size
+        self.image_size, self.student_size = image_size, student_size or image_size
+        for size in (self.image_size, self.student_size):
+            if size < PATCH or size % PATCH:
+                raise ValueError(f"image_size {size} is not a positive multiple of {PATCH}")
         self.variant = variant
         config = VARIANTS[variant]
         self.patch_embed = PatchEmbed(config.widths[0])
         self.layers = nn.ModuleList(_stage(config, index) for index in range(4))
         self.apply(_init_weights)
         self.neck = nn.Sequential(neck_projection(config.widths[-1]), *neck_rest())
+        finest = finest_stride(self.image_size, self.student_size)
+        earlier = zip(EARLIER_STRIDES, config.widths, strict=False)
+        self.laterals = nn.ModuleDict(
+            {str(stride): neck_projection(width) for stride, width in earlier if stride >= finest}
+        )
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        if pixels_BCHW.shape[1:] != (3, self.image_size, self.image_size):
-            wanted = f"(B, 3, {self.image_size}, {self.image_size})"
+        side = self.student_size
+        if pixels_BCHW.shape[1:] != (3, side, side):
+            wanted = f"(B, 3, {side}, {side})"
             raise ValueError(f"pixels have shape {tuple(pixels_BCHW.shape)}, this TinyViT takes {wanted}")
-        x_BCHW = self.patch_embed(pixels_BCHW)
+        x_BCHW, maps = self.patch_embed(pixels_BCHW), []
         for stage in self.layers:
-            x_BCHW = stage(x_BCHW)
-        return self.neck(x_BCHW)
+            map_BCHW, x_BCHW = stage(x_BCHW)
+            maps.append(map_BCHW)
+        projected = [self.neck[0](x_BCHW)]
+        for map_BCHW, stride in zip(maps, EARLIER_STRIDES, strict=False):
+            if str(stride) in self.laterals:
+                projected.append(self.laterals[str(stride)](map_BCHW))
+        return self.neck[1:](fuse_maps(projected, self.image_size // PATCH))
 
 
 def _stage(config: TinyViTConfig, index: int) -> Stage:

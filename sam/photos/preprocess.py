@@ -36,6 +36,9 @@ KEPT_KIND = "webp"
 """Format of kept images: lossless WebP. At its fastest setting it gives the smallest files of the lossless formats
 that Pillow writes (photos: two thirds of PNG), and decodes faster than PNG."""
 
+TOO_THIN = "too thin"
+"""First words of the reason why an image can't be resized."""
+
 MAX_SIDE = 16383
 """Largest side of a kept image in pixels; the limit of WebP."""
 
@@ -71,7 +74,7 @@ def resized_size(height: int, width: int, image_size: int = 1024) -> tuple[int, 
     scale = image_size * 1.0 / max(height, width)
     size = int(height * scale + 0.5), int(width * scale + 0.5)
     if min(size) < 1:
-        raise ImageError(f"too thin: {width} x {height} pixels would be resized to {size[1]} x {size[0]}")
+        raise ImageError(f"{TOO_THIN}: {width} x {height} pixels would be resized to {size[1]} x {size[0]}")
     return size
 
 

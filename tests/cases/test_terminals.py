@@ -47,7 +47,7 @@ class Slow(nn.Conv2d):
         time.sleep({pause} * len(pixels))
         return super().forward(pixels)
 
-build = lambda size: nn.Sequential(Slow(3, 4, 16, 16), nn.Conv2d(4, 256, 1))
+build = lambda *sizes: nn.Sequential(Slow(3, 4, 16, 16), nn.Conv2d(4, 256, 1))
 STUDENTS["tiny_vit"] = StudentInfo(name="tiny_vit", summary="", build=build, training_bytes={{"float32": 1}})
 main()
 """

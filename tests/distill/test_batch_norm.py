@@ -38,7 +38,7 @@ class Squeezed(nn.Module):
 
 @pytest.fixture
 def squeezed(monkeypatch: pytest.MonkeyPatch) -> str:
-    info = StudentInfo(name="squeezed", summary="", build=lambda _: Squeezed())
+    info = StudentInfo(name="squeezed", summary="", build=lambda *_: Squeezed())
     monkeypatch.setitem(STUDENTS, "squeezed", info)
     return "squeezed"
 

@@ -61,7 +61,7 @@ def test_the_result_is_plain_json_with_the_documented_keys(config: Any) -> None:
     result = segment(config())
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {
-        *("image", "original_size", "student", "teacher", "model", "head", "image_size"),
+        *("image", "original_size", "student", "teacher", "model", "head", "image_size", "student_size"),
         *("device", "notes", "embedding_seconds", "mask_seconds", "masks", "out", "masks_dir", "rle"),
     }
     assert result["original_size"] == [60, 90]

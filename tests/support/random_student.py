@@ -17,7 +17,7 @@ IMAGE_SIZE = 64
 class ToyEncoder(nn.Module):
     """Smallest possible student: one convolution of stride 16."""
 
-    def __init__(self, image_size: int) -> None:
+    def __init__(self, image_size: int, _student_size: int) -> None:
         super().__init__()
         self.image_size = image_size
         self.patch = nn.Conv2d(3, 256, 16, stride=16)

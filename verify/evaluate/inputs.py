@@ -67,7 +67,7 @@ class EvaluationInputs:
     def encoder_sizes(self) -> list[int]:
         """Sides in pixels to which images are resized for the encoders, the teacher's included."""
         predictors = [*self.predictors, *([self.teacher] if self.teacher else [])]
-        return [each.image_size for each in predictors if isinstance(each, EncoderPredictor)]
+        return [each.student_size for each in predictors if isinstance(each, EncoderPredictor)]
 
     def read_labels(self, image: LazyImage) -> Annotations | None:
         """Return the labelled objects of an image; None if it has no labels. Raises AnnotationError."""

@@ -69,6 +69,7 @@ class LoadedModel:
             "kind": self.kind,
             "file": self.file,
             "image_size": None if self.sam is None else self.sam.image_size,
+            "student_size": None if self.sam is None else self.sam.student_size,
             "head": None if self.sam is None else self.sam.head_source,
             "run": None if self.run is None else self.run.path.name,
             "licence": self.licence,
@@ -161,7 +162,9 @@ class ModelLoader:
 
     def _from_sam(self, name: str, model: Model) -> LoadedModel:
         outline = (
-            None if "package" in model.info else partial(outline_encoder, model.student, model.image_size)
+            None
+            if "package" in model.info
+            else partial(outline_encoder, model.student, model.image_size, model.student_size)
         )
         return LoadedModel(
             predictor=EncoderPredictor(name, model.sam, outline, self.device),
@@ -184,16 +187,17 @@ class ModelLoader:
         )
 
 
-def outline_encoder(kind: str, image_size: int) -> nn.Module:
+def outline_encoder(kind: str, image_size: int, student_size: int | None = None) -> nn.Module:
     """Build an encoder on the meta device, for counting parameters and operations.
 
     Args:
         kind: name of a student or a teacher in its registry.
-        image_size: side of the encoder's square in pixels.
+        image_size: side of SAM's square in pixels.
+        student_size: side of a student's input in pixels; None: `image_size`.
     """
     if kind in TEACHERS:
         return TEACHERS[kind].encoder.outline(image_size)
-    return outline_student(student_info(kind), image_size)
+    return outline_student(student_info(kind), image_size, student_size)
 
 
 def _is_student_folder(path: Path) -> bool:

@@ -16,10 +16,11 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from ...distill.students.cost import count_macs, median_seconds
-from ...sam import image_pixels
+from ...sam import image_pixels, resized_size
 from ...sam.modeling.decode_prompts import Prompts
 from ...sam.modeling.head import SamHead, assemble
 from ...sam.modeling.masks import PIXELS_AT_ONCE, PROMPTS_AT_ONCE, to_square, upscale_masks
+from ...sam.modeling.neck import input_side
 from ...store import EmbeddingStore
 from .images import LazyImage
 from .predictor import TIMING_SECONDS, Cost, PredictedMasks
@@ -43,7 +44,7 @@ class HeadPredictor:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the encoder's square."""
+        """Side in pixels of SAM's square."""
         return self.sam.image_encoder.img_size
 
     def set_embedding(
@@ -129,18 +130,24 @@ class EncoderPredictor(HeadPredictor):
         self._outline = outline
         self._device = device
 
+    @property
+    def student_size(self) -> int:
+        """Side in pixels of the encoder's input."""
+        return input_side(self.sam.image_encoder, self.image_size)
+
     @torch.no_grad()
     def set_image(self, image: LazyImage) -> bool:
         """Resize, normalise and embed an image. See `Predictor.set_image`."""
-        resized = image.resized(self.image_size)
-        emb_1CHW = self.sam.image_encoder(image_pixels(resized, self.image_size, self._device))
-        return self.set_embedding(emb_1CHW, image.original_size, resized.resized_size)
+        resized = image.resized(self.student_size)
+        emb_1CHW = self.sam.image_encoder(image_pixels(resized, self.student_size, self._device))
+        on_square = resized_size(*resized.original_size, self.image_size)
+        return self.set_embedding(emb_1CHW, image.original_size, on_square)
 
     @torch.no_grad()
     def cost(self) -> Cost:
         """Count parameters and multiply-accumulates; time one image and one point, on zeros. See `Predictor.cost`."""
-        size = self.image_size
-        pixels_1CHW = torch.zeros(1, 3, size, size, device=self._device)
+        size, side = self.image_size, self.student_size
+        pixels_1CHW = torch.zeros(1, 3, side, side, device=self._device)
         embeddings: list[Tensor] = []
 
         def embed() -> None:
@@ -157,7 +164,7 @@ class EncoderPredictor(HeadPredictor):
         return Cost(
             parameters=encoder + sum(parameter.numel() for parameter in head),
             encoder_parameters=encoder,
-            encoder_macs=count_macs(outline, size, where),
+            encoder_macs=count_macs(outline, side, where),
             encoder_ms=1000 * encoder_seconds,
             decoder_ms=1000 * decoder_seconds,
         )

@@ -118,6 +118,7 @@ def _cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
             [
                 model["name"],
                 model["kind"],
+                ABSENT if model["student_size"] is None else str(model["student_size"]),
                 ABSENT if model["parameters"] is None else f"{model['parameters']:,}",
                 ABSENT if macs is None else f"{macs / 1e9:.3g} G",
                 ABSENT if model["encoder_ms"] is None else f"{model['encoder_ms']:,.1f}",
@@ -126,10 +127,11 @@ def _cost_table(models: Sequence[Mapping[str, Any]]) -> Table:
         )
     return Table(
         title="Cost on this machine",
-        note="Parameters of encoder and decoder; multiply-accumulates of the encoder; milliseconds for an image and "
-        "for one prompt, medians. For FastSAM: segmenting everything, from pixels to masks.",
-        columns=["model", "kind", "parameters", "MACs", "encoder ms", "decoder ms"],
-        numeric=[False, False, True, True, True, True],
+        note="Side of the encoder's input in pixels; parameters of encoder and decoder; multiply-accumulates of the "
+        "encoder; milliseconds for an image and for one prompt, medians. For FastSAM: segmenting everything, from "
+        "pixels to masks.",
+        columns=["model", "kind", "pixels", "parameters", "MACs", "encoder ms", "decoder ms"],
+        numeric=[False, False, True, True, True, True, True],
         rows=rows,
     )
 

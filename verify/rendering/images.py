@@ -254,7 +254,7 @@ def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
 
     Args:
         photo_HWC: uint8 RGB (H, W, 3).
-        masks: masks of the photo's size, at most as many as POINT_COLOURS.
+        masks: masks over the photo, of any size, at most as many as POINT_COLOURS.
     """
     return MaskPanel(
         teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_pHW, masks.points_p2)),
@@ -274,7 +274,7 @@ def paint_masks(photo_HWC: Rgb, masks_pHW: Bools, points_p2: Floats, longest: in
 
     Args:
         photo_HWC: uint8 RGB (H, W, 3).
-        masks_pHW: bool (p, H, W), of the photo's size; at most as many as POINT_COLOURS.
+        masks_pHW: bool (p, H, W), over the photo, of any size; at most as many as POINT_COLOURS.
         points_p2: float (p, 2), x and y as shares of the photo's width and height, 0 to 1.
         longest: largest side of the result in pixels.
 

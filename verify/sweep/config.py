@@ -23,8 +23,9 @@ def _value_types(*names: str) -> Mapping[str, type]:
 
 
 AXES = _value_types(
-    "seed", "student", "init", "objective", "labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight",
-    "dice_weight", "iou_weight", "lr", "weight_decay", "warmup", "loss_region", "batch_size", "epochs",
+    "seed", "student", "student_size", "init", "objective", "labels", "objects", "rounds", "boxes", "mse_weight",
+    "focal_weight", "dice_weight", "iou_weight", "recipe", "lr", "weight_decay", "warmup", "loss", "loss_region",
+    "batch_size", "epochs",
 )  # fmt: skip
 """Types of the options of distill that may have several values in a sweep. The first varies slowest: all combinations
 of one seed come before those of the next, so that a sweep is useful before it ends."""
@@ -138,9 +139,9 @@ def _axis_options(*names: str) -> Mapping[str, Option]:
 
 
 AXIS_OPTIONS = _axis_options(
-    "student", "init", "objective", "batch_size", "epochs", "iterations", "lr", "weight_decay", "warmup",
-    "loss_region", "labels", "objects", "rounds", "boxes", "mse_weight", "focal_weight", "dice_weight", "iou_weight",
-    "seed",
+    "student", "student_size", "init", "objective", "batch_size", "epochs", "iterations", "recipe", "lr",
+    "weight_decay", "warmup", "loss", "loss_region", "labels", "objects", "rounds", "boxes", "mse_weight",
+    "focal_weight", "dice_weight", "iou_weight", "seed",
 )  # fmt: skip
 """Options of `mobilesam sweep` that take several values, in the order of its help."""
 

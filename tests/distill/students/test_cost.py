@@ -98,7 +98,7 @@ def test_measured_memory_is_that_measured_by_hand_for_tiny_vit() -> None:
 
 
 def test_measured_memory_is_that_counted_by_hand_for_one_convolution() -> None:
-    def build(_: int) -> nn.Module:
+    def build(*_: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
 
     info = StudentInfo(name="small", summary="", build=build)

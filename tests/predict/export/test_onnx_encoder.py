@@ -37,9 +37,9 @@ class CountingEncoder(ToyEncoder):
         return super().forward(pixels_BCHW) * len(str(pixels_BCHW.sum().item()))
 
 
-def shallow_deit(image_size: int) -> nn.Module:
+def shallow_deit(image_size: int, student_size: int) -> nn.Module:
     """The first two of its twelve blocks, which are alike: exporting takes as long as there are blocks."""
-    student = build_deit_tiny(image_size)
+    student = build_deit_tiny(image_size, student_size)
     student.backbone.blocks = student.backbone.blocks[:2]
     return student
 

@@ -89,7 +89,7 @@ def test_it_loads_back_through_our_own_loaders_with_the_same_weights(
 ) -> None:
     original = load_model(random_student).sam.state_dict()
     encoder, info = load_student(exported[0], image_size=IMAGE_SIZE)
-    assert info == {"student": "tiny_vit", "image_size": IMAGE_SIZE}
+    assert info == {"student": "tiny_vit", "image_size": IMAGE_SIZE, "student_size": IMAGE_SIZE}
     teacher = load_teacher_model("mobile_sam", exported[0], image_size=IMAGE_SIZE)
     again = load_model(exported[0], image_size=IMAGE_SIZE)
     for sam in (teacher.sam, again.sam):

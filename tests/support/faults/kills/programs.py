@@ -55,7 +55,7 @@ def _add_small_student() -> None:
 
     from mobilesam.distill.students import registry
 
-    def build(_image_size: int) -> nn.Module:
+    def build(_image_size: int, _student_size: int) -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8), nn.Conv2d(8, 256, 4, stride=4))
 
     info = registry.StudentInfo(
