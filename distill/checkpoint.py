@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..common.durable import fsync_directory, write_atomic
 from ..common.errors import ArchiveError, DistillError, ForeignObjects
 from ..sam.weights.torch_file import read_torch_file
+from .optimizer import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class Checkpoints:
 
         Args:
             student: module to save (`Objective.trained`).
-            optimizer: its AdamW.
+            optimizer: its optimizer.
             state: progress of the run.
             device: device whose random number generator is saved beside the CPU's.
 
@@ -279,7 +280,7 @@ class Checkpoints:
 
         Args:
             student: module to load into (`Objective.trained`), on `device`.
-            optimizer: its AdamW.
+            optimizer: its optimizer.
             state: initial state of the run, whose tensor has the expected shape.
             device: device of the training.
 
@@ -352,12 +353,17 @@ class _Unusable(Exception):
 def _check(saved: Any, student: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
     """Refuse a checkpoint of another student or optimizer, by ValueError or the error that a wrong type raises."""
     _check_same(saved["student"], student.state_dict())
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = [
+        (parameter, bool(group.get(Muon.MATRICES)))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
     if saved["moments"].keys() - range(len(parameters)):
         raise ValueError("moments of unknown parameters")
     for index, moments in saved["moments"].items():
-        like = parameters[index]
-        _check_same(moments, {"step": torch.empty(()), "exp_avg": like, "exp_avg_sq": like})
+        like, is_matrix = parameters[index]
+        squares = {} if is_matrix else {"exp_avg_sq": like}
+        _check_same(moments, {"step": torch.empty(()), "exp_avg": like, **squares})
     values, fresh = saved["state"], state.to_saved()
     if values.keys() != fresh.keys():
         raise ValueError("another state")

@@ -24,9 +24,9 @@ from ..common.config import (
 from ..common.errors import DistillError as DistillError
 from ..common.errors import DistillInterrupted as DistillInterrupted
 from ..common.signals import StopFlag as StopFlag
+from .recipe import DEFAULT_RECIPE, FIRST_RECIPE, LOSS_REGIONS, LOSSES, RECIPES, Recipe
 
 OBJECTIVES = ("decoupled", "semi_coupled", "coupled", "decoder")
-LOSS_REGIONS = ("all", "valid")
 LABELS = ("teacher", "annotations")
 BATCH_SIZE = 8
 """Images per optimizer step where there are enough images; `expectations.py` takes less where they are few."""
@@ -66,6 +66,10 @@ _NOT_IDENTITY = frozenset(
         "checkpoint_seconds",
     }
 )
+
+
+# Options that replace settings of the recipe.
+_RECIPE_FIELDS = ("lr", "weight_decay", "warmup", "clip", "freeze_norm", "loss", "loss_region")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,15 +117,25 @@ class DistillConfig:
     micro_batch: int | None = option(
         None, metavar="M", help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"
     )
-    lr: float = option(1e-3, help="Peak learning rate; a mask decoder that is trained has a tenth of it.")
-    weight_decay: float = option(5e-4, help="Weight decay of AdamW.")
-    warmup: float = option(
-        0.05, help="Share of the steps over which the learning rate rises linearly; a half cosine follows."
+    recipe: str = option(
+        DEFAULT_RECIPE,
+        choices=tuple(RECIPES),
+        help="Settings of optimizer, schedule and loss; mobilesam-2023 is the default of earlier versions, the "
+        "others are those of other projects.",
     )
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    freeze_norm: float = 0.5
-    """Share of all steps after which the statistics of batch norms are frozen; 1: never."""
+    lr: float | None = option(
+        None,
+        help="Peak learning rate; a mask decoder that is trained has a tenth of it [default: the recipe's]",
+    )
+    weight_decay: float | None = option(None, help="Weight decay [default: the recipe's]")
+    warmup: float | None = option(
+        None,
+        help="Share of the steps over which the learning rate rises linearly [default: the recipe's]",
+    )
+    clip: float | None = None
+    """Largest norm of the gradient; None: the recipe's."""
+    freeze_norm: float | None = None
+    """Share of all steps after which the statistics of batch norms are frozen; 1: never, None: the recipe's."""
     seed: int = option(0, help="Seed of initial weights, order of the images, and prompts.")
     val_fraction: float = option(
         0.05,
@@ -154,10 +168,17 @@ class DistillConfig:
     focal_weight: float = option(20.0, help="Weight of the focal loss of the masks.")
     dice_weight: float = option(1.0, help="Weight of the dice loss of the masks.")
     iou_weight: float = option(1.0, help="Weight of the error of the predicted IoUs.")
-    loss_region: str = option(
-        "all",
+    loss: str | None = option(
+        None,
+        choices=LOSSES,
+        help="Error of the embedding: squared (mse), root of the squared error (root), squared and cosine "
+        "(mse_cosine), or Huber's (huber) [default: the recipe's]",
+    )
+    loss_region: str | None = option(
+        None,
         choices=LOSS_REGIONS,
-        help="Cells of the embedding in the MSE: all, or only the valid ones that show the image, not padding.",
+        help="Cells of the embedding in the loss: all, or only the valid ones that show the image, not padding "
+        "[default: the recipe's]",
     )
     precision: str = precision_option(
         "Precision of training; auto is bfloat16 where the hardware accelerates it."
@@ -193,12 +214,16 @@ class DistillConfig:
         if self.micro_batch is not None:
             largest = self.batch_size or BATCH_SIZE
             self._require(self.micro_batch <= largest, "micro_batch", f"at most the batch size, {largest}")
+        self._require(self.recipe in RECIPES, "recipe", ", ".join(RECIPES))
         for name in ("lr", "clip", "checkpoint_seconds"):
-            self._require(0 < getattr(self, name) < float("inf"), name, "above 0")
+            value = getattr(self, name)
+            self._require(value is None or 0 < value < float("inf"), name, "above 0")
         for name in ("weight_decay", "mse_weight", "focal_weight", "dice_weight", "iou_weight"):
-            self._require(0 <= getattr(self, name) < float("inf"), name, "0 or more")
-        self._require(0 <= self.warmup < 1, "warmup", "a share of all steps, from 0 to below 1")
-        self._require(0 <= self.freeze_norm <= 1, "freeze_norm", "a share of all steps, from 0 to 1")
+            value = getattr(self, name)
+            self._require(value is None or 0 <= value < float("inf"), name, "0 or more")
+        warmup, freeze_norm = self.resolved_recipe.warmup, self.resolved_recipe.freeze_norm
+        self._require(0 <= warmup < 1, "warmup", "a share of all steps, from 0 to below 1")
+        self._require(0 <= freeze_norm <= 1, "freeze_norm", "a share of all steps, from 0 to 1")
         self._require(0 < self.val_fraction < 1, "val_fraction", "between 0 and 1, both excluded")
         self._require(0 <= self.boxes <= 1, "boxes", "a share of all objects, from 0 to 1")
         self._require(self.objective in OBJECTIVES, "objective", ", ".join(OBJECTIVES))
@@ -206,7 +231,8 @@ class DistillConfig:
         self._check_label_source()
         self._check_objective()
         self._require(0 <= self.seed < 2**63, "seed", "0 or more")
-        self._require(self.loss_region in LOSS_REGIONS, "loss_region", " or ".join(LOSS_REGIONS))
+        self._require(self.loss in (None, *LOSSES), "loss", ", ".join(LOSSES))
+        self._require(self.loss_region in (None, *LOSS_REGIONS), "loss_region", " or ".join(LOSS_REGIONS))
         self._require(self.precision in AUTO_PRECISIONS, "precision", ", ".join(AUTO_PRECISIONS))
 
     def _require(self, good: bool, name: str, wanted: str) -> None:
@@ -218,6 +244,15 @@ class DistillConfig:
         assert isinstance(self.epochs, int), "resolved before a run is described"
         assert self.batch_size is not None, "resolved before a run is described"
         return self.epochs, self.batch_size
+
+    @property
+    def resolved_recipe(self) -> Recipe:
+        """Settings of the recipe, those replaced that options give."""
+        recipe = RECIPES[self.recipe]
+        given = {name: getattr(self, name, None) for name in _RECIPE_FIELDS}
+        return dataclasses.replace(
+            recipe, **{name: value for name, value in given.items() if value is not None}
+        )
 
     @property
     def learns_from_labels(self) -> bool:
@@ -272,10 +307,12 @@ class DistillConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return every option as a plain JSON value, and `labels` as it applies."""
+        """Return every option as a plain JSON value; `labels` and the recipe's settings as they apply."""
+        recipe = self.resolved_recipe
         values = dataclasses.asdict(self) | {
             "labels": "annotations" if self.learns_from_labels else "teacher"
         }
+        values |= {name: getattr(recipe, name) for name in _RECIPE_FIELDS}
         return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
     def identity(self) -> dict[str, Any]:
@@ -283,6 +320,10 @@ class DistillConfig:
         left_out = _NOT_IDENTITY
         if self.objective == "decoupled":
             left_out |= MASK_FIELDS | {"objective"}  # runs from before there were other objectives lack these
+        if self.recipe == FIRST_RECIPE:  # all runs from before there were recipes had this one
+            left_out |= {"recipe"}
+        if self.resolved_recipe.loss == "mse":
+            left_out |= {"loss"}
         if self.student_size is None:
             left_out |= {"student_size"}  # as runs from before there was another size do
         return {name: v for name, v in self.to_json().items() if name not in left_out}

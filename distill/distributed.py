@@ -135,11 +135,11 @@ class ProcessGroup:
     def broadcast_training(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState
     ) -> TrainState:
-        """Broadcast rank 0's weights, AdamW moments, state of random numbers, and `TrainState`.
+        """Broadcast rank 0's weights, the optimizer's moments, state of random numbers, and `TrainState`.
 
         Args:
             module: what is trained; gets rank 0's weights.
-            optimizer: its AdamW; gets rank 0's moments.
+            optimizer: its optimizer; gets rank 0's moments.
             state: this process's state.
 
         Returns:

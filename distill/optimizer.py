@@ -1,51 +1,201 @@
-"""AdamW's parameter groups, with or without weight decay, and the learning-rate schedule."""
+"""Optimizer, parameter groups and learning-rate schedule.
+
+Shape suffixes: N matrices of one shape, R rows, C columns.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..sam.device import accelerates_bfloat16
+from .recipe import Recipe
 
 HEAD_LR_SHARE = 0.1
 """Learning rate of a trained head, relative to the encoder's: it starts from the teacher's fully trained weights."""
 
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+"""Coefficients of the quintic that brings singular values near 1 in five steps (Jordan, see `Muon`)."""
+NEWTON_SCHULZ_STEPS = 5
 
-def parameter_groups(module: nn.Module, weight_decay: float, lr_share: float = 1.0) -> list[dict[str, Any]]:
-    """Return AdamW's two parameter groups: weight decay for matrices and kernels, none for vectors and biases.
 
-    The second group holds the weights and biases of norms, the biases of layers and attention biases. Frozen
-    parameters are in neither group.
+class Muon(torch.optim.AdamW):
+    """Orthogonalised momentum for matrices and kernels, AdamW for all other parameters.
+
+    The update of a matrix is the nearest semi-orthogonal matrix to its momentum: all singular directions of the
+    gradient move equally far. Source: Keller Jordan, https://kellerjordan.github.io/posts/muon. An update is scaled
+    to the usual size of AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2). Kernels are
+    orthogonalised as (out, in * height * width) matrices. `torch.optim.Muon` takes neither kernels nor AdamW's
+    parameters, and computes one matrix at a time.
+
+    Args:
+        groups: parameter groups of `parameter_groups`; those marked `MATRICES` are orthogonalised.
+        lr: learning rate.
+        fused: AdamW's fused kernel, for GPUs.
+    """
+
+    MATRICES = "matrices"
+    """Key of a parameter group, True if Muon updates it, False or missing if AdamW does."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]], *, lr: float, fused: bool) -> None:
+        super().__init__(groups, lr=lr, fused=fused)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients; the gradients of matrices are dropped."""
+        for group in self.param_groups:
+            if group.get(self.MATRICES):
+                by_shape: dict[torch.Size, list[Tensor]] = {}
+                for matrix in group["params"]:
+                    if matrix.grad is not None:
+                        by_shape.setdefault(matrix.flatten(1).shape, []).append(matrix)
+                for matrices in by_shape.values():
+                    self._update(matrices, group["lr"], group["weight_decay"])
+        super().step()  # skips parameters without a gradient
+
+    def _update(self, matrices: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+        """Update matrices or kernels whose flattened shapes are the same."""
+        momenta = [self._momentum(matrix) for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
+        directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
+        updates_NRC = orthogonalize(torch.stack([direction.flatten(1) for direction in directions]))
+        scale = 0.2 * max(updates_NRC.shape[1:]) ** 0.5
+        torch._foreach_mul_(list(matrices), 1 - lr * weight_decay)
+        for matrix, update_RC in zip(matrices, updates_NRC, strict=True):
+            matrix.sub_(update_RC.view_as(matrix), alpha=lr * scale)
+            matrix.grad = None
+
+    def _momentum(self, matrix: Tensor) -> Tensor:
+        """Return the moving average of a matrix's gradients, to be updated, after counting a step."""
+        state = self.state[matrix]
+        if not state:
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(matrix)}
+        state["step"] += 1
+        average: Tensor = state["exp_avg"]
+        return average
+
+
+def orthogonalize(matrices_NRC: Tensor) -> Tensor:
+    """Return approximately U V^T of each matrix U S V^T, by five Newton-Schulz steps.
+
+    Args:
+        matrices_NRC: float32 (N, R, C). They are computed in bfloat16 where the hardware accelerates it.
+
+    Returns:
+        float32 (N, R, C) with singular values of about 0.7 to 1.2 (0 for a matrix of zeros).
+    """
+    if matrices_NRC.shape[1] > matrices_NRC.shape[2]:
+        return orthogonalize(matrices_NRC.mT).mT
+    x_NRC = matrices_NRC / (torch.linalg.matrix_norm(matrices_NRC, keepdim=True) + 1e-7)
+    if accelerates_bfloat16(x_NRC.device):
+        x_NRC = x_NRC.bfloat16()
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram_NRR = x_NRC @ x_NRC.mT
+        x_NRC = torch.baddbmm(
+            x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a
+        )
+    return x_NRC.float()
+
+
+def build_optimizer(
+    recipe: Recipe, encoder: nn.Module, head: nn.Module | None, *, fused: bool
+) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer of the weights that are trained.
+
+    Args:
+        recipe: settings of the training.
+        encoder: student; its frozen weights are left out.
+        head: SAM's head if it is trained, by AdamW and with `HEAD_LR_SHARE` of the learning rate.
+        fused: use AdamW's fused kernel, for GPUs.
+    """
+    muon = recipe.optimizer == "muon"
+    groups = parameter_groups(
+        encoder, recipe.weight_decay, decay_vectors=recipe.decay_vectors, matrices_apart=muon
+    )
+    if head is not None:
+        groups += parameter_groups(
+            head, recipe.weight_decay, HEAD_LR_SHARE, decay_vectors=recipe.decay_vectors
+        )
+    return (Muon if muon else torch.optim.AdamW)(groups, lr=recipe.lr, fused=fused)
+
+
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    lr_share: float = 1.0,
+    *,
+    decay_vectors: bool = False,
+    matrices_apart: bool = False,
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of a module: by default weight decay for matrices and kernels, none for the rest.
+
+    The rest are the weights and biases of norms, the biases of layers and attention biases. Frozen parameters are in
+    no group.
 
     Args:
         module: module to train.
-        weight_decay: weight decay of the first group; the second has 0.
-        lr_share: factor of the schedule's learning rate for both groups, which the trainer applies.
+        weight_decay: weight decay.
+        lr_share: factor of the schedule's learning rate for all groups, which the trainer applies.
+        decay_vectors: decay the rest, too.
+        matrices_apart: add a group for `Muon`, of the weights of linear layers and of convolutions with one group; a
+            grouped convolution's kernel holds many small matrices.
     """
+    apart = _matrices(module) if matrices_apart else set()
+    matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim <= 1 or "bias" in name else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": weight_decay, "lr_share": lr_share},
-        {"params": free, "weight_decay": 0.0, "lr_share": lr_share},
+        if parameter.requires_grad and parameter in apart:
+            matrices.append(parameter)
+        elif parameter.requires_grad:
+            (rest if parameter.ndim <= 1 or "bias" in name else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": weight_decay if decay_vectors else 0.0},
     ]
+    if matrices:
+        groups.append({"params": matrices, "weight_decay": weight_decay, Muon.MATRICES: True})
+    return [{"lr_share": lr_share, **group} for group in groups]
 
 
-def learning_rate(step: int, steps: int, base: float, warmup: float) -> float:
-    """Return the learning rate of one step: a linear warm-up, then a half cosine.
+def _matrices(module: nn.Module) -> set[Tensor]:
+    """Return the weights of linear layers and of convolutions with one group."""
+    return {
+        layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+    }
 
-    The last step of the warm-up has `base`; the step after the last one would have 0.
+
+def learning_rate(step: int, steps: int, recipe: Recipe, steps_per_epoch: int) -> float:
+    """Return the learning rate of one step: a linear warm-up, then the recipe's schedule.
+
+    The last step of the warm-up has `recipe.lr`. Where a
+    schedule ends at 0, the step after the last one would have 0.
 
     Args:
         step: number of the optimizer step, from 0.
         steps: number of steps of the run.
-        base: peak learning rate.
-        warmup: share of the steps for the warm-up, 0 to below 1; their number is rounded up.
+        recipe: settings of the training; the number of its warm-up's steps is rounded up.
+        steps_per_epoch: number of steps of an epoch, for the schedule "halving".
     """
-    warm_steps = min(math.ceil(warmup * steps), steps)
+    warm_steps = min(math.ceil(recipe.warmup * steps), steps)
     if step < warm_steps:
-        return base * (step + 1) / warm_steps
+        return recipe.lr * (step + 1) / warm_steps
     progress = (step - warm_steps) / (steps - warm_steps)
-    return base * 0.5 * (1 + math.cos(math.pi * progress))
+    match recipe.schedule:
+        case "cosine":
+            return recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return recipe.lr * (1 - progress)
+        case "halving":
+            return recipe.lr * 0.5 ** (step // steps_per_epoch)
+    assert recipe.schedule == "constant", recipe.schedule
+    return recipe.lr

@@ -42,7 +42,7 @@ from .run_description import (
 )
 from .run_folder import Run, closest_run, open_or_create_run, split_sha256
 from .students.cost import default_micro_batch
-from .students.init_weights import InitialWeights, read_initial
+from .students.init_weights import InitialWeights, read_initial, start_neck
 from .students.registry import build_student, check_student_size, student_info
 from .train_log import Progress
 from .trainer import Trainer
@@ -386,8 +386,13 @@ def _train(
     compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
     student_size = run.description.student_size
     student = build_student(config.student, store.spec.image_size, config.seed, student_size)
-    if initial is not None and not run.checkpoints.exist():
-        initial.apply(student)
+    if not run.checkpoints.exist():
+        recipe, train = config.resolved_recipe, set(run.split.train)
+        if recipe.neck_start:
+            records = [record for record in store.manifest.records("done") if record.row in train]
+            start_neck(student, store, records, recipe.loss_region)
+        if initial is not None:  # afterwards, since its file may hold the neck
+            initial.apply(student)
     student = student.to(device)
     objective = build_objective(config, store, device)
     if initial is not None and initial.head is not None and objective.head is not None:

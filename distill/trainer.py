@@ -39,7 +39,7 @@ from .loss.base import (
 from .loss.coupled import head_state
 from .loss.decoupled import Decoupled, loss_elements
 from .metrics.evaluate import ComputeSettings, Validation, embed
-from .optimizer import HEAD_LR_SHARE, learning_rate, parameter_groups
+from .optimizer import build_optimizer, learning_rate
 from .run_folder import Run
 from .students.student_file import TRAINED_HEAD, save_student
 from .train_log import Meter, Progress, Recorder
@@ -84,13 +84,13 @@ class Trainer:
         self.processes = processes or ProcessGroup()
         self.student = student.to(memory_format=compute.memory_format)
         self.batch_norms = BatchNorms(student, config.student, run.description.image_size, compute.batch_size)
-        self.objective = objective or Decoupled(config.loss_region)
+        self.recipe = recipe = config.resolved_recipe
+        self.objective = objective or Decoupled(recipe.loss_region, recipe.loss)
         self.student.requires_grad_(self.objective.trains_encoder)
         self.trained = self.objective.trained(self.student)
-        groups = parameter_groups(self.student, config.weight_decay)
-        if self.objective.head is not None:
-            groups += parameter_groups(self.objective.head, config.weight_decay, HEAD_LR_SHARE)
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=compute.device.type == "cuda")
+        self.optimizer = build_optimizer(
+            recipe, self.student, self.objective.head, fused=compute.device.type == "cuda"
+        )
         self.validation = Validation(
             self.student, loader, run, self.objective, compute=compute, processes=self.processes
         )
@@ -173,11 +173,11 @@ class Trainer:
             rows: all rows of the batch, in every process.
             micro_batches: this process's share of the batch, over which gradients are accumulated.
         """
-        config, state = self.config, self.state
-        rate = learning_rate(state.step, self.steps, config.lr, config.warmup)
+        recipe, state = self.recipe, self.state
+        rate = learning_rate(state.step, self.steps, recipe, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_share"]
-        elements = loss_elements(self.loader.valid(rows), EMBEDDING_CHANNELS, config.loss_region)
+        elements = loss_elements(self.loader.valid(rows), EMBEDDING_CHANNELS, recipe.loss_region)
         totals = BatchTotals(elements=elements, images=len(rows))
         self.processes.broadcast_buffers(self.student)
         batch_loss = torch.zeros((), device=self.compute.device)
@@ -192,7 +192,7 @@ class Trainer:
                 state.embeddings.rows += len(batch.rows)
         fill_gradients(self.trained)
         self.processes.all_reduce_gradients(self.trained, batch_loss)
-        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), config.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters(), recipe.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.meter.add(batch_loss, norm)
@@ -203,7 +203,7 @@ class Trainer:
         """Run the student on a loader's batch, and return it as a micro-batch on the device."""
         trains, state = self.objective.trains_encoder, self.state
         if trains:
-            frozen = state.step >= self.config.freeze_norm * self.steps
+            frozen = state.step >= self.recipe.freeze_norm * self.steps
             self.batch_norms.prepare(state.micro_steps, frozen=frozen, images=len(batch.rows))
         with torch.set_grad_enabled(trains):
             student_BCHW, teacher_BCHW = embed(self.student, batch, self.compute)

@@ -22,7 +22,14 @@ from mobilesam.verify import SweepConfig, VerifyConfig, sweep, verify
 ARCHIVE = Path(__file__).parent / "data" / "written_by_4c4873a.tar.xz"
 STUDENT = "timm:test_resnet"
 # The same options as the run had, and the places of this copy.
-BASE = {"student": STUDENT, "batch_size": 2, "val_fraction": 0.4, "device": "cpu", "precision": "float32"}
+BASE = {
+    "student": STUDENT,
+    "recipe": "mobilesam-2023",
+    "batch_size": 2,
+    "val_fraction": 0.4,
+    "device": "cpu",
+    "precision": "float32",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,6 +131,7 @@ def test_an_older_sweep_takes_its_finished_run_over_and_goes_on(legacy: Path) ->
     axes = {"student": (STUDENT,), "init": (init,), "batch_size": (2,)}
     base = DistillConfig(
         store=legacy / "store.zarr",
+        recipe="mobilesam-2023",
         images=legacy / "photos",
         val_fraction=0.4,
         device="cpu",

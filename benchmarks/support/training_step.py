@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.support.figures import by_turns
 from benchmarks.support.profiler import shares
 from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, build_student
 from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.distributed import ProcessGroup
+from mobilesam.distill.recipe import DEFAULT_RECIPE
 from mobilesam.distill.run import describe
 from mobilesam.distill.trainer import Trainer
 from mobilesam.sam import normalize_and_pad
 from mobilesam.sam.allocator import keep_freed_memory
+from mobilesam.sam.device import resolve_device, resolve_precision
 from mobilesam.store import EmbeddingStore
 
 PEER_IMAGE_SIZE = 1024
@@ -66,22 +69,58 @@ def step_shares(side: Side, store: Path, images: int, device: torch.device) -> l
         return shares(side.name, step, WARM_STEPS)
 
 
+def recipe_step_seconds(
+    recipes: Iterable[str], path: Path, student: str, images: int, rounds: int
+) -> dict[str, float]:
+    """Return the median seconds of a step by recipe, measured in turn in this process.
+
+    Args:
+        recipes: names of recipes.
+        path: store whose first images are trained on.
+        student: name of the student in the registry.
+        images: images of a step, in one forward pass.
+        rounds: timed steps of each recipe; 0: none.
+    """
+    if not rounds:
+        return {}
+    device = resolve_device("auto")
+    if device.type == "cpu":
+        keep_freed_memory()
+    precision = resolve_precision("auto", device)
+    with _first_batch(path, images) as (loader, batch, store):
+        sides = {
+            name: _waited_for(
+                _our_step(precision, loader, batch, store, device, recipe=name, student=student), device
+            )
+            for name in recipes
+        }
+        for step in sides.values():
+            step()
+        return by_turns(sides, rounds)
+
+
+@contextmanager
+def _first_batch(path: Path, images: int) -> Iterator[tuple[Loader, Batch, EmbeddingStore]]:
+    """Yield a store's loader, the batch of its first images, and the store."""
+    with EmbeddingStore.open(path) as store:
+        root = Path(store.spec.image_root)
+        with Loader(store, store.manifest.records(), root, workers=1) as loader:
+            with closing(loader.batches([list(range(images))])) as batches:
+                batch = next(batches)
+            yield loader, batch, store
+
+
 @contextmanager
 def _step(side: Side, path: Path, images: int, device: torch.device) -> Iterator[Step]:
     if side.keeps_memory:
         keep_freed_memory()
-    with EmbeddingStore.open(path) as store:
-        root = Path(store.spec.image_root)
-        with Loader(store, store.manifest.records(), root, workers=1) as loader:
-            rows = list(range(images))
-            with closing(loader.batches([rows])) as batches:
-                batch = next(batches)
-            step = (
-                _our_step(side.precision, loader, batch, store, device)
-                if side.ours
-                else _peer_step(batch, device)
-            )
-            yield _waited_for(step, device)
+    with _first_batch(path, images) as (loader, batch, store):
+        step = (
+            _our_step(side.precision, loader, batch, store, device)
+            if side.ours
+            else _peer_step(batch, device)
+        )
+        yield _waited_for(step, device)
 
 
 def _waited_for(step: Step, device: torch.device) -> Step:
@@ -97,11 +136,25 @@ def _waited_for(step: Step, device: torch.device) -> Step:
 
 
 def _our_step(
-    precision: str, loader: Loader, batch: Batch, store: EmbeddingStore, device: torch.device
+    precision: str,
+    loader: Loader,
+    batch: Batch,
+    store: EmbeddingStore,
+    device: torch.device,
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    student: str = "tiny_vit",
 ) -> Step:
     """Return the step of distill's trainer at the start of its first epoch, from the loader's batch on."""
     rows, image_size = batch.rows, store.spec.image_size
-    config = DistillConfig(store=store.path, epochs=ENDLESS, batch_size=len(rows), micro_batch=len(rows))
+    config = DistillConfig(
+        store=store.path,
+        student=student,
+        recipe=recipe,
+        epochs=ENDLESS,
+        batch_size=len(rows),
+        micro_batch=len(rows),
+    )
     split = Split(train=tuple(rows), val=())
     records, root = store.manifest.records("done"), Path(store.spec.image_root)
     description = describe(config, store, records, split, None, ProcessGroup(), None, root)

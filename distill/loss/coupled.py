@@ -43,6 +43,8 @@ class MaskOptions:
     """Weight of the decoupled loss added; 0 leaves it out."""
     region: str
     """Region of the decoupled loss: "all" or "valid"."""
+    kind: str = "mse"
+    """Kind of the decoupled loss, one of `recipe.LOSSES`."""
 
     @classmethod
     def from_config(cls, config: DistillConfig) -> Self:
@@ -52,7 +54,8 @@ class MaskOptions:
             mask_loss=MaskLoss(rounds=config.rounds, boxes=config.boxes, weights=weights),
             objects=config.objects,
             mse_weight=config.mse_weight,
-            region=config.loss_region,
+            region=config.resolved_recipe.loss_region,
+            kind=config.resolved_recipe.loss,
         )
 
 
@@ -97,8 +100,9 @@ class MaskObjective(Objective):
                 student_BCHW,
                 micro_batch.teacher_BCHW,
                 micro_batch.valid_BHW,
-                totals.elements,
-                options.region,
+                totals,
+                region=options.region,
+                kind=options.kind,
             )
             loss = loss + options.mse_weight * mse
         return loss

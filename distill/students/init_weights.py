@@ -1,9 +1,10 @@
 """Initial weights of a student, from a file: ImageNet's, MobileSAM's, or an earlier student's.
 
 Four naming schemes are tried on the file's keys, and the one that matches most of the parameters is used. Position
-tables of another size are resized.
+tables of another size are resized. The neck of a new student can start at the teacher's statistics.
 
-Shape suffixes: K attention heads (1 for a ViT's table), L positions of a square table, C channels.
+Shape suffixes: K attention heads (1 for a ViT's table), L positions of a square table, C channels, H, W rows and
+columns of the embedding's grid, N its cells.
 """
 
 from __future__ import annotations
@@ -11,26 +12,32 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...common.errors import DistillError, counted
 from ...sam.modeling.head_shapes import head_shapes
+from ...sam.modeling.neck import EMBEDDING_CHANNELS, LayerNorm2d
+from ...sam.photos.preprocess import valid_cells
 from ...sam.weights.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.weights.state_dict import count_by_prefix
 from ...sam.weights.weight_files import absent, weights_sha256
+from ...store import EmbeddingStore, ImageRecord
 from ..run_description import student_path
 from .registry import outline_student, student_info
 from .student_file import describe_student, is_own_file, read_own_tensors, trained_head
 
 logger = logging.getLogger(__name__)
 
+NECK_ROWS = 64
+"""Most rows whose statistics start the neck: 64 x 64 x 64 cells at an image size of 1024."""
 NECK_PREFIXES = ("neck.", "laterals.")
 MIN_SHARE = 0.5
 """Smallest share of the encoder's parameters, without the neck, that a file must have; one with fewer belongs to
@@ -178,6 +185,42 @@ def read_initial(
         file_size=None if described is None else described["student_size"],
         note=note,
     )
+
+
+def start_neck(
+    student: nn.Module, store: EmbeddingStore, records: Sequence[ImageRecord], region: str
+) -> None:
+    """Set the last norm of a student's neck to the teacher's statistics, in place.
+
+    Its biases become the channels' means, its weights their standard deviations, over a sample of at most
+    `NECK_ROWS` rows spread over all of them: from the first step the student's outputs have the teacher's scale.
+
+    Args:
+        student: encoder with SAM's neck, whose weights are new.
+        store: store open for reading.
+        records: records of the rows to learn from.
+        region: cells that count: "all", or those that are "valid".
+
+    Raises:
+        StoreDamaged: a row's embedding is damaged.
+    """
+    norm = student.neck[-1]  # type: ignore[index]
+    assert isinstance(norm, LayerNorm2d), "every student ends with SAM's neck"
+    count, sum_C, squares_C = 0, np.zeros(EMBEDDING_CHANNELS), np.zeros(EMBEDDING_CHANNELS)
+    for record in records[:: math.ceil(len(records) / NECK_ROWS)]:
+        assert record.resized_size is not None, "only committed rows are learned from"
+        emb_CHW = store.read([record.row]).to_float32()[0].astype(np.float64)
+        values_CN = emb_CHW.reshape(EMBEDDING_CHANNELS, -1)
+        if region == "valid":
+            values_CN = values_CN[:, valid_cells(record.resized_size, store.spec.image_size).ravel()]
+        count += values_CN.shape[1]
+        sum_C += values_CN.sum(1)
+        squares_C += np.square(values_CN).sum(1)
+    mean_C = sum_C / count
+    deviation_C = np.sqrt(np.maximum(squares_C / count - mean_C**2, 0))
+    with torch.no_grad():
+        norm.bias.copy_(torch.from_numpy(mean_C))
+        norm.weight.copy_(torch.from_numpy(deviation_C))
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:
