@@ -1,12 +1,13 @@
 """Expectations of a training: steps that are enough, the length that follows from them, its time, and a verdict.
 
-All arithmetic is pure. `resolve_length` makes numbers of `--epochs auto` and of a batch size that isn't given, before
-a run is described; `Outlook` tells what is about to happen; `run_facts` and `constant_note` judge what came of it.
+`resolve_length` makes numbers of `--epochs auto` and of a batch size that isn't given, before a run is described;
+`tell_length` and its `Outlook` tell what is about to happen; `tell_facts` judges what came of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from typing import Any
 
 from ..common.errors import counted
 from .config import AUTO, BATCH_SIZE, DistillConfig
+from .distributed import ProcessGroup
 from .run_folder import Run
 from .train_log import Progress
 from .trainer import TRAIN_EVAL_ROWS
+
+logger = logging.getLogger(__name__)
 
 ENOUGH_STEPS = 500
 """Optimizer steps from which a student of random weights has learned something of its teacher: fewer are called too
@@ -306,3 +310,42 @@ def constant_note(skill: float | None, rows: str, length: Length | None) -> str 
 def run_note(run: Run) -> str | None:
     """Return the line of `constant_note` about a finished run's training rows; None if there is nothing to say."""
     return constant_note(training_skill(run), "its own training rows", Length.of(run))
+
+
+def tell_length(run: Run, processes: ProcessGroup, *, chosen: bool, slow_start: bool) -> Outlook:
+    """Tell how many steps the training makes, as a warning if they are too few.
+
+    Args:
+        run: run that begins or resumes.
+        processes: processes that train together.
+        chosen: nobody gave the batch size.
+        slow_start: the first step takes much longer than the others.
+
+    Returns:
+        An observer of the training, which tells how long it takes.
+    """
+    length = Length.of(run)
+    level = logging.WARNING if length.too_few else logging.INFO
+    if processes.is_main:
+        logger.log(level, "%s", length.line(chosen))
+        busy = -(-length.batch_size // run.description.resolved.micro_batch)
+        if busy < processes.world_size:
+            logger.warning(
+                "a batch of %d keeps %d of %d processes busy: give a larger --batch-size, or fewer processes",
+                length.batch_size,
+                busy,
+                processes.world_size,
+            )
+
+    def say(line: str) -> None:
+        if processes.is_main:
+            logger.log(level, "%s", line)
+
+    return Outlook(length, say, slow_start=slow_start)
+
+
+def tell_facts(run: Run) -> dict[str, Any]:
+    """Return the facts about a finished run; warn if its student is no better than a constant."""
+    if (note := run_note(run)) is not None:
+        logger.warning("%s", note)
+    return run_facts(run)

@@ -27,7 +27,7 @@ from .data.labels import AnnotationLabels, OpenLabels, open_labels
 from .data.loader import Loader, check_preprocessing, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
-from .expectations import Length, Outlook, resolve_length, run_facts, run_note
+from .expectations import resolve_length, tell_facts, tell_length
 from .latest_run import RUNS, point_latest
 from .loss.coupled import MaskOptions
 from .loss.registry import build_objective
@@ -118,7 +118,7 @@ def distill(
             run = Run.open(path)
         if finished is not None:
             return {**finished, "run": str(path), "already_finished": True}
-        outlook = _tell_length(run, processes, chosen=chosen, slow_start=config.compile)
+        outlook = tell_length(run, processes, chosen=chosen, slow_start=config.compile)
 
         def on_progress(done: Progress) -> None:
             outlook.on_progress(done)
@@ -132,47 +132,8 @@ def distill(
 
         inputs = _Inputs(store=store, initial=initial, labels=labels)
         result = _train(config, run, inputs, processes, stop, on_progress, on_student)
-        facts = processes.broadcast(_tell_facts(run) if processes.is_main else None)
+        facts = processes.broadcast(tell_facts(run) if processes.is_main else None)
         return {**result, **facts, "already_finished": False}
-
-
-def _tell_length(run: Run, processes: ProcessGroup, *, chosen: bool, slow_start: bool) -> Outlook:
-    """Tell how many steps the training makes, as a warning if they are too few.
-
-    Args:
-        run: run that begins or resumes.
-        processes: processes that train together.
-        chosen: nobody gave the batch size.
-        slow_start: the first step takes much longer than the others.
-
-    Returns:
-        An observer of the training, which tells how long it takes.
-    """
-    length = Length.of(run)
-    level = logging.WARNING if length.too_few else logging.INFO
-    if processes.is_main:
-        logger.log(level, "%s", length.line(chosen))
-        busy = -(-length.batch_size // run.description.resolved.micro_batch)
-        if busy < processes.world_size:
-            logger.warning(
-                "a batch of %d keeps %d of %d processes busy: give a larger --batch-size, or fewer processes",
-                length.batch_size,
-                busy,
-                processes.world_size,
-            )
-
-    def say(line: str) -> None:
-        if processes.is_main:
-            logger.log(level, "%s", line)
-
-    return Outlook(length, say, slow_start=slow_start)
-
-
-def _tell_facts(run: Run) -> dict[str, Any]:
-    """Return the facts about a finished run; warn if its student is no better than a constant."""
-    if (note := run_note(run)) is not None:
-        logger.warning("%s", note)
-    return run_facts(run)
 
 
 def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
@@ -354,7 +315,7 @@ def _finished_result(run: Run) -> dict[str, Any] | None:
         logger.warning("%s\nthe run's last checkpoint restores it", error)
         return None
     run.checkpoints.drop_previous()
-    return {**finished, **_tell_facts(run)}
+    return {**finished, **tell_facts(run)}
 
 
 @dataclass(frozen=True, kw_only=True)

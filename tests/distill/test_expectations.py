@@ -23,6 +23,7 @@ from mobilesam.distill import (
     expectations,
 )
 from mobilesam.distill.config import BATCH_SIZE
+from mobilesam.distill.distributed import ProcessGroup
 from mobilesam.distill.expectations import (
     ENOUGH_STEPS,
     LEAST_AUTO_EPOCHS,
@@ -34,6 +35,7 @@ from mobilesam.distill.expectations import (
     enough_epochs,
     learns_embeddings,
     resolve_length,
+    tell_length,
 )
 
 Options = Callable[..., DistillConfig]
@@ -262,7 +264,9 @@ def test_what_happens_is_told_before_it_does_and_judged_at_the_end(
     bad = options(store, student=small, batch_size=None, lr=10.0)
     with caplog.at_level(logging.INFO):
         result = distill(bad)
-    told = [record.getMessage() for record in caplog.records if record.name == "mobilesam.distill.run"]
+    told = [
+        record.getMessage() for record in caplog.records if record.name == "mobilesam.distill.expectations"
+    ]
     assert told[0] == (
         "5 images to train on, 1 held out: 2 epochs in batches of 1 (chosen, as the images are few), 10 steps"
     )
@@ -283,10 +287,21 @@ def test_enough_steps_are_no_warning(
 ) -> None:
     with caplog.at_level(logging.INFO):
         distill(options(store, student=small, epochs=6, batch_size=2))
-    lines = [record for record in caplog.records if record.name == "mobilesam.distill.run"]
+    lines = [record for record in caplog.records if record.name == "mobilesam.distill.expectations"]
     assert lines[0].getMessage() == "5 images to train on, 1 held out: 6 epochs in batches of 2, 18 steps"
     assert lines[1].getMessage().startswith("15 steps left: about ")
     assert {record.levelname for record in lines[:2]} == {"INFO"}
+
+
+@pytest.mark.parametrize(("processes", "told"), [(4, True), (1, False)])
+def test_processes_that_a_small_batch_leaves_idle_are_counted(
+    processes: int, told: bool, store: Path, options: Options, small: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    distill(options(store, student=small, batch_size=2, micro_batch=1))
+    caplog.clear()
+    tell_length(Run.open(), ProcessGroup(world_size=processes), chosen=False, slow_start=False)
+    line = "a batch of 2 keeps 2 of 4 processes busy: give a larger --batch-size, or fewer processes"
+    assert (line in caplog.text) is told
 
 
 def test_a_single_training_image_has_no_skill_and_no_verdict(
