@@ -77,11 +77,23 @@ def resolve_length(config: DistillConfig, images: int) -> DistillConfig:
         images: images to train on.
     """
     least = config.micro_batch or 1
-    # With one epoch: the smallest batch size that any number of epochs leads to.
-    smallest = config.batch_size or batch_size_for(images, 1, least)
-    epochs = enough_epochs(images, smallest) if config.epochs == AUTO else config.epochs
-    batch_size = config.batch_size or batch_size_for(images, int(epochs), least)
+    epochs, batch_size = config.epochs, config.batch_size
+    if epochs == AUTO:
+        epochs = enough_epochs(images, batch_size) if batch_size else auto_length(images, least)[0]
+    batch_size = batch_size or batch_size_for(images, int(epochs), least)
     return dataclasses.replace(config, epochs=epochs, batch_size=batch_size)
+
+
+def auto_length(images: int, least: int = 1) -> tuple[int, int]:
+    """Return the epochs and the batch size that make enough steps of the fewest images.
+
+    Args:
+        images: images to train on.
+        least: smallest batch size.
+    """
+    # With one epoch: the smallest batch size that any number of epochs leads to.
+    epochs = enough_epochs(images, batch_size_for(images, 1, least))
+    return epochs, batch_size_for(images, epochs, least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +106,8 @@ class Length:
     """Images to validate on."""
     batch_size: int
     epochs: int
+    least_batch_size: int = 1
+    """The micro-batch that was given, if one was."""
     needs_enough: bool = True
     """False for a student that begins with all weights of a finished one: it may need few steps."""
 
@@ -102,11 +116,13 @@ class Length:
         """Return the length of a run, finished or not."""
         options, init = run.description.options, run.description.init
         whole = init is not None and not init["left_new"] and not init["resized"]
+        micro_batch = options.get("micro_batch")
         return cls(
             images=len(run.split.train),
             held_out=len(run.split.val),
             batch_size=options["batch_size"],
             epochs=options["epochs"],
+            least_batch_size=1 if micro_batch is None else min(micro_batch, BATCH_SIZE),
             needs_enough=not whole,
         )
 
@@ -126,9 +142,14 @@ class Length:
         return self.needs_enough and self.steps < ENOUGH_STEPS
 
     @property
-    def advised_epochs(self) -> int | None:
-        """Epochs that make enough steps with this batch size, if these are too few."""
-        return enough_epochs(self.images, self.batch_size) if self.too_few else None
+    def advised(self) -> Length | None:
+        """Length that makes enough steps, of no larger batches, if these are too few."""
+        if not self.too_few:
+            return None
+        epochs, batch_size = auto_length(self.images, self.least_batch_size)
+        if batch_size >= self.batch_size:
+            epochs, batch_size = enough_epochs(self.images, self.batch_size), self.batch_size
+        return dataclasses.replace(self, epochs=epochs, batch_size=batch_size)
 
     def line(self, chosen: bool) -> str:
         """Describe the training in one line, before it begins; `chosen` is True if nobody gave the batch size."""
@@ -211,37 +232,40 @@ class Outlook:
             return max(ended - sum(self._between) - self._begun, 0.0)
         return max(ended - begun - sum(self._between), 0.0) / (last - first)
 
-    def seconds(self, epochs: int, done: int = 0) -> float:
-        """Estimate the seconds of a training.
+    def seconds(self, length: Length, done: int = 0) -> float:
+        """Estimate the seconds of a training on the same images, with batches of any size.
 
         Args:
-            epochs: its epochs.
+            length: its length.
             done: optimizer steps that are done.
         """
-        length, step = self._length, self.seconds_per_step()
-        image = step * length.steps_per_epoch / length.images
+        image = self.seconds_per_step() * self._length.steps_per_epoch / length.images
         between = (
             sum(self._between) / len(self._between)
             if self._between
             else FORWARD_SHARE * image * length.held_out
         )
-        steps = epochs * length.steps_per_epoch - done
-        ends = ceil(steps / length.steps_per_epoch)
-        return steps * step + ends * between + FORWARD_SHARE * image * min(TRAIN_EVAL_ROWS, length.images)
+        epochs = length.epochs - done / length.steps_per_epoch
+        evaluated = FORWARD_SHARE * image * min(TRAIN_EVAL_ROWS, length.images)
+        return epochs * length.images * image + ceil(epochs) * between + evaluated
 
     def _tell(self) -> None:
         self._told = True
         assert self._first is not None
         length, done = self._length, self._last[1]
         word = "about" if done > self._first[1] else "at most"  # the first step takes longer than the others
-        if (advised := length.advised_epochs) is None:
-            left = about(self.seconds(length.epochs, done), word)
+        if (advised := length.advised) is None:
+            left = about(self.seconds(length, done), word)
             self._say(f"{counted(length.steps - done, 'step')} left: {left}")
             return
+        same = advised.batch_size == length.batch_size
+        batch, without = (
+            ("", "") if same else (f" --batch-size {advised.batch_size}", " without --batch-size")
+        )
         self._say(
             f"{counted(length.steps, 'step')} {'is' if length.steps == 1 else 'are'} too few to learn from: "
-            f"--epochs {advised} makes {advised * length.steps_per_epoch:,}, {about(self.seconds(advised), word)}; "
-            "--epochs auto takes them"
+            f"--epochs {advised.epochs}{batch} makes {advised.steps:,}, {about(self.seconds(advised), word)}; "
+            f"--epochs auto{without} takes them"
         )
 
 
@@ -254,18 +278,20 @@ def run_facts(run: Run) -> dict[str, Any]:
     """Return what a run's files say about its length and its student, as JSON values.
 
     Returns:
-        `images` {train, val}; `batch_size`; `too_few_steps`; `advised_epochs` (epochs that would make enough steps,
-        None if these are enough); `train` (metrics of at most TRAIN_EVAL_ROWS of the training rows, after the last
-        epoch; None before); `no_better_than_constant` (True if their skill is 0 or less; None if it is undefined, or
-        the objective compares masks alone).
+        `images` {train, val}; `batch_size`; `too_few_steps`; `advised_epochs` and `advised_batch_size` (which would
+        make enough steps; None if these are enough); `train` (metrics of at most TRAIN_EVAL_ROWS of the training
+        rows, after the last epoch; None before); `no_better_than_constant` (True if their skill is 0 or less; None if
+        it is undefined, or the objective compares masks alone).
     """
     length, line = Length.of(run), run.last("train_eval")
+    advised = length.advised
     skill = training_skill(run)
     return {
         "images": {"train": length.images, "val": length.held_out},
         "batch_size": length.batch_size,
         "too_few_steps": length.too_few,
-        "advised_epochs": length.advised_epochs,
+        "advised_epochs": None if advised is None else advised.epochs,
+        "advised_batch_size": None if advised is None else advised.batch_size,
         "train": None
         if line is None
         else {name: value for name, value in line.items() if name not in ("kind", "epoch", "step", "rows")},

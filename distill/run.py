@@ -79,8 +79,8 @@ def distill(
         `already_finished` (True if nothing was trained by this call); with labels from annotations also `labels`
         (`annotated`, `images`, `empty` and `broken`, numbers of images; `objects` and `left_out` by reason, numbers
         of labelled objects of the images trained on; `names`, numbers of a COCO file's or folder's listed names);
-        and the keys of `run_facts`: `images`, `batch_size`, `too_few_steps`, `advised_epochs`, `train`,
-        `no_better_than_constant`.
+        and the keys of `run_facts`: `images`, `batch_size`, `too_few_steps`, `advised_epochs`,
+        `advised_batch_size`, `train`, `no_better_than_constant`.
 
     Raises:
         DistillInterrupted: stopped by a signal or by `stop`.

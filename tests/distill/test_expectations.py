@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ Options = Callable[..., DistillConfig]
 
 def length(**changes: Any) -> Length:
     return Length(**{"images": 7, "held_out": 1, "batch_size": 1, "epochs": 8, **changes})
+
+
+@pytest.fixture
+def options(options: Options) -> Options:
+    """options(store, ...) of the directory, with a recipe that any student can learn by."""
+    return partial(options, recipe="mobilesam-2023")
 
 
 @pytest.fixture
@@ -99,10 +106,23 @@ def test_many_images_are_seen_as_often_as_by_default_and_few_as_often_as_it_take
 
 def test_steps_that_are_too_few_come_with_the_epochs_that_are_enough() -> None:
     short, long = length(), length(epochs=72)
-    assert (short.steps, short.too_few, short.advised_epochs) == (56, True, 72)
-    assert (long.steps, long.too_few, long.advised_epochs) == (504, False, None)
+    assert (short.steps, short.too_few, short.advised) == (56, True, long)
+    assert (long.steps, long.too_few, long.advised) == (504, False, None)
     finetuned = length(needs_enough=False)
-    assert (finetuned.too_few, finetuned.advised_epochs) == (False, None)
+    assert (finetuned.too_few, finetuned.advised) == (False, None)
+
+
+def test_large_batches_of_few_images_are_advised_against_as_far_as_the_micro_batch_allows() -> None:
+    assert length(batch_size=8).advised == length(epochs=72)
+    assert length(batch_size=64, images=1000).advised == length(batch_size=8, images=1000)
+    kept = length(batch_size=4, least_batch_size=4)
+    assert kept.advised == length(batch_size=4, least_batch_size=4, epochs=250)
+    for images in (1, 7, 80, 300, 5000):
+        for batch_size in (1, 2, 3, 8, 64):
+            advised = length(images=images, batch_size=batch_size, epochs=1).advised
+            if advised is not None:
+                assert advised.steps >= ENOUGH_STEPS
+                assert advised.batch_size <= batch_size
 
 
 def test_the_line_before_training_says_that_the_batch_was_chosen_only_if_it_was() -> None:
@@ -187,7 +207,8 @@ def test_epochs_of_one_step_are_measured_over_several_and_a_single_step_by_itsel
     assert rehearsal.lines == []
     rehearsal.train(3, begin=2, warm_up=1, step=1, between=1)
     assert rehearsal.lines == [
-        f"8 steps are too few to learn from: --epochs 500 makes 500, {about(1000)}; --epochs auto takes them"
+        f"8 steps are too few to learn from: --epochs 72 --batch-size 1 makes 504, {about(72 + 72)}; "
+        "--epochs auto without --batch-size takes them"
     ]
     single = Rehearsal(length(images=1, epochs=1))
     single.train(1, warm_up=2, step=1, between=1)
@@ -330,7 +351,17 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.usefixtures("twelve_are_enough")
 def test_the_command_takes_auto_and_prints_one_object(store: Path, small: str) -> None:
-    common = ("distill", "--store", store, "--student", small, "--device", "cpu", "--precision", "float32")
+    common = (
+        "distill",
+        "--store",
+        store,
+        "--student",
+        small,
+        "--device",
+        "cpu",
+        "--recipe",
+        "mobilesam-2023",
+    )
     done = run(*common, "--epochs", "auto", "--json")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)

@@ -53,7 +53,8 @@ def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[
     result = finished[1]
     assert list(result) == [
         *("run", "epochs", "steps", "seconds", "images_per_second", "data_wait_share", "finished", "val"),
-        *("images", "batch_size", "too_few_steps", "advised_epochs", "train", "no_better_than_constant"),
+        *("images", "batch_size", "too_few_steps", "advised_epochs", "advised_batch_size", "train"),
+        "no_better_than_constant",
         "already_finished",
     ]
     assert (result["run"], result["epochs"], result["steps"]) == (str(run.path), 2, 6)
@@ -62,7 +63,7 @@ def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[
     }
     assert set(result["val"]) == set(result["train"]) == metrics
     assert (result["images"], result["batch_size"]) == ({"train": 5, "val": 1}, 2)
-    assert (result["too_few_steps"], result["advised_epochs"]) == (True, 167)
+    assert (result["too_few_steps"], result["advised_epochs"], result["advised_batch_size"]) == (True, 100, 1)
     assert result["no_better_than_constant"] is (result["train"]["skill_valid"] <= 0)
     assert 0 <= result["data_wait_share"] <= 1
     assert json.loads(json.dumps(result)) == result

@@ -136,8 +136,8 @@ def run_trial(
     Returns:
         The outcome as JSON values: `name`, `run` (its folder), `options`, `status`, and
 
-        - if it is done: `steps`, `epochs`, `images` {train, val}, `seconds` (of training), `images_per_second`,
-          `too_few_steps`, `advised_epochs` and `no_better_than_constant` (see `run_facts`); `val`
+        - if it is done: `steps`, `epochs`, `images` {train, val}, `seconds` (of training), `images_per_second`;
+          `too_few_steps`, `advised_epochs`, `advised_batch_size`, `no_better_than_constant` (see `run_facts`); `val`
           and, with a test store, `test`: results of `verify` without `subject`; `judged`: settings and SHA-256 of the
           student that these depend on, and `judged_seconds`; `curve`: the trainer's validation after each epoch;
         - if it failed: `error`, and nothing is raised, so that other trials continue; `locked` if another process is
@@ -181,7 +181,7 @@ def _identity(trial: Trial) -> dict[str, Any]:
 def _training(run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     kept = (
         *("steps", "epochs", "seconds", "images_per_second"),
-        *("too_few_steps", "advised_epochs", "no_better_than_constant"),
+        *("too_few_steps", "advised_epochs", "advised_batch_size", "no_better_than_constant"),
     )
     # miou is present if the trainer measures masks.
     columns = ("epoch", "step", "mse_valid", "skill_valid", "miou")
