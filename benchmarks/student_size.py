@@ -153,7 +153,7 @@ def table(found: Mapping[str, Any]) -> Table:
     outcomes = [outcome for group in groups.values() for outcome in group.outcomes]
     seeds = sorted({outcome["options"]["seed"] for outcome in outcomes})
     return Table(
-        title=f"{found['student']} at image size {found['image_size']}, {outcomes[0]['steps']:,} steps of batch {BATCH}",
+        title=f"{found['student']} at image size {found['image_size']}, {outcomes[0]['steps']:,} steps of {BATCH}",
         columns=("input", "MACs", "ms", "skill", *(f"mIoU, seed {seed}" for seed in seeds), "mIoU, mean"),
         numeric=(True, True, True, True, *[True] * len(seeds), True),
         rows=[_row(one, groups[one["student_size"]], seeds) for one in found["sizes"]],
