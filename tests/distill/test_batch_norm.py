@@ -79,3 +79,9 @@ def test_norms_that_never_see_two_values_are_told_once_with_the_mend(
     norms.prepare(1, frozen=False, images=1)
     assert "squeezed has 1 batch norm over one value" in caplog.text
     assert "--batch-size 2" in caplog.text
+
+
+def test_a_map_of_one_value_is_found_by_the_size_of_the_students_own_input() -> None:
+    pytest.importorskip("timm")
+    assert single_value_norms("timm:resnet18", 64) == set()
+    assert "backbone.layer4.0.bn1" in single_value_norms("timm:resnet18", 64, 32)

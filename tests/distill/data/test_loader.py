@@ -194,3 +194,28 @@ def test_waiting_for_data_is_measured(
     monkeypatch.setattr("mobilesam.distill.data.loader.time", SimpleNamespace(perf_counter=clock))
     list(loader.batches([[0]]))
     assert loader.waited == 0.25
+
+
+def test_a_smaller_canvas_is_of_the_original_image_and_the_rest_has_the_frame_of_the_square(
+    save_images: Callable[..., Path], make_store: Callable[..., Path]
+) -> None:
+    images = save_images([(90, 200), (150, 100)])
+    with EmbeddingStore.open(make_store(images)) as store:
+        records = store.manifest.records()
+        with (
+            Loader(store, records, images, workers=1) as whole,
+            Loader(store, records, images, workers=1, student_size=32) as small,
+        ):
+            (full,), (batch,) = whole.batches([[0, 1]]), small.batches([[0, 1]])
+    assert batch.canvas_BHWC.shape == (2, 32, 32, 3)
+    assert batch.canvas_sizes_B2.tolist() == [[14, 32], [32, 21]]
+    for place, file in enumerate(sorted(images.iterdir())):
+        height, width = batch.canvas_sizes_B2[place].tolist()
+        wanted = np.asarray(Image.open(file).resize((width, height), Image.Resampling.BILINEAR))
+        canvas = batch.canvas_BHWC[place].numpy()
+        assert np.array_equal(canvas[:height, :width], wanted)
+        assert not canvas[height:].any()
+        assert not canvas[:, width:].any()
+    assert full.canvas_sizes_B2.tolist() == full.sizes_B2.tolist() == batch.sizes_B2.tolist()
+    assert bool((full.valid_BHW == batch.valid_BHW).all())
+    assert bool((full.values_BCHW == batch.values_BCHW).all())

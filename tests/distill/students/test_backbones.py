@@ -110,6 +110,19 @@ def test_the_maps_of_both_strides_are_projected_resized_to_one_grid_and_summed(
         torch.testing.assert_close(student(pixels), student.neck(joined), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "strides"),
+    [(64, ["16", "32"]), (48, ["8", "16", "32"]), (32, ["8", "16", "32"]), (16, ["4", "8", "16", "32"])],
+)
+def test_a_smaller_input_adds_the_maps_of_the_grids_resolution(size: int, strides: list[str]) -> None:
+    student = build_student("timm:resnet18", 64, 0, size).eval()
+    assert isinstance(student, TimmStudent)
+    assert list(student.laterals) == strides
+    found = student.backbone(torch.zeros(1, 3, size, size))
+    assert found[0].shape[-1] >= 64 // 16
+    assert len(found) == len(strides)
+
+
 def test_a_channels_last_map_of_timm_is_permuted(built: Callable[[str], nn.Module]) -> None:
     student = built("timm:swin_tiny_patch4_window7_224")
     assert isinstance(student, TimmStudent)

@@ -170,3 +170,33 @@ def test_a_gpus_micro_batch_is_what_its_free_memory_holds(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 80 * 10**9))
     found = default_micro_batch(STUDENTS["tiny_vit"], 64, image_size, precision, torch.device("cuda"))
     assert found == expected
+
+
+def test_the_table_shows_the_students_with_half_of_the_image_size_too() -> None:
+    (row,) = students_table(["tiny_vit"], 128)
+    small = row["small"]
+    assert (row["student_size"], small["student_size"]) == (128, 64)
+    assert small["parameters"] == row["parameters"] + 128 * 256
+    assert (
+        small["macs"] == count_macs(outline_student(student_info("tiny_vit"), 128, 64), 64) < row["macs"] / 2
+    )
+    heading, line = students_lines([row])
+    assert "MACs at 128" in heading
+    assert "ms at 64" in heading
+    assert f"{small['macs'] / 1e9:.3g} G" in line
+    (other,) = students_table(["tiny_vit"], 128, student_size=32)
+    assert other["small"]["student_size"] == 32
+
+
+def test_a_smaller_input_takes_less_memory() -> None:
+    info = STUDENTS["tiny_vit"]
+    whole, half = (measure_training_bytes(info, 256, "float32", student_size=size) for size in (256, 128))
+    assert 0.2 * whole < half < 0.5 * whole
+
+
+def test_the_known_memory_is_not_that_of_a_smaller_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", lambda *_: 500_000_000)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10_000_000_000, 0))
+    asked = (STUDENTS["tiny_vit"], 64, 1024, "float32", torch.device("cuda"))
+    assert default_micro_batch(*asked, student_size=512) == 16
+    assert default_micro_batch(*asked, student_size=1024) == 3

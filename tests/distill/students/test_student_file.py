@@ -41,7 +41,7 @@ def test_a_saved_student_rebuilds_itself_and_computes_the_same(student_file: Pat
     original = build_student("tiny_vit", 64, seed=3).eval()
     student, info = load_student(student_file)
     assert not student.training
-    assert info == {"student": "tiny_vit", "image_size": 64, "teacher": "vit_nano"}
+    assert info == {"student": "tiny_vit", "image_size": 64, "student_size": 64, "teacher": "vit_nano"}
     with torch.no_grad():
         assert torch.equal(student(pixels), original(pixels))
 
@@ -51,10 +51,35 @@ def test_a_student_of_each_kind_rebuilds_itself(tmp_path: Path, name: str) -> No
     original = build_student(name, 64, seed=3).eval()
     save_student(original, tmp_path / "student.safetensors", name, 64, {})
     student, info = load_student(tmp_path)
-    assert info == {"student": name, "image_size": 64}
+    assert info == {"student": name, "image_size": 64, "student_size": 64}
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(student(pixels), original(pixels))
+
+
+@pytest.mark.parametrize("name", ["tiny_vit", "deit_tiny", "timm:resnet18"])
+def test_a_student_of_a_small_input_knows_its_size(tmp_path: Path, name: str) -> None:
+    original = build_student(name, 128, 3, 64).eval()
+    save_student(original, tmp_path / "student.safetensors", name, 128, {})
+    student, info = load_student(tmp_path)
+    assert info == {"student": name, "image_size": 128, "student_size": 64}
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(student(pixels), original(pixels))
+
+
+@pytest.mark.parametrize("size", ["16", "40", "256", "x"])
+def test_a_forged_size_of_the_input_is_refused(tmp_path: Path, size: str) -> None:
+    state = {f"image_encoder.{key}": value for key, value in TinyViT(64).state_dict().items()}
+    save_tensors(tmp_path / "student.safetensors", state, metadata(image_size="128", student_size=size))
+    with pytest.raises(
+        DistillError, match=r"student size must be a multiple of 16 from 32 to 128|damaged metadata"
+    ):
+        load_student(tmp_path)
+
+
+def test_the_file_of_a_student_of_the_whole_size_is_as_before(student_file: Path) -> None:
+    assert "student_size" not in check_tensors(student_file).metadata
 
 
 def test_without_timm_another_copy_of_the_file_is_not_asked_for(

@@ -264,3 +264,31 @@ def test_unknown_variants_and_indivisible_widths_are_refused() -> None:
         TinyViT(256, "6m")
     with pytest.raises(ValueError, match="100 is not divisible by 3"):
         TinyViTConfig(widths=(100, 128, 160, 320), heads=(3, 4, 5, 10))
+
+
+@pytest.mark.parametrize(("size", "strides"), [(128, []), (96, ["8"]), (64, ["8"]), (32, ["4", "8"])])
+def test_a_smaller_input_adds_projections_of_earlier_maps_and_nothing_else(
+    size: int, strides: list[str]
+) -> None:
+    whole, small = TinyViT(128).state_dict(), TinyViT(128, student_size=size).state_dict()
+    assert list(small)[: len(whole)] == list(whole)
+    assert list(small)[len(whole) :] == [f"laterals.{stride}.weight" for stride in strides]
+    assert all(small[key].shape == value.shape for key, value in whole.items())
+
+
+def test_the_maps_of_a_smaller_input_are_projected_resized_and_summed() -> None:
+    torch.manual_seed(0)
+    network = TinyViT(128, student_size=64).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("layers.1.blocks.1", "layers.3.blocks.1"):
+        network.get_submodule(name).register_forward_hook(
+            lambda module, given, made, name=name: seen.update({name: made})
+        )
+    with torch.no_grad():
+        found = network(pixels(64))
+        fine, coarse = seen["layers.1.blocks.1"], seen["layers.3.blocks.1"]
+        assert (fine.shape[1:], coarse.shape[1:]) == ((128, 8, 8), (320, 4, 4))
+        upsampled = torch.nn.functional.interpolate(coarse, size=(8, 8), mode="bilinear", align_corners=False)
+        weights = torch.cat([network.laterals["8"].weight, network.neck[0].weight], 1)
+        joined = torch.nn.functional.conv2d(torch.cat([fine, upsampled], 1), weights)
+        torch.testing.assert_close(found, network.neck[1:](joined), rtol=1e-4, atol=1e-5)

@@ -160,3 +160,12 @@ def test_labels_that_no_run_learns_from_are_refused() -> None:
         SweepConfig(
             out=Path("sweeps/a"), axes={"objective": ("coupled",)}, coco=Path("a"), label_masks=Path("b")
         )
+
+
+def test_sizes_of_the_input_are_an_axis_and_runs_without_it_keep_their_names() -> None:
+    trials = plan(student_size=(512, 256))
+    assert [trial.config.student_size for trial in trials] == [512, 256]
+    (alone,) = plan()
+    assert len({alone.name, *(trial.name for trial in trials)}) == 3
+    assert parse_axis("student_size", "512, 256") == (512, 256)
+    assert "student_size" not in alone.config.identity()
