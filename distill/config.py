@@ -112,7 +112,7 @@ class DistillConfig:
         help="Number of passes over the training images; auto makes as many steps as are enough to learn from.",
     )
     batch_size: int | None = option(
-        None, metavar="B", help="Images per optimizer step [default: 8; 4, 2 or 1 where images are few]"
+        None, metavar="B", help="Images per optimizer step [default: 8; 4 or 2 where images are few]"
     )
     micro_batch: int | None = option(
         None, metavar="M", help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"

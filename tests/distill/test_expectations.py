@@ -60,7 +60,17 @@ def twelve_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("images", "epochs", "batch_size"),
-    [(7, 8, 1), (7, 72, 1), (7, 500, 8), (100, 8, 1), (130, 8, 2), (260, 8, 4), (500, 8, 8), (4000, 1, 8)],
+    [
+        (1, 8, 2),
+        (7, 8, 2),
+        (7, 125, 2),
+        (7, 250, 4),
+        (7, 500, 8),
+        (130, 8, 2),
+        (260, 8, 4),
+        (500, 8, 8),
+        (4000, 1, 8),
+    ],
 )
 def test_few_steps_are_made_of_small_batches(images: int, epochs: int, batch_size: int) -> None:
     assert batch_size_for(images, epochs) == batch_size
@@ -113,7 +123,7 @@ def test_steps_that_are_too_few_come_with_the_epochs_that_are_enough() -> None:
 
 
 def test_large_batches_of_few_images_are_advised_against_as_far_as_the_micro_batch_allows() -> None:
-    assert length(batch_size=8).advised == length(epochs=72)
+    assert length(batch_size=8).advised == length(batch_size=2, epochs=125)
     assert length(batch_size=64, images=1000).advised == length(batch_size=8, images=1000)
     kept = length(batch_size=4, least_batch_size=4)
     assert kept.advised == length(batch_size=4, least_batch_size=4, epochs=250)
@@ -207,7 +217,7 @@ def test_epochs_of_one_step_are_measured_over_several_and_a_single_step_by_itsel
     assert rehearsal.lines == []
     rehearsal.train(3, begin=2, warm_up=1, step=1, between=1)
     assert rehearsal.lines == [
-        f"8 steps are too few to learn from: --epochs 72 --batch-size 1 makes 504, {about(72 + 72)}; "
+        f"8 steps are too few to learn from: --epochs 125 --batch-size 2 makes 500, {about(125 + 125)}; "
         "--epochs auto without --batch-size takes them"
     ]
     single = Rehearsal(length(images=1, epochs=1))
@@ -253,13 +263,13 @@ def test_auto_and_its_number_are_one_run_whose_description_has_the_number(
     store: Path, options: Options, small: str
 ) -> None:
     auto = distill(options(store, student=small, epochs="auto", batch_size=None))
-    assert (auto["epochs"], auto["batch_size"], auto["steps"]) == (3, 1, 15)
+    assert (auto["epochs"], auto["batch_size"], auto["steps"]) == (4, 2, 12)
     assert (auto["too_few_steps"], auto["advised_epochs"]) == (False, None)
     run = Run.open()
-    assert (run.description.options["epochs"], run.description.identity["batch_size"]) == (3, 1)
-    again = distill(options(store, student=small, epochs=3, batch_size=None))
+    assert (run.description.options["epochs"], run.description.identity["batch_size"]) == (4, 2)
+    again = distill(options(store, student=small, epochs=4, batch_size=None))
     assert again == {**auto, "already_finished": True}
-    explicit = distill(options(store, student=small, epochs=3, batch_size=1))
+    explicit = distill(options(store, student=small, epochs=4, batch_size=2))
     assert explicit["run"] == auto["run"]
 
 
@@ -271,11 +281,11 @@ def test_auto_resumes_what_its_number_began(store: Path, options: Options, small
         if progress.step == 4:
             stop.signum = 15
 
-    with pytest.raises(DistillInterrupted, match=r"stopped after step 4 of 15"):
-        distill(options(store, student=small, epochs=3, batch_size=None), stop=stop, progress=stop_soon)
+    with pytest.raises(DistillInterrupted, match=r"stopped after step 4 of 12"):
+        distill(options(store, student=small, epochs=4, batch_size=None), stop=stop, progress=stop_soon)
     result = distill(options(store, student=small, epochs="auto", batch_size=None))
-    assert result["steps"] == 15
-    assert [line["step"] for line in Run.open().history() if line["kind"] == "train"] == list(range(1, 16))
+    assert result["steps"] == 12
+    assert [line["step"] for line in Run.open().history() if line["kind"] == "train"] == list(range(1, 13))
 
 
 def test_what_happens_is_told_before_it_does_and_judged_at_the_end(
@@ -289,11 +299,11 @@ def test_what_happens_is_told_before_it_does_and_judged_at_the_end(
         record.getMessage() for record in caplog.records if record.name == "mobilesam.distill.expectations"
     ]
     assert told[0] == (
-        "5 images to train on, 1 held out: 2 epochs in batches of 1 (chosen, as the images are few), 10 steps"
+        "5 images to train on, 1 held out: 2 epochs in batches of 2 (chosen, as the images are few), 6 steps"
     )
-    assert told[1].startswith("10 steps are too few to learn from: --epochs 100 makes 500, about ")
+    assert told[1].startswith("6 steps are too few to learn from: --epochs 167 makes 501, about ")
     assert told[2].startswith("this student is no better than a constant (skill -")
-    assert told[2].endswith("10 steps were too few; distill again with --epochs auto")
+    assert told[2].endswith("6 steps were too few; distill again with --epochs auto")
     assert result["no_better_than_constant"] is True
     assert result["train"]["skill_valid"] < 0
     caplog.clear()
@@ -329,7 +339,7 @@ def test_a_single_training_image_has_no_skill_and_no_verdict(
     save_images: Callable[..., Path], make_store: Callable[..., Path], options: Options, small: str
 ) -> None:
     result = distill(options(make_store(save_images([(64, 64), (30, 64)])), student=small, batch_size=None))
-    assert (result["images"], result["batch_size"], result["steps"]) == ({"train": 1, "val": 1}, 1, 2)
+    assert (result["images"], result["batch_size"], result["steps"]) == ({"train": 1, "val": 1}, 2, 2)
     assert result["train"]["skill_valid"] is None
     assert result["no_better_than_constant"] is None
 
@@ -341,7 +351,7 @@ def test_a_run_of_few_images_from_before_goes_on_with_its_batch_size(
     with caplog.at_level(logging.WARNING):
         new = distill(options(store, student=small, batch_size=None))
     assert new["run"] != earlier["run"]
-    assert "batch_size: 8 then, 1 now" in caplog.text
+    assert "batch_size: 8 then, 2 now" in caplog.text
     assert distill(options(store, student=small, batch_size=8))["already_finished"]
 
 
@@ -365,9 +375,9 @@ def test_the_command_takes_auto_and_prints_one_object(store: Path, small: str) -
     done = run(*common, "--epochs", "auto", "--json")
     assert done.exit_code == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["epochs"], result["batch_size"], result["too_few_steps"]) == (3, 1, False)
-    assert "5 images to train on, 1 held out: 3 epochs in batches of 1" in done.stderr
-    text = run(*common, "--epochs", "3")
+    assert (result["epochs"], result["batch_size"], result["too_few_steps"]) == (4, 2, False)
+    assert "5 images to train on, 1 held out: 4 epochs in batches of 2" in done.stderr
+    text = run(*common, "--epochs", "4")
     assert "trained on: skill " in text.stdout
     assert "was finished on" in text.stdout
     wrong = run(*common, "--epochs", "many")

@@ -63,7 +63,7 @@ def test_the_result_has_the_documented_keys_in_order(finished: tuple[Path, dict[
     }
     assert set(result["val"]) == set(result["train"]) == metrics
     assert (result["images"], result["batch_size"]) == ({"train": 5, "val": 1}, 2)
-    assert (result["too_few_steps"], result["advised_epochs"], result["advised_batch_size"]) == (True, 100, 1)
+    assert (result["too_few_steps"], result["advised_epochs"], result["advised_batch_size"]) == (True, 167, 2)
     assert result["no_better_than_constant"] is (result["train"]["skill_valid"] <= 0)
     assert 0 <= result["data_wait_share"] <= 1
     assert json.loads(json.dumps(result)) == result

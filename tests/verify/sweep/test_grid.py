@@ -50,11 +50,11 @@ def test_iterations_keep_the_batch_size_since_smaller_ones_would_make_no_more_of
 
 def test_few_images_get_small_batches_and_auto_becomes_a_number_in_the_name_and_the_tables() -> None:
     small, auto = plan(rows=10, epochs=(8, "auto"))
-    assert (small.config.length, auto.config.length) == ((8, 1), (50, 1))
-    assert (auto.options["epochs"], auto.options["batch_size"]) == (50, 1)
-    (number,) = plan(rows=10, epochs=(50,))
+    assert (small.config.length, auto.config.length) == ((8, 2), (100, 2))
+    assert (auto.options["epochs"], auto.options["batch_size"]) == (100, 2)
+    (number,) = plan(rows=10, epochs=(100,))
     assert auto.name == number.name
-    assert "-b1-e50-s0-" in auto.name
+    assert "-b2-e100-s0-" in auto.name
 
 
 def test_fewer_iterations_than_an_epoch_has_are_one_epoch() -> None:
