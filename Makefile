@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo paper test test-long faults bench lint format clean
+.PHONY: demo paper recipes test test-long faults bench lint format clean
 
 # The three commands on the example photos at 1024 x 1024, in the folder $(DEMO); see README.md.
 demo: $(STAMP)
@@ -22,6 +22,13 @@ PAPER ?= paper$(if $(SCALE),-$(SCALE))
 paper: $(STAMP)
 	$(BIN)/python examples/paper.py --out $(PAPER)$(if $(PART), --part $(PART))$(if $(SCALE), --scale $(SCALE))
 	$(if $(SCALE),,$(BIN)/python examples/paper.py --out $(PAPER) --write-docs)
+
+# Recipes of distillation side by side, in the folder $(RECIPES), into docs/RECIPE.md: days on 2 cores. A rerun resumes.
+RECIPES ?= recipes
+recipes: $(STAMP)
+	$(BIN)/python -m benchmarks.recipes --out $(RECIPES)
+	$(BIN)/python -m benchmarks.recipes --out $(RECIPES) --parts --steps 500 --seeds 0
+	$(BIN)/python -m benchmarks.recipes --out $(RECIPES) --write-docs
 
 # Two processes, a file's tests in one of them; files in order, since an early one takes longest.
 test: lint

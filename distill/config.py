@@ -125,7 +125,7 @@ class DistillConfig:
     )
     lr: float | None = option(
         None,
-        help="Peak learning rate; a mask decoder that is trained has a tenth of it [default: the recipe's]",
+        help="Peak learning rate; a mask decoder that is trained has a share of it [default: the recipe's]",
     )
     weight_decay: float | None = option(None, help="Weight decay [default: the recipe's]")
     warmup: float | None = option(

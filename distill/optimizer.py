@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from ..sam.device import accelerates_bfloat16
 from .recipe import Recipe
 
-HEAD_LR_SHARE = 0.1
-"""Learning rate of a trained head, relative to the encoder's: it starts from the teacher's fully trained weights."""
-
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """Coefficients of the quintic that brings singular values near 1 in five steps (Jordan, see `Muon`)."""
@@ -112,16 +109,20 @@ def build_optimizer(
     Args:
         recipe: settings of the training.
         encoder: student; its frozen weights are left out.
-        head: SAM's head if it is trained, by AdamW and with `HEAD_LR_SHARE` of the learning rate.
+        head: SAM's head if it is trained, by AdamW and with a learning rate of its own.
         fused: use AdamW's fused kernel, for GPUs.
     """
     muon = recipe.optimizer == "muon"
     groups = parameter_groups(
-        encoder, recipe.weight_decay, decay_vectors=recipe.decay_vectors, matrices_apart=muon
+        encoder,
+        recipe.weight_decay,
+        recipe.adamw_lr_share if muon else 1.0,
+        decay_vectors=recipe.decay_vectors,
+        matrices_apart=muon,
     )
     if head is not None:
         groups += parameter_groups(
-            head, recipe.weight_decay, HEAD_LR_SHARE, decay_vectors=recipe.decay_vectors
+            head, recipe.weight_decay, recipe.head_lr_share, decay_vectors=recipe.decay_vectors
         )
     return (Muon if muon else torch.optim.AdamW)(groups, lr=recipe.lr, fused=fused)
 
@@ -142,7 +143,7 @@ def parameter_groups(
     Args:
         module: module to train.
         weight_decay: weight decay.
-        lr_share: factor of the schedule's learning rate for all groups, which the trainer applies.
+        lr_share: factor of the schedule's learning rate, which the trainer applies; 1 for matrices apart.
         decay_vectors: decay the rest, too.
         matrices_apart: add a group for `Muon`, of the weights of linear layers and of convolutions with one group; a
             grouped convolution's kernel holds many small matrices.
@@ -161,7 +162,9 @@ def parameter_groups(
         {"params": rest, "weight_decay": weight_decay if decay_vectors else 0.0},
     ]
     if matrices:
-        groups.append({"params": matrices, "weight_decay": weight_decay, Muon.MATRICES: True})
+        groups.append(
+            {"params": matrices, "weight_decay": weight_decay, "lr_share": 1.0, Muon.MATRICES: True}
+        )
     return [{"lr_share": lr_share, **group} for group in groups]
 
 

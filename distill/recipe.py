@@ -21,7 +21,11 @@ class Recipe:
     optimizer: str = "adamw"
     """"adamw", or "muon" for the weights of linear layers and convolutions (`optimizer.Muon`)."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate; with Muon, that of its matrices."""
+    adamw_lr_share: float = 1.0
+    """Learning rate of the weights that AdamW updates beside Muon, relative to `lr`."""
+    head_lr_share: float = 0.1
+    """Learning rate of a trained head, relative to `lr`: it starts from the teacher's fully trained weights."""
     weight_decay: float = 5e-4
     decay_vectors: bool = False
     """Decay the weights of norms and all biases, too."""
@@ -46,6 +50,9 @@ RECIPES: dict[str, Recipe] = {
         summary="the best that was measured; Muon, plain MSE",
         optimizer="muon",
         lr=3e-3,
+        adamw_lr_share=10 / 3,
+        head_lr_share=1 / 30,
+        freeze_norm=0.5,
         neck_start=True,
     ),
     "mobilesam-2023": Recipe(

@@ -221,7 +221,8 @@ class Trainer:
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rates of the last step: `lr` if the encoder is trained, `lr_head` if the head is."""
-        rates = {"lr": self.optimizer.param_groups[0]["lr"]} if self.objective.trains_encoder else {}
+        first = self.optimizer.param_groups[0]
+        rates = {"lr": first["lr"] / first["lr_share"]} if self.objective.trains_encoder else {}
         if self.objective.head is not None:
             rates["lr_head"] = self.optimizer.param_groups[-1]["lr"]
         return rates

@@ -28,7 +28,7 @@ def make_generated_store(folder: Path, name: str, *, count: int, seed: int, imag
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(SCRIPT), "--out", str(pictures), "--seed", str(seed)]
     subprocess.run(
-        [*command, "--side", str(image_size), "--count", str(count)], check=True, stdout=sys.stderr
+        [*command, "--side", str(image_size), "--count", str(count)], check=True, stdout=subprocess.DEVNULL
     )
     config = PrecomputeConfig(images=(pictures,), out=store, teacher="vit_nano", image_size=image_size)
     result = precompute(config)

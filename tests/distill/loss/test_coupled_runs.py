@@ -21,6 +21,7 @@ from mobilesam.distill import (
     build_student,
     distill,
 )
+from mobilesam.distill.recipe import RECIPES
 from mobilesam.distill.run import summary_lines
 from mobilesam.distill.students.student_file import trained_head
 from mobilesam.predict import ExportConfig, export
@@ -186,7 +187,7 @@ def test_the_learning_rate_of_each_trained_part_is_logged(
         run_of(distill(options(masked_store, objective="decoder", init=finished, out="d", **asked)))
     )
     line = next(line for line in coupled.history() if line["kind"] == "train")
-    assert line["lr_head"] == pytest.approx(0.1 * line["lr"])
+    assert line["lr_head"] == pytest.approx(RECIPES["mobilesam-2026"].head_lr_share * line["lr"])
     line = next(line for line in decoder.history() if line["kind"] == "train")
     assert "lr" not in line
     assert line["lr_head"] == pytest.approx(1e-4)
