@@ -27,8 +27,8 @@ ENOUGH_STEPS = 500
 """Optimizer steps from which a student of random weights has learned something of its teacher: fewer are called too
 few, batches are halved to reach them, and `--epochs auto` makes as many. docs/RECIPE.md has the curves."""
 LEAST_BATCH_SIZE = 2
-"""Smallest batch that is chosen: batch norms that see one image at a time learn statistics that don't fit. On seven
-photos at 256 pixels, 8 epochs of `mobilesam-2026` gave a skill of 0.20 with batches of 1, 0.42 with 2, 0.11 with 4."""
+"""Smallest batch that is chosen: batch norms that see one image at a time learn statistics that misfit. On seven
+photos at 256 pixels, 8 epochs of `mobilesam-2026` gave skills of 0.20 with batches of 1, 0.42 with 2, 0.11 with 4."""
 LEAST_AUTO_EPOCHS = 8
 """Fewest passes over the images that `--epochs auto` takes: the default, which is the paper's."""
 MEASURED_STEPS = 3
