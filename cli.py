@@ -179,6 +179,7 @@ def distill(config: DistillConfig, as_json: bool) -> int:
       mobilesam distill --epochs auto
       mobilesam distill --store store.zarr --images /data/photos --student tiny_vit --out runs/mine
       mobilesam distill --student timm:resnet18 --init resnet18.safetensors
+      mobilesam distill --student repvit_m1_1 --student-size 512
       mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1
       mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
       mobilesam distill --objective semi_coupled --objects 16 --rounds 3 --boxes 0.5 --mse-weight 1
@@ -273,14 +274,15 @@ def inspect(store: Path, check: bool, repair: bool, as_json: bool) -> int:
 def students(config: CostConfig, names: tuple[str, ...], as_json: bool) -> int:
     """List students and their cost.
 
-    Prints parameters, multiply-accumulates, and milliseconds per image on this machine, by default of all students.
-    Exit code 3 if none of them could be built.
+    Prints parameters, and multiply-accumulates and milliseconds per image on this machine for inputs of two sizes, by
+    default of all students. Exit code 3 if none of them could be built.
 
     \b
     Examples:
       mobilesam students
       mobilesam students tiny_vit timm:resnet18 timm:mobilenetv3_small_100 --json
       mobilesam students deit_tiny --image-size 512 --device cuda:0 --precision bfloat16 --debug
+      mobilesam students tiny_vit repvit_m1_1 --student-size 256
     """
     from .distill import STUDENTS, students_lines, students_table
 
@@ -410,6 +412,7 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
       mobilesam sweep --batch-size 4,8 --epochs 2,4,8 --seed 0,1,2 --out sweeps/length
       mobilesam sweep --objective decoupled,semi_coupled,coupled,decoder --iterations 5000 --objects 4,8
       mobilesam sweep --student tiny_vit,deit_tiny --lr 5e-4,1e-3 --weight-decay 0,0.01 --warmup 0.05 --init a.pt
+      mobilesam sweep --student-size 1024,512 --seed 0,1,2
       mobilesam sweep --objective semi_coupled --labels teacher,annotations --rounds 1,2 --boxes 0,0.5 --mse-weight 1
       mobilesam sweep --objective coupled --focal-weight 5,20 --dice-weight 1,5 --iou-weight 1 --json
       mobilesam sweep --objective coupled --coco labels.json --lr 5e-4,1e-3
