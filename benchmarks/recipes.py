@@ -38,14 +38,15 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "RECIPE.md"
 DEFAULT = RECIPES[DEFAULT_RECIPE]
 
 PARTS: Mapping[str, Recipe] = {
-    "without neck start": replace(DEFAULT, neck_start=False),
+    "without neck start": replace(DEFAULT, neck_start=None),
     "AdamW at 1e-3 in place of Muon": replace(DEFAULT, optimizer="adamw", lr=1e-3),
     "AdamW at 3e-3 in place of Muon": replace(DEFAULT, optimizer="adamw", lr=3e-3),
     "a third of the rate": replace(DEFAULT, lr=DEFAULT.lr / 3),
     "three times the rate": replace(DEFAULT, lr=3 * DEFAULT.lr),
-    "linear schedule": replace(DEFAULT, schedule="linear"),
+    "half a cosine in place of linear": replace(DEFAULT, schedule="cosine"),
     "constant rate": replace(DEFAULT, schedule="constant"),
-    "batch norms frozen halfway": replace(DEFAULT, freeze_norm=0.5),
+    "batch norms never frozen": replace(DEFAULT, freeze_norm=1.0),
+    "one rate for Muon and AdamW": replace(DEFAULT, adamw_lr_share=1.0),
     "no weight decay": replace(DEFAULT, weight_decay=0.0),
     "weight decay 0.05": replace(DEFAULT, weight_decay=0.05),
     "loss without padding": replace(DEFAULT, loss_region="valid"),

@@ -102,7 +102,11 @@ def orthogonalize(matrices_NRC: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    recipe: Recipe, encoder: nn.Module, head: nn.Module | None, *, fused: bool
+    recipe: Recipe,
+    encoder: nn.Module,
+    head: nn.Module | None,
+    *,
+    fused: bool,
 ) -> torch.optim.Optimizer:
     """Return the recipe's optimizer of the weights that are trained.
 

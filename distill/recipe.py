@@ -37,8 +37,9 @@ class Recipe:
     """Largest norm of the gradient; None doesn't limit it."""
     freeze_norm: float = 1.0
     """Share of the steps after which the statistics of batch norms are frozen; 1: never."""
-    neck_start: bool = False
-    """Start the neck's last norm at the teacher's mean and deviation of each channel, if weights are random."""
+    neck_start: float | None = None
+    """Start the neck's last norm at the teacher's mean and this share of its deviation, by channel; None: at 0 and 1,
+    as torch does."""
     loss: str = "mse"
     """One of `LOSSES`; see `loss/decoupled.py`."""
     loss_region: str = "all"
@@ -52,8 +53,9 @@ RECIPES: dict[str, Recipe] = {
         lr=3e-3,
         adamw_lr_share=10 / 3,
         head_lr_share=1 / 30,
+        schedule="linear",
         freeze_norm=0.5,
-        neck_start=True,
+        neck_start=0.3,
     ),
     "mobilesam-2023": Recipe(
         summary="the default of version 0.1: AdamW, plain MSE, batch norms frozen halfway",

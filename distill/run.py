@@ -349,9 +349,9 @@ def _train(
     student = build_student(config.student, store.spec.image_size, config.seed, student_size)
     if not run.checkpoints.exist():
         recipe, train = config.resolved_recipe, set(run.split.train)
-        if recipe.neck_start:
+        if recipe.neck_start is not None:
             records = [record for record in store.manifest.records("done") if record.row in train]
-            start_neck(student, store, records, recipe.loss_region)
+            start_neck(student, recipe.neck_start, store, records, recipe.loss_region)
         if initial is not None:  # afterwards, since its file may hold the neck
             initial.apply(student)
     student = student.to(device)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...common.errors import DistillError, counted
 from ...sam.modeling.head_shapes import head_shapes
-from ...sam.modeling.neck import EMBEDDING_CHANNELS, LayerNorm2d
+from ...sam.modeling.neck import EMBEDDING_CHANNELS, last_norm
 from ...sam.photos.preprocess import valid_cells
 from ...sam.weights.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.weights.state_dict import count_by_prefix
@@ -36,8 +36,8 @@ from .student_file import describe_student, is_own_file, read_own_tensors, train
 
 logger = logging.getLogger(__name__)
 
-NECK_ROWS = 64
-"""Most rows whose statistics start the neck: 64 x 64 x 64 cells at an image size of 1024."""
+STATISTICS_ROWS = 64
+"""Most rows whose statistics are computed: 64 x 64 x 64 cells at an image size of 1024."""
 NECK_PREFIXES = ("neck.", "laterals.")
 MIN_SHARE = 0.5
 """Smallest share of the encoder's parameters, without the neck, that a file must have; one with fewer belongs to
@@ -188,26 +188,30 @@ def read_initial(
 
 
 def start_neck(
-    student: nn.Module, store: EmbeddingStore, records: Sequence[ImageRecord], region: str
+    student: nn.Module, share: float, store: EmbeddingStore, records: Sequence[ImageRecord], region: str
 ) -> None:
-    """Set the last norm of a student's neck to the teacher's statistics, in place.
+    """Set the last norm of a new student's neck to the teacher's statistics, in place.
 
-    Its biases become the channels' means, its weights their standard deviations, over a sample of at most
-    `NECK_ROWS` rows spread over all of them: from the first step the student's outputs have the teacher's scale.
+    Its biases become the means of the channels, its weights a share of their standard deviations, over at most
+    `STATISTICS_ROWS` rows that are spread over all of them. So the student starts near a constant, its outputs have
+    the scale of the teacher's, whatever that is, and its error is about 1 + share^2 times the constant's. A student
+    that doesn't end with SAM's neck stays as it is.
 
     Args:
-        student: encoder with SAM's neck, whose weights are new.
+        student: encoder.
+        share: share of the deviations.
         store: store open for reading.
-        records: records of the rows to learn from.
+        records: records of the committed rows to learn from.
         region: cells that count: "all", or those that are "valid".
 
     Raises:
         StoreDamaged: a row's embedding is damaged.
     """
-    norm = student.neck[-1]  # type: ignore[index]
-    assert isinstance(norm, LayerNorm2d), "every student ends with SAM's neck"
+    norm = last_norm(student)
+    if norm is None:
+        return
     count, sum_C, squares_C = 0, np.zeros(EMBEDDING_CHANNELS), np.zeros(EMBEDDING_CHANNELS)
-    for record in records[:: math.ceil(len(records) / NECK_ROWS)]:
+    for record in records[:: math.ceil(len(records) / STATISTICS_ROWS)]:
         assert record.resized_size is not None, "only committed rows are learned from"
         emb_CHW = store.read([record.row]).to_float32()[0].astype(np.float64)
         values_CN = emb_CHW.reshape(EMBEDDING_CHANNELS, -1)
@@ -216,11 +220,11 @@ def start_neck(
         count += values_CN.shape[1]
         sum_C += values_CN.sum(1)
         squares_C += np.square(values_CN).sum(1)
-    mean_C = sum_C / count
-    deviation_C = np.sqrt(np.maximum(squares_C / count - mean_C**2, 0))
+    mean_C = sum_C / max(count, 1)
+    deviation_C = np.sqrt(np.maximum(squares_C / max(count, 1) - mean_C**2, 0))
     with torch.no_grad():
         norm.bias.copy_(torch.from_numpy(mean_C))
-        norm.weight.copy_(torch.from_numpy(deviation_C))
+        norm.weight.copy_(torch.from_numpy(share * deviation_C))
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor], str | None]:

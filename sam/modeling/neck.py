@@ -43,6 +43,13 @@ def neck_convolution() -> nn.Conv2d:
     return nn.Conv2d(EMBEDDING_CHANNELS, EMBEDDING_CHANNELS, 3, padding=1, bias=False)
 
 
+def last_norm(encoder: nn.Module) -> LayerNorm2d | None:
+    """Return the last layer of an encoder's neck; None for an encoder that doesn't end with SAM's neck."""
+    neck = getattr(encoder, "neck", None)
+    last = neck[-1] if isinstance(neck, nn.Sequential) else None
+    return last if isinstance(last, LayerNorm2d) else None
+
+
 def neck_rest() -> list[nn.Module]:
     """Build the layers of the neck after its projection."""
     return [LayerNorm2d(EMBEDDING_CHANNELS), neck_convolution(), LayerNorm2d(EMBEDDING_CHANNELS)]

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,8 +23,10 @@ from mobilesam.distill.students.init_weights import (
     count_by_prefix,
     read_initial,
     resize_table,
+    start_neck,
 )
 from mobilesam.sam import CheckpointError
+from mobilesam.store import EmbeddingStore
 
 timm = pytest.importorskip("timm")
 with warnings.catch_warnings():
@@ -444,3 +448,23 @@ def test_a_file_that_does_not_fit_leaves_no_run_behind(store: Path, options: Opt
     with pytest.raises(DistillError, match="fit tiny_vit"):
         distill(options(store, init=tmp_path / "deit.pth"))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("region", ["all", "valid"])
+def test_a_neck_starts_at_the_teachers_mean_and_deviation(
+    tmp_path: Path, make_store: Callable[..., Path], region: str
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (64, 32), (32, 64)]):
+        Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
+    embeddings = np.random.default_rng(0).normal(3.0, 0.1, (3, 256, 4, 4)).astype(np.float32)
+    valid = np.ones((3, 4, 4), bool)
+    valid[1, 2:] = valid[2, :, 2:] = region == "all"
+    path = make_store(folder, image_size=64, embeddings=embeddings, dtype="float32")
+    student = build_student("tiny_vit", 64, 0)
+    with EmbeddingStore.open(path) as store:
+        start_neck(student, 0.5, store, store.manifest.records("done"), region)
+    cells = embeddings.transpose(0, 2, 3, 1)[valid].astype(np.float64)
+    np.testing.assert_allclose(student.neck[-1].bias.detach(), cells.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(student.neck[-1].weight.detach(), 0.5 * cells.std(0), rtol=1e-4)
