@@ -38,8 +38,9 @@ STUDENTS = (
         for name in (
             "tiny_vit",
             "deit_tiny",
-            "timm:repvit_m0_9",
-            "timm:efficientvit_b0",
+            "repvit_m1_1",
+            "efficientvit_b1",
+            "mobilenetv4_conv_medium",
             "timm:mobilenetv3_small_100",
         )
     ),
