@@ -182,6 +182,7 @@ def distill(config: DistillConfig, as_json: bool) -> int:
       mobilesam distill --student repvit_m1_1 --student-size 512
       mobilesam distill --batch-size 8 --micro-batch 4 --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --seed 1
       mobilesam distill --val-fraction 0.1 --loss-region valid --precision float32 --device cuda:0
+      mobilesam distill --recipe mobilesam-2023 --loss mse_cosine
       mobilesam distill --objective semi_coupled --objects 16 --rounds 3 --boxes 0.5 --mse-weight 1
       mobilesam distill --objective coupled --labels annotations --focal-weight 20 --dice-weight 1 --iou-weight 1
       mobilesam distill --objective coupled --coco labels.json
@@ -413,6 +414,7 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
       mobilesam sweep --objective decoupled,semi_coupled,coupled,decoder --iterations 5000 --objects 4,8
       mobilesam sweep --student tiny_vit,deit_tiny --lr 5e-4,1e-3 --weight-decay 0,0.01 --warmup 0.05 --init a.pt
       mobilesam sweep --student-size 1024,512 --seed 0,1,2
+      mobilesam sweep --recipe mobilesam-2026,edgesam --loss mse,huber --iterations 500
       mobilesam sweep --objective semi_coupled --labels teacher,annotations --rounds 1,2 --boxes 0,0.5 --mse-weight 1
       mobilesam sweep --objective coupled --focal-weight 5,20 --dice-weight 1,5 --iou-weight 1 --json
       mobilesam sweep --objective coupled --coco labels.json --lr 5e-4,1e-3

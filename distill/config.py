@@ -115,7 +115,7 @@ class DistillConfig:
         None, metavar="B", help="Images per optimizer step [default: 8; 4 or 2 where images are few]"
     )
     micro_batch: int | None = option(
-        None, metavar="M", help="Images in memory at once [default: 2 on a CPU, by free memory on a GPU]"
+        None, metavar="M", help="Images in memory at once [default: as many as fit the free memory]"
     )
     recipe: str = option(
         DEFAULT_RECIPE,

@@ -1,6 +1,6 @@
 """Optimizer, parameter groups and learning-rate schedule.
 
-Shape suffixes: N matrices of one shape, R rows, C columns.
+Shape suffixes: N matrices of one shape, H, W their rows and columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..sam.device import accelerates_bfloat16
 from .recipe import Recipe
 
-MUON_MOMENTUM = 0.95
+MUON_MOMENTUM = 0.9
+"""Better than the usual 0.95 in short trainings (docs/RECIPE.md)."""
 NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
 """Coefficients of the quintic that brings singular values near 1 in five steps (Jordan, see `Muon`)."""
 NEWTON_SCHULZ_STEPS = 5
@@ -61,11 +62,11 @@ class Muon(torch.optim.AdamW):
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         torch._foreach_lerp_(momenta, gradients, 1 - MUON_MOMENTUM)
         directions = torch._foreach_lerp(gradients, momenta, MUON_MOMENTUM)
-        updates_NRC = orthogonalize(torch.stack([direction.flatten(1) for direction in directions]))
-        scale = 0.2 * max(updates_NRC.shape[1:]) ** 0.5
+        updates_NHW = orthogonalize(torch.stack([direction.flatten(1) for direction in directions]))
+        scale = 0.2 * max(updates_NHW.shape[1:]) ** 0.5
         torch._foreach_mul_(list(matrices), 1 - lr * weight_decay)
-        for matrix, update_RC in zip(matrices, updates_NRC, strict=True):
-            matrix.sub_(update_RC.view_as(matrix), alpha=lr * scale)
+        for matrix, update_HW in zip(matrices, updates_NHW, strict=True):
+            matrix.sub_(update_HW.view_as(matrix), alpha=lr * scale)
             matrix.grad = None
 
     def _momentum(self, matrix: Tensor) -> Tensor:
@@ -78,27 +79,27 @@ class Muon(torch.optim.AdamW):
         return average
 
 
-def orthogonalize(matrices_NRC: Tensor) -> Tensor:
+def orthogonalize(matrices_NHW: Tensor) -> Tensor:
     """Return approximately U V^T of each matrix U S V^T, by five Newton-Schulz steps.
 
     Args:
-        matrices_NRC: float32 (N, R, C). They are computed in bfloat16 where the hardware accelerates it.
+        matrices_NHW: float32 (N, H, W). They are computed in bfloat16 where the hardware accelerates it.
 
     Returns:
-        float32 (N, R, C) with singular values of about 0.7 to 1.2 (0 for a matrix of zeros).
+        float32 (N, H, W) with singular values of about 0.7 to 1.2 (0 for a matrix of zeros).
     """
-    if matrices_NRC.shape[1] > matrices_NRC.shape[2]:
-        return orthogonalize(matrices_NRC.mT).mT
-    x_NRC = matrices_NRC / (torch.linalg.matrix_norm(matrices_NRC, keepdim=True) + 1e-7)
-    if accelerates_bfloat16(x_NRC.device):
-        x_NRC = x_NRC.bfloat16()
+    if matrices_NHW.shape[1] > matrices_NHW.shape[2]:
+        return orthogonalize(matrices_NHW.mT).mT
+    x_NHW = matrices_NHW / (torch.linalg.matrix_norm(matrices_NHW, keepdim=True) + 1e-7)
+    if accelerates_bfloat16(x_NHW.device):
+        x_NHW = x_NHW.bfloat16()
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram_NRR = x_NRC @ x_NRC.mT
-        x_NRC = torch.baddbmm(
-            x_NRC, torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c), x_NRC, beta=a
+        gram_NHH = x_NHW @ x_NHW.mT
+        x_NHW = torch.baddbmm(
+            x_NHW, torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c), x_NHW, beta=a
         )
-    return x_NRC.float()
+    return x_NHW.float()
 
 
 def build_optimizer(

@@ -51,11 +51,11 @@ RECIPES: dict[str, Recipe] = {
         summary="the best that was measured; Muon, plain MSE",
         optimizer="muon",
         lr=3e-3,
-        adamw_lr_share=10 / 3,
+        adamw_lr_share=20 / 3,
         head_lr_share=1 / 30,
         schedule="linear",
         freeze_norm=0.5,
-        neck_start=0.3,
+        neck_start=0.2,
     ),
     "mobilesam-2023": Recipe(
         summary="the default of version 0.1: AdamW, plain MSE, batch norms frozen halfway",

@@ -45,6 +45,9 @@ MEMORY_SHARE = 0.8
 """Share of the free memory for the default micro-batch; the rest is for weights, AdamW's moments (70 MB for TinyViT)
 and fragmentation."""
 
+CPU_MEMORY_SHARE = 0.4
+"""The same on a CPU, whose memory other programs use, too."""
+
 
 def students_table(
     names: Sequence[str] = (),
@@ -163,7 +166,7 @@ def default_micro_batch(
 ) -> int:
     """Return the default number of images in a forward pass of training.
 
-    On a GPU, as many as fit its free memory; on a CPU 2, or 1 if masks leave no memory for 2.
+    As many as fit the free memory, since batch norms learn more from more images; with masks on a CPU at most 2.
 
     Args:
         info: the student's registry entry.
@@ -175,11 +178,11 @@ def default_micro_batch(
         student_size: side of the student's input in pixels; None: `image_size`.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
     elif masks is None:
-        return min(2, batch_size)
+        free = CPU_MEMORY_SHARE * psutil.virtual_memory().available
     else:
-        free, batch_size = psutil.virtual_memory().available, min(2, batch_size)
+        free, batch_size = MEMORY_SHARE * psutil.virtual_memory().available, min(2, batch_size)
     known = info.training_bytes if student_size in (None, image_size) else None
     at_1024 = (
         known[precision]
@@ -189,7 +192,7 @@ def default_micro_batch(
     if masks is not None:
         at_1024 += measure_mask_bytes(masks, image_size)
     bytes_per_image = at_1024 * (image_size / 1024) ** 2
-    return max(1, min(batch_size, int(MEMORY_SHARE * free / bytes_per_image)))
+    return max(1, min(batch_size, int(free / bytes_per_image)))
 
 
 def measure_training_bytes(

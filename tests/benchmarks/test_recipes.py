@@ -29,7 +29,7 @@ def test_a_table_per_number_of_steps_has_the_best_recipe_first_and_its_distance_
     runs += [outcome("mobilesam-2026", 0, 2000, 0.7)]
     seconds = {"mobilesam-2026": 0.5, "edgesam": 0.4}
     short, long = tables({"runs": runs, "step_seconds": seconds})
-    assert short.title == "500 steps of batch 8, 2 seeds"
+    assert short.title == "500 steps of batch 4, 2 seeds"
     assert short.rows == [
         ["mobilesam-2026", "0.650 ± 0.071", "", "0.750 ± 0.071", "0.50 s (1.00)"],
         ["edgesam", "0.400 ± 0.000", "-0.250", "0.500 ± 0.000", "0.40 s (0.80)"],

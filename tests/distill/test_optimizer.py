@@ -11,6 +11,7 @@ from torch import nn
 
 from mobilesam.distill import build_student
 from mobilesam.distill.optimizer import (
+    MUON_MOMENTUM,
     Muon,
     build_optimizer,
     learning_rate,
@@ -103,7 +104,9 @@ def test_matrices_move_as_by_torchs_muon_and_vectors_as_by_adamw() -> None:
     ours, theirs = layers
     recipe = replace(RECIPES["mobilesam-2026"], lr=0.02, weight_decay=0.1)
     optimizer = build_optimizer(recipe, ours, None, fused=False)
-    muon = torch.optim.Muon([theirs.weight], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [theirs.weight], lr=0.02, weight_decay=0.1, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW([theirs.bias], lr=0.02, weight_decay=0.0)
     start = theirs.weight.detach().clone()
     for _ in range(5):

@@ -106,11 +106,6 @@ def test_measured_memory_is_that_counted_by_hand_for_one_convolution() -> None:
     assert measure_training_bytes(info, 1024, "float32") == 4 * 1024 * 1024 * (3 + 8)
 
 
-def test_on_a_cpu_no_memory_is_measured_for_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", None)
-    assert default_micro_batch(student_info("deit_tiny"), 8, 64, "float32", torch.device("cpu")) == 2
-
-
 def test_on_a_gpu_the_measured_memory_decides_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mobilesam.distill.students.cost.measure_training_bytes", lambda *_: 1_000_000_000)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10_000_000_000, 0))
@@ -148,10 +143,28 @@ def test_masks_leave_a_cpu_one_image_where_its_memory_holds_no_two(
     assert default_micro_batch(*asked, masks=masks) == expected
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(1, 1), (2, 2), (8, 2)])
-def test_a_cpus_micro_batch_is_two_images(batch_size: int, expected: int) -> None:
-    found = default_micro_batch(STUDENTS["tiny_vit"], batch_size, 1024, "float32", torch.device("cpu"))
-    assert found == expected
+@pytest.mark.parametrize(
+    ("free_gb", "batch_size", "image_size", "precision", "expected"),
+    [
+        (64, 8, 1024, "bfloat16", 8),
+        (16, 8, 1024, "bfloat16", 4),
+        (16, 8, 1024, "float32", 2),
+        (16, 8, 256, "float32", 8),
+        (16, 1, 256, "float32", 1),
+        (1, 8, 1024, "float32", 1),
+    ],
+)
+def test_a_cpus_micro_batch_is_what_a_part_of_its_free_memory_holds(
+    monkeypatch: pytest.MonkeyPatch,
+    free_gb: int,
+    batch_size: int,
+    image_size: int,
+    precision: str,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 10**9))
+    asked = (STUDENTS["tiny_vit"], batch_size, image_size, precision, torch.device("cpu"))
+    assert default_micro_batch(*asked) == expected
 
 
 @pytest.mark.parametrize(
