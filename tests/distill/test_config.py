@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mobilesam.distill import DistillConfig, DistillError
 from mobilesam.distill.checksummed_json import digest
+from mobilesam.distill.recipe import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -24,6 +27,8 @@ from mobilesam.distill.checksummed_json import digest
         ("freeze_norm", 1.5),
         ("seed", -1),
         ("loss_region", "image"),
+        ("loss", "l1"),
+        ("recipe", "mobilesam-2024"),
         ("precision", "float16"),
         ("workers", 0),
     ],
@@ -40,7 +45,11 @@ def test_paths_and_hardware_are_no_part_of_a_runs_identity() -> None:
     assert here.identity() == DistillConfig().identity()
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}]
+    + [{"loss": "huber"}, {"recipe": "edgesam"}, {"recipe": "mobilesam-2023"}],
+)
 def test_options_that_change_the_learning_change_the_digest(change: dict[str, object]) -> None:
     changed = DistillConfig(**change)
     assert digest(changed.identity()) != digest(DistillConfig().identity())
@@ -82,3 +91,25 @@ def test_a_file_of_labels_needs_no_other_option_and_its_place_is_not_what_the_ru
     ):
         with pytest.raises(DistillError, match=told):
             DistillConfig(coco=Path("a.json"), **wrong)
+
+
+def test_the_first_recipes_identity_is_that_of_runs_from_before_there_were_recipes() -> None:
+    # The identity that 4c4873a wrote for these options.
+    assert DistillConfig(recipe="mobilesam-2023", batch_size=8).identity() == {
+        "student": "tiny_vit", "epochs": 8, "batch_size": 8, "micro_batch": None, "lr": 1e-3, "weight_decay": 5e-4,
+        "warmup": 0.05, "clip": 1.0, "freeze_norm": 0.5, "seed": 0, "val_fraction": 0.05, "loss_region": "all",
+        "precision": "auto",
+    }  # fmt: skip
+
+
+def test_an_option_replaces_one_setting_of_the_recipe_and_the_options_are_saved_as_they_apply() -> None:
+    config = DistillConfig(recipe="edgesam", lr=2e-3)
+    assert config.resolved_recipe == replace(RECIPES["edgesam"], lr=2e-3)
+    saved = config.to_json()
+    assert (saved["lr"], saved["warmup"], saved["loss_region"]) == (2e-3, 0.5, "valid")
+    assert replace(config, recipe="nanosam").resolved_recipe == replace(RECIPES["nanosam"], lr=2e-3)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_configuration_that_can_be_saved_as_json(name: str) -> None:
+    json.dumps(DistillConfig(recipe=name).to_json(), allow_nan=False)
