@@ -47,8 +47,15 @@ def test_paths_and_hardware_are_no_part_of_a_runs_identity() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": 1e-4}, {"epochs": 9}, {"seed": 1}, {"loss_region": "valid"}]
-    + [{"loss": "huber"}, {"recipe": "edgesam"}, {"recipe": "mobilesam-2023"}],
+    [
+        {"lr": 1e-4},
+        {"epochs": 9},
+        {"seed": 1},
+        {"loss_region": "valid"},
+        {"loss": "huber"},
+        {"recipe": "edgesam"},
+        {"recipe": "mobilesam-2023"},
+    ],
 )
 def test_options_that_change_the_learning_change_the_digest(change: dict[str, object]) -> None:
     changed = DistillConfig(**change)
