@@ -39,7 +39,7 @@ STUDENTS = (
             "tiny_vit",
             "deit_tiny",
             "repvit_m1_1",
-            "efficientvit_b1",
+            "timm:efficientvit_b0",
             "mobilenetv4_conv_medium",
             "timm:mobilenetv3_small_100",
         )
