@@ -12,7 +12,7 @@ DEMO ?= demo
 demo: $(STAMP)
 	mkdir -p $(DEMO)
 	cd $(DEMO) && ../$(BIN)/mobilesam precompute --images ../examples/photos --out store.zarr --teacher vit_nano
-	cd $(DEMO) && ../$(BIN)/mobilesam distill --epochs 12 --batch-size 1
+	cd $(DEMO) && ../$(BIN)/mobilesam distill --epochs 12
 	cd $(DEMO) && ../$(BIN)/mobilesam verify --split all --report report.html
 	@echo "Look at $(DEMO)/report.html in a browser."
 
