@@ -17,16 +17,20 @@ from .recipe import Recipe
 
 MUON_MOMENTUM = 0.9
 """Better than the usual 0.95 in short trainings (docs/RECIPE.md)."""
-NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
-"""Coefficients of the quintic that brings singular values near 1 in five steps (Jordan, see `Muon`)."""
-NEWTON_SCHULZ_STEPS = 5
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
+"""Coefficients of the quintics that bring singular values near 1, the first three of Amsel et al. (arXiv 2505.16932).
+In the miniature three of them are better than Jordan's five equal ones, at 60% of the cost."""
 
 
 class Muon(torch.optim.AdamW):
     """Orthogonalised momentum for matrices and kernels, AdamW for all other parameters.
 
-    The update of a matrix is the nearest semi-orthogonal matrix to its momentum: all singular directions of the
-    gradient move equally far. Source: Keller Jordan, https://kellerjordan.github.io/posts/muon. An update is scaled
+    The update of a matrix is near the semi-orthogonal matrix next to its momentum: the singular directions of the
+    gradient move about equally far. Source: Keller Jordan, https://kellerjordan.github.io/posts/muon. It is scaled
     to the usual size of AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2). Kernels are
     orthogonalised as (out, in * height * width) matrices. `torch.optim.Muon` takes neither kernels nor AdamW's
     parameters, and computes one matrix at a time.
@@ -80,26 +84,26 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrices_NHW: Tensor) -> Tensor:
-    """Return approximately U V^T of each matrix U S V^T, by five Newton-Schulz steps.
+    """Return approximately U V^T of each matrix U S V^T, by three Newton-Schulz steps.
 
     Args:
         matrices_NHW: float32 (N, H, W). They are computed in bfloat16 where the hardware accelerates it.
 
     Returns:
-        float32 (N, H, W) with singular values of about 0.7 to 1.2 (0 for a matrix of zeros).
+        (N, H, W), bfloat16 if computed so, else float32, with singular values of
+        about 0.2 to 1.9 (0 for a matrix of zeros).
     """
     if matrices_NHW.shape[1] > matrices_NHW.shape[2]:
         return orthogonalize(matrices_NHW.mT).mT
-    x_NHW = matrices_NHW / (torch.linalg.matrix_norm(matrices_NHW, keepdim=True) + 1e-7)
-    if accelerates_bfloat16(x_NHW.device):
-        x_NHW = x_NHW.bfloat16()
-    a, b, c = NEWTON_SCHULZ
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    fast = accelerates_bfloat16(matrices_NHW.device)
+    x_NHW = matrices_NHW.to(torch.bfloat16 if fast else torch.float32)
+    x_NHW = x_NHW / (torch.linalg.matrix_norm(x_NHW, keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
         gram_NHH = x_NHW @ x_NHW.mT
         x_NHW = torch.baddbmm(
             x_NHW, torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c), x_NHW, beta=a
         )
-    return x_NHW.float()
+    return x_NHW
 
 
 def build_optimizer(

@@ -100,10 +100,10 @@ def test_a_student_without_batch_norm_learns_the_same_from_one_global_batch(
     distill(
         DistillConfig(
             store=ten_rows, out=Path("one"), epochs=2, batch_size=4, micro_batch=1, device="cpu",
-            precision="float32", student="deit_tiny",
+            precision="float32", student="deit_tiny", lr=1.5e-4,
         )
     )  # fmt: skip
-    result = trained(ten_rows, "many", "--student", "deit_tiny", processes=processes)
+    result = trained(ten_rows, "many", "--student", "deit_tiny", "--lr", "1.5e-4", processes=processes)
     assert_same_training("one", "many")
     assert_same_weights("one", "many", buffers=True)
     alone = lines("one", "result")[0]

@@ -195,5 +195,5 @@ def test_a_run_that_never_saved_anything_does_not_block_another(
         file.write_bytes(data)
     again = options(config.store, student="small", out="run", lr=2e-3) if changed else config
     distill(again)
-    assert Run.open("run").description.identity["lr"] == again.lr
+    assert Run.open("run").description.identity["lr"] == again.resolved_recipe.lr
     assert not list(Path("run").glob("*.partial"))

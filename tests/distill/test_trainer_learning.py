@@ -103,4 +103,5 @@ def test_true_pairs_generalise_to_other_images_and_shuffled_pairs_do_not(
         assert val is not None
         skills.append((val["skill"], val["skill_valid"]))
     assert min(skills[0]) > 0.2
-    assert max(skills[1]) <= 0
+    # The mean of n embeddings has 1/n of their variance: a smooth constant beats it by as much.
+    assert max(skills[1]) <= 1 / len(run.split.train)
