@@ -47,8 +47,8 @@ def segment(
         The object that `--json` prints: `image`, `original_size` (height, width), `student` (its name; None for a
         teacher), `teacher`, `model` (its file), `head`, `image_size`, `student_size`, `device`, `notes`,
         `embedding_seconds`, `mask_seconds`, `masks` (`area` in pixels, `bbox` as x, y, width, height in pixels,
-        `predicted_iou`, `stability_score`, `file`), and the files and folders written: `out`, `masks_dir`, `rle`. Masks
-        are in the order of the boxes; for everything by area, the largest first.
+        `predicted_iou`, `stability_score`, `file`), and the files and folders written: `out`, `masks_dir`, `rle`.
+        Masks are in the order of the boxes; for everything by area, the largest first.
 
     Raises:
         PredictError: a prompt lies outside the image, an output can't be written, or there isn't enough memory.
