@@ -15,7 +15,6 @@ which changes one part of our recipe at a time (PARTS below).
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +22,17 @@ from typing import Any
 
 import click
 
-from benchmarks.support.generated_store import make_generated_store
+from benchmarks.support.generated_store import DOCUMENT, compare_students
 from benchmarks.support.machine import machine
 from benchmarks.support.training_step import recipe_step_seconds
+from benchmarks.table import filled
 from mobilesam.common.table import Table
 from mobilesam.distill import DistillConfig
 from mobilesam.distill.recipe import DEFAULT_RECIPE, RECIPES, Recipe
-from mobilesam.verify import SweepConfig, sweep
 from mobilesam.verify.sweep.aggregate import Group, grouped
 
 BATCH = 4
-"""As in the first row of the paper's Table 4."""
-TRAIN_SEED, TEST_SEED = 201, 202
-DOCUMENT = Path(__file__).parents[1] / "docs" / "RECIPE.md"
+"""Images of a step, all in one forward pass; the paper's Table 4 begins with as many."""
 DEFAULT = RECIPES[DEFAULT_RECIPE]
 
 PARTS: Mapping[str, Recipe] = {
@@ -92,32 +89,24 @@ def main(
         return
     names = (DEFAULT_RECIPE, *PARTS) if parts else tuple(recipes.split(","))
     RECIPES.update(PARTS)  # for the names of the sweep's runs
-    # One picture is held out, as distill needs; the students are judged by the test pictures.
-    train = make_generated_store(out, "train", count=pictures + 1, seed=TRAIN_SEED, image_size=image_size)
-    test = make_generated_store(out, "test", count=test_pictures, seed=TEST_SEED, image_size=image_size)
-    result = sweep(
-        SweepConfig(
-            out=out / name,
-            base=DistillConfig(
-                store=train, student=student, batch_size=BATCH, micro_batch=BATCH, val_fraction=0.5 / pictures
-            ),
-            axes={"seed": tuple(map(int, seeds.split(","))), "recipe": names},
-            iterations=tuple(map(int, steps.split(","))),
-            test_store=test,
-        ),
-        message=say,
+    train, runs = compare_students(
+        out,
+        name,
+        DistillConfig(student=student, batch_size=BATCH, micro_batch=BATCH),
+        {"seed": _numbers(seeds), "recipe": names},
+        _numbers(steps),
+        image_size=image_size,
+        pictures=pictures,
+        test_pictures=test_pictures,
     )
-    if result["failed"]:
-        sys.exit(f"{result['failed']} runs failed; the lines above say why")
-    seconds = recipe_step_seconds({n: RECIPES[n] for n in names}, train, student, BATCH, rounds)
     found = {
         "machine": machine(),
         "pictures": pictures,
         "test_pictures": test_pictures,
         "image_size": image_size,
         "student": student,
-        "runs": result["runs"],
-        "step_seconds": seconds,
+        "runs": runs,
+        "step_seconds": recipe_step_seconds(names, train, student, BATCH, rounds),
     }
     (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     if as_json:
@@ -177,25 +166,19 @@ def _steps(group: Group) -> int:
     return steps
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def _write_docs(out: Path) -> None:
     """Put the tables of what has been measured between the document's markers."""
     text = DOCUMENT.read_text()
     for name in ("recipes", "parts"):
         file = out / f"{name}.json"
         if file.exists():
-            lines = [
-                line for table in tables(json.loads(file.read_text())) for line in [*table.markdown(), ""]
-            ]
-            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-            before, rest = text.split(begin)
-            _, after = rest.split(end)
-            text = "\n".join([before + begin, "", *lines, end + after])
+            found = tables(json.loads(file.read_text()))
+            text = filled(text, "\n\n".join("\n".join(table.markdown()) for table in found), name)
     DOCUMENT.write_text(text)
-
-
-def say(line: str) -> None:
-    """Print to standard error; standard output is for the tables."""
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

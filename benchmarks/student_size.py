@@ -14,28 +14,25 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
 import torch
+from torch import Tensor
 
-from benchmarks.support.generated_store import make_generated_store
+from benchmarks.support.figures import by_turns
+from benchmarks.support.generated_store import DOCUMENT, compare_students
 from benchmarks.support.machine import machine
+from benchmarks.table import filled
 from mobilesam.common.table import Table
 from mobilesam.distill import DistillConfig, build_student, student_info
 from mobilesam.distill.students.cost import count_macs
 from mobilesam.distill.students.registry import outline_student
-from mobilesam.verify import SweepConfig, sweep
 from mobilesam.verify.sweep.aggregate import Group, grouped
 
 BATCH = 8
-TRAIN_SEED, TEST_SEED = 301, 302
-DOCUMENT = Path(__file__).parents[1] / "docs" / "RECIPE.md"
-BEGIN, END = "<!-- sizes -->", "<!-- /sizes -->"
 
 
 @click.command()
@@ -67,30 +64,16 @@ def main(
 ) -> None:
     """Compare students of the same network with inputs of several sizes."""
     asked = tuple(map(int, sizes.split(","))) if sizes else (image_size, image_size // 2)
-    # One picture is held out, as distill needs; the students are judged by the test pictures.
-    train, test = (
-        make_generated_store(out, f"{name}-{image_size}", count=count, seed=seed, image_size=image_size)
-        for name, count, seed in (("train", pictures + 1, TRAIN_SEED), ("test", test_pictures, TEST_SEED))
+    _, runs = compare_students(
+        out,
+        f"runs-{image_size}",
+        DistillConfig(student=student, batch_size=BATCH, micro_batch=micro_batch),
+        {"seed": tuple(map(int, seeds.split(","))), "student_size": asked},
+        (steps,),
+        image_size=image_size,
+        pictures=pictures,
+        test_pictures=test_pictures,
     )
-    base = DistillConfig(
-        store=train,
-        student=student,
-        batch_size=BATCH,
-        micro_batch=micro_batch,
-        val_fraction=0.5 / pictures,
-    )
-    result = sweep(
-        SweepConfig(
-            out=out / f"runs-{image_size}",
-            base=base,
-            axes={"seed": tuple(map(int, seeds.split(","))), "student_size": asked},
-            iterations=(steps,),
-            test_store=test,
-        ),
-        message=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    if result["failed"]:
-        sys.exit(f"{result['failed']} runs failed; the lines above say why")
     milliseconds = interleaved_milliseconds(student, image_size, asked, rounds)
     found = {
         "machine": machine(),
@@ -106,7 +89,7 @@ def main(
             }
             for size in asked
         ],
-        "runs": result["runs"],
+        "runs": runs,
     }
     (out / f"sizes-{image_size}.json").write_text(json.dumps(found, indent=1) + "\n")
     if write_docs:
@@ -129,18 +112,14 @@ def interleaved_milliseconds(
     Returns:
         Medians by size.
     """
-    students = {
-        size: build_student(student, image_size, 0, size).eval().to(memory_format=torch.channels_last)
-        for size in sizes
-    }
-    seconds: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(1 + rounds):
-        for size, encoder in students.items():
-            pixels_BCHW = torch.zeros(1, 3, size, size).contiguous(memory_format=torch.channels_last)
-            start = time.perf_counter()
-            encoder(pixels_BCHW)
-            seconds[size].append(time.perf_counter() - start)
-    return {size: 1000 * median(taken[1:]) for size, taken in seconds.items()}
+
+    def forward(size: int) -> Callable[[], Tensor]:
+        encoder = build_student(student, image_size, 0, size).eval().to(memory_format=torch.channels_last)
+        pixels_BCHW = torch.zeros(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+        return lambda: encoder(pixels_BCHW)
+
+    seconds = by_turns({str(size): forward(size) for size in sizes}, rounds)
+    return {size: 1000 * seconds[str(size)] for size in sizes}
 
 
 def table(found: Mapping[str, Any]) -> Table:
@@ -185,13 +164,13 @@ def write_tables(out: Path, document: Path) -> None:
         out: folder with the JSON files.
         document: Markdown file with the markers.
     """
-    text = document.read_text()
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{document} lacks the markers {BEGIN} and {END}")
     files = sorted(out.glob("sizes-*.json"), key=lambda file: int(file.stem.partition("-")[2]))
-    lines = [line for file in files for line in [*table(json.loads(file.read_text())).markdown(), ""]]
-    before, _, rest = text.partition(BEGIN)
-    document.write_text("\n".join([before + BEGIN, "", *lines, END + rest.partition(END)[2]]))
+    tables = [table(json.loads(file.read_text())) for file in files]
+    lines = "\n\n".join("\n".join(table.markdown()) for table in tables)
+    try:
+        document.write_text(filled(document.read_text(), lines, "sizes"))
+    except ValueError as error:
+        sys.exit(f"{document}: {error}")
 
 
 if __name__ == "__main__":  # precompute starts processes, which import this file

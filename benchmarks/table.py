@@ -15,7 +15,6 @@ from typing import Any
 
 import click
 
-BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 ROOT = Path(__file__).parents[1]
 HEAD = "| figure | value | target | | measured |\n|---|---|---|---|---|"
 WORDS = {True: "reached", False: "**missed**", None: "not measured"}
@@ -53,13 +52,23 @@ def markdown(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def filled(text: str, figures: str) -> str:
-    """Return the text with `figures` between its markers; ValueError unless it has each once, in this order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the figures go between one line {BEGIN} and one {END} after it; put them in")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+def filled(text: str, figures: str, name: str = "figures") -> str:
+    """Return the text with `figures` between its markers.
+
+    Args:
+        text: Markdown text.
+        figures: Markdown to put in.
+        name: name in the markers.
+
+    Raises:
+        ValueError: the text doesn't have each marker once, in this order.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the {name} go between one line {begin} and one {end} after it; put them in")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{figures}\n\n{end}{after}"
 
 
 def _by_machine(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:

@@ -249,7 +249,7 @@ class DistillConfig:
     def resolved_recipe(self) -> Recipe:
         """Settings of the recipe, those replaced that options give."""
         recipe = RECIPES[self.recipe]
-        given = {name: getattr(self, name, None) for name in _RECIPE_FIELDS}
+        given = {name: getattr(self, name) for name in _RECIPE_FIELDS}
         return dataclasses.replace(
             recipe, **{name: value for name, value in given.items() if value is not None}
         )

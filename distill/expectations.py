@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 ENOUGH_STEPS = 500
 """Optimizer steps from which a student of random weights has learned something of its teacher: fewer are called too
-few, batches are halved to reach them, and `--epochs auto` makes as many. docs/RECIPE.md has the curves."""
+few, batches are halved to reach them, and `--epochs auto` makes as many. In docs/RECIPE.md's miniature the default
+recipe has a skill of 0.86 after as many."""
 LEAST_BATCH_SIZE = 2
 """Smallest batch that is chosen: batch norms that see one image at a time learn statistics that misfit. On seven
 photos at 256 pixels, 8 epochs of `mobilesam-2026` gave skills of 0.20 with batches of 1, 0.42 with 2, 0.11 with 4."""

@@ -52,10 +52,11 @@ class Muon(torch.optim.AdamW):
         """Update all parameters that have gradients; the gradients of matrices are dropped."""
         for group in self.param_groups:
             if group.get(self.MATRICES):
-                by_shape: dict[torch.Size, list[Tensor]] = {}
+                by_shape: dict[tuple[int, int], list[Tensor]] = {}
                 for matrix in group["params"]:
                     if matrix.grad is not None:
-                        by_shape.setdefault(matrix.flatten(1).shape, []).append(matrix)
+                        shape = len(matrix), matrix[0].numel()
+                        by_shape.setdefault(shape, []).append(matrix)
                 for matrices in by_shape.values():
                     self._update(matrices, group["lr"], group["weight_decay"])
         super().step()  # skips parameters without a gradient
@@ -90,8 +91,8 @@ def orthogonalize(matrices_NHW: Tensor) -> Tensor:
         matrices_NHW: float32 (N, H, W). They are computed in bfloat16 where the hardware accelerates it.
 
     Returns:
-        (N, H, W), bfloat16 if computed so, else float32, with singular values of
-        about 0.2 to 1.9 (0 for a matrix of zeros).
+        (N, H, W), bfloat16 if computed so, else float32, with singular values of about 0.2 to 1.9 (smaller ones where
+        the matrix's differ by more than a factor of 100; 0 for a matrix of zeros).
     """
     if matrices_NHW.shape[1] > matrices_NHW.shape[2]:
         return orthogonalize(matrices_NHW.mT).mT
@@ -189,8 +190,7 @@ def _matrices(module: nn.Module) -> set[Tensor]:
 def learning_rate(step: int, steps: int, recipe: Recipe, steps_per_epoch: int) -> float:
     """Return the learning rate of one step: a linear warm-up, then the recipe's schedule.
 
-    The last step of the warm-up has `recipe.lr`. Where a
-    schedule ends at 0, the step after the last one would have 0.
+    The last step of the warm-up has `recipe.lr`. If a schedule ends at 0, the step after the last one would have 0.
 
     Args:
         step: number of the optimizer step, from 0.

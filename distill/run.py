@@ -347,11 +347,12 @@ def _train(
     compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
     student_size = run.description.student_size
     student = build_student(config.student, store.spec.image_size, config.seed, student_size)
+    records = store.manifest.records("done")
     if not run.checkpoints.exist():
         recipe, train = config.resolved_recipe, set(run.split.train)
         if recipe.neck_start is not None:
-            records = [record for record in store.manifest.records("done") if record.row in train]
-            start_neck(student, recipe.neck_start, store, records, recipe.loss_region)
+            trained = [record for record in records if record.row in train]
+            start_neck(student, recipe.neck_start, store, trained, recipe.loss_region)
         if initial is not None:  # afterwards, since its file may hold the neck
             initial.apply(student)
     student = student.to(device)
@@ -362,7 +363,7 @@ def _train(
             logger.info("starting from the mask decoder of %s, too", initial.path)
     loader = Loader(
         store,
-        store.manifest.records("done"),
+        records,
         run.image_root,
         workers=config.workers or default_workers(device),
         pin_memory=device.type == "cuda",

@@ -81,12 +81,24 @@ def start_precompute(images: str, store: str) -> dict[str, Any]:
 
 
 def start_distill(store: str, run: str) -> dict[str, Any]:
-    """Run `distill` until it asks for its first image, which is missing."""
+    """Run `distill` until it asks for its first image, which is missing.
+
+    The store has no embeddings either, so that the recipe is one that reads none before training.
+    """
     from mobilesam.distill import DistillConfig, distill
     from mobilesam.sam import ImageError
 
     try:
-        distill(DistillConfig(store=Path(store), epochs=1, device="cpu", precision="float32", out=Path(run)))
+        distill(
+            DistillConfig(
+                store=Path(store),
+                recipe="mobilesam-2023",
+                epochs=1,
+                device="cpu",
+                precision="float32",
+                out=Path(run),
+            )
+        )
     except ImageError:
         return {}
     raise SystemExit("distill found an image where there is none")

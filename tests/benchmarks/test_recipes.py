@@ -46,7 +46,7 @@ def test_the_benchmark_runs_at_a_small_size_and_resumes(
         "--image-size",
         "64",
         "--pictures",
-        "10",
+        "8",
         "--test-pictures",
         "2",
         "--student",
