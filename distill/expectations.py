@@ -28,8 +28,8 @@ ENOUGH_STEPS = 500
 few, batches are halved to reach them, and `--epochs auto` makes as many. In docs/RECIPE.md's miniature the default
 recipe has a skill of 0.86 after as many."""
 LEAST_BATCH_SIZE = 2
-"""Smallest batch that is chosen: batches of 1 overfit more. Seven photos at 256 pixels, 24 epochs of `mobilesam-2026`:
-skill 0.93 on them and -0.19 on another photo with batches of 1, 0.89 and -0.06 with batches of 2."""
+"""Smallest batch that is chosen: batches of 1 overfit more. On seven photos at 256 pixels, 24 epochs of
+`mobilesam-2026` gave skills of 0.93 (-0.19 on another photo) with batches of 1, of 0.89 (-0.06) with 2."""
 LEAST_AUTO_EPOCHS = 8
 """Fewest passes over the images that `--epochs auto` takes: the default, which is the paper's."""
 MEASURED_STEPS = 3
