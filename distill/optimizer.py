@@ -99,12 +99,17 @@ def orthogonalize(matrices_NHW: Tensor) -> Tensor:
     fast = accelerates_bfloat16(matrices_NHW.device)
     x_NHW = matrices_NHW.to(torch.bfloat16 if fast else torch.float32)
     x_NHW = x_NHW / (torch.linalg.matrix_norm(x_NHW, keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
-        gram_NHH = x_NHW @ x_NHW.mT
-        x_NHW = torch.baddbmm(
-            x_NHW, torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c), x_NHW, beta=a
-        )
-    return x_NHW
+    # A step multiplies X by a I + b G + c G G, with G = X X^T. These factors and G commute, so the wide X is needed at
+    # the beginning and at the end only.
+    gram_NHH = x_NHW @ x_NHW.mT
+    product_NHH = torch.eye(x_NHW.shape[1], dtype=x_NHW.dtype, device=x_NHW.device).expand_as(gram_NHH)
+    for number, (a, b, c) in enumerate(POLAR_EXPRESS, start=1):
+        step_NHH = torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c)  # without a I
+        if number < len(POLAR_EXPRESS):
+            half_NHH = torch.baddbmm(gram_NHH, step_NHH, gram_NHH, beta=a)
+            gram_NHH = torch.baddbmm(half_NHH, step_NHH, half_NHH, beta=a)
+        product_NHH = torch.baddbmm(product_NHH, step_NHH, product_NHH, beta=a)
+    return product_NHH @ x_NHW
 
 
 def build_optimizer(
