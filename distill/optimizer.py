@@ -99,8 +99,8 @@ def orthogonalize(matrices_NHW: Tensor) -> Tensor:
     fast = accelerates_bfloat16(matrices_NHW.device)
     x_NHW = matrices_NHW.to(torch.bfloat16 if fast else torch.float32)
     x_NHW = x_NHW / (torch.linalg.matrix_norm(x_NHW, keepdim=True) + 1e-7)
-    # A step multiplies X by a I + b G + c G G, with G = X X^T. These factors and G commute, so the wide X is needed at
-    # the beginning and at the end only.
+    # A step multiplies X by a I + b G + c G G, with G = X X^T. These factors and G commute, so the wide X is needed
+    # at the beginning and at the end only.
     gram_NHH = x_NHW @ x_NHW.mT
     product_NHH = torch.eye(x_NHW.shape[1], dtype=x_NHW.dtype, device=x_NHW.device).expand_as(gram_NHH)
     for number, (a, b, c) in enumerate(POLAR_EXPRESS, start=1):
