@@ -63,7 +63,7 @@ PARTS: Mapping[str, Recipe] = {
 @click.option("--test-pictures", default=200, show_default=True)
 @click.option("--image-size", default=256, show_default=True)
 @click.option("--student", default=DistillConfig().student, show_default=True)
-@click.option("--recipes", default=",".join(RECIPES), help="Recipes to compare.", show_default=True)
+@click.option("--recipes", help="Recipes to compare, or with --parts changes of ours [default: all].")
 @click.option("--parts", is_flag=True, help="Compare our recipe with itself but for one part.")
 @click.option("--rounds", default=5, show_default=True, help="Timed steps of each recipe; 0: none.")
 @click.option("--write-docs", is_flag=True, help="Write the tables into docs/RECIPE.md; train nothing.")
@@ -76,7 +76,7 @@ def main(
     test_pictures: int,
     image_size: int,
     student: str,
-    recipes: str,
+    recipes: str | None,
     parts: bool,
     rounds: int,
     write_docs: bool,
@@ -87,7 +87,7 @@ def main(
     if write_docs:
         _write_docs(out)
         return
-    names = (DEFAULT_RECIPE, *PARTS) if parts else tuple(recipes.split(","))
+    names = tuple(recipes.split(",")) if recipes else (DEFAULT_RECIPE, *PARTS) if parts else tuple(RECIPES)
     RECIPES.update(PARTS)  # for the names of the sweep's runs
     train, runs = compare_students(
         out,

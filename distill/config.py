@@ -68,6 +68,9 @@ _NOT_IDENTITY = frozenset(
 )
 
 
+EMBEDDING_LOSS_FIELDS = ("loss", "loss_region")
+"""Options of the embeddings' loss, which an objective that compares masks has with `mse_weight` only."""
+
 # Options that replace settings of the recipe.
 _RECIPE_FIELDS = ("lr", "weight_decay", "warmup", "clip", "freeze_norm", "loss", "loss_region")
 
@@ -297,6 +300,14 @@ class DistillConfig:
             raise DistillError(
                 "the decoder objective finetunes the head of a finished student: name its run or file with --init"
             )
+        if self.objective != "decoupled" and not self.mse_weight:
+            given = [name for name in EMBEDDING_LOSS_FIELDS if getattr(self, name) is not None]
+            if given:
+                name, value = given[0].replace("_", " "), getattr(self, given[0])
+                raise DistillError(
+                    f"{name} is {value!r}, but the {self.objective} objective compares no embeddings without "
+                    "--mse-weight: set that above 0, or leave it out"
+                )
         if self.objective != "decoupled" and not (self.focal_weight or self.dice_weight):
             raise DistillError(
                 "focal weight and dice weight are both 0, so that nothing trains the masks: set one above 0"

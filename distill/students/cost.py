@@ -92,7 +92,7 @@ def students_table(
 
 
 def students_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Format the rows of `students_table` for the terminal."""
+    """Format the rows of `students_table` for the terminal: a table, then a line for each student without numbers."""
     sizes = (rows[0]["student_size"], rows[0]["small"]["student_size"])
     table = Table(
         title="",
@@ -106,15 +106,17 @@ def students_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         rows=[
             [
                 row["name"],
-                "" if row["error"] else f"{row['parameters']:,}",
+                f"{row['parameters']:,}",
                 *_cells(row),
                 *_cells(row["small"]),
-                row["error"] or row["summary"],
+                row["summary"],
             ]
             for row in rows
+            if row["error"] is None
         ],
     )
-    return table.lines()
+    errors = [f"{row['name']}: {row['error']}" for row in rows if row["error"] is not None]
+    return [*(table.lines() if table.rows else []), *errors]
 
 
 def _cells(costs: Mapping[str, Any]) -> list[str]:

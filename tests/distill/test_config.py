@@ -74,6 +74,8 @@ def test_options_that_change_the_learning_change_the_digest(change: dict[str, ob
         ({"objective": "coupled", "rounds": 0}, "at least 1"),
         ({"objective": "masks"}, "objective must be decoupled"),
         ({"objective": "decoder", "init": "x", "mse_weight": 1.0}, "trains no encoder"),
+        ({"objective": "coupled", "loss": "huber"}, "loss is 'huber', but .* without --mse-weight"),
+        ({"objective": "coupled", "loss_region": "valid"}, "loss region is 'valid', but"),
     ],
 )
 def test_options_of_masks_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...common.errors import VerifyError
 from ...distill.checksummed_json import digest
-from ...distill.config import BATCH_SIZE, MASK_FIELDS, DistillConfig
+from ...distill.config import BATCH_SIZE, EMBEDDING_LOSS_FIELDS, MASK_FIELDS, DistillConfig
 from ...distill.expectations import resolve_length, steps_per_epoch
 from .config import AXES, SweepConfig
 
@@ -95,8 +95,16 @@ def _length(config: SweepConfig, options: Mapping[str, Any], training_rows: int)
 def _trial(config: SweepConfig, options: Mapping[str, Any], after: str | None = None) -> Trial:
     if _objective(config, options) == DECOUPLED:
         options = {name: value for name, value in options.items() if name not in MASK_FIELDS}
-    elif (config.coco or config.label_masks) and options.get("labels") != "teacher":
-        options = {**options, "labels": "annotations", "coco": config.coco, "label_masks": config.label_masks}
+    else:
+        if not options.get("mse_weight", config.base.mse_weight):
+            options = {**options, **dict.fromkeys(EMBEDDING_LOSS_FIELDS)}
+        if (config.coco or config.label_masks) and options.get("labels") != "teacher":
+            options = {
+                **options,
+                "labels": "annotations",
+                "coco": config.coco,
+                "label_masks": config.label_masks,
+            }
     unnamed = dataclasses.replace(config.base, **options)
     values = unnamed.to_json()
     inapplicable = set(MASK_FIELDS) if unnamed.objective == DECOUPLED else set()

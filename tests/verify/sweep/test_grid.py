@@ -96,6 +96,17 @@ def test_an_option_of_masks_multiplies_only_the_runs_that_look_at_masks() -> Non
     }
 
 
+def test_a_loss_of_embeddings_multiplies_only_the_runs_that_look_at_embeddings() -> None:
+    trials = plan(objective=("decoupled", "coupled"), loss=("mse", "huber"), mse_weight=(0.0, 1.0))
+    made = {(trial.config.objective, trial.config.mse_weight, trial.config.loss) for trial in trials}
+    assert made == {
+        *(("decoupled", 0.0, loss) for loss in ("mse", "huber")),
+        ("coupled", 0.0, None),
+        *(("coupled", 1.0, loss) for loss in ("mse", "huber")),
+    }
+    assert len(trials) == len(made)
+
+
 def test_thousands_of_runs_are_a_mistake() -> None:
     with pytest.raises(VerifyError, match="10,100 runs are more than 10,000"):
         plan(seed=tuple(range(101)), epochs=tuple(range(1, 101)))
