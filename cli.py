@@ -104,6 +104,7 @@ def main() -> None:
     mobilesam export --out exported                       write files for MobileSAM's code and for onnxruntime
     mobilesam students                                    list the students and their cost
     mobilesam sweep --epochs 2,4,8 --seed 0,1,2           train and compare a grid of students
+    mobilesam doctor                                      describe this machine and what comes next here
 
     Exit codes: 0 done; 1 a check, threshold or run failed; 2 wrong usage; 3 wrong input or environment; 129, 130 and
     143 interrupted; 141 nobody read the result.
@@ -237,7 +238,7 @@ def verify(config: VerifyConfig, as_json: bool) -> int:
     from .verify import verify as run
 
     with printed_without_report(as_json, table_lines), Reporter("verify") as reporter:
-        result = run(config, progress=reporter.comparison, phase=reporter.phase)
+        result = run(config, progress=reporter.comparison, phase=reporter.phase, drawn=reporter.drawing)
     print_result(as_json, result, table_lines(result))
     return DONE if result["passed"] else FAILED_CHECK
 
@@ -385,7 +386,11 @@ def evaluate(config: EvaluateConfig, as_json: bool) -> int:
 
     with printed_without_report(as_json, evaluation_lines), Reporter("evaluate") as reporter:
         result = evaluate_masks(
-            config, progress=reporter.comparison, download=reporter.download, phase=reporter.phase
+            config,
+            progress=reporter.comparison,
+            download=reporter.download,
+            phase=reporter.phase,
+            drawn=reporter.drawing,
         )
     print_result(as_json, result, evaluation_lines(result))
     return DONE if result["evaluated"] else INPUT
@@ -440,3 +445,26 @@ def sweep(config: SweepConfig, base: DistillConfig, axes: dict[str, tuple[Any, .
         result = run(config, message=reporter.message, progress=reporter.training)
     print_result(as_json, result, summary_lines(result))
     return FAILED_CHECK if result["failed"] else DONE
+
+
+@main.command(cls=RoomCommand)
+@common_options
+def doctor(as_json: bool) -> int:
+    """Describe this machine, this installation and this folder.
+
+    Prints devices, memory, disk, packages and extras, the photos, stores and runs in the current folder, what is
+    wrong with them and how to mend it, and the next command with what it needs. Put the --json of it into a bug
+    report; passwords and keys are left out. Exit code 3 if something that every command needs is broken.
+
+    \b
+    Examples:
+      mobilesam doctor
+      mobilesam doctor --json --debug
+    """
+    from .doctor import doctor as run
+    from .doctor.run import doctor_lines
+
+    with Reporter("doctor") as reporter:
+        result = run(phase=reporter.phase)
+    print_result(as_json, result, doctor_lines(result))
+    return DONE if result["works"] else INPUT

@@ -439,6 +439,20 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
+def trainer_of(folder: Path) -> str | None:
+    """Return who trains the run in a folder now, such as "process 7 on host"; None if nobody does."""
+    try:
+        file = open(folder / LOCK_FILE, encoding="utf-8")
+    except OSError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two readers don't see each other
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+    return None
+
+
 def closest_run(run: Run) -> tuple[Path, list[str]] | None:
     """Find the run in `runs` with a student of the same name that was begun with the fewest other options or data.
 

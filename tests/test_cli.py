@@ -33,6 +33,7 @@ COMMANDS = [
     "export",
     "evaluate",
     "sweep",
+    "doctor",
 ]
 
 

@@ -72,7 +72,7 @@ def test_every_link_to_a_file_leads_somewhere(page: str) -> None:
     "page", ["ARCHITECTURE.md", "RELIABILITY.md", "PERFORMANCE.md", "SCALE.md", "VIT_NANO.md"]
 )
 def test_every_source_file_that_a_page_names_exists(page: str) -> None:
-    rooms = "common|store|sam|precompute|distill|predict|verify|tests|benchmarks|examples"
+    rooms = "common|store|sam|precompute|distill|predict|verify|doctor|tests|benchmarks|examples"
     for name in re.findall(rf"`((?:{rooms})/[\w/.]+)`", (DOCS / page).read_text()):
         assert (ROOT / name).exists(), name
 
