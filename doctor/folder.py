@@ -256,7 +256,7 @@ def _mend_store(store: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str,
 def _after_run(run: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     path = run["path"]
     if "error" in run:
-        return _step(f"{path} can't be read: {run['error']}", "mobilesam distill --restart", [])
+        return _step(f"{path} can't be read: {run['error']}", None, [])
     if run["trainer"]:
         return _step(f"{path} is being trained by {run['trainer']}: wait for it", None, [])
     if run["finished"] is None:
