@@ -31,7 +31,7 @@ from .common.command import (
     process_rank,
 )
 from .common.errors import ImageError, shown
-from .common.terminal import MessageHandler, Reporter
+from .common.terminal import MessageHandler, Reporter, say
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
 from .predict.config import ExportConfig, SegmentConfig
@@ -464,7 +464,6 @@ def doctor(as_json: bool) -> int:
     from .doctor import doctor as run
     from .doctor.run import doctor_lines
 
-    with Reporter("doctor") as reporter:
-        result = run(phase=reporter.phase)
+    result = run(phase=say)  # a Reporter needs rich, which may be broken
     print_result(as_json, result, doctor_lines(result))
     return DONE if result["works"] else INPUT

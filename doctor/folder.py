@@ -43,23 +43,6 @@ def bytes_per_image(image_size: int = DEFAULT_IMAGE_SIZE, dtype: str = DEFAULT_D
     return sum(layout.file_bytes(1) - layout.file_bytes(0) for layout in array_layouts(dtype, image_size, 1))
 
 
-def checkpoints() -> dict[str, Any]:
-    """Return `folder`, that of downloaded checkpoints, and `files`: `name`, `bytes`, `teacher` (None for a file that
-    is none's) and `complete` of each. A file's SHA-256 isn't computed; its length is compared."""
-    folder = cache_directory()
-    official = {info.checkpoint.name: info for info in TEACHERS.values() if info.checkpoint is not None}
-    files = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if not path.is_file() or path.name.endswith(".part.json"):
-            continue
-        size, info = path.stat().st_size, official.get(path.name.removesuffix(".part"))
-        wanted = info.checkpoint.bytes if info is not None and info.checkpoint is not None else None
-        complete = not path.name.endswith(".part") and wanted in (None, size)
-        teacher = None if info is None else info.name
-        files.append({"name": path.name, "bytes": size, "teacher": teacher, "complete": complete})
-    return {"folder": str(folder), "files": files}
-
-
 # ---- what is there
 
 

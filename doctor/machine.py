@@ -1,4 +1,4 @@
-"""This machine: system, processor, memory, disks, environment variables, limits of containers and batch systems."""
+"""This machine: system, processor, memory, disks, checkpoints, environment, limits of containers and batch jobs."""
 
 from __future__ import annotations
 
@@ -106,6 +106,26 @@ def disk(folder: Path) -> dict[str, Any]:
         "total": usage.total,
         "writable": os.access(there, os.W_OK | os.X_OK),
     }
+
+
+def checkpoints() -> dict[str, Any]:
+    """Return `folder`, that of downloaded checkpoints, and `files`: `name`, `bytes`, `teacher` (None for a file that
+    is none's) and `complete` of each. A file's SHA-256 isn't computed; its length is compared."""
+    from ..sam.registry import TEACHERS
+    from ..sam.weights.download import cache_directory
+
+    folder = cache_directory()
+    official = {info.checkpoint.name: info for info in TEACHERS.values() if info.checkpoint is not None}
+    files = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.is_file() or path.name.endswith(".part.json"):
+            continue
+        size, info = path.stat().st_size, official.get(path.name.removesuffix(".part"))
+        wanted = info.checkpoint.bytes if info is not None and info.checkpoint is not None else None
+        complete = not path.name.endswith(".part") and wanted in (None, size)
+        teacher = None if info is None else info.name
+        files.append({"name": path.name, "bytes": size, "teacher": teacher, "complete": complete})
+    return {"folder": str(folder), "files": files}
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -41,12 +42,17 @@ def base_packages() -> dict[str, dict[str, Any]]:
         By name: `version` (None if it isn't installed), `wanted` (the versions that setup.cfg allows, "" for all)
         and `error` (None if the version is right and the import succeeds). Empty if mobilesam itself isn't installed.
     """
-    from ..common.dask_settings import own_dask_settings
-
-    with (
-        own_dask_settings()
-    ):  # dask's packages read a site's settings when they are imported; commands don't use them
+    with _dask_settings():
         return {need.name: _package(need) for need in _requirements("")}
+
+
+def _dask_settings() -> AbstractContextManager[None]:
+    """Return the context in which commands import dask: its packages read the site's settings at their import."""
+    try:
+        from ..common.dask_settings import own_dask_settings
+    except ImportError:  # dask itself is broken
+        return nullcontext()
+    return own_dask_settings()
 
 
 def extras() -> dict[str, dict[str, Any]]:

@@ -16,8 +16,8 @@ from . import machine, packages
 
 _NEEDS = {
     "memory": {"psutil"},
-    "torch": {"torch", "numpy"},
-    "cache": {"platformdirs", "lazy-loader", "pillow"},
+    "torch": {"torch", "numpy", "lazy-loader"},
+    "cache": {"platformdirs", "lazy-loader"},
 }
 """Packages of the base install that a part of the facts needs; the facts of the folder need all of them."""
 
@@ -79,9 +79,7 @@ def _torch_facts() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from .folder import checkpoints
-
-    found = checkpoints()
+    found = machine.checkpoints()
     return found | {"disk": machine.disk(Path(found["folder"]))}
 
 
@@ -114,6 +112,8 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _gpu_problems(facts["torch"], facts["gpus"], facts["driver"], facts["environment"])
     yield from _core_problems(facts["processor"])
     yield from _disk_problems(facts)
+    if facts["folder"]["stores"] is not None:
+        yield from _memory_problems(facts["memory"])
 
 
 def _package_problems(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -185,6 +185,18 @@ def _core_problems(processor: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             f"{processor['limit']:g}: threads for all of them wait for each other",
             f"start the commands with taskset -c {','.join(map(str, cores))}, as in taskset -c "
             f"{','.join(map(str, cores))} mobilesam distill",
+        )
+
+
+def _memory_problems(memory: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    from .folder import training_bytes
+
+    need = training_bytes(1024)
+    if memory["available"] < need:
+        yield _problem(
+            f"only {machine.size_words(memory['available'])} of memory are available; distill takes "
+            f"{machine.size_words(need)} for one image of 1024 pixels",
+            "end other programs, or work with smaller images: precompute --image-size 512",
         )
 
 

@@ -173,21 +173,3 @@ def test_a_damaged_run_is_named_with_its_error(here: Path, unpacked: Path) -> No
     step = _next()
     assert step["command"] is None  # the error says what to do
     assert "split.json is" in step["state"]
-
-
-def test_a_cached_checkpoint_of_the_wrong_length_is_not_complete(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MOBILESAM_CACHE", str(here / "cache"))
-    assert folder.checkpoints() == {"folder": str(here / "cache"), "files": []}
-    (here / "cache").mkdir()
-    (here / "cache" / "sam_vit_b_01ec64.pth").write_bytes(b"short")
-    (here / "cache" / "sam_vit_l_0b3195.pth.part").write_bytes(b"begun")
-    (here / "cache" / "sam_vit_l_0b3195.pth.part.json").write_bytes(b"{}")
-    (here / "cache" / "mine.pth").write_bytes(b"whole")
-    found = {(file["name"], file["teacher"], file["complete"]) for file in folder.checkpoints()["files"]}
-    assert found == {
-        ("sam_vit_b_01ec64.pth", "vit_b", False),
-        ("sam_vit_l_0b3195.pth.part", "vit_l", False),
-        ("mine.pth", None, True),
-    }

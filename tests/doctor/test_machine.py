@@ -100,3 +100,21 @@ def test_a_folder_that_isnt_there_has_the_disk_that_it_would_be_made_on(tmp_path
     assert found["folder"] == str(tmp_path / "not" / "there")
     assert 0 < found["free"] <= found["total"]
     assert found["writable"]
+
+
+def test_a_cached_checkpoint_of_the_wrong_length_is_not_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOBILESAM_CACHE", str(tmp_path / "cache"))
+    assert machine.checkpoints() == {"folder": str(tmp_path / "cache"), "files": []}
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sam_vit_b_01ec64.pth").write_bytes(b"short")
+    (tmp_path / "cache" / "sam_vit_l_0b3195.pth.part").write_bytes(b"begun")
+    (tmp_path / "cache" / "sam_vit_l_0b3195.pth.part.json").write_bytes(b"{}")
+    (tmp_path / "cache" / "mine.pth").write_bytes(b"whole")
+    found = {(file["name"], file["teacher"], file["complete"]) for file in machine.checkpoints()["files"]}
+    assert found == {
+        ("sam_vit_b_01ec64.pth", "vit_b", False),
+        ("sam_vit_l_0b3195.pth.part", "vit_l", False),
+        ("mine.pth", None, True),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -202,6 +203,31 @@ def test_little_disk_is_told_with_the_images_that_fit_and_what_makes_them_smalle
     assert "only 22.0 MB are free" in problem["fact"]
     assert "room for 10 images at 1024 pixels, 2.1 MB each" in problem["fact"]
     assert "--dtype int8" in problem["mend"]
+
+
+def test_little_memory_is_told_with_what_a_training_takes() -> None:
+    facts = _doctor()
+    facts["memory"]["available"] = 10**9
+    (problem,) = _problems(facts)
+    assert "only 1.0 GB of memory are available; distill takes 2.6 GB" in problem["fact"]
+
+
+NOTHING_STARTS = {"click", "lazy-loader", "packaging"}
+BASE = {
+    re.split("[^a-z-]", need)[0] for need in metadata.requires("mobilesam") or [] if "extra ==" not in need
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(BASE - NOTHING_STARTS))
+def test_whichever_package_is_broken_doctor_tells_it(name: str) -> None:
+    module = {"pillow": "PIL"}.get(name, name.replace("-", "_"))
+    script = f"import sys; sys.modules[{module!r}] = None; from mobilesam.cli import main; main(['doctor', '--json'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["packages"][name]["error"].startswith("ModuleNotFoundError")
+    assert facts["folder"]["next"] is None
 
 
 def test_the_version_is_printed_without_loading_torch() -> None:
