@@ -273,6 +273,10 @@ class Reporter:
         """Show how many images are compared."""
         self.show(done, total, "images")
 
+    def drawing(self, done: int, total: int) -> None:
+        """Show how many photos are drawn for a report."""
+        self.show(done, total, "photos drawn")
+
     def training(self, progress: TrainingProgress) -> None:
         """Show the progress of a distillation, in steps, and of its evaluations, in images."""
         loss = [] if progress.loss is None else [f"loss {progress.loss:.4g}"]

@@ -20,7 +20,6 @@ from .mask_files import SOFTWARE, Mask
 from .prompts import ImagePrompts, Point
 
 Rgb = npt.NDArray[np.uint8]
-Bools = npt.NDArray[np.bool_]
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
@@ -38,6 +37,8 @@ OPACITY = 0.45
 FIRST_HUE = 0.58
 GOLDEN_RATIO = 0.618034
 GREEN, RED, WHITE = (0, 170, 60), (220, 20, 40), (255, 255, 255)
+POINT_SHARE = 110
+"""Longest side of a picture in radii of a point's disc."""
 LARGE = 800
 """Longest side in pixels from which lines are two pixels wide rather than one."""
 
@@ -64,7 +65,7 @@ def draw_overlay(image_HWC: Rgb, masks: Sequence[Mask], prompts: ImagePrompts) -
         _draw_box(canvas_HWC, [round(number) for number in box], mask_colour(index), line)
     for colour, points in ((GREEN, prompts.points), (RED, prompts.negative_points)):
         for point in points:
-            _draw_point(canvas_HWC, point, colour)
+            draw_point(canvas_HWC, point, colour)
     return canvas_HWC
 
 
@@ -78,30 +79,53 @@ def mask_colour(index: int) -> tuple[int, int, int]:
 
 
 def _draw_mask(canvas_HWC: Rgb, image_HWC: Rgb, mask: Mask, colour: tuple[int, int, int], line: int) -> None:
+    """Draw a mask over the photo itself, so that it hides those drawn before."""
     x, y, width, height = mask.bbox
     where = np.s_[y : y + height, x : x + width]
-    inside = mask.pixels()[where]
-    photo_L3, tint_3 = image_HWC[where][inside].astype(np.float32), np.array(colour, np.float32)
-    blend_L3 = (1 - OPACITY) * photo_L3 + OPACITY * tint_3
-    canvas_HWC[where][inside] = np.rint(blend_L3)
-    canvas_HWC[where][contour(inside, line)] = colour
+    inside_HW = mask.pixels()[where]
+    tinted_HWC = tinted(image_HWC[where], inside_HW, colour, line)
+    canvas_HWC[where][inside_HW] = np.rint(tinted_HWC[inside_HW])
 
 
-def contour(inside_HW: Bools, line: int) -> Bools:
+def tinted(
+    image_HWC: npt.NDArray, cover_HW: npt.NDArray, colour: tuple[int, int, int], line: int
+) -> npt.NDArray[np.float32]:
+    """Return a picture with a mask over it, translucent and outlined.
+
+    Args:
+        image_HWC: RGB (H, W, 3), 0 to 255, of any dtype; not changed.
+        cover_HW: share of each pixel that the mask covers, float 0 to 1, or bool (H, W).
+        colour: RGB of the mask, 0 to 255.
+        line: width of the outline in pixels.
+
+    Returns:
+        float32 RGB (H, W, 3), 0 to 255.
+    """
+    tint_3 = np.array(colour, np.float32)
+    # All of the mask's colour at its outline, a part of it inside.
+    edge_HW = contour(cover_HW, line)
+    share_HW1 = (OPACITY * cover_HW + (1 - OPACITY) * edge_HW).astype(np.float32)[..., None]
+    return (1 - share_HW1) * image_HWC + share_HW1 * tint_3
+
+
+def contour(cover_HW: npt.NDArray, line: int) -> npt.NDArray:
     """Return the pixels of a mask within `line` steps up, down, left or right of its outside.
 
     Args:
-        inside_HW: bool (H, W), True inside the mask; everything beyond the array is outside.
+        cover_HW: share of each pixel that the mask covers, float 0 to 1, or bool (H, W); everything beyond the array
+            is outside.
         line: width of the contour in pixels.
 
     Returns:
-        bool (H, W).
+        The share of each pixel that the contour covers, with the dtype of `cover_HW`: smooth where the mask's edges
+        are.
     """
-    core = inside_HW
+    core_HW = cover_HW
     for _ in range(line):
-        padded = np.pad(core, 1)
-        core = core & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return inside_HW & ~core
+        padded = np.pad(core_HW, 1)
+        for beside in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
+            core_HW = np.minimum(core_HW, beside)
+    return cover_HW ^ core_HW if cover_HW.dtype == np.bool_ else cover_HW - core_HW
 
 
 def _draw_box(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int], line: int) -> None:
@@ -115,10 +139,19 @@ def _draw_box(canvas_HWC: Rgb, box: Sequence[int], colour: tuple[int, int, int],
         inside = inside[line:-line, line:-line]
 
 
-def _draw_point(canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int]) -> None:
-    """Draw an antialiased disc with a white ring, centred on the point's pixel."""
+def draw_point(
+    canvas_HWC: Rgb, point: Point, colour: tuple[int, int, int], share: float = POINT_SHARE
+) -> None:
+    """Draw an antialiased disc with a white ring, centred on the point's pixel.
+
+    Args:
+        canvas_HWC: uint8 RGB (H, W, 3), drawn on.
+        point: x and y of the pixel, inside the picture.
+        colour: RGB of the disc, 0 to 255.
+        share: longest side of the picture in radii of the disc.
+    """
     x, y = point
-    radius = max(1.0, max(canvas_HWC.shape[:2]) / 110)
+    radius = max(1.0, max(canvas_HWC.shape[:2]) / share)
     ring = radius + max(1.5, radius / 2.5)
     reach = int(ring) + 2
     left, top = max(0, int(x) - reach), max(0, int(y) - reach)

@@ -296,7 +296,8 @@ def test_json_has_the_documented_keys(finished: dict[str, Any]) -> None:
         "distill": "run epochs steps seconds images_per_second data_wait_share val finished already_finished "
         "images batch_size too_few_steps advised_epochs advised_batch_size train no_better_than_constant",
         "verify": "images mse relative_mse cosine skill mse_valid relative_mse_valid cosine_valid skill_valid "
-        "miou no_better_than_constant passed failed_checks",
+        "miou no_better_than_constant passed failed_checks summary follows examples held_out trained_on "
+        "train_skill_valid",
         "inspect": "rows bytes teacher problems",
     }
     for name, keys in documented.items():

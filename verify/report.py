@@ -20,6 +20,7 @@ from ..common.outputs import refuse_foreign, write_output
 from .gallery import Gallery
 from .inputs import Inputs
 from .rendering.charts import Curves, verify_charts
+from .summary import figures, headline
 from .table import MASK_METRICS, METRICS, masks_compared, number
 from .thresholds import describe, distinguishable, run_checks, store_audit
 
@@ -157,6 +158,8 @@ def render(data: ReportData) -> str:
             result=data.result,
             subject=data.result["subject"],
             gallery=data.gallery,
+            headline=headline(data.result),
+            figures=figures(data.result),
             metrics=METRICS,
             mask_metrics=MASK_METRICS if "miou" in data.result else (),
             masks_compared=masks_compared(data.result),

@@ -1,10 +1,15 @@
-"""`mobilesam verify`: open the inputs, measure embeddings and masks, check the thresholds, write the report."""
+"""`mobilesam verify`: open the inputs, measure embeddings and masks, check the thresholds, write the report.
+
+Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from torch import Tensor
 
 from ..common.errors import VerifyError, counted
 from ..distill import ImageMetrics, evaluate
@@ -13,10 +18,11 @@ from ..distill.metrics.masks import MaskComparison
 from ..distill.students.student_file import TRAINED_HEAD
 from ..sam.registry import hq_note
 from .config import VerifyConfig
-from .gallery import build_gallery, load_samples
+from .gallery import Gallery, KeptEmbeddings, build_gallery, load_samples
 from .inputs import Inputs, no_masks, open_head, open_inputs, open_student_head
 from .rendering.charts import read_curves
 from .report import VERIFY_REPORT, ReportData, check_report, provenance, report_errors, write_report
+from .summary import headline, summary_facts
 from .thresholds import audit_checks, failed_checks, run_checks, store_audit
 
 
@@ -25,6 +31,7 @@ def verify(
     *,
     progress: Callable[[int, int], None] | None = None,
     phase: Callable[[str], None] = lambda text: None,
+    drawn: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Compare a student's embeddings with its teacher's stored ones, and both models' masks for the same points.
 
@@ -32,9 +39,18 @@ def verify(
         config: all options.
         progress: called with the number of images done and the total.
         phase: called with what begins, where there are no images to count.
+        drawn: for a report, called with the number of photos drawn and the total.
 
     Returns:
         The JSON object that `--json` prints:
+
+        - `summary`: the answer in one sentence. With masks `follows`: {photos, of, threshold}, the number of photos
+          on which the mean IoU of both models' masks reaches the threshold (see `FOLLOWS_IOU`), and of all photos.
+          `examples`: the `best`, the `median` and the `worst` photo by that IoU (without masks by cosine):
+          {key, cosine_valid, miou} of each; None if none is defined. `held_out` and `trained_on`: {images,
+          cosine_valid, miou, follows} of the photos that the run wasn't, and was, trained on; None unless `split` is
+          "all" and there are both. `train_skill_valid`: the skill that distill measured on the run's training rows;
+          None without it.
 
         - `images`, their number; the metrics (see `METRICS`) over all cells, and with `_valid` appended to their
           names over valid cells.
@@ -61,20 +77,34 @@ def verify(
     inputs = open_inputs(config)
     with inputs.store:
         phase("comparing images")
-        numbers, per_image, masks = _measure(inputs, config, progress)
-        result = _result(config, inputs, numbers)
-        if config.report is not None:
-            phase("writing the report")
+        kept = KeptEmbeddings(inputs) if config.report is not None else None
+        numbers, per_image, masks = _measure(inputs, config, progress, kept)
+        facts = summary_facts(inputs, config.split, per_image, None if masks is None else masks.per_image)
+        result = _result(config, inputs, numbers | facts)
+        if config.report is not None and kept is not None:
             with report_errors(result, result["subject"]):
-                write_report(config.report, _report_data(inputs, result, per_image, masks))
+                phase("drawing photos")
+                gallery = build_gallery(load_samples(inputs, per_image, masks, kept, drawn))
+                phase("writing the report")
+                write_report(config.report, _report_data(inputs, result, per_image, gallery))
     return result
 
 
 def _measure(
-    inputs: Inputs, config: VerifyConfig, progress: Callable[[int, int], None] | None
+    inputs: Inputs,
+    config: VerifyConfig,
+    progress: Callable[[int, int], None] | None,
+    kept: KeptEmbeddings | None,
 ) -> tuple[dict[str, Any], list[ImageMetrics], MaskComparison | None]:
     """Return the metrics over all rows, the metrics of each image, and the comparison of masks, if there is one."""
     masks = _open_masks(inputs, config) if config.points else None
+
+    def on_embeddings(rows: Sequence[int], student_BCHW: Tensor, teacher_BCHW: Tensor) -> None:
+        if masks is not None:
+            masks.update(rows, student_BCHW, teacher_BCHW)
+        if kept is not None:
+            kept.add(rows, student_BCHW)
+
     numbers, per_image = evaluate(
         inputs.student.encoder,
         inputs.store,
@@ -82,7 +112,7 @@ def _measure(
         inputs.image_root,
         inputs.compute,
         mean_embedding=inputs.mean.mean_CHW,
-        on_embeddings=None if masks is None else masks.update,
+        on_embeddings=on_embeddings,
         on_image=progress,
     )
     return numbers | ({} if masks is None else masks.result()), per_image, masks
@@ -112,10 +142,12 @@ def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) ->
     skill, note = _skill_of_training(inputs, numbers)
     if note is not None:
         inputs.notes.insert(0, note)
-    return {
+    run = inputs.student.run
+    result = {
         "images": len(inputs.rows),
         **numbers,
         "no_better_than_constant": None if skill is None else skill <= 0,
+        "train_skill_valid": None if run is None else training_skill(run),
         "passed": not failed,
         "failed_checks": failed,
         "subject": {
@@ -126,6 +158,7 @@ def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) ->
             "report": None if config.report is None else str(config.report),
         },
     }
+    return result | {"summary": headline(result)}
 
 
 def _skill_of_training(inputs: Inputs, numbers: Mapping[str, Any]) -> tuple[float | None, str | None]:
@@ -147,7 +180,7 @@ def _report_data(
     inputs: Inputs,
     result: dict[str, Any],
     per_image: Sequence[ImageMetrics],
-    masks: MaskComparison | None,
+    gallery: Gallery | None,
 ) -> ReportData:
     run = inputs.student.run
     return ReportData(
@@ -156,5 +189,5 @@ def _report_data(
         provenance=provenance(inputs, result["subject"]["split"]),
         cosines=[image.cosine_valid for image in per_image if image.cosine_valid is not None],
         curves=None if run is None else read_curves(run.history(), run.description.options["loss_region"]),
-        gallery=build_gallery(*load_samples(inputs, per_image, masks)),
+        gallery=gallery,
     )

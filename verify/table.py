@@ -8,6 +8,7 @@ from typing import Any
 
 from ..common.errors import counted, shown
 from ..common.table import Table
+from .summary import headline
 from .thresholds import describe, run_checks
 
 
@@ -125,7 +126,7 @@ def masks_compared(result: Mapping[str, Any]) -> str:
 
 
 def table_lines(result: Mapping[str, Any]) -> list[str]:
-    """Return the lines that `mobilesam verify` prints: student and teacher, notes, metrics, checks.
+    """Return the lines that `mobilesam verify` prints: student and teacher, notes, metrics, checks, the summary.
 
     Args:
         result: result of `verify`.
@@ -144,6 +145,7 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append("no thresholds set (--min-cosine, --min-skill, --min-miou)")
     if subject["report"]:
         lines.append(f"report  {subject['report']}")
+    lines.append(headline(result))
     return [shown(line) for line in lines]
 
 

@@ -67,12 +67,26 @@ def embed(student: nn.Module, batch: Batch, compute: ComputeSettings) -> tuple[T
     canvas_BHWC = batch.canvas_BHWC.to(device, non_blocking=True)
     pixels_BCHW = normalize_and_pad(canvas_BHWC, batch.canvas_sizes_B2)
     pixels_BCHW = pixels_BCHW.contiguous(memory_format=compute.memory_format)
-    teacher_BCHW = batch.values_BCHW.to(device, non_blocking=True).float()
-    if batch.scales_BC is not None:
-        teacher_BCHW = teacher_BCHW * batch.scales_BC.to(device, non_blocking=True)[:, :, None, None]
+    teacher_BCHW = teacher_embeddings(batch, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bfloat16"):
         student_BCHW = student(pixels_BCHW)
     return student_BCHW.float(), teacher_BCHW
+
+
+def teacher_embeddings(batch: Batch, device: torch.device) -> Tensor:
+    """Copy the teacher's embeddings of a batch to a device.
+
+    Args:
+        batch: batch of a loader, on the CPU.
+        device: device to copy to; copies from pinned memory are asynchronous.
+
+    Returns:
+        float32 (B, 256, g, g).
+    """
+    teacher_BCHW = batch.values_BCHW.to(device, non_blocking=True).float()
+    if batch.scales_BC is not None:
+        teacher_BCHW = teacher_BCHW * batch.scales_BC.to(device, non_blocking=True)[:, :, None, None]
+    return teacher_BCHW
 
 
 @torch.no_grad()

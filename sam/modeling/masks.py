@@ -23,6 +23,9 @@ PROMPTS_AT_ONCE = {"cpu": 4, "cuda": 32}
 """Prompts that are decoded together, by device type. On a CPU, 16 at once take twice as long as four times 4, whose
 tensors fit its caches better."""
 
+SAMPLES = 3
+"""Samples along each side of a drawn pixel: ten shades at the edge of a mask."""
+
 PIXELS_AT_ONCE = 2**24
 """Most logits at an image's full size that are held together: 64 MiB. Masks of a larger image are made one by one."""
 
@@ -87,6 +90,39 @@ def mask_chunks(
                 yield [upscale_masks(part, size, original_size, resized_size) for part in parts]
 
 
+@torch.no_grad()
+def point_logits(
+    head: SamHead,
+    emb_1CHW: Tensor,
+    points_P2: npt.NDArray[np.floating],
+    original_size: tuple[int, int],
+    resized_size: tuple[int, int],
+) -> Tensor:
+    """Decode the low-resolution logits of P foreground points, PROMPTS_AT_ONCE at a time.
+
+    Args:
+        head: SAM's head, in evaluation mode, on the embedding's device.
+        emb_1CHW: (1, 256, g, g), embedding of the image.
+        points_P2: (P, 2), x and y in pixels of the original image; each point is a separate prompt; P is at least 1.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
+
+    Returns:
+        float32 (P, 1, 4g, 4g) over the encoder's whole square, on the embedding's device.
+    """
+    device_type = emb_1CHW.device.type
+    prompts = PROMPTS_AT_ONCE[device_type]
+    with torch.autocast(device_type, enabled=False):
+        return torch.cat(
+            [
+                _low_res_logits(
+                    head, emb_1CHW, points_P2[start : start + prompts], original_size, resized_size
+                )
+                for start in range(0, len(points_P2), prompts)
+            ]
+        )
+
+
 def _low_res_logits(
     head: SamHead,
     emb_1CHW: Tensor,
@@ -144,3 +180,27 @@ def upscale_masks(
     inside = square[..., : resized_size[0], : resized_size[1]]
     full = F.interpolate(inside, original_size, mode="bilinear", align_corners=False)
     return full[:, 0] > MASK_THRESHOLD
+
+
+def mask_cover(
+    logits_p1hw: Tensor, image_size: int, size: tuple[int, int], resized_size: tuple[int, int]
+) -> Tensor:
+    """Return the share of each pixel of a picture that a mask covers: a mask with smooth edges, for drawing.
+
+    Each pixel is sampled SAMPLES x SAMPLES times; a sample is inside as in `upscale_masks`.
+
+    Args:
+        logits_p1hw: float32 (p, 1, 4g, 4g) over the encoder's square.
+        image_size: side of the square in pixels.
+        size: (height, width) in pixels of the picture, which shows the whole image.
+        resized_size: (height, width) of the resized image on the square, in pixels.
+
+    Returns:
+        float32 (p, H, W), 0 to 1.
+    """
+    fine = size[0] * SAMPLES, size[1] * SAMPLES
+    covers = [
+        F.avg_pool2d(upscale_masks(one_1hw[None], image_size, fine, resized_size).float(), SAMPLES)
+        for one_1hw in logits_p1hw
+    ]
+    return torch.cat(covers)

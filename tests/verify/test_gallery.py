@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilesam.verify.gallery import Sample, build_gallery, worst_and_best
+from mobilesam.verify.gallery import Sample, Samples, build_gallery, worst_and_best
+from mobilesam.verify.summary import PLACES
 
 RNG = np.random.default_rng(0)
 
@@ -50,10 +51,11 @@ def test_a_perfect_student_has_the_teachers_colours_and_a_black_error_map():
         student_CHW=emb_CHW,
         metrics={"cosine": 1.0, "cosine_valid": 1.0, "mse": 0.0, "mse_valid": 0.0},
     )
-    gallery = build_gallery([sample], [])
+    gallery = build_gallery(Samples(worst=[sample], best=[], examples=dict.fromkeys(PLACES, sample)))
     assert gallery is not None
     (panel,) = gallery.worst
     assert panel.pictures["teacher"] == panel.pictures["student"]
     assert decoded(panel.pictures["error"]).max() <= 4  # magma begins at (0, 0, 3)
     assert panel.size == (160, 256)
-    assert build_gallery([], []) is None
+    assert [example.place for example in gallery.examples] == [""]
+    assert build_gallery(Samples(worst=[], best=[], examples={})) is None

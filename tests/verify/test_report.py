@@ -11,7 +11,7 @@ import pytest
 
 from mobilesam.common.errors import VerifyError
 from mobilesam.common.outputs import marked
-from mobilesam.verify.gallery import Sample, build_gallery
+from mobilesam.verify.gallery import Gallery, Sample, Samples, build_gallery
 from mobilesam.verify.rendering.charts import Curves
 from mobilesam.verify.report import (
     EVALUATE_REPORT,
@@ -73,6 +73,16 @@ def sample(key: str, seed: int) -> Sample:
     )
 
 
+def gallery(worst: str, best: str | None = None) -> Gallery | None:
+    low, high = sample(worst, 0), None if best is None else sample(best, 1)
+    samples = Samples(
+        worst=[low],
+        best=[] if high is None else [high],
+        examples={"best": high or low, "median": low, "worst": low},
+    )
+    return build_gallery(samples)
+
+
 def result(**changes: object) -> dict:
     subject = {
         "student": "tiny_vit",
@@ -111,7 +121,7 @@ def data(**changes: object) -> ReportData:
         "provenance": {"Store": [("path", "/data/store.zarr")]},
         "cosines": [0.8, 0.9, 0.95],
         "curves": CURVES,
-        "gallery": build_gallery([sample("worst.jpg", 0)], [sample("best.jpg", 1)]),
+        "gallery": gallery("worst.jpg", "best.jpg"),
     }
     return ReportData(**(values | changes))
 
@@ -132,7 +142,7 @@ def test_the_page_loads_nothing_and_runs_nothing():
 
 def test_every_picture_has_a_text_alternative_and_ids_are_unique():
     page = Page(render(data()))
-    assert len(page.all("img")) == 2 * 4 + 1
+    assert len(page.all("img")) == 2 * 3 + 2 * 4 + 1
     assert all(attrs.get("alt") for attrs in page.all("img"))
     charts = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
     assert len(charts) == 3
@@ -163,7 +173,7 @@ def test_rendering_is_repeatable_and_leaves_matplotlib_as_it_was():
 def test_names_that_are_markup_are_shown_and_not_obeyed(place, tmp_path):
     changes: dict = {}
     if place == "key":
-        changes["gallery"] = build_gallery([sample(HOSTILE, 0)], [])
+        changes["gallery"] = gallery(HOSTILE)
     elif place == "store":
         changes["provenance"] = {"Store": [("path", HOSTILE)]}
     else:
@@ -199,7 +209,9 @@ def test_undefined_numbers_are_shown_as_undefined():
     assert "undefined" in Page(html).text
     assert ">nan<" not in html
     assert "None" not in Page(html).text
-    assert sum("undefined" in line for line in table_lines(bare)) == 5
+    *lines, answer = table_lines(bare)
+    assert sum("undefined" in line for line in lines) == 5
+    assert answer == "The student can't be judged: its skill on 3 held-out photos is undefined."
 
 
 def test_without_run_and_pictures_the_page_still_stands():

@@ -44,8 +44,9 @@ def test_the_latest_run_and_its_store_are_the_default(world):
     assert result["subject"]["run"] == world.run.path.name
     assert result["subject"]["store"] == str(world.store)
     masks = {"miou", "miou_min", "prompts", "empty_masks"}
-    about = {"images", "no_better_than_constant", "passed", "failed_checks", "subject"}
-    assert {*about, *metrics(result), *masks} == set(result)
+    about = {"images", "no_better_than_constant", "train_skill_valid", "passed", "failed_checks", "subject"}
+    words = {"summary", "follows", "examples", "held_out", "trained_on"}
+    assert {*about, *words, *metrics(result), *masks} == set(result)
     json.dumps(result, allow_nan=False)
 
 
@@ -289,7 +290,7 @@ def test_the_report_shows_every_image_of_a_small_set_once(world, tmp_path):
     parser.feed(page)
     photos = [alt for alt in pictures if alt.startswith("photo of ")]
     assert sorted(photos) == [f"photo of photo{i}.bmp" for i in range(6)]
-    assert len(pictures) == 6 * 6 + 1
+    assert len(pictures) == 3 * 3 + 6 * 6 + 1
     assert sum("s masks for" in alt for alt in pictures) == 6 * 2
     for stated in (
         world.run.path.name,

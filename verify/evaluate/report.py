@@ -6,7 +6,7 @@ mask, C channels, 2 (x, y).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +74,11 @@ class ImagePanel:
 
 
 def write_evaluation_report(
-    path: Path, result: Mapping[str, Any], inputs: EvaluationInputs, config: EvaluateConfig
+    path: Path,
+    result: Mapping[str, Any],
+    inputs: EvaluationInputs,
+    config: EvaluateConfig,
+    drawn: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Predict the masks of the worst and the best images again, and write the page.
 
@@ -83,16 +87,18 @@ def write_evaluation_report(
         result: result of `evaluate_masks`.
         inputs: inputs of the evaluation, still open.
         config: options of the evaluation.
+        drawn: called with the number of photos drawn and the total.
 
     Raises:
         VerifyError: an image can't be read any longer, or the page can't be written.
     """
     worst, best = _worst_and_best(result["per_image"])
     index_of = {shown(inputs.images.key(index)): index for index in range(len(inputs.images))}
-    panels = [
-        [_image_panel(inputs, config, index_of[one["key"]], one["miou"]) for one in some]
-        for some in (worst, best)
-    ]
+    panels: list[ImagePanel] = []
+    for one in [*worst, *best]:
+        drawn(len(panels), len(worst) + len(best))
+        panels.append(_image_panel(inputs, config, index_of[one["key"]], one["miou"]))
+    drawn(len(panels), len(panels))
     page = (
         page_environment()
         .get_template(TEMPLATE)
@@ -100,8 +106,8 @@ def write_evaluation_report(
             result=result,
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             tables=tables(result),
-            worst=panels[0],
-            best=panels[1],
+            worst=panels[: len(worst)],
+            best=panels[len(worst) :],
             no_numbers=None if result["evaluated"] else no_numbers(result),
         )
     )

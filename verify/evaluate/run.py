@@ -44,6 +44,7 @@ def evaluate_masks(
     progress: Progress | None = None,
     download: Progress | None = None,
     phase: Callable[[str], None] = lambda text: None,
+    drawn: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Compare the masks of models with the teacher's and with labels.
 
@@ -52,6 +53,7 @@ def evaluate_masks(
         progress: called with the number of images done and the total.
         download: called with (bytes done, bytes in total) while a teacher's checkpoint is downloaded.
         phase: called with what begins, where there are no images to count.
+        drawn: for a report, called with the number of photos drawn and the total.
 
     Returns:
         The JSON object that `--json` prints:
@@ -92,8 +94,8 @@ def evaluate_masks(
         result = evaluation.result(phase)
         if config.report is not None:
             with report_errors(result, result):
-                phase("writing the report")
-                write_evaluation_report(config.report, result, inputs, config)
+                phase("drawing photos")
+                write_evaluation_report(config.report, result, inputs, config, drawn)
     return result
 
 

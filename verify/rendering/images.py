@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 from ...distill.metrics.masks import iou
+from ...predict.overlay import draw_point, tinted
 
 Floats = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
@@ -24,10 +25,16 @@ Rgb = npt.NDArray[np.uint8]
 PICTURE_SIDE = 440
 """Longest side in pixels of a photo on the page."""
 
+LARGE_SIDE = 640
+"""Longest side in pixels of a photo at the top of the page, and of masks before they are reduced."""
+
+LINE_SHARE, POINT_SHARE = 220, 80
+"""Longest side of a picture in widths of its masks' outlines, and in radii of its dots."""
+
 POINT_COLOURS = ((255, 176, 0), (0, 200, 255), (255, 64, 160), (130, 255, 80))
 """RGB of an image's first, second, ... point: distinguishable with colour blindness too, and rare in photos."""
 
-LEAST_SHARE, MOST_SHARE = 0.001, 0.95
+LEAST_SHARE, MOST_SHARE = 0.01, 0.95
 """Smallest and largest share of the image's pixels for a mask worth showing."""
 
 SAME_MASK_IOU = 0.5
@@ -172,6 +179,22 @@ def png_uri(rgb_HW3: Rgb) -> str:
     return _uri(Image.fromarray(rgb_HW3), "png", optimize=True)
 
 
+def at_side(rgb_HW3: Rgb, longest: int) -> Rgb:
+    """Reduce or enlarge a photo.
+
+    Args:
+        rgb_HW3: uint8 RGB (H, W, 3).
+        longest: longest side of the result in pixels.
+
+    Returns:
+        uint8 RGB (H, W, 3).
+    """
+    height, width = rgb_HW3.shape[:2]
+    scale = longest / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(rgb_HW3).resize(size, Image.Resampling.LANCZOS))
+
+
 def thumbnail_uri(rgb_HW3: Rgb, longest: int = PICTURE_SIDE) -> str:
     """Reduce a photo and encode it as a JPEG data URI.
 
@@ -192,12 +215,14 @@ def _uri(image: Image.Image, kind: str, **options: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PointMasks:
-    """Masks of teacher and student for some points of an image, at the size of its photo in the encoder's square."""
+    """Masks of teacher and student for some points of an image, over its whole photo, of any size."""
 
     points_p2: Floats
     """x and y as shares of the photo's width and height, 0 to 1."""
-    teacher_pHW: Bools
-    student_pHW: Bools
+    teacher_pHW: Floats
+    """Share of each pixel that the mask covers, float32 (p, H, W), 0 to 1."""
+    student_pHW: Floats
+    """The same of the student."""
     ious_p: Floats
     """IoU of both masks at the image's original size, as verify measures it."""
     image_iou: float
@@ -220,7 +245,7 @@ class MaskPanel:
     compared: int
 
 
-def choose_points(masks_PHW: Bools, most: int = 4) -> list[int]:
+def choose_points(masks_PHW: Bools, most: int = len(POINT_COLOURS)) -> list[int]:
     """Return the indices of masks that differ from each other (IoU below SAME_MASK_IOU), in order.
 
     Masks with less than LEAST_SHARE or more than MOST_SHARE of the image are chosen only if there are no others.
@@ -229,11 +254,15 @@ def choose_points(masks_PHW: Bools, most: int = 4) -> list[int]:
         masks_PHW: bool (P, H, W).
         most: largest number of indices.
     """
-    shares_P = masks_PHW.mean(axis=(1, 2))
-    usable_P = (shares_P >= LEAST_SHARE) & (shares_P <= MOST_SHARE)
-    return _differing(masks_PHW, np.flatnonzero(usable_P), most) or _differing(
+    return _differing(masks_PHW, np.flatnonzero(usable(masks_PHW)), most) or _differing(
         masks_PHW, range(len(masks_PHW)), most
     )
+
+
+def usable(masks_PHW: Bools) -> Bools:
+    """Return for each mask if it has a part of the image that is worth showing, bool (P,)."""
+    shares_P: Floats = masks_PHW.mean(axis=(1, 2))
+    return (shares_P >= LEAST_SHARE) & (shares_P <= MOST_SHARE)
 
 
 def _differing(masks_PHW: Bools, candidates: Iterable[int], most: int) -> list[int]:
@@ -249,16 +278,17 @@ def _differing(masks_PHW: Bools, candidates: Iterable[int], most: int) -> list[i
     return chosen
 
 
-def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
+def mask_panel(photo_HWC: Rgb, masks: PointMasks, longest: int = PICTURE_SIDE) -> MaskPanel:
     """Paint the teacher's and the student's masks over the photo, in the same colour for the same point.
 
     Args:
         photo_HWC: uint8 RGB (H, W, 3).
         masks: masks over the photo, of any size, at most as many as POINT_COLOURS.
+        longest: largest side of the pictures in pixels.
     """
     return MaskPanel(
-        teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_pHW, masks.points_p2)),
-        student=thumbnail_uri(paint_masks(photo_HWC, masks.student_pHW, masks.points_p2)),
+        teacher=thumbnail_uri(paint_masks(photo_HWC, masks.teacher_pHW, masks.points_p2, longest), longest),
+        student=thumbnail_uri(paint_masks(photo_HWC, masks.student_pHW, masks.points_p2, longest), longest),
         points=[
             (f"rgb{colour}", float(value)) for colour, value in zip(POINT_COLOURS, masks.ious_p, strict=False)
         ],
@@ -267,14 +297,17 @@ def mask_panel(photo_HWC: Rgb, masks: PointMasks) -> MaskPanel:
     )
 
 
-def paint_masks(photo_HWC: Rgb, masks_pHW: Bools, points_p2: Floats, longest: int = PICTURE_SIDE) -> Rgb:
+def paint_masks(
+    photo_HWC: Rgb, masks_pHW: Floats | Bools, points_p2: Floats, longest: int = PICTURE_SIDE
+) -> Rgb:
     """Paint masks over a photo: translucent, outlined, their points as dots.
 
     The photo's saturation is reduced first, so that its colours don't look like a mask's.
 
     Args:
         photo_HWC: uint8 RGB (H, W, 3).
-        masks_pHW: bool (p, H, W), over the photo, of any size; at most as many as POINT_COLOURS.
+        masks_pHW: share of each pixel that a mask covers, float (p, H, W), 0 to 1, or bool; over the photo, of any
+            size; at most as many as POINT_COLOURS.
         points_p2: float (p, 2), x and y as shares of the photo's width and height, 0 to 1.
         longest: largest side of the result in pixels.
 
@@ -284,16 +317,16 @@ def paint_masks(photo_HWC: Rgb, masks_pHW: Bools, points_p2: Floats, longest: in
     image = Image.fromarray(photo_HWC)
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     picture_HWC = _paled(np.asarray(image))
-    colours = [np.array(colour, dtype=np.float32) for colour in POINT_COLOURS[: len(masks_pHW)]]
-    small_pHW = [_shrunk(mask_HW, image.size) for mask_HW in masks_pHW]
+    covers_pHW = [_resized(mask_HW, image.size) for mask_HW in masks_pHW]
+    line = max(2, round(max(image.size) / LINE_SHARE))
     # Large masks first, so that small ones are on top.
-    for i in sorted(range(len(small_pHW)), key=lambda i: -int(small_pHW[i].sum())):
-        picture_HWC[small_pHW[i]] = 0.5 * picture_HWC[small_pHW[i]] + 0.5 * colours[i]
-    for colour, mask_HW in zip(colours, small_pHW, strict=True):
-        picture_HWC[_outline(mask_HW)] = colour
-    painted = Image.fromarray(np.rint(picture_HWC).astype(np.uint8))
-    _dot(painted, points_p2)
-    return np.asarray(painted)
+    for i in sorted(range(len(covers_pHW)), key=lambda i: -float(covers_pHW[i].sum())):
+        picture_HWC = tinted(picture_HWC, covers_pHW[i], POINT_COLOURS[i], line)
+    painted_HWC = np.rint(picture_HWC).astype(np.uint8)
+    height, width = painted_HWC.shape[:2]
+    for (x, y), colour in zip(points_p2 * (width, height), POINT_COLOURS, strict=False):
+        draw_point(painted_HWC, (min(x, width - 1), min(y, height - 1)), colour, POINT_SHARE)
+    return painted_HWC
 
 
 def _paled(photo_HWC: Rgb) -> npt.NDArray[np.float32]:
@@ -301,23 +334,8 @@ def _paled(photo_HWC: Rgb) -> npt.NDArray[np.float32]:
     return 0.35 * photo_HWC + 0.65 * grey_HW1
 
 
-def _shrunk(mask_HW: Bools, size: tuple[int, int]) -> Bools:
-    """Reduce a mask to `size` (width, height): a pixel is inside if at least half of its area was."""
-    small = Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)
-    return np.asarray(small) >= 128
-
-
-def _outline(mask_HW: Bools) -> Bools:
-    """Return the two outermost pixels of a mask."""
-    inner = Image.fromarray(mask_HW.astype(np.uint8) * 255).filter(ImageFilter.MinFilter(5))
-    return mask_HW & (np.asarray(inner) == 0)
-
-
-def _dot(picture: Image.Image, points_p2: Floats) -> None:
-    draw = ImageDraw.Draw(picture)
-    radius = max(3, round(max(picture.size) / 75))
-    for (x, y), colour in zip(points_p2 * np.array(picture.size), POINT_COLOURS, strict=False):
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius), fill=colour, outline=(255, 255, 255), width=2
-        )
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(0, 0, 0), width=1)
+def _resized(mask_HW: Floats | Bools, size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Resize a mask to `size` (width, height): the share of each pixel that it covers."""
+    cover = Image.fromarray(mask_HW.astype(np.float32))
+    larger = cover.width < size[0] or cover.height < size[1]
+    return np.asarray(cover.resize(size, Image.Resampling.BILINEAR if larger else Image.Resampling.BOX))
