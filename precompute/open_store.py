@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..common.errors import CheckpointError, PrecomputeError, StoreMismatch, counted
 from ..sam import KEPT_KIND, preprocessing_recipe
-from ..sam.registry import TEACHERS, TeacherPackage, find_teacher_package, is_teacher
+from ..sam.registry import EMBEDDED_TEACHER, TEACHERS, TeacherPackage, find_teacher_package, is_teacher
 from ..sam.teacher import (
     embedded_sha256,
     inspect_checkpoint,
@@ -92,6 +92,7 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         plan.teacher, plan.config.checkpoint, progress=observer.download, download=download
     )
     if path is None:
+        _refuse_other_embedded(plan.config.out, stored)
         return TeacherFile(name=plan.teacher, path=None, sha256=embedded_sha256())
     content = inspect_checkpoint(plan.teacher, path)
     if content.note is not None:
@@ -102,6 +103,19 @@ def find_teacher(plan: Plan, observer: Observer, *, download: bool = True) -> Te
         sha256=weights_sha256(path),
         has_head=content.has_head,
         trained_image_size=content.trained_image_size,
+    )
+
+
+def _refuse_other_embedded(out: Path, stored: StoreSpec | None) -> None:
+    """Refuse to extend a store of other weights of the embedded teacher than this package's."""
+    if stored is None or (stored.teacher, stored.checkpoint) != (EMBEDDED_TEACHER, None):
+        return
+    if stored.checkpoint_sha256 == embedded_sha256():
+        return
+    raise StoreMismatch(
+        f"{out} was made with other weights of {stored.teacher} (SHA-256 {stored.checkpoint_sha256[:16]}) than this "
+        f"package's ({embedded_sha256()[:16]}): it can be distilled from and verified, but for more images give "
+        "another --out, or install the mobilesam that made it"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from listener import Listener
 from PIL import Image
 
-from mobilesam.precompute import PrecomputeConfig, PrecomputeError
+from mobilesam.precompute import PrecomputeConfig, PrecomputeError, open_store
 from mobilesam.sam import SamError
 from mobilesam.store import EmbeddingStore, StoreError, StoreLocked, StoreMismatch
 
@@ -141,6 +141,22 @@ def test_other_settings_are_refused_with_the_difference(
     with pytest.raises(StoreMismatch, match=difference):
         run(limit=3, **options)
     assert _shard_files(tmp_path / "store.zarr") == before
+
+
+def test_a_store_of_the_embedded_teachers_former_weights_is_refused_with_the_mend(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(limit=3)
+    before = _shard_files(tmp_path / "store.zarr")
+    monkeypatch.setattr(open_store, "embedded_sha256", lambda: "f" * 64)
+    mend = (
+        r"other weights of vit_nano .* this package's \(f{16}\): .* another --out, or install the mobilesam"
+    )
+    with pytest.raises(StoreMismatch, match=mend):
+        run(limit=5, extend=True)
+    assert _shard_files(tmp_path / "store.zarr") == before
+    monkeypatch.undo()
+    assert run(limit=5, extend=True)["done"] == 5
 
 
 def test_another_precision_is_refused_and_auto_means_the_stores(run: Run, tmp_path: Path) -> None:
