@@ -26,7 +26,8 @@ from mobilesam.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TASKS = (
-    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "PYTHON_API.md", "DOCTOR.md",
+    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "PYTHON_API.md",
+    "DOCTOR.md",
 )  # fmt: skip
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -122,6 +123,7 @@ def test_the_python_page_runs_from_its_first_block_to_its_last(
     _photos(tmp_path / "photos")
     _run_page("PYTHON_API.md", lambda words: words)
     assert (tmp_path / "exported" / "encoder.onnx").exists()
+    assert (tmp_path / "overlay.png").exists()
 
 
 def _small(words: list[str]) -> list[str]:
