@@ -214,7 +214,7 @@ def test_little_memory_is_told_with_what_a_training_takes() -> None:
 
 NOTHING_STARTS = {"click", "lazy-loader", "packaging"}
 BASE = {
-    re.split("[^a-z-]", need)[0] for need in metadata.requires("mobilesam") or [] if "extra ==" not in need
+    re.split("[<>=!~; ]", need)[0] for need in metadata.requires("mobilesam") or [] if "extra ==" not in need
 }
 
 
