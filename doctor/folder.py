@@ -1,6 +1,6 @@
 """The current folder: its photos, stores and runs, as far as they are, and the command that comes next.
 
-Only a few small files of each store and run are read, and only names of photos, of this folder and of those in it.
+Only a few small files of each store and run are read, and only the names of photos.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..store.inspection import inspect_store
 from .machine import size_words
 
 MOST_NAMES = 100_000
-"""Names that are read of one folder; in a larger one the photos are counted so far only."""
+"""Names that are read in and below one folder; in a larger one the photos are counted so far only."""
 MOST_RUNS = 10
 """Runs that are looked into, the newest ones."""
 
@@ -47,7 +48,7 @@ def bytes_per_image(image_size: int = DEFAULT_IMAGE_SIZE, dtype: str = DEFAULT_D
 
 
 def photos(folder: Path) -> list[dict[str, Any]]:
-    """Count the photos in a folder and in each folder directly in it, by their names, and list the tars in it.
+    """Count the photos in a folder, and in and below each folder in it, by their names, and list the tars in it.
 
     Args:
         folder: folder to look into.
@@ -58,17 +59,31 @@ def photos(folder: Path) -> list[dict[str, Any]]:
     """
     found: list[dict[str, Any]] = []
     for path in [folder, *_folders(folder)]:
-        names = {entry.name for entry, _ in zip(_entries(path), range(MOST_NAMES), strict=False)}
-        if own_folder(str(path), names) is not None:
-            continue
-        own = own_pictures(str(path), names)
-        images = sum(_is_photo(name) for name in names - own)
+        images, all_read = _count_photos(path, deep=path != folder)
         if images:
-            shown = os.path.relpath(path, folder)
-            found.append({"path": shown, "images": images, "all": len(names) < MOST_NAMES})
+            found.append({"path": os.path.relpath(path, folder), "images": images, "all": all_read})
     found.sort(key=lambda each: -each["images"])
     tars = sorted(entry.name for entry in _entries(folder) if entry.name.endswith(".tar"))
     return found + [{"path": name, "images": None, "all": False} for name in tars]
+
+
+def _count_photos(top: Path, *, deep: bool) -> tuple[int, bool]:
+    """Count the photos in a folder, and in those below if `deep`; False if there are more than MOST_NAMES names."""
+    images, left, places = 0, MOST_NAMES, [top]
+    while places and left:
+        place = places.pop()
+        entries = list(islice(_entries(place), left))
+        names = {entry.name for entry in entries}
+        left -= len(names)
+        if own_folder(str(place), names) is None:
+            images += sum(_is_photo(name) for name in names - own_pictures(str(place), names))
+            places += [Path(one.path) for one in entries if deep and _is_folder(one)]
+    return images, left > 0
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder that is searched: neither hidden nor a link."""
+    return entry.is_dir(follow_symlinks=False) and hidden_kind(entry.name) is None
 
 
 def _is_photo(name: str) -> bool:

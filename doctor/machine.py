@@ -97,7 +97,7 @@ def disk(folder: Path) -> dict[str, Any]:
         `folder`, as given; `free` and `total` in bytes; `writable`.
     """
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # also where it may not be looked into
         there = there.parent
     usage = shutil.disk_usage(there)
     return {
@@ -117,7 +117,7 @@ def checkpoints() -> dict[str, Any]:
     folder = cache_directory()
     official = {info.checkpoint.name: info for info in TEACHERS.values() if info.checkpoint is not None}
     files = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(folder.iterdir()) if os.access(folder, os.R_OK | os.X_OK) else []:
         if not path.is_file() or path.name.endswith(".part.json"):
             continue
         size, info = path.stat().st_size, official.get(path.name.removesuffix(".part"))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mobilesam.cli import main
 from mobilesam.distill import DistillConfig, Run
+from mobilesam.distill.checksummed_json import encode_line
 from mobilesam.doctor import folder
 from mobilesam.sam.teacher import load_head
 from mobilesam.store import encode_head
@@ -60,10 +61,13 @@ def _parsed(command: str) -> DistillConfig:
     )
 
 
-def test_photos_are_counted_here_and_one_folder_down_and_nowhere_in_what_mobilesam_made(
+def test_photos_are_counted_here_and_below_each_folder_but_not_in_what_mobilesam_made(
     here: Path, unpacked: Path
 ) -> None:
-    _photos(here / "holiday", 3)
+    _photos(here / "holiday", 1)
+    _photos(here / "holiday" / "beach", 2)
+    shutil.copytree(unpacked / "kept.zarr", here / "holiday" / "kept.zarr")
+    (here / "holiday" / "again").symlink_to(here / "holiday")
     _photos(here, 1)
     _photos(here / ".thumbs", 5)
     (here / "holiday" / "notes.txt").write_text("none")
@@ -74,6 +78,12 @@ def test_photos_are_counted_here_and_one_folder_down_and_nowhere_in_what_mobiles
         {"path": ".", "images": 1, "all": True},
         {"path": "sa_000000.tar", "images": None, "all": False},
     ]
+
+
+def test_of_a_huge_folder_only_so_many_names_are_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "MOST_NAMES", 4)
+    _photos(here / "huge", 9)
+    assert folder.photos(Path()) == [{"path": "huge", "images": 4, "all": False}]
 
 
 def test_an_empty_folder_is_told_what_precompute_needs() -> None:
@@ -164,6 +174,19 @@ def test_a_run_that_is_being_trained_is_waited_for(here: Path, unpacked: Path) -
     assert step["command"] is None
     assert step["state"] == "runs/interrupted is being trained by process 7 on host: wait for it"
     assert _next()["command"] is not None
+
+
+def test_a_finished_run_is_verified_and_then_used(here: Path, unpacked: Path) -> None:
+    shutil.copytree(unpacked / "runs" / "interrupted", here / "runs" / "mine")
+    with open("runs/mine/metrics.jsonl", "ab") as log:
+        log.write(encode_line({"kind": "result", "finished": "2026-01-31T23:59:00+00:00"}))
+    assert folder.runs()[0]["finished"] == "2026-01-31T23:59:00+00:00"
+    step = _next()
+    assert step["command"] == "mobilesam verify --student runs/mine --report report.html"
+    assert [line.split()[1] for line in step["then"]] == ["segment", "export"]
+    step = _next(report=False)
+    assert step["command"] == "mobilesam verify --student runs/mine"
+    assert step["needs"] == ["--report report.html also needs the extra report"]
 
 
 def test_a_damaged_run_is_named_with_its_error(here: Path, unpacked: Path) -> None:
