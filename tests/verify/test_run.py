@@ -247,6 +247,28 @@ def test_an_explicit_precision_overrides_the_runs(world):
     assert result["mse"] == pytest.approx(verify(asked())["mse"], rel=0.05)
 
 
+def test_drawing_tells_how_far_it_is_and_computes_no_embedding_twice(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "mobilesam.verify.gallery.embed", lambda *_: pytest.fail("the student's embeddings are known")
+    )
+    told: list[tuple[int, int]] = []
+    phases: list[str] = []
+    kept = tmp_path / "kept.html"
+    verify(
+        asked(split="all", report=kept),
+        drawn=lambda done, total: told.append((done, total)),
+        phase=phases.append,
+    )
+    assert told == [(done, 6) for done in range(7)]
+    assert phases[-2:] == ["drawing photos", "writing the report"]
+    monkeypatch.undo()
+    monkeypatch.chdir(world.path)
+    # Of more images than can be kept, embeddings are computed again.
+    monkeypatch.setattr("mobilesam.verify.gallery.KEPT_BYTES", 0)
+    verify(asked(split="all", report=tmp_path / "again.html", batch_size=1))
+    assert (tmp_path / "again.html").stat().st_size == pytest.approx(kept.stat().st_size, rel=0.02)
+
+
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(world, tmp_path, monkeypatch):
     monkeypatch.setattr("mobilesam.verify.run.open_inputs", lambda _: pytest.fail("work was begun"))
     with pytest.raises(VerifyError, match="does not exist"):

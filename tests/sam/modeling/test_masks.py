@@ -8,7 +8,7 @@ from segment_anything import SamPredictor
 from mobilesam.sam import image_pixels, load_image, resized_size
 from mobilesam.sam.modeling import masks
 from mobilesam.sam.modeling.head import SamHead, assemble, build_head
-from mobilesam.sam.modeling.masks import mask_chunks, point_masks
+from mobilesam.sam.modeling.masks import SAMPLES, mask_chunks, mask_cover, point_logits, point_masks
 from mobilesam.sam.teacher import load_head, load_teacher
 
 SIZE = 128
@@ -94,6 +94,20 @@ def test_neither_layout_nor_autocast_moves_a_pixel(head):
     turned = embedding().contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(point_masks(head, turned, points_P2, *sizes), wanted)
+
+
+def test_a_drawn_mask_is_the_share_of_each_pixel_inside_the_finer_mask(head):
+    points_P2, drawn = points(5, PHOTO), (40, 60)
+    fine, resized = (drawn[0] * SAMPLES, drawn[1] * SAMPLES), resized_size(*PHOTO, SIZE)
+    logits_P1hw = point_logits(head, embedding(), points_P2, PHOTO, resized)
+    assert logits_P1hw.shape == (5, 1, SIZE // 4, SIZE // 4)
+    cover_PHW = mask_cover(logits_P1hw, SIZE, drawn, resized).numpy()
+    # A photo of the finer size, asked at the same places, has the finer masks.
+    scale_2 = np.array([fine[1] / PHOTO[1], fine[0] / PHOTO[0]])
+    masks_PHW = point_masks(head, embedding(), points_P2 * scale_2, fine, resized).numpy()
+    wanted_PHW = masks_PHW.reshape(5, drawn[0], SAMPLES, drawn[1], SAMPLES).mean(axis=(2, 4))
+    assert np.abs(cover_PHW - wanted_PHW).mean() < 1e-3
+    assert len(np.unique(cover_PHW.round(4))) > 2, "edges have shades"
 
 
 def test_masks_record_no_gradient(head):
