@@ -110,6 +110,7 @@ def _problems(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield from _package_problems(facts)
     if facts["torch"] is not None:
         yield from _gpu_problems(facts["torch"], facts["gpus"], facts["driver"], facts["environment"])
+        yield from _thread_problems(facts)
     yield from _core_problems(facts["processor"])
     yield from _disk_problems(facts)
     if facts["folder"]["stores"] is not None:
@@ -174,6 +175,17 @@ def _gpu_problems(
                 f"{gpu['device']} ({gpu['name']}) can't be used: {gpu['error']}",
                 "end what else uses it, or choose another one with --device",
             )
+
+
+def _thread_problems(facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    given, threads = facts["environment"].get("OMP_NUM_THREADS"), facts["torch"]["threads"]
+    usable = facts["processor"]["usable"]
+    # torch's own choice is one for each physical core: half of the logical ones.
+    if given is not None and facts["device"]["device"] == "cpu" and 2 * threads < usable:
+        yield _problem(
+            f"OMP_NUM_THREADS={given} lets distill use {counted(threads, 'thread')} on {usable} cores",
+            "unset OMP_NUM_THREADS",
+        )
 
 
 def _core_problems(processor: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

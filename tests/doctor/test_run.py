@@ -22,6 +22,7 @@ from mobilesam.doctor import devices, machine, packages
 from mobilesam.doctor.run import _problems
 
 DOCS = Path(__file__).parents[2] / "docs" / "DOCTOR.md"
+ask_driver = devices.nvidia_driver
 KEYS = {
     "mobilesam", "python", "system", "processor", "memory", "torch", "device", "gpus", "driver", "cache", "packages",
     "extras", "environment", "folder", "problems", "works",
@@ -32,6 +33,10 @@ KEYS = {
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOBILESAM_CACHE", str(tmp_path / "cache"))
+    # No problems of the machine that runs the tests.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "cgroup_limits", machine.Limits)
+    monkeypatch.setattr(devices, "nvidia_driver", lambda: None)
     return tmp_path
 
 
@@ -142,11 +147,11 @@ def nvidia_smi(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
 
 def test_the_drivers_gpus_and_its_failure_are_read_from_nvidia_smi(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi("echo '550.54.15, NVIDIA H200'; echo '550.54.15, NVIDIA L4'")
-    assert devices.nvidia_driver() == {
+    assert ask_driver() == {
         "version": "550.54.15", "gpus": ["NVIDIA H200", "NVIDIA L4"], "error": None,
     }  # fmt: skip
     nvidia_smi("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
-    assert devices.nvidia_driver() == {
+    assert ask_driver() == {
         "version": None, "gpus": [], "error": "Failed to initialize NVML: Driver/library version mismatch",
     }  # fmt: skip
 
@@ -156,7 +161,7 @@ def test_a_driver_that_hangs_is_given_up(
 ) -> None:
     nvidia_smi("exec sleep 60")
     monkeypatch.setattr(devices, "DRIVER_SECONDS", 0.2)
-    assert "no answer" in devices.nvidia_driver()["error"]
+    assert "no answer" in ask_driver()["error"]
 
 
 CPU_BUILD = {"version": "2.9.0+cpu", "cuda": None, "hip": None, "cuda_usable": False, "cuda_warning": None}
@@ -194,6 +199,16 @@ def test_a_limit_of_cores_is_mended_by_taskset(monkeypatch: pytest.MonkeyPatch) 
     (problem,) = _doctor()["problems"]
     assert problem["fact"].startswith("4 cores are visible, but")
     assert "taskset -c 0,1 mobilesam distill" in problem["mend"]
+
+
+@pytest.mark.parametrize(("given", "threads", "told"), [("1", 1, True), ("4", 4, False), (None, 1, False)])
+def test_a_variable_that_leaves_most_cores_idle_is_told(given: str | None, threads: int, told: bool) -> None:
+    facts = _doctor()
+    facts["environment"] = {} if given is None else {"OMP_NUM_THREADS": given}
+    facts["torch"]["threads"], facts["device"]["device"] = threads, "cpu"
+    facts["processor"] |= {"usable": 8, "affinity": 8}
+    found = [problem["fact"] for problem in _problems(facts)]
+    assert found == (["OMP_NUM_THREADS=1 lets distill use 1 thread on 8 cores"] if told else [])
 
 
 def test_little_disk_is_told_with_the_images_that_fit_and_what_makes_them_smaller() -> None:
