@@ -40,6 +40,9 @@ class Recipe:
     neck_start: float | None = None
     """Start the neck's last norm at the teacher's mean and this share of its deviation, by channel; None: at 0 and 1,
     as torch does."""
+    teacher_answers: bool = False
+    """Objectives of masks: compare with the teacher's answers to the student's prompts (`loss/masks.py`), where no
+    annotation gives the mask."""
     loss: str = "mse"
     """One of `LOSSES`; see `loss/decoupled.py`."""
     loss_region: str = "all"
@@ -56,6 +59,7 @@ RECIPES: dict[str, Recipe] = {
         schedule="linear",
         freeze_norm=0.5,
         neck_start=0.2,
+        teacher_answers=True,
     ),
     "mobilesam-2023": Recipe(
         summary="the default of version 0.1: AdamW, plain MSE, batch norms frozen halfway",

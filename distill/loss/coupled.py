@@ -1,7 +1,7 @@
 """Objectives that compare masks: semi-coupled, coupled, decoder finetuning (MobileSAM, sections 3.2 and 3.3).
 
-SAM's head decodes the student's embedding for prompts drawn at random. The target masks are the teacher's, which the
-store's head decodes from the stored embedding, or those of annotations.
+SAM's head decodes the student's embedding for prompts drawn at random. The target masks are the teacher's for the
+same prompts, which the store's head decodes from the stored embedding, or those of annotations.
 
 Shape suffixes: B images, C channels, H and W rows and columns of the embedding's grid, Q objects drawn of one image,
 P prompts (one per object, B * Q of them), T mask tokens of a prompt (SAM's single mask, then its three), M side of
@@ -29,7 +29,7 @@ from ..data.labels import mask_side
 from .base import BatchTotals, MicroBatch, Objective
 from .decoupled import decoupled_loss
 from .mask_prompts import point_prompts
-from .masks import MaskLoss, MaskLossWeights, PromptedObjects
+from .masks import MaskLoss, MaskLossWeights, PromptedObjects, TeacherAnswers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class MaskOptions:
     """Region of the decoupled loss: "all" or "valid"."""
     kind: str = "mse"
     """Kind of the decoupled loss, one of `recipe.LOSSES`."""
+    teacher_answers: bool = True
+    """Compare with the teacher's answers to the student's prompts; False: with the mask of the teacher's object."""
 
     @classmethod
     def from_config(cls, config: DistillConfig) -> Self:
@@ -56,6 +58,7 @@ class MaskOptions:
             mse_weight=config.mse_weight,
             region=config.resolved_recipe.loss_region,
             kind=config.resolved_recipe.loss,
+            teacher_answers=config.resolved_recipe.teacher_answers,
         )
 
 
@@ -93,7 +96,14 @@ class MaskObjective(Objective):
         student_BCHW = micro_batch.student_BCHW
         with torch.autocast(student_BCHW.device.type, enabled=False):
             objects = batch_objects(self.teacher_head, micro_batch, options.objects)
-            mask_loss, _ = options.mask_loss(head, student_BCHW, objects, micro_batch.generator)
+            teacher = TeacherAnswers(head=self.teacher_head, emb_BCHW=micro_batch.teacher_BCHW)
+            mask_loss, _ = options.mask_loss(
+                head,
+                student_BCHW,
+                objects,
+                micro_batch.generator,
+                teacher if options.teacher_answers else None,
+            )
         loss = mask_loss / totals.images
         if options.mse_weight:
             mse = decoupled_loss(
@@ -145,6 +155,9 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
     valid_BMM = valid_pixels(sizes_B2, teacher_head.image_size, side)
     image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
     annotated = micro_batch.objects
+    labelled_P = torch.zeros(len(image_P), dtype=torch.bool)
+    if annotated is not None:
+        labelled_P = annotated.annotated_B.repeat_interleave(count)
     # annotated_B is on the CPU, so that this test doesn't synchronise with a GPU.
     if annotated is not None and bool(annotated.annotated_B.all()):
         masks_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_BMM[image_P]
@@ -158,7 +171,11 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
     known_BQ = masks_PMM.flatten(1).any(dim=1).view(-1, count)
     weight_BQ = known_BQ / known_BQ.sum(dim=1, keepdim=True).clamp(min=1)
     return PromptedObjects(
-        masks_PMM=masks_PMM, image_P=image_P, valid_BMM=valid_BMM, weight_P=weight_BQ.flatten()
+        masks_PMM=masks_PMM,
+        image_P=image_P,
+        valid_BMM=valid_BMM,
+        weight_P=weight_BQ.flatten(),
+        labelled_P=labelled_P,
     )
 
 

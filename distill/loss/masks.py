@@ -7,13 +7,14 @@ compared, h and w rows and columns of low-resolution masks (4g), 1 one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...sam.modeling.decode_prompts import decode_prompts
+from ...sam.modeling.decode_prompts import Prompts, decode_prompts
 from ...sam.modeling.head import SamHead
 from .mask_prompts import box_prompts, corrected_prompts, point_prompts
 
@@ -42,15 +43,29 @@ class PromptedObjects:
     """bool (B, M, M), True for pixels of the image, not of the padding."""
     weight_P: Tensor
     """float32 (P,), weight of an object's loss; 0 for a place without an object."""
+    labelled_P: Tensor | None = None
+    """bool (P,) on the CPU, True for an annotation's mask, False for one that the teacher drew; None: all True."""
 
     def take(self, chosen_p: Tensor) -> PromptedObjects:
-        """Return the objects of these indices (int64), in the same images."""
+        """Return the objects of these indices (int64, on the CPU), in the same images."""
+        there_p = chosen_p.to(self.image_P.device, non_blocking=True)
         return replace(
             self,
-            masks_PMM=self.masks_PMM[chosen_p],
-            image_P=self.image_P[chosen_p],
-            weight_P=self.weight_P[chosen_p],
+            masks_PMM=self.masks_PMM[there_p],
+            image_P=self.image_P[there_p],
+            weight_P=self.weight_P[there_p],
+            labelled_P=None if self.labelled_P is None else self.labelled_P[chosen_p],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherAnswers:
+    """Teacher that answers the prompts that its student gets."""
+
+    head: SamHead
+    """The teacher's head, frozen."""
+    emb_BCHW: Tensor
+    """float32 (B, 256, g, g), the stored embeddings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +73,13 @@ class MaskLoss:
     """Loss of the masks that SAM's head predicts from an embedding, for prompts about known objects.
 
     An object's first prompt is a box or a point. Each further round adds a point drawn from the error region of the
-    predicted mask, with that mask as mask prompt. A single point is ambiguous: the losses of SAM's three masks, of
-    which the best counts, and of its single mask, which verify compares, are averaged. For every other prompt the
-    single mask is used.
+    predicted mask, with that mask as mask prompt. A single point is ambiguous: SAM's three masks and its single mask,
+    which verify compares, are all trained. For every other prompt the single mask is used.
+
+    An object is compared with its mask: of the three masks the best counts, and their loss is averaged with the
+    single mask's. With `TeacherAnswers`, objects that no annotation labels only say where to prompt: each of the
+    student's masks, and its predicted IoU, is compared with the teacher's for the same prompt. The teacher's masks
+    for two points of an object often differ, so that it would be far from the minimum otherwise (docs/TWO_STAGES.md).
     """
 
     rounds: int = 2
@@ -70,7 +89,12 @@ class MaskLoss:
     weights: MaskLossWeights = field(default_factory=MaskLossWeights)
 
     def __call__(
-        self, head: SamHead, emb_BCHW: Tensor, objects: PromptedObjects, generator: torch.Generator
+        self,
+        head: SamHead,
+        emb_BCHW: Tensor,
+        objects: PromptedObjects,
+        generator: torch.Generator,
+        teacher: TeacherAnswers | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the loss of a micro-batch.
 
@@ -79,20 +103,26 @@ class MaskLoss:
             emb_BCHW: float32 (B, 256, g, g).
             objects: objects in these images.
             generator: generator on the CPU.
+            teacher: compare unlabelled objects with the teacher's answers to the same prompts; None: all with their
+                masks.
 
         Returns:
             Two float32 scalars, weighted sums over objects: the loss, averaged over rounds, with gradients; and the
-            true IoU of the mask with the highest predicted IoU for the first prompt.
+            IoU with the target of the mask with the highest predicted IoU for the first prompt (with the teacher's
+            answers: the IoU that the teacher predicts).
         """
         by_box_P = torch.rand(len(objects.image_P), generator=generator) < self.boxes
         loss, picked = emb_BCHW.new_zeros(()), emb_BCHW.new_zeros(())
-        for by_box in (False, True):
-            chosen_p = (by_box_P == by_box).nonzero()[:, 0].to(objects.image_P.device, non_blocking=True)
-            if len(chosen_p):
-                some_loss, some_picked = self._prompt_rounds(
-                    head, emb_BCHW, objects.take(chosen_p), generator, by_box=by_box
-                )
-                loss, picked = loss + some_loss, picked + some_picked
+        for by_box, answered, chosen_p in _alike(by_box_P, objects.labelled_P, answers=teacher is not None):
+            some_loss, some_picked = self._prompt_rounds(
+                head,
+                emb_BCHW,
+                objects.take(chosen_p),
+                generator,
+                teacher if answered else None,
+                by_box=by_box,
+            )
+            loss, picked = loss + some_loss, picked + some_picked
         return loss, picked
 
     def _prompt_rounds(
@@ -101,6 +131,7 @@ class MaskLoss:
         emb_BCHW: Tensor,
         objects: PromptedObjects,
         generator: torch.Generator,
+        teacher: TeacherAnswers | None,
         *,
         by_box: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -110,20 +141,30 @@ class MaskLoss:
         first_prompts = box_prompts if by_box else point_prompts
         prompts = first_prompts(masks_PMM, head.image_size, generator)
         total, picked = emb_BCHW.new_zeros(()), emb_BCHW.new_zeros(())
+        rows = torch.arange(len(masks_PMM), device=masks_PMM.device)
         for round_ in range(self.rounds):
             logits_PThw, iou_PT = decode_prompts(head, emb_PCHW, prompts)
             ambiguous = round_ == 0 and not by_box
             tokens = slice(None) if ambiguous else slice(0, 1)
             logits_PTMM = _enlarge(logits_PThw[:, tokens], masks_PMM.shape[-1])
-            loss_P, best_P, best_iou_P = self._answer_losses(
-                logits_PTMM, iou_PT[:, tokens], masks_PMM, valid_PMM
-            )
+            if teacher is None:
+                loss_P, best_P, best_iou_P = self._answer_losses(
+                    logits_PTMM, iou_PT[:, tokens], masks_PMM, valid_PMM
+                )
+            else:
+                targets_PTMM, target_iou_PT = _teacher_answers(
+                    teacher, objects.image_P, prompts, tokens, masks_PMM.shape[-1]
+                )
+                loss_P = token_losses(
+                    logits_PTMM, iou_PT[:, tokens], targets_PTMM, target_iou_PT, valid_PMM, self.weights
+                )
+                best_P, best_iou_P = _best_token(target_iou_PT)
+                masks_PMM = targets_PTMM[rows, best_P]
             total = total + (loss_P * objects.weight_P).sum()
             if round_ == 0:
                 picked = (best_iou_P * objects.weight_P).sum()
             if round_ + 1 < self.rounds:
                 # Prompts take no gradient.
-                rows = torch.arange(len(best_P), device=best_P.device)
                 answers_PMM = logits_PTMM.detach()[rows, best_P] > 0
                 answers_P1hw = logits_PThw.detach()[rows, best_P][:, None]
                 prompts = corrected_prompts(
@@ -146,8 +187,37 @@ class MaskLoss:
         three_P, true_PT = prompt_losses(
             logits_PTMM[:, 1:], iou_PT[:, 1:], masks_PMM, valid_PMM, self.weights
         )
-        best_P = iou_PT[:, 1:].argmax(dim=1)
-        return (single_P + three_P) / 2, 1 + best_P, true_PT.gather(1, best_P[:, None])[:, 0]
+        best_P, _ = _best_token(iou_PT)
+        return (single_P + three_P) / 2, best_P, true_PT.gather(1, best_P[:, None] - 1)[:, 0]
+
+
+def token_losses(
+    logits_PTHW: Tensor,
+    iou_PT: Tensor,
+    targets_PTHW: Tensor,
+    target_iou_PT: Tensor,
+    valid_PHW: Tensor,
+    weights: MaskLossWeights,
+) -> Tensor:
+    """Return the loss of each prompt's masks against those of the same tokens, averaged over tokens.
+
+    Args:
+        logits_PTHW: float (P, T, H, W), mask logits.
+        iou_PT: float (P, T), predicted IoUs.
+        targets_PTHW: bool (P, T, H, W), target masks.
+        target_iou_PT: float (P, T), target of the predicted IoUs.
+        valid_PHW: bool (P, H, W), pixels that count.
+        weights: weights of the terms.
+
+    Returns:
+        (P,) in the dtype of the logits, with gradients.
+    """
+    tokens = logits_PTHW.shape[1]
+    logits_P1HW, targets_PHW = logits_PTHW.flatten(0, 1)[:, None], targets_PTHW.flatten(0, 1)
+    valid_PHW = valid_PHW.repeat_interleave(tokens, dim=0)
+    masks_P1 = weights.focal * focal_loss(logits_P1HW, targets_PHW, valid_PHW)
+    masks_P1 = masks_P1 + weights.dice * dice_loss(logits_P1HW, targets_PHW, valid_PHW)
+    return masks_P1.view(-1, tokens).mean(dim=1) + weights.iou * (iou_PT - target_iou_PT).square().mean(dim=1)
 
 
 def prompt_losses(
@@ -233,6 +303,36 @@ def mask_iou(logits_PTHW: Tensor, masks_PHW: Tensor, valid_PHW: Tensor) -> Tenso
     shared_PT = (answers_PTHW & truth_P1HW).sum(dim=(2, 3))
     either_PT = (answers_PTHW | truth_P1HW).sum(dim=(2, 3))
     return torch.where(either_PT > 0, shared_PT / either_PT.clamp(min=1), 1.0)
+
+
+def _alike(
+    by_box_P: Tensor, labelled_P: Tensor | None, *, answers: bool
+) -> Iterator[tuple[bool, bool, Tensor]]:
+    """Yield groups of objects treated alike: if prompts are boxes, if the teacher answers, indices (int64, CPU)."""
+    answered_P = torch.zeros_like(by_box_P) if labelled_P is None or not answers else ~labelled_P
+    for by_box in (False, True):
+        for answered in (False, True):
+            chosen_p = ((by_box_P == by_box) & (answered_P == answered)).nonzero()[:, 0]
+            if len(chosen_p):
+                yield by_box, answered, chosen_p
+
+
+@torch.no_grad()
+def _teacher_answers(
+    teacher: TeacherAnswers, image_P: Tensor, prompts: Prompts, tokens: slice, side: int
+) -> tuple[Tensor, Tensor]:
+    """Return the teacher's masks for prompts, bool (P, T, side, side), and its predicted IoUs (P, T)."""
+    emb_PCHW = _select_images(teacher.emb_BCHW, image_P)
+    logits_PThw, iou_PT = decode_prompts(teacher.head, emb_PCHW, prompts)
+    return _enlarge(logits_PThw[:, tokens], side) > 0, iou_PT[:, tokens]
+
+
+def _best_token(iou_PT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the token (int64) and value of the highest predicted IoU of SAM's three masks, or the single mask's."""
+    if iou_PT.shape[1] == 1:
+        return torch.zeros(len(iou_PT), dtype=torch.long, device=iou_PT.device), iou_PT[:, 0]
+    best = iou_PT[:, 1:].max(dim=1)
+    return 1 + best.indices, best.values
 
 
 def _select_images(emb_BCHW: Tensor, image_P: Tensor) -> Tensor:
