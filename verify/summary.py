@@ -125,6 +125,8 @@ def headline(result: Mapping[str, Any]) -> str:
     split, constant = result["subject"]["split"], result.get("no_better_than_constant")
     if (follows := result.get("follows")) is not None:
         words = _follows_words(follows["photos"], follows["of"], split)
+        if (held_out := result.get("held_out")) is not None:
+            words = f"{words} ({held_out['follows']:,} of {held_out['images']:,} held out)"
         if constant:
             return f"The student is no better than a constant: it {words}."
         return f"The student {words}."

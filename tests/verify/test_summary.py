@@ -73,6 +73,7 @@ def test_the_figures_name_the_threshold_and_tell_held_out_from_trained_photos():
         "trained_on": {"images": 9, "cosine_valid": 0.9, "miou": 0.66, "follows": 8},
     }
     _, told, _ = figures(judged("all", **parts))
+    assert headline(judged("all", **parts)).endswith("on 8 of 10 photos (0 of 1 held out).")
     assert told == (
         "It follows the teacher on 0 of 1 held-out photo (mean IoU 0.44) and on 8 of 9 photos that it was trained on "
         "(mean IoU 0.66)."
