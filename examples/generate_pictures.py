@@ -161,7 +161,7 @@ def texture(rng: np.random.Generator, height: int, width: int, side: int) -> Flo
     """Draw a texture for a picture of longer side `side` pixels: float32 (height, width, 3), 0 to 255."""
     kind = rng.choice(["photo", "noise", "stripes", "plain"], p=[0.4, 0.3, 0.15, 0.15])
     if kind == "photo":
-        return _photo_texture(rng, height, width, side)
+        return photo_texture(rng, height, width, side)
     one_3, other_3 = _two_colours(rng)
     if kind == "noise":
         mix_HW = _noise(rng, height, width, side)
@@ -178,7 +178,8 @@ def _two_colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
     return colour_3.astype(np.float32), other_3.astype(np.float32)
 
 
-def _photo_texture(rng: np.random.Generator, height: int, width: int, side: int) -> Floats:
+def photo_texture(rng: np.random.Generator, height: int, width: int, side: int) -> Floats:
+    """Return a part of a photo in other colours, for a picture of longer side `side`: float32 (height, width, 3)."""
     photos = _photos()
     photo = photos[rng.integers(len(photos))]
     share = np.exp(rng.uniform(np.log(0.25), 0)) * max(height, width) / side

@@ -183,8 +183,8 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 class Run:
     """Training state, kept in a folder."""
 
-    def __init__(self, folder: Path, weights: Path | None = None) -> None:
-        """Resume the folder's training if there is one; else start from `weights` if given."""
+    def __init__(self, folder: Path, weights: Path | None = None, lr: float = LR) -> None:
+        """Resume the folder's training if there is one; else start, from `weights` if given, with this rate."""
         self.folder = folder
         torch.manual_seed(SEED)
         self.sam = Sam(NANO.trained_image_size)
@@ -201,7 +201,7 @@ class Run:
             [parameter for name, parameter in named if is_hidden_matrix(name, parameter)], WEIGHT_DECAY
         )
         self.average = {key: value.detach().clone() for key, value in self.sam.state_dict().items()}
-        self.step, self.lr = 0, LR
+        self.step, self.lr = 0, lr
         if not self.path.exists() and weights is not None:
             self._start_from(weights)
         self.warm_from = self.step
@@ -238,6 +238,25 @@ class Run:
         torch.save(state, partial)
         os.replace(partial, self.path)
 
+    def update(self) -> None:
+        """Take a step along the gradients, at the optimizers' rates."""
+        nn.utils.clip_grad_norm_(self.sam.parameters(), CLIP)
+        self.adamw.step()
+        self.muon.step()
+        self.sam.zero_grad(set_to_none=True)
+        self.step += 1
+        keep = min(AVERAGE, self.step / (self.step + 10))
+        for key, value in self.sam.state_dict().items():
+            self.average[key].lerp_(value, 1 - keep)
+
+    def set_rate(self) -> None:
+        """Give the optimizers the learning rate, which rises over the first steps of a stage or a new start."""
+        warm_steps = self.step - max(stage_of(self.step)[1], self.warm_from) + 1
+        rate = self.lr * min(1, warm_steps / WARMUP_STEPS)
+        for optimizer, gain in ((self.adamw, 1.0), (self.muon, MUON_LR)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * gain
+
     def weights(self) -> dict[str, Tensor]:
         return dict(self.sam.named_parameters()) | dict(self.sam.named_buffers())
 
@@ -272,25 +291,14 @@ def train(run: Run, until: int, sizes: list[int], final_lr: float) -> None:
     for step in range(first, until):
         side, mask_loss, generator = plan(step, sizes)
         samples = samples_of(step, pictures[side], generator)
-        stage, stage_start = stage_of(step)
+        stage, _ = stage_of(step)
         run.lr = started_lr + (final_lr - started_lr) * (step - first) / (until - first)
-        warm_steps = step - max(stage_start, run.warm_from) + 1
-        rate = run.lr * min(1, warm_steps / WARMUP_STEPS)
-        for optimizer, gain in ((run.adamw, 1.0), (run.muon, MUON_LR)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * gain
+        run.set_rate()
         batch = collate(samples, side)
         objects = batch[1]
         loss, picked = call(at_sizes, run.weights(), side, stage, mask_loss, batch, generator)
         (loss / len(objects.image_P)).backward()
-        nn.utils.clip_grad_norm_(run.sam.parameters(), CLIP)
-        run.adamw.step()
-        run.muon.step()
-        run.sam.zero_grad(set_to_none=True)
-        run.step += 1
-        keep = min(AVERAGE, run.step / (run.step + 10))
-        for key, value in run.sam.state_dict().items():
-            run.average[key].lerp_(value, 1 - keep)
+        run.update()
         window["loss"] += float(loss.detach())
         window["picked"] += float(picked)
         window["objects"] += len(objects.image_P)

@@ -152,14 +152,14 @@ class MaskLoss:
                     logits_PTMM, iou_PT[:, tokens], masks_PMM, valid_PMM
                 )
             else:
-                targets_PTMM, target_iou_PT = _teacher_answers(
+                target_PTMM, target_iou_PT = _teacher_answers(
                     teacher, objects.image_P, prompts, tokens, masks_PMM.shape[-1]
                 )
                 loss_P = token_losses(
-                    logits_PTMM, iou_PT[:, tokens], targets_PTMM, target_iou_PT, valid_PMM, self.weights
+                    logits_PTMM, iou_PT[:, tokens], target_PTMM, target_iou_PT, valid_PMM, self.weights
                 )
                 best_P, best_iou_P = _best_token(target_iou_PT)
-                masks_PMM = targets_PTMM[rows, best_P]
+                masks_PMM = target_PTMM[rows, best_P] > 0
             total = total + (loss_P * objects.weight_P).sum()
             if round_ == 0:
                 picked = (best_iou_P * objects.weight_P).sum()
@@ -194,30 +194,37 @@ class MaskLoss:
 def token_losses(
     logits_PTHW: Tensor,
     iou_PT: Tensor,
-    targets_PTHW: Tensor,
+    target_logits_PTHW: Tensor,
     target_iou_PT: Tensor,
     valid_PHW: Tensor,
     weights: MaskLossWeights,
 ) -> Tensor:
-    """Return the loss of each prompt's masks against those of the same tokens, averaged over tokens.
+    """Return the loss of each prompt's masks against the teacher's of the same tokens, averaged over tokens.
+
+    It is 0 where student and teacher are equal, and nowhere less: the focal loss is that of soft targets (arXiv
+    2006.04388, beta 2), and dice has squares in its denominator (arXiv 1606.04797).
 
     Args:
         logits_PTHW: float (P, T, H, W), mask logits.
         iou_PT: float (P, T), predicted IoUs.
-        targets_PTHW: bool (P, T, H, W), target masks.
-        target_iou_PT: float (P, T), target of the predicted IoUs.
+        target_logits_PTHW: float (P, T, H, W), the teacher's mask logits.
+        target_iou_PT: float (P, T), the teacher's predicted IoUs.
         valid_PHW: bool (P, H, W), pixels that count.
         weights: weights of the terms.
 
     Returns:
         (P,) in the dtype of the logits, with gradients.
     """
-    tokens = logits_PTHW.shape[1]
-    logits_P1HW, targets_PHW = logits_PTHW.flatten(0, 1)[:, None], targets_PTHW.flatten(0, 1)
-    valid_PHW = valid_PHW.repeat_interleave(tokens, dim=0)
-    masks_P1 = weights.focal * focal_loss(logits_P1HW, targets_PHW, valid_PHW)
-    masks_P1 = masks_P1 + weights.dice * dice_loss(logits_P1HW, targets_PHW, valid_PHW)
-    return masks_P1.view(-1, tokens).mean(dim=1) + weights.iou * (iou_PT - target_iou_PT).square().mean(dim=1)
+    counted_P1HW = valid_PHW[:, None].to(logits_PTHW.dtype)
+    student_PTHW, teacher_PTHW = torch.sigmoid(logits_PTHW), torch.sigmoid(target_logits_PTHW)
+    cross_PTHW = F.binary_cross_entropy_with_logits(logits_PTHW, teacher_PTHW, reduction="none")
+    focal_PTHW = (student_PTHW - teacher_PTHW).square() * cross_PTHW * counted_P1HW
+    focal_PT = focal_PTHW.sum(dim=(2, 3)) / counted_P1HW.sum(dim=(2, 3))
+    shared_PT = (student_PTHW * teacher_PTHW * counted_P1HW).sum(dim=(2, 3))
+    squares_PT = ((student_PTHW.square() + teacher_PTHW.square()) * counted_P1HW).sum(dim=(2, 3))
+    dice_PT = 1 - (2 * shared_PT + 1) / (squares_PT + 1)
+    iou_PT = (iou_PT - target_iou_PT).square()
+    return (weights.focal * focal_PT + weights.dice * dice_PT + weights.iou * iou_PT).mean(dim=1)
 
 
 def prompt_losses(
@@ -321,10 +328,10 @@ def _alike(
 def _teacher_answers(
     teacher: TeacherAnswers, image_P: Tensor, prompts: Prompts, tokens: slice, side: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the teacher's masks for prompts, bool (P, T, side, side), and its predicted IoUs (P, T)."""
+    """Return the teacher's mask logits for prompts, (P, T, side, side), and its predicted IoUs (P, T)."""
     emb_PCHW = _select_images(teacher.emb_BCHW, image_P)
     logits_PThw, iou_PT = decode_prompts(teacher.head, emb_PCHW, prompts)
-    return _enlarge(logits_PThw[:, tokens], side) > 0, iou_PT[:, tokens]
+    return _enlarge(logits_PThw[:, tokens], side), iou_PT[:, tokens]
 
 
 def _best_token(iou_PT: Tensor) -> tuple[Tensor, Tensor]:
