@@ -13,10 +13,12 @@ from mobilesam.distill.loss.masks import (
     MaskLoss,
     MaskLossWeights,
     PromptedObjects,
+    TeacherAnswers,
     dice_loss,
     focal_loss,
     mask_iou,
     prompt_losses,
+    token_losses,
 )
 from mobilesam.sam.modeling.head import SamHead
 
@@ -169,3 +171,55 @@ def test_training_by_the_mask_loss_makes_a_head_segment_the_prompted_object():
         picked.append(found.item() / 8)
     assert sum(picked[:5]) / 5 < 0.5
     assert sum(picked[-5:]) / 5 > 0.9
+
+
+def test_the_loss_against_a_teachers_masks_is_what_counting_pixel_by_pixel_gives(sample):
+    logits, _, valid = sample
+    torch.manual_seed(1)
+    teacher, iou, teacher_iou = 4 * torch.randn_like(logits), torch.rand(3, 2), torch.rand(3, 2)
+    weights = MaskLossWeights(focal=20.0, dice=1.0, iou=0.5)
+    found = token_losses(logits, iou.double(), teacher, teacher_iou.double(), valid, weights)
+    for p in range(3):
+        wanted = 0.0
+        for t in range(2):
+            focal = shared = squares = count = 0.0
+            for y in range(5):
+                for x in range(6):
+                    if valid[p, y, x]:
+                        q = 1 / (1 + math.exp(-float(teacher[p, t, y, x])))
+                        s = 1 / (1 + math.exp(-float(logits[p, t, y, x])))
+                        focal -= (s - q) ** 2 * (q * math.log(s) + (1 - q) * math.log(1 - s))
+                        shared, squares, count = shared + s * q, squares + s * s + q * q, count + 1
+            error = float(iou[p, t]) - float(teacher_iou[p, t])
+            wanted += 20 * focal / count + 1 - (2 * shared + 1) / (squares + 1) + 0.5 * error**2
+        assert float(found[p]) == pytest.approx(wanted / 2)
+
+
+def _drawn(head: SamHead, micro_batch: MicroBatch, teacher: TeacherAnswers | None) -> torch.Tensor:
+    """Return the loss of the teacher's own embedding, for two objects of an image."""
+    emb_BCHW = micro_batch.teacher_BCHW.clone().requires_grad_(True)
+    objects = batch_objects(head, micro_batch, 2)
+    loss, _ = MaskLoss(rounds=3, boxes=0.5)(
+        head, emb_BCHW, objects, torch.Generator().manual_seed(0), teacher
+    )
+    loss.backward()
+    assert emb_BCHW.grad is not None
+    return torch.stack((loss.detach(), emb_BCHW.grad.abs().max()))
+
+
+def test_the_teachers_own_embedding_has_no_loss_and_no_gradient_where_it_answers_the_prompts(
+    random_micro_batch: MakeMicroBatch, head: SamHead
+):
+    micro_batch = random_micro_batch([False, False, False])
+    teacher = TeacherAnswers(head=head, emb_BCHW=micro_batch.teacher_BCHW)
+    assert _drawn(head, micro_batch, teacher).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert float(_drawn(head, micro_batch, None)[0]) > 0.1, "its masks for two points of an object differ"
+
+
+def test_annotated_objects_are_compared_with_their_masks_though_the_teacher_answers_for_others(
+    random_micro_batch: MakeMicroBatch, head: SamHead
+):
+    annotated, mixed = random_micro_batch([True, True, True]), random_micro_batch([True, False, True])
+    teacher = TeacherAnswers(head=head, emb_BCHW=annotated.teacher_BCHW)
+    assert torch.equal(_drawn(head, annotated, teacher), _drawn(head, annotated, None))
+    assert 0 < float(_drawn(head, mixed, teacher)[0]) < float(_drawn(head, mixed, None)[0])
