@@ -128,7 +128,7 @@ def headline(result: Mapping[str, Any]) -> str:
         if (held_out := result.get("held_out")) is not None:
             words = f"{words} ({held_out['follows']:,} of {held_out['images']:,} held out)"
         if constant:
-            return f"The student is no better than a constant: it {words}."
+            return f"The student is no better than a constant; it {words}."
         return f"The student {words}."
     skill = result["skill_valid"]
     photos = counted_photos(result["images"], split)

@@ -39,7 +39,7 @@ def test_the_answer_counts_the_photos_on_which_the_student_follows(split, photos
 
 
 def test_a_student_no_better_than_a_constant_is_told_first():
-    sentence = "The student is no better than a constant: it follows the teacher on 1 of 10 held-out photos."
+    sentence = "The student is no better than a constant; it follows the teacher on 1 of 10 held-out photos."
     assert headline(judged(photos=1, no_better_than_constant=True)) == sentence
 
 
