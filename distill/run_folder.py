@@ -442,14 +442,14 @@ def run_lock(folder: Path) -> Iterator[None]:
 def trainer_of(folder: Path) -> str | None:
     """Return who trains the run in a folder now, such as "process 7 on host"; None if nobody does."""
     try:
-        file = open(folder / LOCK_FILE, encoding="utf-8")
+        with open(folder / LOCK_FILE, encoding="utf-8") as file:
+            try:
+                # shared: two readers don't see each other
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
     except OSError:
         return None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two readers don't see each other
-        except BlockingIOError:
-            return file.read().strip() or "another process"
     return None
 
 

@@ -56,7 +56,9 @@ def verify(
           names over valid cells.
         - Unless `config.points` is 0, or the store has no head and none is given: `miou` (intersection over union of
           the student's and the teacher's mask, mean over an image's points, then over images) and `miou_min` (the
-          worst image's mean), both None if an embedding isn't finite; `prompts`, the number of points per image;
+          worst image's mean), both None if an embedding isn't finite; `miou_constant`, the same as `miou` for the
+          embedding that skill compares with, which knows nothing of the image; `prompts`, the number of points per
+          image;
           `empty_masks`, the number of empty masks of `teacher` and `student`. The IoU of two empty masks is 1, that
           of an empty and another mask 0.
         - `no_better_than_constant`: True if the skill over valid cells is 0 or less, on the run's training rows or,
@@ -133,7 +135,13 @@ def _open_masks(inputs: Inputs, config: VerifyConfig) -> MaskComparison | None:
         inputs.notes.append(note)
     records = {record.row: record for record in inputs.store.manifest.records("done")}
     student_head = open_student_head(inputs.student, store.spec.image_size, device)
-    return MaskComparison(open_head(store, device, config.head), records, config.points, student_head)
+    return MaskComparison(
+        open_head(store, device, config.head),
+        records,
+        config.points,
+        student_head,
+        constant_CHW=inputs.mean.mean_CHW.float().to(device),
+    )
 
 
 def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,8 +179,10 @@ def _masks_words(result: Mapping[str, Any]) -> str | None:
         return None
     if result["miou"] is None:
         return "The mean IoU of the masks is undefined, since an embedding is not finite."
+    constant = result["miou_constant"]
+    beside = "" if constant is None else f", those of a constant embedding {constant:.2f}"
     return (
-        f"Both models' masks for the same points have a mean IoU of {result['miou']:.2f}; "
+        f"Both models' masks for the same points have a mean IoU of {result['miou']:.2f}{beside}; "
         f"a photo counts as followed from {follows['threshold']:g}."
     )
 

@@ -110,6 +110,13 @@ MASK_METRICS = (
         digits=".4f",
         definition="The same mean over points: the worst image.",
     ),
+    Metric(
+        label="mIoU of a constant",
+        path=("miou_constant",),
+        digits=".4f",
+        definition="The same as mIoU for the embedding that skill compares with, the training rows' mean: its masks "
+        "know nothing of the image.",
+    ),
 )
 
 

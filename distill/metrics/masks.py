@@ -85,10 +85,13 @@ class MaskComparison:
         records: records by row, for all rows that will be compared.
         points_per_side: number of points in each direction.
         student_head: head that was trained for the student.
+        constant_CHW: float32 (256, g, g) on the head's device, an embedding that knows nothing of the image, whose
+            masks are compared with the teacher's as well; None: no such comparison.
 
     Attributes:
         ious: float64 (P,) for each image, in the order in which the images were added; NaN if an embedding isn't
             finite.
+        constant_ious: the same of the constant; empty without one.
         empty: number of empty masks, by "teacher" and "student".
     """
 
@@ -98,11 +101,14 @@ class MaskComparison:
         records: Mapping[int, ImageRecord],
         points_per_side: int,
         student_head: SamHead | None = None,
+        constant_CHW: Tensor | None = None,
     ) -> None:
         self.head = head
         self.student_head = head if student_head is None else student_head
         self.points_per_side = points_per_side
+        self.constant_CHW = constant_CHW
         self.ious: list[Floats] = []
+        self.constant_ious: list[Floats] = []
         self.empty = {"teacher": 0, "student": 0}
         self._records = records
 
@@ -125,13 +131,16 @@ class MaskComparison:
         if not (bool(torch.isfinite(student_1CHW).all()) and bool(torch.isfinite(teacher_1CHW).all())):
             # Their masks would be empty, and empty masks agree.
             return np.full(len(points_P2), math.nan)
-        ious = []
-        for teacher_pHW, student_pHW in self.masks(
+        ious, constant_ious = [], []
+        for teacher_pHW, student_pHW, *constant in self.masks(
             teacher_1CHW, student_1CHW, points_P2, record.original_size, record.resized_size
         ):
             ious.append(iou(*intersection_and_union(teacher_pHW, student_pHW)))
+            constant_ious += [iou(*intersection_and_union(teacher_pHW, pHW)) for pHW in constant]
             for name, masks_pHW in (("teacher", teacher_pHW), ("student", student_pHW)):
                 self.empty[name] += sum(not bool(mask_HW.any()) for mask_HW in masks_pHW)
+        if constant_ious:
+            self.constant_ious.append(np.concatenate(constant_ious))
         return np.concatenate(ious)
 
     def masks(
@@ -152,9 +161,11 @@ class MaskComparison:
             resized_size: height and width in pixels of the image in the encoder's square.
 
         Yields:
-            The teacher's and the student's masks, bool (p, H, W) each.
+            The teacher's and the student's masks, and the constant's if there is one, bool (p, H, W) each.
         """
         pairs = [(self.head, teacher_1CHW), (self.student_head, student_1CHW)]
+        if self.constant_CHW is not None:
+            pairs.append((self.head, self.constant_CHW[None]))
         return mask_chunks(pairs, points_P2, original_size, resized_size)
 
     def merge(self, ious: Sequence[Floats], empty: Mapping[str, int]) -> None:
@@ -178,14 +189,20 @@ class MaskComparison:
 
         Returns:
             `miou` (mean over images) and `miou_min` (minimum), None if any image's mean is NaN; `prompts` (number per
-            image); `empty_masks` (by "teacher" and "student").
+            image); `empty_masks` (by "teacher" and "student"); with a constant `miou_constant`, its mean over images,
+            None if there are none with finite embeddings.
         """
         per_image = np.array(self.per_image)
+        constant: dict[str, Any] = {}
+        if self.constant_CHW is not None:
+            means = [float(ious_P.mean()) for ious_P in self.constant_ious]
+            constant["miou_constant"] = math.fsum(means) / len(means) if means else None
         return {
             "miou": _none_if_nan(per_image.mean()),
             "miou_min": _none_if_nan(per_image.min()),
             "prompts": self.points_per_side**2,
             "empty_masks": dict(self.empty),
+            **constant,
         }
 
 

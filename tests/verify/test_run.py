@@ -43,7 +43,7 @@ def test_the_latest_run_and_its_store_are_the_default(world):
     assert (result["passed"], result["failed_checks"]) == (True, [])
     assert result["subject"]["run"] == world.run.path.name
     assert result["subject"]["store"] == str(world.store)
-    masks = {"miou", "miou_min", "prompts", "empty_masks"}
+    masks = {"miou", "miou_min", "miou_constant", "prompts", "empty_masks"}
     about = {"images", "no_better_than_constant", "train_skill_valid", "passed", "failed_checks", "subject"}
     words = {"summary", "follows", "examples", "held_out", "trained_on"}
     assert {*about, *words, *metrics(result), *masks} == set(result)

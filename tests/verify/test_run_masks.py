@@ -78,7 +78,7 @@ def test_a_masks_threshold_fails_with_both_numbers_in_result_table_and_report(wo
 def test_without_points_masks_are_nowhere_and_the_rest_is_the_same(world):
     report = world.path / "report.html"
     bare = verify(VerifyConfig(points=0, report=report))
-    assert not {"miou", "miou_min", "prompts", "empty_masks"} & set(bare)
+    assert not {"miou", "miou_min", "miou_constant", "prompts", "empty_masks"} & set(bare)
     assert not any(line.startswith(("masks", "mIoU")) for line in table_lines(bare))
     assert "s masks for" not in report.read_text()
     full = verify(VerifyConfig(report=report))
@@ -134,6 +134,25 @@ def test_an_embedding_that_is_not_finite_leaves_the_mean_undefined(world):
     assert comparison.per_image[0] == 1.0
     assert (result["miou"], result["miou_min"]) == (None, None)
     json.dumps(result, allow_nan=False)
+
+
+def test_a_constants_masks_are_compared_beside_the_students(world):
+    head = build_head(load_head("vit_nano", None), 128)
+    with EmbeddingStore.open(world.store) as store:
+        records = {record.row: record for record in store.manifest.records()}
+        emb_BCHW = torch.from_numpy(store.read([0, 1]).to_float32())
+    constant_CHW = emb_BCHW.mean(dim=0)
+    both = MaskComparison(head, records, 2, constant_CHW=constant_CHW)
+    both.update([0, 1], emb_BCHW, emb_BCHW)
+    alone = MaskComparison(head, records, 2)
+    alone.update([0, 1], constant_CHW.expand_as(emb_BCHW), emb_BCHW)
+    assert both.result() == {
+        **both.result(),
+        "miou": 1.0,
+        "miou_constant": pytest.approx(alone.result()["miou"]),
+    }
+    assert alone.result()["miou"] < 1
+    assert "miou_constant" not in alone.result()
 
 
 def test_empty_masks_are_counted_for_each_side(world):
