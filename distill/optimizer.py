@@ -98,18 +98,27 @@ def orthogonalize(matrices_NHW: Tensor) -> Tensor:
         return orthogonalize(matrices_NHW.mT).mT
     fast = accelerates_bfloat16(matrices_NHW.device)
     x_NHW = matrices_NHW.to(torch.bfloat16 if fast else torch.float32)
-    x_NHW = x_NHW / (torch.linalg.matrix_norm(x_NHW, keepdim=True) + 1e-7)
-    # A step multiplies X by a I + b G + c G G, with G = X X^T. These factors and G commute, so the wide X is needed
-    # at the beginning and at the end only.
     gram_NHH = x_NHW @ x_NHW.mT
-    product_NHH = torch.eye(x_NHW.shape[1], dtype=x_NHW.dtype, device=x_NHW.device).expand_as(gram_NHH)
-    for number, (a, b, c) in enumerate(POLAR_EXPRESS, start=1):
-        step_NHH = torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c)  # without a I
-        if number < len(POLAR_EXPRESS):
-            half_NHH = torch.baddbmm(gram_NHH, step_NHH, gram_NHH, beta=a)
-            gram_NHH = torch.baddbmm(half_NHH, step_NHH, half_NHH, beta=a)
-        product_NHH = torch.baddbmm(product_NHH, step_NHH, product_NHH, beta=a)
-    return product_NHH @ x_NHW
+    # The Frobenius norm, by which X is divided so that its singular values are at most 1: the Gram matrix has it.
+    norm_N11 = gram_NHH.diagonal(dim1=1, dim2=2).float().sum(dim=1).sqrt()[:, None, None] + 1e-7
+    gram_NHH = (gram_NHH / norm_N11.square()).to(x_NHW.dtype)
+    # A step multiplies X by Z = a I + b G + c G G, with G = X X^T. Z and G commute, so the wide X is needed at the
+    # beginning and at the end only.
+    first, *others = POLAR_EXPRESS
+    product_NHH = factor_NHH = _step_factor(gram_NHH, first)
+    for coefficients in others:
+        gram_NHH = factor_NHH @ gram_NHH @ factor_NHH
+        factor_NHH = _step_factor(gram_NHH, coefficients)
+        product_NHH = factor_NHH @ product_NHH
+    return (product_NHH / norm_N11).to(x_NHW.dtype) @ x_NHW
+
+
+def _step_factor(gram_NHH: Tensor, coefficients: tuple[float, float, float]) -> Tensor:
+    """Return a I + b G + c G G of each Gram matrix G."""
+    a, b, c = coefficients
+    factor_NHH = torch.baddbmm(gram_NHH, gram_NHH, gram_NHH, beta=b, alpha=c)
+    factor_NHH.diagonal(dim1=1, dim2=2).add_(a)
+    return factor_NHH
 
 
 def build_optimizer(
