@@ -67,7 +67,9 @@ def test_without_masks_the_answer_is_in_terms_of_skill(skill, constant, sentence
 
 def test_the_figures_name_the_threshold_and_tell_held_out_from_trained_photos():
     masks, embeddings = figures(judged())
-    assert "mean IoU of 0.61, those of a constant embedding 0.21; a photo counts as followed from 0.5." in masks
+    assert (
+        "mean IoU of 0.61, those of a constant embedding 0.21; a photo counts as followed from 0.5." in masks
+    )
     assert "skill 0.58 (0 is a constant, 1 the teacher) and cosine 0.88; on the photos that it" in embeddings
     parts = {
         "held_out": {"images": 1, "cosine_valid": 0.8, "miou": 0.44, "follows": 0},
