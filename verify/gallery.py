@@ -252,15 +252,15 @@ def load_samples(
     worst, best = worst_and_best(scores)
     examples = example_positions(scores)
     chosen = list(dict.fromkeys([*worst, *best, *examples.values()]))
-    records = {record.row: record for record in inputs.store.manifest.records("done")}
     rows = [inputs.rows[position] for position in chosen]
-    photos = StoreImages(inputs.store, [records[row] for row in rows], inputs.image_root)
+    records = [inputs.records[row] for row in rows]
+    photos = StoreImages(inputs.store, records, inputs.image_root)
     samples: dict[int, Sample] = {}
     drawn(0, len(chosen))
     with (
         Loader(
             inputs.store,
-            [records[row] for row in rows],
+            records,
             inputs.image_root,
             workers=1,
             student_size=inputs.student.info["student_size"],
@@ -271,7 +271,7 @@ def load_samples(
             photo_HWC = at_side(photos.read(index).pixels(), LARGE_SIDE)
             student_1CHW, teacher_1CHW = _embeddings(inputs, batch, kept.get(batch.rows[0]))
             samples[position] = Sample(
-                key=records[batch.rows[0]].key,
+                key=records[index].key,
                 photo_HWC=photo_HWC,
                 valid_gg=batch.valid_BHW[0].numpy(),
                 teacher_CHW=teacher_1CHW[0].cpu().numpy(),
@@ -279,7 +279,7 @@ def load_samples(
                 metrics=asdict(per_image[position]),
                 masks=None
                 if masks is None
-                else _Drawing(masks, records[batch.rows[0]], (photo_HWC.shape[0], photo_HWC.shape[1])).masks(
+                else _Drawing(masks, records[index], (photo_HWC.shape[0], photo_HWC.shape[1])).masks(
                     masks.ious[position], teacher_1CHW, student_1CHW
                 ),
             )

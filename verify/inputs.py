@@ -22,7 +22,7 @@ from ..distill.students.student_file import lacks_image_size, trained_head
 from ..predict.head_source import read_head_file
 from ..sam.device import resolve_device, resolve_precision
 from ..sam.modeling.head import SamHead, build_head
-from ..store import EmbeddingStore
+from ..store import EmbeddingStore, ImageRecord
 from .config import VerifyConfig
 
 DEFAULT_STORE = Path("store.zarr")
@@ -59,6 +59,8 @@ class Inputs:
 
     student: Student
     store: EmbeddingStore
+    records: Mapping[int, ImageRecord]
+    """Records of the store's committed rows, by row."""
     rows: Sequence[int]
     """Rows of the store to compare."""
     image_root: Path | None
@@ -103,11 +105,13 @@ def open_inputs(config: VerifyConfig) -> Inputs:
         _check_fit(info, store)
         student = Student(encoder=encoder, info=info, file=file, run=run)
         own_store = run is not None and run.description.data.store_id == store.spec.store_id
-        rows = _rows(config, run, store, own_store)
+        records = {record.row: record for record in store.manifest.records("done")}
+        rows = _rows(config, run, store, list(records), own_store)
         last_root = run.image_root if run is not None and own_store else None
         return Inputs(
             student=student,
             store=store,
+            records=records,
             rows=rows,
             image_root=find_image_root(store, config.images, last_root, refusal=VerifyError),
             mean=_mean_embedding(run, store, rows),
@@ -144,8 +148,9 @@ def _check_fit(info: Mapping[str, Any], store: EmbeddingStore) -> None:
     check_preprocessing(store, refusal=VerifyError)
 
 
-def _rows(config: VerifyConfig, run: Run | None, store: EmbeddingStore, own_store: bool) -> Sequence[int]:
-    done = [record.row for record in store.manifest.records("done")]
+def _rows(
+    config: VerifyConfig, run: Run | None, store: EmbeddingStore, done: Sequence[int], own_store: bool
+) -> Sequence[int]:
     if config.split == "all":
         rows: Sequence[int] = done
     elif run is None:

@@ -58,9 +58,8 @@ def verify(
           the student's and the teacher's mask, mean over an image's points, then over images) and `miou_min` (the
           worst image's mean), both None if an embedding isn't finite; `miou_constant`, the same as `miou` for the
           embedding that skill compares with, which knows nothing of the image; `prompts`, the number of points per
-          image;
-          `empty_masks`, the number of empty masks of `teacher` and `student`. The IoU of two empty masks is 1, that
-          of an empty and another mask 0.
+          image; `empty_masks`, the number of empty masks of `teacher` and `student`. The IoU of two empty masks is
+          1, that of an empty and another mask 0.
         - `no_better_than_constant`: True if the skill over valid cells is 0 or less, on the run's training rows or,
           for a student without its run, on the rows compared; a note says so. None if the run isn't finished, its
           objective compares masks alone, or the skill is undefined.
@@ -133,11 +132,10 @@ def _open_masks(inputs: Inputs, config: VerifyConfig) -> MaskComparison | None:
         return None
     if config.head is None and (note := hq_note(store.spec.teacher)) is not None:
         inputs.notes.append(note)
-    records = {record.row: record for record in inputs.store.manifest.records("done")}
     student_head = open_student_head(inputs.student, store.spec.image_size, device)
     return MaskComparison(
         open_head(store, device, config.head),
-        records,
+        inputs.records,
         config.points,
         student_head,
         constant_CHW=inputs.mean.mean_CHW.float().to(device),
@@ -150,12 +148,11 @@ def _result(config: VerifyConfig, inputs: Inputs, numbers: Mapping[str, Any]) ->
     skill, note = _skill_of_training(inputs, numbers)
     if note is not None:
         inputs.notes.insert(0, note)
-    run = inputs.student.run
     result = {
         "images": len(inputs.rows),
         **numbers,
         "no_better_than_constant": None if skill is None else skill <= 0,
-        "train_skill_valid": None if run is None else training_skill(run),
+        "train_skill_valid": None if inputs.student.run is None else skill,
         "passed": not failed,
         "failed_checks": failed,
         "subject": {

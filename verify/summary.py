@@ -64,10 +64,9 @@ def summary_facts(
     Returns:
         As in the result of `verify`: `follows` (only with masks), `examples`, `held_out`, `trained_on`.
     """
-    keys = {record.row: record.key for record in inputs.store.manifest.records("done")}
     examples = {
         place: {
-            "key": keys[inputs.rows[i]],
+            "key": inputs.records[inputs.rows[i]].key,
             "cosine_valid": _plain(per_image[i].cosine_valid),
             **({} if ious is None else {"miou": _plain(ious[i])}),
         }

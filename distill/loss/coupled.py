@@ -96,14 +96,12 @@ class MaskObjective(Objective):
         student_BCHW = micro_batch.student_BCHW
         with torch.autocast(student_BCHW.device.type, enabled=False):
             objects = batch_objects(self.teacher_head, micro_batch, options.objects)
-            teacher = TeacherAnswers(head=self.teacher_head, emb_BCHW=micro_batch.teacher_BCHW)
-            mask_loss, _ = options.mask_loss(
-                head,
-                student_BCHW,
-                objects,
-                micro_batch.generator,
-                teacher if options.teacher_answers else None,
+            teacher = (
+                TeacherAnswers(head=self.teacher_head, emb_BCHW=micro_batch.teacher_BCHW)
+                if options.teacher_answers
+                else None
             )
+            mask_loss, _ = options.mask_loss(head, student_BCHW, objects, micro_batch.generator, teacher)
         loss = mask_loss / totals.images
         if options.mse_weight:
             mse = decoupled_loss(
@@ -155,17 +153,15 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
     valid_BMM = valid_pixels(sizes_B2, teacher_head.image_size, side)
     image_P = torch.arange(len(sizes_B2), device=device).repeat_interleave(count)
     annotated = micro_batch.objects
-    labelled_P = torch.zeros(len(image_P), dtype=torch.bool)
-    if annotated is not None:
-        labelled_P = annotated.annotated_B.repeat_interleave(count)
-    # annotated_B is on the CPU, so that this test doesn't synchronise with a GPU.
-    if annotated is not None and bool(annotated.annotated_B.all()):
+    # annotated_B is on the CPU, so that a test of it doesn't synchronise with a GPU.
+    annotated_B = torch.zeros(len(sizes_B2), dtype=torch.bool) if annotated is None else annotated.annotated_B
+    if annotated is not None and bool(annotated_B.all()):
         masks_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_BMM[image_P]
     else:
         emb_PCHW, valid_PMM = micro_batch.teacher_BCHW[image_P], valid_BMM[image_P]
         masks_PMM = teacher_masks(teacher_head, emb_PCHW, valid_PMM, micro_batch.generator)
         if annotated is not None:
-            own_P = annotated.annotated_B.to(device, non_blocking=True)[image_P]
+            own_P = annotated_B.to(device, non_blocking=True)[image_P]
             own_PMM = annotated.masks_BQMM.flatten(0, 1) & valid_PMM
             masks_PMM = torch.where(own_P[:, None, None], own_PMM, masks_PMM)
     known_BQ = masks_PMM.flatten(1).any(dim=1).view(-1, count)
@@ -175,7 +171,7 @@ def batch_objects(teacher_head: SamHead, micro_batch: MicroBatch, count: int) ->
         image_P=image_P,
         valid_BMM=valid_BMM,
         weight_P=weight_BQ.flatten(),
-        labelled_P=labelled_P,
+        labelled_P=annotated_B.repeat_interleave(count),
     )
 
 

@@ -75,73 +75,50 @@ def mask_chunks(
     Yields:
         One bool (p, H, W) for each pair, for the same p points, in order.
     """
-    device_type = pairs[0][1].device.type
-    prompts = PROMPTS_AT_ONCE[device_type]
+    size, prompts = pairs[0][0].image_size, PROMPTS_AT_ONCE[pairs[0][1].device.type]
     at_once = max(1, PIXELS_AT_ONCE // (original_size[0] * original_size[1]))
-    with torch.autocast(device_type, enabled=False):
-        for start in range(0, len(points_P2), prompts):
-            points_p2 = points_P2[start : start + prompts]
-            logits = [
-                _low_res_logits(head, emb_1CHW, points_p2, original_size, resized_size)
-                for head, emb_1CHW in pairs
-            ]
-            size = pairs[0][0].image_size
-            for parts in zip(*(logits_p1hw.split(at_once) for logits_p1hw in logits), strict=True):
-                yield [upscale_masks(part, size, original_size, resized_size) for part in parts]
+    for start in range(0, len(points_P2), prompts):
+        points_p2 = points_P2[start : start + prompts]
+        logits = [
+            point_logits(head, emb_1CHW, points_p2, original_size, resized_size) for head, emb_1CHW in pairs
+        ]
+        for parts in zip(*(logits_p1hw.split(at_once) for logits_p1hw in logits), strict=True):
+            yield [upscale_masks(part, size, original_size, resized_size) for part in parts]
 
 
 @torch.no_grad()
 def point_logits(
     head: SamHead,
     emb_1CHW: Tensor,
-    points_P2: npt.NDArray[np.floating],
-    original_size: tuple[int, int],
-    resized_size: tuple[int, int],
-) -> Tensor:
-    """Decode the low-resolution logits of P foreground points, PROMPTS_AT_ONCE at a time.
-
-    Args:
-        head: SAM's head, in evaluation mode, on the embedding's device.
-        emb_1CHW: (1, 256, g, g), embedding of the image.
-        points_P2: (P, 2), x and y in pixels of the original image; each point is a separate prompt; P is at least 1.
-        original_size: (height, width) of the image in pixels.
-        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
-
-    Returns:
-        float32 (P, 1, 4g, 4g) over the encoder's whole square, on the embedding's device.
-    """
-    device_type = emb_1CHW.device.type
-    prompts = PROMPTS_AT_ONCE[device_type]
-    with torch.autocast(device_type, enabled=False):
-        return torch.cat(
-            [
-                _low_res_logits(
-                    head, emb_1CHW, points_P2[start : start + prompts], original_size, resized_size
-                )
-                for start in range(0, len(points_P2), prompts)
-            ]
-        )
-
-
-def _low_res_logits(
-    head: SamHead,
-    emb_1CHW: Tensor,
     points_p2: npt.NDArray[np.floating],
     original_size: tuple[int, int],
     resized_size: tuple[int, int],
 ) -> Tensor:
-    """Return logits (p, 1, 4g, 4g) over the encoder's whole square."""
+    """Decode the low-resolution logits of a few foreground points, all at once (see PROMPTS_AT_ONCE).
+
+    Args:
+        head: SAM's head, in evaluation mode, on the embedding's device.
+        emb_1CHW: (1, 256, g, g), embedding of the image.
+        points_p2: (p, 2), x and y in pixels of the original image; each point is a separate prompt.
+        original_size: (height, width) of the image in pixels.
+        resized_size: (height, width) of the resized image on the encoder's square, in pixels.
+
+    Returns:
+        float32 (p, 1, 4g, 4g) over the encoder's whole square, on the embedding's device. Computed in float32, even
+        under autocast.
+    """
     coords_p12 = to_square(points_p2, original_size, resized_size).to(emb_1CHW.device)[:, None]
     labels_p1 = torch.ones(len(coords_p12), 1, dtype=torch.int, device=emb_1CHW.device)
-    sparse, dense = head.prompt_encoder(points=(coords_p12, labels_p1), boxes=None, masks=None)
-    logits_p1hw, _ = head.mask_decoder(
-        # Contiguous: equal embeddings must give equal masks, for any memory layout that an encoder produced.
-        image_embeddings=emb_1CHW.float().contiguous(),
-        image_pe=head.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-        multimask_output=False,
-    )
+    with torch.autocast(emb_1CHW.device.type, enabled=False):
+        sparse, dense = head.prompt_encoder(points=(coords_p12, labels_p1), boxes=None, masks=None)
+        logits_p1hw, _ = head.mask_decoder(
+            # Contiguous: equal embeddings must give equal masks, for any memory layout that an encoder produced.
+            image_embeddings=emb_1CHW.float().contiguous(),
+            image_pe=head.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,
+        )
     return logits_p1hw
 
 
