@@ -304,9 +304,13 @@ class DistillConfig:
             given = [name for name in EMBEDDING_LOSS_FIELDS if getattr(self, name) is not None]
             if given:
                 name, value = given[0].replace("_", " "), getattr(self, given[0])
+                mend = (
+                    ": leave it out"
+                    if self.objective == "decoder"
+                    else " without --mse-weight: set that above 0, or leave it out"
+                )
                 raise DistillError(
-                    f"{name} is {value!r}, but the {self.objective} objective compares no embeddings without "
-                    "--mse-weight: set that above 0, or leave it out"
+                    f"{name} is {value!r}, but the {self.objective} objective compares no embeddings{mend}"
                 )
         if self.objective != "decoupled" and not (self.focal_weight or self.dice_weight):
             raise DistillError(

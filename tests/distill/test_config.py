@@ -75,6 +75,7 @@ def test_options_that_change_the_learning_change_the_digest(change: dict[str, ob
         ({"objective": "masks"}, "objective must be decoupled"),
         ({"objective": "decoder", "init": "x", "mse_weight": 1.0}, "trains no encoder"),
         ({"objective": "coupled", "loss": "huber"}, "loss is 'huber', but .* without --mse-weight"),
+        ({"objective": "decoder", "init": "x", "loss": "huber"}, "compares no embeddings: leave it out"),
         ({"objective": "coupled", "loss_region": "valid"}, "loss region is 'valid', but"),
     ],
 )
