@@ -240,7 +240,7 @@ def read_embedded_weights() -> dict[str, Tensor]:
     """Read all weights of `vit_nano`, the teacher that needs no download, in float32 (5.7 M values), on the CPU.
 
     They are stored beside this file in float16, with the keys of an official SAM checkpoint, and were trained by
-    examples/train_vit_nano.py on pictures of examples/generate_pictures.py; docs/VIT_NANO.md has the commands and
+    examples/vit_nano/train.py on pictures of examples/generate_pictures.py; docs/VIT_NANO.md has the commands and
     the quality of the masks.
     """
     return {key: value.float() for key, value in load(_EMBEDDED_FILE.read_bytes()).items()}

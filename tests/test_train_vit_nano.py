@@ -10,26 +10,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from examples.vit_nano import muon, pictures, train
 from mobilesam.sam.registry import TEACHERS
 from mobilesam.sam.teacher import state_shapes
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """examples/train_vit_nano.py with few pictures, two steps of the first stage and two of the second."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import nano_pictures
-    import train_vit_nano
-
-    monkeypatch.setitem(nano_pictures.PICTURES, 128, 3)
-    monkeypatch.setitem(train_vit_nano.BATCHES, 128, (2, 2))
-    monkeypatch.setattr(nano_pictures, "VALIDATION_PICTURES", 1)
-    monkeypatch.setattr(train_vit_nano, "ENCODER_STEPS", 2)
-    monkeypatch.setattr(train_vit_nano, "HEAD_STEPS", 2)
-    yield train_vit_nano
-    nano_pictures.held_out_pictures.cache_clear()
+    """examples/vit_nano/train.py with few pictures, two steps of the first stage and two of the second."""
+    monkeypatch.setitem(pictures.PICTURES, 128, 3)
+    monkeypatch.setitem(train.BATCHES, 128, (2, 2))
+    monkeypatch.setattr(pictures, "VALIDATION_PICTURES", 1)
+    monkeypatch.setattr(train, "ENCODER_STEPS", 2)
+    monkeypatch.setattr(train, "HEAD_STEPS", 2)
+    yield train
+    pictures.held_out_pictures.cache_clear()
 
 
 def test_a_training_goes_through_its_stages_and_is_resumed(training: ModuleType, tmp_path: Path) -> None:
@@ -59,8 +54,6 @@ def test_a_training_goes_through_its_stages_and_is_resumed(training: ModuleType,
 
 @pytest.mark.parametrize("shape", [(3, 64, 32), (3, 32, 64)])
 def test_muon_makes_singular_values_alike(training: ModuleType, shape: tuple[int, ...]) -> None:
-    import muon
-
     matrices_NRC = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(muon._orthogonal(matrices_NRC))
     assert values.min() > 0.5

@@ -1,7 +1,7 @@
 """Write photos and human segmentations of BSDS500 in SA-1B's layout, for `mobilesam evaluate --images`.
 
     git clone https://github.com/BIDS/BSDS500
-    python examples/bsds_labels.py --bsds BSDS500/BSDS500/data --split test --out bsds
+    python -m examples.vit_nano.bsds_labels --bsds BSDS500/BSDS500/data --split test --out bsds
     mobilesam evaluate --images bsds --teacher vit_nano --model nano=vit_nano
 
 Several people segmented every photo; this uses the person with the median number of segments. Segments smaller than
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from generate_pictures import Picture, annotations
 from PIL import Image
 from scipy.io import loadmat
+
+from examples.generate_pictures import Picture, annotations
 
 
 def segments(path: Path) -> npt.NDArray[np.uint16]:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from generate_pictures import PHOTOS
 from PIL import Image
-from scene_pictures import Layered, Numbers, Pixels
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.segmentation import slic
+
+from examples.generate_pictures import PHOTOS
+from examples.vit_nano.scene import Layered, Numbers, Pixels
 
 ANALYSED = 320
 """Longer side in pixels at which regions are found."""

@@ -1,4 +1,4 @@
-"""Scenes and regions of photos that vit_nano's last stages learn from: examples/nano_scenes.py and its parts."""
+"""What the second part of the training of vit_nano learns from, and that it goes on and resumes (train_on_scenes.py)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-pytest.importorskip("scipy", reason="the training of vit_nano needs scipy")
-pytest.importorskip("skimage", reason="the training of vit_nano needs scikit-image")
-
 
 @pytest.fixture
 def scenes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """examples/nano_scenes.py with two pictures of each kind, of 64 pixels."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import nano_scenes
+    """examples/vit_nano/layered_pictures.py with two pictures of each kind, of 64 pixels."""
+    from examples.vit_nano import layered_pictures
 
-    monkeypatch.setattr(nano_scenes, "KINDS", dict.fromkeys(nano_scenes.KINDS, 2))
-    monkeypatch.setattr(nano_scenes, "SIDE", 64)
-    return nano_scenes
+    monkeypatch.setattr(layered_pictures, "KINDS", dict.fromkeys(layered_pictures.KINDS, 2))
+    monkeypatch.setattr(layered_pictures, "SIDE", 64)
+    return layered_pictures
 
 
 @pytest.mark.parametrize("index", range(6))
 def test_every_part_lies_in_one_whole_and_every_whole_in_one_group(scenes: ModuleType, index: int) -> None:
-    from scene_pictures import scene
+    from examples.vit_nano.scene import scene
 
     one, same = scene(3, index, 96), scene(3, index, 96)
     assert np.array_equal(one.pixels_HWC, same.pixels_HWC)
@@ -42,7 +36,7 @@ def test_every_part_lies_in_one_whole_and_every_whole_in_one_group(scenes: Modul
 
 
 def test_regions_of_a_photo_follow_its_edges_and_are_fewer_at_each_level(scenes: ModuleType) -> None:
-    from photo_regions import MergeWeights, regions
+    from examples.vit_nano.photo_regions import MergeWeights, regions
 
     rng = np.random.default_rng(0)
     pixels_HWC = rng.integers(90, 110, (96, 128, 3)).astype(np.uint8)
@@ -76,7 +70,8 @@ def test_the_training_goes_on_from_weights_and_is_resumed(
     scenes: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
-    import train_nano_scenes as training
+
+    from examples.vit_nano import train_on_scenes as training
 
     monkeypatch.setattr(training, "PROMPTED", {256: (1, 3)})
     monkeypatch.setattr(training, "validate", lambda *_: {})
@@ -102,7 +97,7 @@ def test_listed_photos_are_named_by_git_ids_and_small_copies_are_written(
 ) -> None:
     import subprocess
 
-    import fetch_photos
+    from examples.vit_nano import fetch_photos
 
     for repository in fetch_photos.PHOTOS:
         assert repository in fetch_photos.LICENCES

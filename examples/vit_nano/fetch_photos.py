@@ -1,6 +1,6 @@
-"""Fetch the photos that the last stages of vit_nano's training learn regions from (train_nano_scenes.py).
+"""Fetch the photos that the last stages of vit_nano's training learn regions from (train_on_scenes.py).
 
-    python examples/fetch_photos.py --out nano-scenes/photos
+    python -m examples.vit_nano.fetch_photos --out scenes/photos
 
 They are public domain or CC0, and not in this repository. Each is named by its repository on GitHub, its path there
 and the git id of its content. They are written with a longer side of 1,024 pixels. Needs git.

@@ -1,4 +1,4 @@
-"""Things made of parts, for generated scenes (scene_pictures.py): outlines of animals, people, plants and more.
+"""Things made of parts, for generated scenes (scene.py): outlines of animals, people, plants and more.
 
 A function returns a thing's parts in the order in which they are drawn: each part's outline, (N, 2) x and y in
 pixels, and the number of its material; parts of one material look alike.
@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-from generate_pictures import shape
+
+from examples.generate_pictures import shape
 
 Points = npt.NDArray[np.float64]
 Part = tuple[Points, int]

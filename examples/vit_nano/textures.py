@@ -1,4 +1,4 @@
-"""Noise and textures of one material for generated scenes (scene_pictures.py).
+"""Noise and textures of one material for generated scenes (scene.py).
 
 Shape suffixes: H and W rows and columns, C red, green and blue, N colours.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from generate_pictures import photo_texture
 from PIL import Image, ImageDraw
 from scipy import ndimage
+
+from examples.generate_pictures import photo_texture
 
 Floats = npt.NDArray[np.float32]
 Rng = np.random.Generator

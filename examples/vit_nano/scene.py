@@ -2,7 +2,7 @@
 
 A scene has a background of stuff (sky, ridges, water, fields and floors in perspective, walls; or a photo with its
 regions), and things made of parts. Textures are often stronger than the edges between objects; edges are sharp, soft
-or hairy; light, shadows, haze, blur, grain and JPEG are applied. train_vit_nano.py's pictures lack these.
+or hairy; light, shadows, haze, blur, grain and JPEG are applied. train.py's pictures lack these.
 
 Shape suffixes: H and W rows and columns, C red, green and blue, L levels, N points.
 """
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
-from scene_textures import Floats, Rng, fractal, ground, palette, sky, texture
-from scene_things import HAIRY, THINGS, Points, blob
 from scipy import ndimage
+
+from examples.vit_nano.textures import Floats, Rng, fractal, ground, palette, sky, texture
+from examples.vit_nano.things import HAIRY, THINGS, Points, blob
 
 Numbers = npt.NDArray[np.int32]
 Pixels = npt.NDArray[np.uint8]

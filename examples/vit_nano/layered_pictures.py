@@ -1,4 +1,4 @@
-"""Pictures with masks of three levels for the last stages of vit_nano's training (train_vit_nano.py).
+"""Pictures with masks of three levels for the last stages of vit_nano's training (train.py).
 
 Shape suffixes: S side of the square, M side of the masks compared, L levels, H and W rows and columns, C channels.
 """
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from generate_pictures import generate
-from photo_regions import part_of_photo
 from PIL import Image
-from scene_pictures import Layered, scene, things_on
 from scipy import ndimage
 
+from examples.generate_pictures import generate
+from examples.vit_nano.photo_regions import part_of_photo
+from examples.vit_nano.scene import Layered, scene, things_on
 from mobilesam.distill.data.labels import mask_side
 
 SEED = 1

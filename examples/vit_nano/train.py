@@ -1,11 +1,11 @@
 """Train vit_nano, encoder and head together, on generated pictures at several resolutions.
 
-    python examples/train_vit_nano.py --work nano --until 1150 --sizes 128
-    python examples/train_vit_nano.py --work nano --until 1850 --sizes 256
-    python examples/train_vit_nano.py --work nano --until 3950 --sizes 256 --final-lr 3.04e-4
-    python examples/train_vit_nano.py --work nano --until 5100 --sizes 256 --final-lr 1.2e-4
-    python examples/train_vit_nano.py --work nano --until 6200 --sizes 256 512 1024 --final-lr 0
-    python examples/train_vit_nano.py --work nano --save sam/vit_nano.safetensors
+    python -m examples.vit_nano.train --work nano --until 1150 --sizes 128
+    python -m examples.vit_nano.train --work nano --until 1850 --sizes 256
+    python -m examples.vit_nano.train --work nano --until 3950 --sizes 256 --final-lr 3.04e-4
+    python -m examples.vit_nano.train --work nano --until 5100 --sizes 256 --final-lr 1.2e-4
+    python -m examples.vit_nano.train --work nano --until 6200 --sizes 256 512 1024 --final-lr 0
+    python -m examples.vit_nano.train --work nano --save sam/vit_nano.safetensors
 
 Each command resumes where the last one ended or was stopped; a new folder may --start from saved weights. The
 learning rate changes linearly from its present value to --final-lr; the saved weights are a moving average. Loss and
@@ -34,13 +34,20 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from muon import Muon
-from nano_pictures import HELD_OUT_SEED, SEED, Pictures, Sample, held_out_pictures, training_pictures
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from examples.vit_nano.muon import Muon
+from examples.vit_nano.pictures import (
+    HELD_OUT_SEED,
+    SEED,
+    Pictures,
+    Sample,
+    held_out_pictures,
+    training_pictures,
+)
 from mobilesam.distill.data.labels import mask_side
 from mobilesam.distill.loss.coupled import valid_pixels
 from mobilesam.distill.loss.masks import MaskLoss, MaskLossWeights, PromptedObjects

@@ -1,11 +1,11 @@
 """Train vit_nano further, on scenes, photos and plain pictures whose masks have three levels.
 
-    python examples/fetch_photos.py --out nano-scenes/photos
-    python examples/train_nano_scenes.py --work nano-scenes --start nano.safetensors --until 11000 --sizes 256 512
-    python examples/train_nano_scenes.py --work nano-scenes --until 14500 --sizes 256 512 1024 --final-lr 0
-    python examples/train_nano_scenes.py --work nano-scenes --save sam/vit_nano.safetensors
+    python -m examples.vit_nano.fetch_photos --out scenes/photos
+    python -m examples.vit_nano.train_on_scenes --work scenes --start nano.safetensors --until 11000 --sizes 256 512
+    python -m examples.vit_nano.train_on_scenes --work scenes --until 14500 --sizes 256 512 1024 --final-lr 0
+    python -m examples.vit_nano.train_on_scenes --work scenes --save sam/vit_nano.safetensors
 
-It starts from weights of train_vit_nano.py. Each command makes the pictures that are missing, goes on where the last
+It starts from weights of train.py. Each command makes the pictures that are missing, goes on where the last
 one ended or was stopped, and trains --until a step, counted on from those of the weights; the learning rate changes
 linearly to --final-lr. A point lies in a part, in a whole and in a group: SAM's three masks learn all of them, and
 their predicted IoU that with the one that was drawn. Needs scikit-image and scipy.
@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nano_scenes import CHANCES, KINDS, SIDE, draw_prompts, make, square
 from torch import Tensor
-from train_vit_nano import (
+
+from examples.vit_nano.layered_pictures import CHANCES, KINDS, SIDE, draw_prompts, make, square
+from examples.vit_nano.train import (
     FOCAL,
     SEED,
     TWO_ROUNDS,
@@ -38,7 +39,6 @@ from train_vit_nano import (
     save,
     validate,
 )
-
 from mobilesam.distill.loss.coupled import valid_pixels
 from mobilesam.distill.loss.mask_prompts import box_prompts, pixels_to_square
 from mobilesam.distill.loss.masks import MaskLoss, MaskLossWeights, PromptedObjects, prompt_losses

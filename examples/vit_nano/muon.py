@@ -1,4 +1,4 @@
-"""Muon, the optimizer of vit_nano's hidden matrices in examples/train_vit_nano.py."""
+"""Muon, the optimizer of vit_nano's hidden matrices in examples/vit_nano/train.py."""
 
 from __future__ import annotations
 

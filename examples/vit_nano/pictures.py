@@ -1,4 +1,4 @@
-"""Generated pictures for training and validation of vit_nano (train_vit_nano.py)."""
+"""Generated pictures for training and validation of vit_nano (train.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from generate_pictures import generate
 
+from examples.generate_pictures import generate
 from mobilesam.distill.data.labels import mask_side, to_square_mask
 
 SEED = 1
