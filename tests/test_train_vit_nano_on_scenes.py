@@ -1,4 +1,4 @@
-"""What the second part of the training of vit_nano learns from, and that it goes on and resumes (train_on_scenes.py)."""
+"""What the second part of the training of vit_nano learns from, and that it resumes (train_on_scenes.py)."""
 
 from __future__ import annotations
 
