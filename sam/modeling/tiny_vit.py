@@ -214,24 +214,31 @@ class Attention(nn.Module):
         return self.proj(attended_BHWC)[:, :height, :width]
 
     def _attend(self, qkv_BHWC: Tensor, h: int, w: int, filling_1C: Tensor | None) -> Tensor:
-        """Attend within adjacent windows, each of which has h x w cells of the grid."""
+        """Attend within adjacent windows, each of which has h x w cells of the grid.
+
+        No tensor has more than four dimensions: compilers for phones take no more.
+        """
         batch, height, width, channels = qkv_BHWC.shape
         down, along = height // h, width // w
+        rows = batch * down
+        if down * along > 1:
+            qkv_BHWC = qkv_BHWC.reshape(rows, h, along, w * channels).transpose(1, 2)
         # The heads are the outer division of qkv's output: each head's q, k and v are adjacent.
-        split = (batch, down, h, along, w, self.heads, 3, channels // 3 // self.heads)
-        parts = qkv_BHWC.reshape(split).permute(6, 0, 1, 3, 5, 2, 4, 7)
-        q_JKND, k_JKND, v_JKND = parts.reshape(3, batch * down * along, self.heads, h * w, -1).unbind(0)
+        parts_JNKC = qkv_BHWC.reshape(rows * along, h * w, self.heads, channels // self.heads)
+        q_JKND, k_JKND, v_JKND = parts_JNKC.transpose(1, 2).chunk(3, dim=3)
         bias_KNL = self._bias(h, w).to(q_JKND.dtype)
         if h * w < self.window**2:
             assert filling_1C is not None, "a window lacks cells only if the grid isn't made of whole windows"
-            filling = filling_1C.view(self.heads, 3, 1, -1).unbind(1)
+            filling = filling_1C.view(self.heads, 3, -1)
             k_JKND, v_JKND = (
-                torch.cat((own, extra.expand(own.shape[0], -1, -1, -1)), dim=2)
-                for own, extra in ((k_JKND, filling[1]), (v_JKND, filling[2]))
+                torch.cat((own, filling[:, part : part + 1].expand(own.shape[0], -1, -1, -1)), dim=2)
+                for part, own in ((1, k_JKND), (2, v_JKND))
             )
         out_JKND = F.scaled_dot_product_attention(q_JKND, k_JKND, v_JKND, attn_mask=bias_KNL[None])
-        windows = out_JKND.view(batch, down, along, self.heads, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
-        return windows.reshape(batch, height, width, channels // 3)
+        out_JNKD = out_JKND.transpose(1, 2)
+        if down * along > 1:
+            out_JNKD = out_JNKD.reshape(rows, along, h, w * channels // 3).transpose(1, 2)
+        return out_JNKD.reshape(batch, height, width, channels // 3)
 
     def _bias(self, h: int, w: int) -> Tensor:
         """Return the biases (K, N, L) of a window with h x w cells of the grid: one for each of these and, in border

@@ -6,9 +6,12 @@ import inspect
 import textwrap
 import types
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mobilesam.sam.modeling.tiny_vit import (
     CLASSIFIER_PREFIXES,
@@ -191,6 +194,27 @@ def test_any_multiple_of_16_gives_a_sixteenth_of_it_as_grid(image_size: int) -> 
     network = TinyViT(image_size).eval()
     with torch.no_grad():
         assert network(pixels(image_size)).shape == (1, 256, image_size // 16, image_size // 16)
+
+
+class MostDimensions(TorchDispatchMode):
+    """Keeps the largest number of dimensions of any tensor computed inside it."""
+
+    most = 0
+
+    def __torch_dispatch__(  # type: ignore[override]
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        self.most = max(self.most, *(one.dim() for one in tensors), 0)
+        return result
+
+
+@pytest.mark.parametrize("image_size", [240, 256, 448])
+def test_no_tensor_has_more_than_the_four_dimensions_that_compilers_for_phones_take(image_size: int) -> None:
+    with torch.no_grad(), MostDimensions() as seen:
+        TinyViT(image_size).eval()(torch.zeros(1, 3, image_size, image_size))
+    assert seen.most == 4
 
 
 def test_weights_loaded_in_evaluation_mode_take_effect() -> None:
