@@ -3,18 +3,36 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEMO_STAMP := $(VENV)/.demo
 BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo paper recipes test test-long faults bench lint format clean
+.PHONY: demo demo-1024 paper recipes test test-long faults bench lint format clean
 
-# The three commands on the example photos at 1024 x 1024, in the folder $(DEMO); see README.md.
-demo: $(STAMP)
-	mkdir -p $(DEMO)
-	cd $(DEMO) && ../$(BIN)/mobilesam precompute --images ../examples/photos --out store.zarr --teacher vit_nano
-	cd $(DEMO) && ../$(BIN)/mobilesam distill --epochs 12
-	cd $(DEMO) && ../$(BIN)/mobilesam verify --split all --report report.html
-	@echo "Look at $(DEMO)/report.html in a browser."
+# The three commands at 256 x 256, in the folder $(DEMO), on pictures of which a student learns in minutes; see README.md.
+SHOW := cd $(DEMO) && ../$(BIN)/mobilesam
+demo: $(DEMO_STAMP)
+	@mkdir -p $(DEMO)
+	@echo "1. Pictures: generated ones and crops of nine photos to learn from; others, and three photos, held out."
+	$(BIN)/python examples/demo_pictures.py --out $(DEMO)/pictures
+	@echo; echo "2. The teacher, once: its embeddings of all pictures go into a store, those to judge by into another."
+	$(SHOW) precompute --images pictures/train --out store.zarr --teacher vit_nano --image-size 256
+	$(SHOW) precompute --images pictures/held-out --out held-out.zarr --teacher vit_nano --image-size 256
+	@echo; echo "3. The student learns the embeddings: the longest part."
+	$(SHOW) distill --epochs 3 --batch-size 4
+	@echo; echo "4. Is it good? Its masks beside the teacher's, on pictures that it has never seen."
+	$(SHOW) verify --store held-out.zarr --split all --report report.html
+	@echo; echo "5. The student at work, on a photo that it has never seen."
+	$(SHOW) segment ../examples/photos/coffee.jpg --point 290 130 --out segment.png
+	@echo; echo "Look at $(DEMO)/report.html in a browser, and at $(DEMO)/segment.png."
+
+# The three commands on the example photos at 1024 x 1024: the real size, but twelve photos are few to learn from.
+demo-1024: $(DEMO_STAMP)
+	@mkdir -p $(DEMO)-1024
+	cd $(DEMO)-1024 && ../$(BIN)/mobilesam precompute --images ../examples/photos --out store.zarr --teacher vit_nano
+	cd $(DEMO)-1024 && ../$(BIN)/mobilesam distill --epochs 12
+	cd $(DEMO)-1024 && ../$(BIN)/mobilesam verify --split all --report report.html
+	@echo "Look at $(DEMO)-1024/report.html in a browser."
 
 # The paper's comparisons in miniature, in the folder $(PAPER), into docs/PAPER.md; PART=recipe is one student of many
 # pictures, by distill's own recipe. SCALE=small takes minutes, in paper-small, and leaves the document as it is.
@@ -68,10 +86,18 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): setup.cfg pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(STAMP): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# What the tests need takes minutes to install; the demo does without.
+$(DEMO_STAMP): setup.cfg pyproject.toml | $(BIN)/python
+	@echo "Installing mobilesam and torch into $(VENV)."
+	$(BIN)/python -m pip install --quiet --editable '.[report]'
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)
@@ -79,4 +105,4 @@ $(BENCH_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults .bench
+	rm -rf $(VENV) $(DEMO) $(DEMO)-1024 build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults .bench

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -36,6 +36,9 @@ MIN_VISIBLE = 0.001
 TALLEST_TEXTURE = 512
 """Height in pixels to which photos are reduced: sharp enough for textures."""
 SUPERSAMPLING = 2
+
+_paths: Sequence[Path] | None = None
+"""Photos that textures are taken from, or None for those in PHOTOS."""
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -232,10 +235,17 @@ def _light(rng: np.random.Generator, canvas_HWC: Floats) -> Floats:
     return canvas_HWC * light_HW[..., None] + noise_HW[..., None]
 
 
+def use_photos(paths: Sequence[Path] | None) -> None:
+    """Take textures from these photos from now on, in this process; None: from those in PHOTOS."""
+    global _paths
+    _paths = paths
+    _photos.cache_clear()
+
+
 @cache
 def _photos() -> list[Image.Image]:
     photos = []
-    for path in sorted([*PHOTOS.glob("*.jpg"), *PHOTOS.glob("*.png")]):
+    for path in sorted([*PHOTOS.glob("*.jpg"), *PHOTOS.glob("*.png")]) if _paths is None else _paths:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         image.thumbnail((4 * TALLEST_TEXTURE, TALLEST_TEXTURE))
@@ -271,10 +281,19 @@ def _annotations(picture: Picture) -> Iterator[dict[str, object]]:
         }
 
 
-def write(folder: Path, seed: int, number: int, side: int, quality: int = 95, workers: int = 1) -> None:
+def write(
+    folder: Path,
+    seed: int,
+    number: int,
+    side: int,
+    quality: int = 95,
+    workers: int = 1,
+    photos: Sequence[Path] | None = None,
+) -> None:
     """Write pictures 1 to `number` of `seed` into `folder`, keeping those that exist.
 
-    Files appear complete or not at all. The pictures do not depend on the number of processes, `workers`.
+    Files appear complete or not at all. The pictures do not depend on the number of processes, `workers`, but on the
+    photos that textures are taken from (None: all in PHOTOS).
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [
@@ -284,10 +303,12 @@ def write(folder: Path, seed: int, number: int, side: int, quality: int = 95, wo
     ]
     write_one = partial(_write_one, folder, seed, side, quality)
     if workers == 1:
+        use_photos(photos)
         for image_id in missing:
             write_one(image_id)
+        use_photos(None)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+    with ProcessPoolExecutor(workers, get_context("spawn"), use_photos, (photos,)) as processes:
         for _ in processes.map(write_one, missing, chunksize=16):
             pass
 

@@ -31,13 +31,16 @@ def random_crop(photo: Image.Image, side: int, generator: np.random.Generator) -
 
 
 def write_crops(photos: Sequence[Path], out: Path, count: int, side: int, seed: int) -> None:
-    """Write `count` crops as PNG files, from each photo equally many or one more."""
+    """Write `count` crops as PNG files, from each photo equally many or one more, keeping those that exist."""
     out.mkdir(parents=True, exist_ok=True)
     opened = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in photos]
     for number in range(count):
         which = number % len(photos)
-        crop = random_crop(opened[which], side, np.random.default_rng((seed, number)))
-        crop.save(out / f"{photos[which].stem}-{number:05}.png")
+        path = out / f"{photos[which].stem}-{number:05}.png"
+        if not path.exists():
+            crop = random_crop(opened[which], side, np.random.default_rng((seed, number)))
+            crop.save(path.with_suffix(".draft"), format="PNG")
+            path.with_suffix(".draft").replace(path)
 
 
 def main() -> None:
