@@ -1,7 +1,7 @@
 """Draw the picture at the top of README.md: photos, the masks of the teacher for a point, and those of a student.
 
 make demo
-python examples/readme_picture.py --student demo/runs/latest --out docs/readme.png
+python examples/readme_picture.py --student demo/runs/latest --out docs/readme.jpg
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--student", required=True, metavar="RUN", help="run of make demo")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jpg")
     options = parser.parse_args()
     student = load_model(options.student)
     teacher = load_teacher_model("vit_nano", image_size=student.sam.image_encoder.img_size)
@@ -115,7 +115,7 @@ def main() -> None:
             ),
         ],
         POINTS,
-    ).quantize(256).save(options.out, optimize=True)
+    ).save(options.out, quality=90, optimize=True)
 
 
 if __name__ == "__main__":
