@@ -370,7 +370,7 @@ def _train(
         labels=_annotation_labels(config, run, inputs.labels),
         student_size=student_size,
     )
-    with _compiled(student, config), loader:
+    with _compiled(student, config, compute), loader:
         trainer = Trainer(
             config, run, student, loader, compute=compute, objective=objective, processes=processes
         )
@@ -386,11 +386,15 @@ def _annotation_labels(config: DistillConfig, run: Run, labels: OpenLabels | Non
 
 
 @contextmanager
-def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
+def _compiled(student: nn.Module, config: DistillConfig, compute: ComputeSettings) -> Iterator[None]:
     """Let torch.compile compile the student at its first use, with `--compile`. Weights keep their names."""
     if not config.compile:
         yield
         return
+    if compute.device.type == "cpu" and compute.precision == "bfloat16":
+        logger.warning(
+            "--compile gains nothing on a CPU in bfloat16: torch.compile's steps were 60 times slower there; leave it out"
+        )
     from torch._dynamo.exc import TorchDynamoException
 
     student.compile()
