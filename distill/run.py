@@ -393,7 +393,7 @@ def _compiled(student: nn.Module, config: DistillConfig, compute: ComputeSetting
         return
     if compute.device.type == "cpu" and compute.precision == "bfloat16":
         logger.warning(
-            "--compile gains nothing on a CPU in bfloat16: torch.compile's steps were 60 times slower there; leave it out"
+            "--compile gains nothing on a CPU in bfloat16: its steps were 60 times slower there"
         )
     from torch._dynamo.exc import TorchDynamoException
 

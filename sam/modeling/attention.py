@@ -23,7 +23,7 @@ BIAS_SCORES = 2**24
 """Most entries of the position table that are held at a time (64 MiB in float32), but at least those of one head."""
 
 WIDTH_STEP = 8
-"""Divisor of a head's width that the fused kernels of CUDA take without padding it themselves (16 bytes in bfloat16)."""
+"""Divisor of a head's width that CUDA takes in its fused kernels without padding (16 bytes in bfloat16)."""
 
 logger = logging.getLogger(__name__)
 
