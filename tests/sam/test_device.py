@@ -47,6 +47,17 @@ def test_cuda_names_get_an_index(asked: str, index: int) -> None:
 
 
 @pytest.mark.usefixtures("two_gpus")
+def test_float32_on_a_gpu_is_float32_in_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    resolve_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    resolve_device("auto")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.usefixtures("two_gpus")
 def test_cpu_is_the_cpu_where_there_are_gpus_too() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
 
