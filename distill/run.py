@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..common.durable import explain_os_errors
@@ -24,7 +22,7 @@ from ..store.spec import package_versions
 from .checksummed_json import digest
 from .config import DistillConfig
 from .data.labels import AnnotationLabels, OpenLabels, open_labels
-from .data.loader import Loader, check_preprocessing, find_image_root
+from .data.loader import Loader, check_preprocessing, default_workers, find_image_root
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
 from .expectations import resolve_length, tell_facts, tell_length
@@ -392,9 +390,7 @@ def _compiled(student: nn.Module, config: DistillConfig, compute: ComputeSetting
         yield
         return
     if compute.device.type == "cpu" and compute.precision == "bfloat16":
-        logger.warning(
-            "--compile gains nothing on a CPU in bfloat16: its steps were 60 times slower there"
-        )
+        logger.warning("--compile gains nothing on a CPU in bfloat16: its steps were 60 times slower there")
     from torch._dynamo.exc import TorchDynamoException
 
     student.compile()
@@ -406,12 +402,6 @@ def _compiled(student: nn.Module, config: DistillConfig, compute: ComputeSetting
             f"torch.compile can't compile {config.student} here ({fact}); leave out --compile, which only makes "
             "training faster"
         ) from error
-
-
-def default_workers(device: torch.device) -> int:
-    """Return the default number of decoding threads: few on a CPU, where training is slower than decoding."""
-    available = len(os.sched_getaffinity(0))
-    return min(2 if device.type == "cpu" else 16, available)
 
 
 def finished_words(result: Mapping[str, Any]) -> str:

@@ -294,6 +294,12 @@ class Loader:
         return data
 
 
+def default_workers(device: torch.device) -> int:
+    """Return the default number of decoding threads: few on a CPU, where training is slower than decoding."""
+    available = len(os.sched_getaffinity(0))
+    return min(2 if device.type == "cpu" else 16, available)
+
+
 def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] = DistillError) -> None:
     """Refuse a store that was made with another preprocessing than this version's.
 

@@ -22,7 +22,7 @@ from mobilesam.distill import (
     load_student,
     mean_embedding,
 )
-from mobilesam.distill.run import default_workers
+from mobilesam.distill.data.loader import default_workers
 from mobilesam.distill.run_description import ResolvedSettings
 from mobilesam.store import Audit, EmbeddingStore
 
