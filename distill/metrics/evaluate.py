@@ -21,6 +21,7 @@ from ...sam import normalize_and_pad
 from ...sam.modeling.neck import input_side
 from ...store import EmbeddingStore
 from ..data.loader import Batch, Loader, default_workers
+from ..data.rows import RecordsByRow
 from ..data.sampler import split_batches
 from ..distributed import ProcessGroup
 from ..loss.base import Objective
@@ -160,7 +161,7 @@ def evaluate(
     with (
         Loader(
             store,
-            store.manifest.records(),
+            RecordsByRow(store),
             image_root,
             workers=compute.workers or default_workers(compute.device),
             pin_memory=pin_memory,
