@@ -1,6 +1,6 @@
 """Committed rows of a store, by columns: millions of them take no record each in memory.
 
-Letter of shapes: N rows.
+Shape suffixes: N rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Sampler: the split into training and validation rows, the order of rows in an epoch, and batches.
 
 All functions are pure: the split depends on the contents of the images, the order on seed and epoch.
+
+Shape suffixes: N rows.
 """
 
 from __future__ import annotations
@@ -100,6 +102,12 @@ def split_batches(rows: Sequence[int], size: int) -> list[list[int]]:
 
 
 def each_batch(rows: Sequence[int], size: int, first: int = 0) -> Iterator[list[int]]:
-    """Yield the batches of `split_batches`, from number `first` on, without holding them all."""
+    """Yield the batches of `split_batches` one by one.
+
+    Args:
+        rows: row numbers, in order.
+        size: rows per batch, 1 or more.
+        first: number of the batch to begin with, from 0.
+    """
     for i in range(first * size, len(rows), size):
         yield list(rows[i : i + size])
