@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.support.figures import by_turns
 from benchmarks.support.profiler import shares
 from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, build_student
+from mobilesam.distill.data.rows import CommittedRows, RecordsByRow
 from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.distributed import ProcessGroup
 from mobilesam.distill.recipe import DEFAULT_RECIPE
@@ -104,7 +105,7 @@ def _first_batch(path: Path, images: int) -> Iterator[tuple[Loader, Batch, Embed
     """Yield a store's loader, the batch of its first images, and the store."""
     with EmbeddingStore.open(path) as store:
         root = Path(store.spec.image_root)
-        with Loader(store, store.manifest.records(), root, workers=1) as loader:
+        with Loader(store, RecordsByRow(store), root, workers=1) as loader:
             with closing(loader.batches([list(range(images))])) as batches:
                 batch = next(batches)
             yield loader, batch, store
@@ -156,8 +157,8 @@ def _our_step(
         micro_batch=len(rows),
     )
     split = Split(train=tuple(rows), val=())
-    records, root = store.manifest.records("done"), Path(store.spec.image_root)
-    description = describe(config, store, records, split, None, ProcessGroup(), None, root)
+    every, root = CommittedRows.of(store), Path(store.spec.image_root)
+    description = describe(config, store, every, split, None, ProcessGroup(), None, root)
     trainer = Trainer(
         config,
         Run(path=store.path.parent, description=description, split=split),
