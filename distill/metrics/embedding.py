@@ -9,8 +9,7 @@ lies in the image. s is the student's embedding, t the teacher's.
   and minimum over images.
 - skill: 1 - mse / mse of always predicting the training rows' mean embedding. That constant has 0, the teacher 1.
 
-Shape suffixes: B images, C channels, H and W rows and columns of the grid, L cells of one image, flattened, R the two
-regions (all cells, the valid ones), S sums over a region's cells.
+Shape suffixes: B images, C channels, H and W rows and columns of the grid, L cells of one image, flattened.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class Metrics:
         if not len(teacher_BCHW):
             return
         with torch.no_grad():
-            sums_BRS = torch.stack(
+            sums = torch.stack(
                 [
                     self._sums(student_CHW.double(), teacher_CHW.double(), valid_HW.to(teacher_CHW.device))
                     for student_CHW, teacher_CHW, valid_HW in zip(
@@ -78,15 +77,15 @@ class Metrics:
                     )
                 ]
             ).cpu()  # the only wait for a GPU
-        for everywhere_S, valid_S in sums_BRS:
-            mse, cosine = self._all.add(everywhere_S)
-            mse_valid, cosine_valid = self._valid.add(valid_S)
+        for everywhere, valid in sums:
+            mse, cosine = self._all.add(everywhere)
+            mse_valid, cosine_valid = self._valid.add(valid)
             self.per_image.append(
                 ImageMetrics(mse=mse, mse_valid=mse_valid, cosine=cosine, cosine_valid=cosine_valid)
             )
 
     def _sums(self, student_CHW: Tensor, teacher_CHW: Tensor, valid_HW: Tensor) -> Tensor:
-        """Return sums of one image for `_Region.add`, float64 (2, S): over all cells, and over the valid ones."""
+        """Return sums of one image for `_Region.add`, float64 (2, 5 + C): over all cells, and over the valid ones."""
         student_CL, teacher_CL = student_CHW.flatten(1), teacher_CHW.flatten(1)
         squared_L = (student_CL - teacher_CL).square().sum(dim=0)
         norms_L = student_CL.norm(dim=0) * teacher_CL.norm(dim=0)
@@ -177,19 +176,19 @@ class _Region:
         """Sum over channels of squared deviations from that channel's mean."""
         self.cosines: list[float] = []
 
-    def add(self, sums_S: Tensor) -> tuple[float, float]:
+    def add(self, sums: Tensor) -> tuple[float, float]:
         """Add one image.
 
         Args:
-            sums_S: float64, on the CPU: the number of cells; the sums over these of squared errors, of squared errors
+            sums: float64, on the CPU: the number of cells; the sums over these of squared errors, of squared errors
                 of the mean embedding, and of cosines; the teacher's squared deviations from its mean per channel,
                 summed; that mean.
 
         Returns:
             The image's mse and its mean cosine.
         """
-        cells, squared, constant_squared, cosine, spread = sums_S[:5].tolist()
-        mean_C = sums_S[5:]
+        cells, squared, constant_squared, cosine, spread = sums[:5].tolist()
+        mean_C = sums[5:]
         elements = len(mean_C) * round(cells)
         self.squared += squared
         self.constant_squared += constant_squared
