@@ -7,7 +7,7 @@ DEMO_STAMP := $(VENV)/.demo
 BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo demo-1024 paper recipes test test-long faults bench lint format clean
+.PHONY: demo demo-1024 paper recipes test test-long faults bench gpu lint format clean
 
 # The three commands at 192 x 192, in the folder $(DEMO), on pictures of which a student learns in minutes; see README.md.
 SHOW := cd $(DEMO) && ../$(BIN)/mobilesam
@@ -74,6 +74,10 @@ bench: $(BENCH_STAMP)
 	done
 	$(if $(SCALE),$(BIN)/python -m benchmarks.scale)
 	$(BIN)/python -m benchmarks.table
+
+# On a machine with a GPU: the tests marked `cuda`, and every speed there, into docs/PERFORMANCE.md, in ten minutes.
+gpu: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.gpu --write-docs
 
 # mypy can't name a module by a folder with a dash: it checks the package through a link of the right name.
 lint: $(STAMP)
