@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from mobilesam.common.errors import counted
 from mobilesam.verify.sweep.aggregate import Group, Spread, grouped
 
 # Table 4 of the paper: batch, epochs, iterations, mIoU.
@@ -100,7 +101,7 @@ def _setting(results: Results, stages: Sequence[str]) -> str:
         f"{one['images']['train']:,} training pictures, {one['test']['images']} test pictures of another seed, "
         f"image size {scale['image_size']}, {one['test']['prompts']} points per picture, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {len(different)} runs took "
-        f"{seconds / 3600:.2f} hours of training and evaluation on {results['cores']} cores. mIoU compares with the "
+        f"{seconds / 3600:.2f} hours of training and evaluation on {counted(results['cores'], 'core')}. mIoU compares with the "
         "masks of vit_nano, the teacher."
     )
 
