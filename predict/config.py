@@ -214,3 +214,26 @@ class ExportConfig:
             f"--out {shown(str(self.out))}: give a name that ends in .pt, encoder.onnx or decoder.onnx, or a folder, "
             "for all of them"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """All options of the server of a web demo, checked on construction.
+
+    Raises:
+        PredictError: the port is out of range.
+    """
+
+    port: int | None = option(
+        None, metavar="PORT", help="Port of the server [default: 8000, another one if that is taken]"
+    )
+    folder: Path = Path("demo")
+    """Folder that `export --format web` wrote."""
+
+    def __post_init__(self) -> None:
+        paths_from_text(self, "folder")
+        require(
+            self.port is None or 1 <= self.port <= 65535,
+            f"--port {self.port} must be from 1 to 65535",
+            PredictError,
+        )

@@ -1,0 +1,94 @@
+// From a photo's pixels to the encoder's input, equal to mobilesam's Python: Pillow's bilinear resizing of 8-bit
+// channels to the byte, then SAM's normalisation in float32.
+
+const BITS = 22; // fractional bits of Pillow's fixed-point weights
+
+/** Height and width of a photo whose longest side is resized to `size`: SAM's rule, its rounding included. */
+export function resizedSize(height, width, size) {
+  const scale = size / Math.max(height, width);
+  const result = [Math.floor(height * scale + 0.5), Math.floor(width * scale + 0.5)];
+  if (Math.min(...result) < 1)
+    throw new Error(`This picture is too thin: ${width} x ${height} pixels. Choose another one.`);
+  return result;
+}
+
+/** For each output pixel of one axis: the first input pixel, the number of them, and their integer weights. */
+function taps(inputs, outputs) {
+  const scale = inputs / outputs;
+  const support = Math.max(scale, 1); // antialiased: the triangle widens with the reduction
+  const most = Math.ceil(support) * 2 + 1;
+  const first = new Int32Array(outputs);
+  const count = new Int32Array(outputs);
+  const weights = new Int32Array(outputs * most);
+  for (let out = 0; out < outputs; out++) {
+    const centre = (out + 0.5) * scale;
+    const low = Math.max(0, Math.trunc(centre - support + 0.5));
+    const high = Math.min(inputs, Math.trunc(centre + support + 0.5));
+    const values = [];
+    let sum = 0;
+    for (let i = low; i < high; i++) {
+      const value = Math.max(0, 1 - Math.abs((i - centre + 0.5) / support));
+      values.push(value);
+      sum += value;
+    }
+    first[out] = low;
+    count[out] = high - low;
+    values.forEach((value, i) => (weights[out * most + i] = Math.trunc((value / sum) * (1 << BITS) + 0.5)));
+  }
+  return { first, count, weights, most };
+}
+
+/** Resize RGBA bytes to RGB bytes, first along rows, then along columns, rounded to bytes in between as Pillow does. */
+export function resize(rgba, width, height, newWidth, newHeight) {
+  const half = 1 << (BITS - 1);
+  const rows = new Uint8ClampedArray(3 * newWidth * height);
+  if (newWidth === width) {
+    for (let i = 0, o = 0; o < rows.length; i += 4, o += 3) {
+      rows[o] = rgba[i];
+      rows[o + 1] = rgba[i + 1];
+      rows[o + 2] = rgba[i + 2];
+    }
+  } else {
+    const { first, count, weights, most } = taps(width, newWidth);
+    for (let y = 0, o = 0; y < height; y++)
+      for (let x = 0; x < newWidth; x++, o += 3) {
+        let red = half, green = half, blue = half;
+        let at = 4 * (y * width + first[x]);
+        for (let i = x * most, end = i + count[x]; i < end; i++, at += 4) {
+          const weight = weights[i];
+          red += rgba[at] * weight;
+          green += rgba[at + 1] * weight;
+          blue += rgba[at + 2] * weight;
+        }
+        rows[o] = red >> BITS;
+        rows[o + 1] = green >> BITS;
+        rows[o + 2] = blue >> BITS;
+      }
+  }
+  if (newHeight === height) return rows;
+  const { first, count, weights, most } = taps(height, newHeight);
+  const stride = 3 * newWidth;
+  const result = new Uint8ClampedArray(stride * newHeight);
+  for (let y = 0; y < newHeight; y++)
+    for (let x = 0; x < stride; x++) {
+      let sum = half;
+      let at = first[y] * stride + x;
+      for (let i = y * most, end = i + count[y]; i < end; i++, at += stride) sum += rows[at] * weights[i];
+      result[y * stride + x] = sum >> BITS;
+    }
+  return result;
+}
+
+/** The encoder's input, float32 (3, size, size): normalised, then padded with zeros to the right and below. */
+export function encoderInput(rgb, width, height, size, { mean, std }) {
+  const pixels = new Float32Array(3 * size * size);
+  for (let channel = 0; channel < 3; channel++) {
+    const [m, s] = [Math.fround(mean[channel]), Math.fround(std[channel])];
+    const table = Float32Array.from({ length: 256 }, (_, grey) => Math.fround(grey - m) / s);
+    for (let y = 0; y < height; y++) {
+      const row = (channel * size + y) * size;
+      for (let x = 0, at = 3 * y * width + channel; x < width; x++, at += 3) pixels[row + x] = table[rgb[at]];
+    }
+  }
+  return pixels;
+}
