@@ -45,8 +45,8 @@ LARGE = 512
 README = """\
 # {student} in the browser
 
-Open this folder by a web server, not as a file: `mobilesam demo {name}`, or any server of static files. Photos stay in
-the browser.
+Open this folder by a web server, not as a file: `mobilesam demo {name}`, or any server of static files. Photos stay
+in the browser.
 
 - With the two headers in `_headers` (which Netlify and Cloudflare Pages read) the page computes with several threads;
   without them it works, with one. `mobilesam demo` sends them.
