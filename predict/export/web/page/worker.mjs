@@ -83,7 +83,7 @@ async function load({ processor, threads }) {
   const notes = [];
   let gpu = processor === "webgpu" || (processor === "auto" && model.runtime.webgpu);
   if (gpu) {
-    const reason = await noWebGpu();
+    const reason = await noWebGpu(processor === "auto");
     if (reason) {
       gpu = false;
       if (processor === "webgpu") notes.push(`${reason} The CPU is used.`);
@@ -113,11 +113,13 @@ async function start(build, threads, networks) {
   return others;
 }
 
-async function noWebGpu() {
+/** Why WebGPU can't be used, else null; an adapter that the CPU plays (`real`: none of these) is slower than the CPU itself. */
+async function noWebGpu(real) {
   if (!model.runtime.webgpu) return "This folder was exported without WebGPU.";
   if (!navigator.gpu) return "This browser has no WebGPU.";
   const adapter = await navigator.gpu.requestAdapter().catch(() => null);
-  return adapter ? null : "WebGPU finds no graphics processor here.";
+  const played = adapter?.isFallbackAdapter || adapter?.info?.isFallbackAdapter || adapter?.info?.architecture === "swiftshader";
+  return !adapter || (real && played) ? "WebGPU finds no graphics processor here." : null;
 }
 
 /** Make the encoder on WebGPU and compare it with what Python computed of black pixels; returns why it can't be used. */
