@@ -38,45 +38,65 @@ function taps(inputs, outputs) {
   return { first, count, weights, most };
 }
 
-/** Resize RGBA bytes to RGB bytes, first along rows, then along columns, rounded to bytes in between as Pillow does. */
-export function resize(rgba, width, height, newWidth, newHeight) {
+/** Resize each row of RGBA bytes to `newWidth` pixels; returns RGB bytes. */
+function resizeRows(rgba, width, height, newWidth) {
+  const { first, count, weights, most } = taps(width, newWidth);
   const half = 1 << (BITS - 1);
-  const rows = new Uint8ClampedArray(3 * newWidth * height);
-  if (newWidth === width) {
-    for (let i = 0, o = 0; o < rows.length; i += 4, o += 3) {
-      rows[o] = rgba[i];
-      rows[o + 1] = rgba[i + 1];
-      rows[o + 2] = rgba[i + 2];
-    }
-  } else {
-    const { first, count, weights, most } = taps(width, newWidth);
-    for (let y = 0, o = 0; y < height; y++)
-      for (let x = 0; x < newWidth; x++, o += 3) {
-        let red = half, green = half, blue = half;
-        let at = 4 * (y * width + first[x]);
-        for (let i = x * most, end = i + count[x]; i < end; i++, at += 4) {
-          const weight = weights[i];
-          red += rgba[at] * weight;
-          green += rgba[at + 1] * weight;
-          blue += rgba[at + 2] * weight;
-        }
-        rows[o] = red >> BITS;
-        rows[o + 1] = green >> BITS;
-        rows[o + 2] = blue >> BITS;
+  const result = new Uint8ClampedArray(3 * newWidth * height);
+  for (let y = 0, o = 0; y < height; y++)
+    for (let x = 0; x < newWidth; x++, o += 3) {
+      let red = half, green = half, blue = half;
+      let at = 4 * (y * width + first[x]);
+      for (let i = x * most, end = i + count[x]; i < end; i++, at += 4) {
+        const weight = weights[i];
+        red += rgba[at] * weight;
+        green += rgba[at + 1] * weight;
+        blue += rgba[at + 2] * weight;
       }
-  }
-  if (newHeight === height) return rows;
+      result[o] = red >> BITS;
+      result[o + 1] = green >> BITS;
+      result[o + 2] = blue >> BITS;
+    }
+  return result;
+}
+
+/** Resize each column to `newHeight` pixels; a row has `stride` bytes. */
+function resizeColumns(data, stride, height, newHeight) {
   const { first, count, weights, most } = taps(height, newHeight);
-  const stride = 3 * newWidth;
+  const half = 1 << (BITS - 1);
   const result = new Uint8ClampedArray(stride * newHeight);
   for (let y = 0; y < newHeight; y++)
     for (let x = 0; x < stride; x++) {
       let sum = half;
       let at = first[y] * stride + x;
-      for (let i = y * most, end = i + count[y]; i < end; i++, at += stride) sum += rows[at] * weights[i];
+      for (let i = y * most, end = i + count[y]; i < end; i++, at += stride) sum += data[at] * weights[i];
       result[y * stride + x] = sum >> BITS;
     }
   return result;
+}
+
+function withoutAlpha(rgba) {
+  const result = new Uint8ClampedArray((rgba.length / 4) * 3);
+  for (let i = 0, o = 0; i < rgba.length; i += 4, o += 3) {
+    result[o] = rgba[i];
+    result[o + 1] = rgba[i + 1];
+    result[o + 2] = rgba[i + 2];
+  }
+  return result;
+}
+
+/**
+ * Resize RGBA bytes to RGB bytes, rounded to bytes after each of the two passes, as Pillow does.
+ *
+ * Rows come first. Since Pillow 13 columns do if that is less work: in pictures more than about twice as high as wide.
+ */
+export function resize(rgba, width, height, newWidth, newHeight) {
+  if (newHeight < height && height - newHeight > 2 * (width - newWidth)) {
+    const columns = resizeColumns(rgba, 4 * width, height, newHeight);
+    return newWidth === width ? withoutAlpha(columns) : resizeRows(columns, width, newHeight, newWidth);
+  }
+  const rows = newWidth === width ? withoutAlpha(rgba) : resizeRows(rgba, width, height, newWidth);
+  return newHeight === height ? rows : resizeColumns(rows, 3 * newWidth, height, newHeight);
 }
 
 /** The encoder's input, float32 (3, size, size): normalised, then padded with zeros to the right and below. */
