@@ -107,7 +107,7 @@ export class Stage {
     if (event.pointerId !== pressed.id) return;
     const far = Math.hypot(event.clientX - pressed.x, event.clientY - pressed.y) > DRAG;
     if (!this.#corner && far && event.pointerType === "mouse" && pressed.on) {
-      this.#corner = pressed.place; // a mouse draws a box with any tool
+      this.#corner = this.#pointer = pressed.place; // a mouse draws a box with any tool
       this.#events.hover(null);
     }
     if (this.#corner) {
