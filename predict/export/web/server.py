@@ -6,6 +6,7 @@ import errno
 import http
 import mimetypes
 import shutil
+import signal
 import sys
 import threading
 import webbrowser
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ....common.errors import PredictError, shown
+from ....common.errors import Interrupted, PredictError, shown
+from ....common.signals import StopFlag, stopped_by_signals
 from ...config import DemoConfig
 from .folder import DESCRIPTION_FILE, HEADERS, read_description
 
@@ -54,31 +56,44 @@ class DemoServer:
                 f"{shown(str(config.folder))} lacks {shown(missing[0])}, {len(missing)} of {len(files)} files are "
                 "missing: export it again"
             )
+        self._serving = False
         self._server = _bound(config.port, partial(_Handler, folder=config.folder, files=frozenset(files)))
         self.url = f"http://{HOST}:{self._server.server_address[1]}/"
         """Address of the page."""
         self.result: dict[str, Any] = {
             "url": self.url,
             "folder": str(config.folder),
-            "student": description["student"],
-            "image_size": description["image_size"],
-            "student_size": description["student_size"],
+            **{name: description.get(name) for name in ("student", "image_size", "student_size")},
         }
         """The object that `--json` prints."""
 
     def serve(self, opens: bool) -> None:
-        """Serve until the process is interrupted.
+        """Serve until Ctrl-C, which is the usual end, or another signal.
 
         Args:
             opens: open the page in a browser.
+
+        Raises:
+            Interrupted: another signal than Ctrl-C's came.
         """
+        self._serving = True
         if opens:
             # In a thread of its own: a text browser keeps the terminal until it ends.
             threading.Thread(target=webbrowser.open, args=(self.url,), daemon=True).start()
         try:
-            self._server.serve_forever()
+            with stopped_by_signals(StopFlag(), Interrupted, "interrupted"):
+                self._server.serve_forever()
+        except Interrupted as stop:
+            if stop.signum != signal.SIGINT:
+                raise
         finally:
             self._server.server_close()
+
+    def close(self) -> None:
+        """End `serve` in another thread, if it runs there, and give the port back."""
+        if self._serving:
+            self._server.shutdown()
+        self._server.server_close()
 
 
 def _bound(port: int | None, handler: Any) -> ThreadingHTTPServer:

@@ -18,7 +18,7 @@ Node = Callable[[str], Any]
 
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
-    """A function that runs JavaScript in tmp_path, the page's modules imported by name, and returns what `result` is."""
+    """A function that runs JavaScript in tmp_path, the page's modules at hand, and returns `result`."""
     program = shutil.which("node")
     if program is None:
         pytest.skip("there is no node here to run the page's modules")
@@ -28,7 +28,8 @@ def node(tmp_path: Path) -> Node:
             f"import * as {name} from {(PAGE / f'{name}.mjs').as_uri()!r};\n"
             for name in ("preprocess", "masks", "scene")
         )
-        script = f"import fs from 'node:fs';\n{imports}let result = null;\n{code}\nconsole.log(JSON.stringify(result));"
+        script = f"import fs from 'node:fs';\n{imports}let result = null;\n{code}\n"
+        script += "console.log(JSON.stringify(result));"
         (tmp_path / "script.mjs").write_text(script)
         done = subprocess.run([program, "script.mjs"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -48,7 +48,8 @@ def test_masks_are_upscaled_as_segment_anything_does(
         fs.writeFileSync("rows", new Uint8Array(rows.buffer));
         const {{ mask, area, stability }} = masks.fullMask(logits, frame, {width}, {height});
         fs.writeFileSync("mask", mask);
-        result = {{ area, stability, counts: masks.rle(mask, {width}, {height}), box: masks.bounds(mask, {width}, {height}) }};
+        const [counts, box] = [masks.rle(mask, {width}, {height}), masks.bounds(mask, {width}, {height})];
+        result = {{ area, stability, counts, box }};
     """)
     wanted = _upscaled(smooth, square, height, width)
     rows = np.fromfile(tmp_path / "rows", np.float32).reshape(height, width)

@@ -71,7 +71,9 @@ def test_sizes_are_rounded_as_in_python(node: Node) -> None:
     sizes = [[int(h), int(w), int(s) * 16] for h, w, s in zip(
         rng.integers(1, 6000, 2000), rng.integers(1, 6000, 2000), rng.integers(4, 65, 2000), strict=True
     )]  # fmt: skip
-    sizes += [[side, 2 * size, size] for size in (64, 80, 112, 336) for side in range(1, 2 * size, 2)]  # halves
+    sizes += [
+        [side, 2 * size, size] for size in (64, 80, 112, 336) for side in range(1, 2 * size, 2)
+    ]  # halves
     found = node(f"""
         result = {json.dumps(sizes)}.map(([h, w, s]) => {{
             try {{ return preprocess.resizedSize(h, w, s); }} catch {{ return null; }}
