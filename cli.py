@@ -338,7 +338,8 @@ def export(config: ExportConfig, as_json: bool) -> int:
 
     X.pt is for MobileSAM's own code: student and head as one checkpoint (tiny_vit only). encoder.onnx and
     decoder.onnx are for onnxruntime; both are compared with torch before they are written. A folder gets all of
-    these, safetensors with JSON, and a model card with teacher, data and metrics.
+    these, safetensors with JSON, and a model card with teacher, data and metrics. With --format web it gets a page
+    that segments photos in the browser, for any web server or `mobilesam demo`.
 
     \b
     Examples:
@@ -346,13 +347,15 @@ def export(config: ExportConfig, as_json: bool) -> int:
       mobilesam export --student runs/mine --out mine.pt
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
+      mobilesam export --format web --out demo --examples photo.jpg --examples street.jpg
+      mobilesam export --format web --out demo --runtime-dir node_modules/onnxruntime-web
     """
     _check_weights(config.head, student=config.student, latest=True)
     from .predict import export as run
     from .predict.export.run import export_lines
 
     with Reporter("export") as reporter:
-        result = run(config, progress=reporter.step)
+        result = run(config, progress=reporter.step, download=reporter.download)
     print_result(as_json, result, export_lines(result))
     return DONE
 

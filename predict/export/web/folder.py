@@ -97,7 +97,7 @@ def write_demo_folder(folder: Path, content: Mapping[str, bytes]) -> None:
 
     Args:
         folder: folder that passed `check_demo_folder`.
-        content: content by path, as `demo_content` returns it.
+        content: content by path, `DESCRIPTION_FILE` among them.
 
     Raises:
         PredictError: a file can't be written, or the folder was filled meanwhile.

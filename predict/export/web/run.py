@@ -1,9 +1,13 @@
-"""Content of the web demo: page, networks, onnxruntime-web, examples, and demo.json, which the page reads."""
+"""`mobilesam export --format web`: gather what the page needs, make the networks, write the folder.
+
+The folder holds the page, the networks, onnxruntime-web, examples, and demo.json, which the page reads.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -13,29 +17,21 @@ import numpy as np
 import torch
 
 from ....common.outputs import marked
+from ....distill.run_description import is_run
+from ....distill.students.student_file import lacks_image_size
 from ....sam import preprocessing_recipe
+from ....sam.weights.download import Progress
+from ...config import ExportConfig
 from ...model import Model
 from ...outputs import EXPORT
 from ..onnx_encoder import INPUT
-from ..onnx_graph import Session
-from .examples import Example
-from .folder import DESCRIPTION_FILE, FORMAT, HEADERS
-from .runtime import BUILDS, LICENCE_FILE, WebRuntime
+from ..onnx_graph import Begin, Session
+from .examples import Example, read_examples
+from .folder import DESCRIPTION_FILE, FORMAT, HEADERS, check_demo_folder, write_demo_folder
+from .networks import NETWORK_STEPS, Networks, export_networks
+from .runtime import BUILDS, LICENCE_FILE, WebRuntime, find_runtime
 
 ENCODER_PATH, DECODER_PATH = "networks/encoder.onnx", "networks/decoder-lowres.onnx"
-PAGE = (
-    "index.html",
-    "app.css",
-    "app.mjs",
-    "engine.mjs",
-    "scene.mjs",
-    "stage.mjs",
-    "worker.mjs",
-    "masks.mjs",
-    "preprocess.mjs",
-)
-"""Files of the page, copied from `page/`."""
-
 CHECKED = 64
 """Values of the encoder's output for black pixels in demo.json, by which the page checks WebGPU."""
 
@@ -55,17 +51,88 @@ in the browser.
 - {student} at {student_size} pixels{teacher}. `mobilesam export --out DIR` writes the model card.
 """
 
+WEB_SIZE = 512
+"""Side of the encoder's input in pixels for files that don't record it: 1024 takes a browser four times as long."""
+
+STEPS = (*NETWORK_STEPS, "writing")
+"""Steps of `export_web`."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Networks:
-    """ONNX files of the page, with half weights."""
+class WebParts:
+    """Everything of a web demo that doesn't depend on the model."""
 
-    encoder: bytes
-    decoder: bytes
-    """Decoder that ends at low-resolution masks."""
+    runtime: WebRuntime
+    examples: list[Example]
 
 
-def demo_content(
+def gather(config: ExportConfig, download: Progress | None = None) -> WebParts:
+    """Check the folder, read the examples, and find onnxruntime-web's files: everything that may fail early.
+
+    Args:
+        config: all options of the export.
+        download: called during a download with the bytes received so far and the bytes in all.
+
+    Raises:
+        PredictError: the folder can't be written or replaced, or a file of the runtime is missing or damaged.
+        ImageError: an example is no photo.
+        DownloadError: onnxruntime-web could not be downloaded.
+    """
+    check_demo_folder(config.out)
+    examples = read_examples(config.examples)
+    return WebParts(runtime=find_runtime(config.runtime_dir, download), examples=examples)
+
+
+def web_image_size(student: Path | None, image_size: int | None) -> int | None:
+    """Return the image size to load a student with: WEB_SIZE for a file that doesn't record it, if none is given.
+
+    Args:
+        student: run, export or file; None for the latest run.
+        image_size: the user's choice in pixels.
+    """
+    if image_size is not None or student is None or is_run(student) or not student.is_file():
+        return image_size
+    return WEB_SIZE if lacks_image_size(student) else None
+
+
+def export_web(model: Model, out: Path, parts: WebParts, begin: Begin) -> dict[str, Any]:
+    """Write a web demo.
+
+    Args:
+        model: model on the CPU, with a head.
+        out: folder that passed `check_demo_folder`.
+        parts: as `gather` returns them.
+        begin: called with each of STEPS.
+
+    Returns:
+        `files`, `checks`, `onnx`, `left_out` and `warnings`, as of other exports; files by their paths in the folder.
+
+    Raises:
+        PredictError: a network can't be exported, differs from torch, or a file can't be written.
+    """
+    networks = export_networks(model, begin)
+    content = _content(model, out, networks, parts.runtime, parts.examples)
+    begin(STEPS[-1])
+    write_demo_folder(out, content)
+    made = {ENCODER_PATH: networks.encoder, DECODER_PATH: networks.decoder}
+    note = _size_note(model.student_size)
+    return {
+        "files": _described(content),
+        "checks": {path: file.check() for path, file in made.items()},
+        "onnx": {path: file.format() for path, file in made.items()},
+        "left_out": {},
+        "warnings": [*model.notes, *parts.runtime.notes, *([] if note is None else [note])],
+    }
+
+
+def _described(content: Mapping[str, bytes]) -> dict[str, Any]:
+    return {
+        path: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for path, data in content.items()
+    }
+
+
+def _content(
     model: Model, folder: Path, networks: Networks, runtime: WebRuntime, examples: list[Example]
 ) -> dict[str, bytes]:
     """Return the content of all files of a web demo by their paths in the folder, demo.json the last.
@@ -78,8 +145,11 @@ def demo_content(
         examples: pictures of the page.
     """
     page = package_files(__package__) / "page"
-    content = {name: (page / name).read_bytes() for name in PAGE}
-    content |= {ENCODER_PATH: networks.encoder, DECODER_PATH: networks.decoder}
+    content = {file.name: file.read_bytes() for file in page.iterdir()}
+    content |= {
+        ENCODER_PATH: marked(networks.encoder.data, EXPORT),
+        DECODER_PATH: marked(networks.decoder.data, EXPORT),
+    }
     content |= {f"runtime/{name}": data for name, data in runtime.files.items()}
     content[f"runtime/{LICENCE_FILE}"] = runtime.licence
     listed = []
@@ -119,7 +189,7 @@ def demo_content(
         "files": {"encoder": described(ENCODER_PATH), "decoder": described(DECODER_PATH)},
         "runtime": {"version": runtime.version, "webgpu": None, **builds},
         "examples": listed,
-        "check": _check_values(networks.encoder, model.student_size),
+        "check": _check_values(networks.encoder.data, model.student_size),
         "listing": {path: hashlib.sha256(data).hexdigest() for path, data in content.items()},
     }
     content[DESCRIPTION_FILE] = marked(json.dumps(description, indent=1).encode() + b"\n", EXPORT)
@@ -134,7 +204,7 @@ def _check_values(encoder: bytes, size: int) -> dict[str, Any]:
     return {"step": step, "values": [float(value) for value in np.round(values[::step][:CHECKED], 6)]}
 
 
-def size_note(student_size: int) -> str | None:
+def _size_note(student_size: int) -> str | None:
     """Return a warning for a student whose input is so large that a photo takes seconds in a browser; else None."""
     if student_size <= LARGE:
         return None
