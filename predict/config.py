@@ -188,7 +188,7 @@ class ExportConfig:
     format: str | None = option(
         None,
         choices=(WEB,),
-        help="web: a static folder with a page that segments photos in the browser [default: by --out's name]",
+        help="Kind of export; web is a folder with a page that segments photos in the browser [default: by --out]",
     )
     runtime_dir: Path | None = option(
         None,
