@@ -7,23 +7,23 @@ DEMO_STAMP := $(VENV)/.demo
 BENCH_STAMP := $(VENV)/.bench
 DEMO ?= demo
 
-.PHONY: demo demo-1024 paper recipes test test-long faults bench lint format clean
+.PHONY: demo demo-1024 paper recipes test test-long faults bench gpu lint format clean
 
-# The three commands at 256 x 256, in the folder $(DEMO), on pictures of which a student learns in minutes; see README.md.
+# The three commands at 192 x 192, in the folder $(DEMO), on pictures of which a student learns in minutes; see README.md.
 SHOW := cd $(DEMO) && ../$(BIN)/mobilesam
 demo: $(DEMO_STAMP)
 	@mkdir -p $(DEMO)
 	@echo "1. Pictures: generated ones and crops of nine photos to learn from; others, and three photos, held out."
 	$(BIN)/python examples/demo_pictures.py --out $(DEMO)/pictures
 	@echo; echo "2. The teacher, once: its embeddings of all pictures go into a store, those to judge by into another."
-	$(SHOW) precompute --images pictures/train --out store.zarr --teacher vit_nano --image-size 256
-	$(SHOW) precompute --images pictures/held-out --out held-out.zarr --teacher vit_nano --image-size 256
+	$(SHOW) precompute --images pictures/train --out store.zarr --teacher vit_nano --image-size 192
+	$(SHOW) precompute --images pictures/held-out --out held-out.zarr --teacher vit_nano --image-size 192
 	@echo; echo "3. The student learns the embeddings: the longest part."
 	$(SHOW) distill --epochs 3 --batch-size 4
 	@echo; echo "4. Is it good? Its masks beside the teacher's, on pictures that it has never seen."
 	$(SHOW) verify --store held-out.zarr --split all --report report.html
 	@echo; echo "5. The student at work, on a photo that it has never seen."
-	$(SHOW) segment ../examples/photos/coffee.jpg --point 290 130 --out segment.png
+	$(SHOW) segment ../examples/photos/coffee.jpg --point 160 250 --out segment.png
 	@echo; echo "Look at $(DEMO)/report.html in a browser, and at $(DEMO)/segment.png."
 
 # The three commands on the example photos at 1024 x 1024: the real size, but twelve photos are few to learn from.
@@ -74,6 +74,10 @@ bench: $(BENCH_STAMP)
 	done
 	$(if $(SCALE),$(BIN)/python -m benchmarks.scale)
 	$(BIN)/python -m benchmarks.table
+
+# On a machine with a GPU: the tests marked `cuda`, and every speed there, into docs/PERFORMANCE.md, in ten minutes.
+gpu: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.gpu --write-docs
 
 # mypy can't name a module by a folder with a dash: it checks the package through a link of the right name.
 lint: $(STAMP)

@@ -28,6 +28,7 @@ from benchmarks.support.figures import Figure, by_turns, report
 from benchmarks.support.pictures import make_large_photos
 from benchmarks.support.synthetic_store import make_photo_store
 from mobilesam.distill import Loader
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.distill.data.sampler import epoch_order, split_batches
 from mobilesam.sam import DecodedImage, load_image, place_on_canvas
 from mobilesam.sam.allocator import keep_freed_memory
@@ -51,9 +52,9 @@ class Side:
     def __init__(self, store: EmbeddingStore, photos: Path, batch: int) -> None:
         self.store, self.batch = store, batch
         self.photos = None if store.spec.kept_images else photos
-        self.records = store.manifest.records()
+        self.records = RecordsByRow(store)
         self.image_size = store.spec.image_size
-        self.rows = epoch_order([record.row for record in self.records], seed=0, epoch=0)
+        self.rows = epoch_order(list(self.records), seed=0, epoch=0)
         self._own = local()
 
     def load(self, loader: Loader) -> None:

@@ -38,7 +38,7 @@ class Costs:
     keep_ms: float = 75.0
     kept_decode_ms: float = 15.0
     manifest_bytes: float = 150.0
-    list_bytes: float = 1050.0
+    list_bytes: float = 60.0
     gpu_hour: float = 2.5
     terabyte_month: float = 20.0
 

@@ -44,7 +44,10 @@ WAIT_TARGET = 0.01
 
 
 @click.command()
-@click.option("--micro-batch", default=2, show_default=True, help="Images of a step, in one forward pass.")
+@click.option(
+    "--micro-batch", type=int, help="Images of a step, in one forward pass  [default: 2; on a GPU 8]"
+)
+@click.option("--steps", type=int, help="Steps timed back to back  [default: 1; on a GPU 20]")
 @click.option("--rounds", default=3, show_default=True, help="Timed steps; the median counts.")
 @click.option(
     "--epochs",
@@ -58,7 +61,8 @@ WAIT_TARGET = 0.01
 @click.option("--profile", is_flag=True, help="Also print shares of the time by kind of operator.")
 @click.option("--json", "as_json", is_flag=True)
 def main(
-    micro_batch: int,
+    micro_batch: int | None,
+    steps: int | None,
     rounds: int,
     epochs: int,
     image_size: int,
@@ -70,6 +74,8 @@ def main(
     """Print the speed of training, ours against MobileSAM's TinyViT, and the wait for data."""
     where = resolve_device(device)
     accelerated = accelerates_bfloat16(where)
+    micro_batch = micro_batch or (2 if where.type == "cpu" else 8)
+    steps = steps or (1 if where.type == "cpu" else 20)
     sides = _sides(image_size, where, bfloat16=emulated or accelerated)
     with tempfile.TemporaryDirectory(prefix="student-") as temporary:
         folder = Path(temporary)
@@ -77,7 +83,7 @@ def main(
         times: dict[str, list[float]] = {side.name: [] for side in sides}
         for _ in range(rounds):
             for side in sides:
-                times[side.name].append(in_a_new_process(step_seconds, side, *arguments))
+                times[side.name].append(in_a_new_process(step_seconds, side, *arguments, steps))
         rates = {name: micro_batch / median(found) for name, found in times.items()}
         notes = [
             f"{name}: {rate:.4g} images/s, {micro_batch} images per step" for name, rate in rates.items()

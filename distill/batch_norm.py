@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -15,7 +16,7 @@ from .students.registry import outline_student, student_info
 logger = logging.getLogger(__name__)
 
 MOMENTUM = 0.1
-"""Momentum of the running statistics after the first passes."""
+"""Momentum of all batch norms: that of the running statistics after the first passes."""
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -38,6 +39,9 @@ class BatchNorms:
         self._modules = {path: m for path, m in student.named_modules() if isinstance(m, _BatchNorm)}
         self._name, self._image_size, self._micro_batch = name, image_size, micro_batch
         self._student_size = input_side(student, image_size)
+        self._before: dict[str, Tensor] = {}
+        for module in self._modules.values():
+            module.momentum = MOMENTUM
 
     def prepare(self, micro_steps: int, *, frozen: bool, images: int) -> None:
         """Set the batch norms up for a forward pass in training.
@@ -55,7 +59,34 @@ class BatchNorms:
         single = self._single if images == 1 and not frozen and self._modules else frozenset()
         for path, module in self._modules.items():
             module.train(not frozen and path not in single)
-            module.momentum = momentum(micro_steps)
+        self._before = (
+            {}
+            if momentum(micro_steps) == MOMENTUM or frozen
+            else {k: v.clone() for k, v in self._statistics()}
+        )
+
+    @torch.no_grad()
+    def settle(self, micro_steps: int) -> None:
+        """Give the running statistics the momentum of their forward pass, after its backward pass.
+
+        The modules' own momentum is constant, since a compiler makes another version of the student for each value.
+
+        Args:
+            micro_steps: number of the forward pass that `prepare` was told.
+        """
+        share = momentum(micro_steps) / MOMENTUM
+        for key, now in self._statistics() if self._before else ():
+            before = self._before[key]
+            now.copy_(before + share * (now - before))
+        self._before = {}
+
+    def _statistics(self) -> Iterator[tuple[str, Tensor]]:
+        """Generate names and tensors of all running means and variances."""
+        for path, module in self._modules.items():
+            for name in ("running_mean", "running_var"):
+                value = getattr(module, name)
+                if value is not None:
+                    yield f"{path}.{name}", value
 
     @cached_property
     def _single(self) -> frozenset[str]:

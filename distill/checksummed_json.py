@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from ..common.errors import DistillError
 
 _FILE_KEY = "sha256"
 _LINE_KEY = "crc32"
+_PAGE = 100_000
+"""Integers that are turned into text at a time."""
 
 
 def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
@@ -27,6 +29,36 @@ def write_checksummed(path: Path, value: Mapping[str, Any]) -> None:
         value: JSON object without the key `sha256`.
     """
     write_atomic(path, json.dumps({**value, _FILE_KEY: json_sha256(value)}, indent=1).encode() + b"\n")
+
+
+def write_checksummed_integers(path: Path, value: Mapping[str, Sequence[int]]) -> None:
+    """Write an object of lists of integers as `write_checksummed` does, byte for byte, but in little memory.
+
+    Args:
+        path: file to create or replace.
+        value: lists of integers by key, without the key `sha256`; none is empty.
+    """
+    lines = [f" {json.dumps(key)}: [\n  {_lines(numbers)}\n ]" for key, numbers in value.items()]
+    lines.append(f' {json.dumps(_FILE_KEY)}: "{integers_sha256(value)}"')
+    write_atomic(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def integers_sha256(value: Mapping[str, Sequence[int]]) -> str:
+    """Return `json_sha256` of an object of lists of integers, in little memory."""
+    hashed = hashlib.sha256(b"{")
+    for number, key in enumerate(sorted(value)):
+        hashed.update(f"{',' if number else ''}{json.dumps(key)}:[".encode())
+        for first in range(0, len(value[key]), _PAGE):
+            page = ",".join(map(str, value[key][first : first + _PAGE]))
+            hashed.update(f"{',' if first else ''}{page}".encode())
+        hashed.update(b"]")
+    hashed.update(b"}")
+    return hashed.hexdigest()
+
+
+def _lines(numbers: Sequence[int]) -> str:
+    separator, firsts = ",\n  ", range(0, len(numbers), _PAGE)
+    return separator.join(separator.join(map(str, numbers[first : first + _PAGE])) for first in firsts)
 
 
 def read_checksummed(path: Path) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..common.durable import explain_os_errors
@@ -19,12 +17,13 @@ from ..common.errors import DistillError, DistillInterrupted, counted
 from ..common.signals import StopFlag, stopped_by_signals
 from ..sam.allocator import keep_freed_memory
 from ..sam.device import resolve_device, resolve_precision
-from ..store import EmbeddingStore, ImageRecord
+from ..store import EmbeddingStore
 from ..store.spec import package_versions
 from .checksummed_json import digest
 from .config import DistillConfig
 from .data.labels import AnnotationLabels, OpenLabels, open_labels
-from .data.loader import Loader, check_preprocessing, find_image_root
+from .data.loader import Loader, check_preprocessing, default_workers, find_image_root
+from .data.rows import CommittedRows, RecordsByRow
 from .data.sampler import Split, split_rows
 from .distributed import ProcessGroup, join_process_group
 from .expectations import resolve_length, tell_facts, tell_length
@@ -38,7 +37,6 @@ from .run_description import (
     ResolvedSettings,
     RunDescription,
     StoreDescription,
-    rows_digest,
 )
 from .run_folder import Run, closest_run, open_or_create_run, split_sha256
 from .students.cost import default_micro_batch
@@ -91,14 +89,15 @@ def distill(
     with stopped_by_signals(stop, DistillInterrupted, STOPPED_EARLY), ExitStack() as stack:
         processes = stack.enter_context(join_process_group())
         store = stack.enter_context(EmbeddingStore.open(config.store))
-        records = _committed_rows(store)
-        split = split_rows({record.row: str(record.sha256) for record in records}, config.val_fraction)
+        rows = _committed_rows(store)
+        split = split_rows(rows, config.val_fraction)
         chosen = config.batch_size is None
         config = _resolve_student_size(resolve_length(config, len(split.train)), store)
         initial = _initial_weights(config, store)
         image_root = _checked_image_root(config, store)
         labels = open_labels(config, image_root, store, split.train)
-        description = describe(config, store, records, split, initial, processes, labels, image_root)
+        description = describe(config, store, rows, split, initial, processes, labels, image_root)
+        del rows
         head = store.read_head() if store.head_path.exists() else None
         folder = config.out or RUNS / _folder_name(description)
         started: tuple[Path, dict[str, Any] | None] | None = None
@@ -136,13 +135,13 @@ def distill(
         return {**result, **facts, "already_finished": False}
 
 
-def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
+def _committed_rows(store: EmbeddingStore) -> CommittedRows:
     """Return the rows to learn from; warn about rows that are missing or failed an audit.
 
     Raises DistillError if there is none, or the store's preprocessing is not this version's.
     """
-    records, counts = store.manifest.records("done"), store.manifest.counts()
-    if not records:
+    rows, counts = CommittedRows.of(store), store.manifest.counts()
+    if not len(rows):
         raise DistillError(
             f"{store.path} has no finished rows ({counts.pending} pending, {counts.failed} failed): run precompute "
             "to the end first"
@@ -162,7 +161,7 @@ def _committed_rows(store: EmbeddingStore) -> list[ImageRecord]:
             store.path,
             len(outside),
         )
-    return records
+    return rows
 
 
 def _resolve_student_size(config: DistillConfig, store: EmbeddingStore) -> DistillConfig:
@@ -193,7 +192,7 @@ def _initial_weights(config: DistillConfig, store: EmbeddingStore) -> InitialWei
 def describe(
     config: DistillConfig,
     store: EmbeddingStore,
-    records: Sequence[ImageRecord],
+    rows: CommittedRows,
     split: Split,
     initial: InitialWeights | None,
     processes: ProcessGroup,
@@ -205,7 +204,7 @@ def describe(
     Args:
         config: all options, their length and the student's size resolved.
         store: store open for reading.
-        records: records of the rows to learn from.
+        rows: rows to learn from.
         split: the same rows, divided into training and validation.
         initial: weights to start from; None: random.
         processes: processes that train together.
@@ -243,8 +242,8 @@ def describe(
         labels=labels.report() if labels else None,
         data=DataDescription(
             store_id=store.spec.store_id,
-            rows=len(records),
-            rows_digest=rows_digest(records),
+            rows=len(rows),
+            rows_digest=rows.digest,
             annotated=None if labels is None else labels.annotated,
         ),
         resolved=ResolvedSettings(
@@ -347,12 +346,10 @@ def _train(
     compute = ComputeSettings(device=device, precision=resolved.precision, batch_size=resolved.micro_batch)
     student_size = run.description.student_size
     student = build_student(config.student, store.spec.image_size, config.seed, student_size)
-    records = store.manifest.records("done")
     if not run.checkpoints.exist():
-        recipe, train = config.resolved_recipe, set(run.split.train)
+        recipe = config.resolved_recipe
         if recipe.neck_start is not None:
-            trained = [record for record in records if record.row in train]
-            start_neck(student, recipe.neck_start, store, trained, recipe.loss_region)
+            start_neck(student, recipe.neck_start, store, run.split.train, recipe.loss_region)
         if initial is not None:  # afterwards, since its file may hold the neck
             initial.apply(student)
     student = student.to(device)
@@ -363,14 +360,14 @@ def _train(
             logger.info("starting from the mask decoder of %s, too", initial.path)
     loader = Loader(
         store,
-        records,
+        RecordsByRow(store),
         run.image_root,
         workers=config.workers or default_workers(device),
         pin_memory=device.type == "cuda",
         labels=_annotation_labels(config, run, inputs.labels),
         student_size=student_size,
     )
-    with _compiled(student, config), loader:
+    with _compiled(student, config, compute), loader:
         trainer = Trainer(
             config, run, student, loader, compute=compute, objective=objective, processes=processes
         )
@@ -386,11 +383,13 @@ def _annotation_labels(config: DistillConfig, run: Run, labels: OpenLabels | Non
 
 
 @contextmanager
-def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
+def _compiled(student: nn.Module, config: DistillConfig, compute: ComputeSettings) -> Iterator[None]:
     """Let torch.compile compile the student at its first use, with `--compile`. Weights keep their names."""
     if not config.compile:
         yield
         return
+    if compute.device.type == "cpu" and compute.precision == "bfloat16":
+        logger.warning("--compile gains nothing on a CPU in bfloat16: its steps were 60 times slower there")
     from torch._dynamo.exc import TorchDynamoException
 
     student.compile()
@@ -402,12 +401,6 @@ def _compiled(student: nn.Module, config: DistillConfig) -> Iterator[None]:
             f"torch.compile can't compile {config.student} here ({fact}); leave out --compile, which only makes "
             "training faster"
         ) from error
-
-
-def default_workers(device: torch.device) -> int:
-    """Return the default number of decoding threads: few on a CPU, where training is slower than decoding."""
-    available = len(os.sched_getaffinity(0))
-    return min(2 if device.type == "cpu" else 16, available)
 
 
 def finished_words(result: Mapping[str, Any]) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import DistillError, StoreError
 from ..sam.weights.weight_files import FOLDER_FILES, absent, describe_folder
-from ..store import ImageRecord
 from ..store.spec import StoreSpec
-from .checksummed_json import digest
 
 CONFIG_FILE = "config.json"
 STUDENT_FILE = "student.safetensors"
@@ -69,7 +67,7 @@ class DataDescription:
     rows: int
     """Number of committed rows, training and validation together."""
     rows_digest: str
-    """Checksum of these rows, by the function `rows_digest`."""
+    """`CommittedRows.digest` of these rows."""
     annotated: int | None = None
     """Number of images with an annotation file; None if labels are the teacher's."""
 
@@ -185,8 +183,3 @@ def _known(cls: type, value: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries whose keys are fields of a dataclass; KeyError if a field without default is missing."""
     optional = {one.name for one in fields(cls) if not (one.default is one.default_factory is MISSING)}
     return {one.name: value[one.name] for one in fields(cls) if one.name in value or one.name not in optional}
-
-
-def rows_digest(records: Iterable[ImageRecord]) -> str:
-    """Return a digest of the checksums of committed rows, which cover their images and embeddings."""
-    return digest([(record.row, record.crc32c, record.scales_crc32c, record.sha256) for record in records])

@@ -12,9 +12,10 @@ import fcntl
 import hashlib
 import logging
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from .checkpoint import CHECKPOINT_FILE, PREVIOUS_FILE, Checkpoints
 from .checksummed_json import (
     decode_line,
     decode_lines,
+    integers_sha256,
     is_checksummed,
     json_sha256,
     read_checksummed,
     write_checksummed,
+    write_checksummed_integers,
 )
 from .data.sampler import Split
 from .latest_run import LATEST, has_student, latest_run, runs_with_student
@@ -270,12 +273,16 @@ def _read_split(folder: Path, sha256: str) -> Split:
         raise DistillError(f"{error}; {mend}") from error
     if json_sha256(split) != sha256:
         raise DistillError(f"{file} is another run's; {mend}")
-    return Split(train=tuple(split["train"]), val=tuple(split["val"]))
+    return Split(train=array("q", split["train"]), val=array("q", split["val"]))
+
+
+def _write_split(folder: Path, split: Split) -> None:
+    write_checksummed_integers(folder / SPLIT_FILE, {"train": split.train, "val": split.val})
 
 
 def split_sha256(split: Split) -> str:
     """Return the hexadecimal SHA-256 of split.json's value, which config.json holds as `split_sha256`."""
-    return json_sha256(asdict(split))
+    return integers_sha256({"train": split.train, "val": split.val})
 
 
 @contextmanager
@@ -311,7 +318,7 @@ def open_or_create_run(
         if not (folder / CONFIG_FILE).exists():
             if head is not None:
                 write_atomic(folder / HEAD_FILE, head)
-            write_checksummed(folder / SPLIT_FILE, asdict(split))
+            _write_split(folder, split)
             write_checksummed(folder / CONFIG_FILE, description.to_json())  # last: it makes the folder a run
         _restore_from_store(folder, split, head)
         yield Run.open(folder)
@@ -409,7 +416,7 @@ def _restore_from_store(folder: Path, split: Split, head: bytes | None) -> None:
         if split_sha256(split) != sha256:
             raise
         logger.warning("%s", error)
-        write_checksummed(folder / SPLIT_FILE, asdict(split))
+        _write_split(folder, split)
     path = folder / HEAD_FILE
     if head is not None and not (path.exists() and path.read_bytes() == head):
         logger.warning("%s was missing or damaged: copied from the store again", path)

@@ -27,7 +27,7 @@ from .batch_norm import BatchNorms
 from .checkpoint import CHECKPOINT_FILE, BestEpoch, EmbeddingSum, TrainState
 from .config import DistillConfig
 from .data.loader import Batch, Loader
-from .data.sampler import epoch_order, split_batches
+from .data.sampler import each_batch, epoch_order, split_batches
 from .distributed import ProcessGroup
 from .loss.base import (
     BatchTotals,
@@ -151,17 +151,19 @@ class Trainer:
     def train_epoch(self) -> None:
         """Train on the remaining batches of the current epoch."""
         order = epoch_order(self.run.split.train, self.config.seed, self.state.epoch)
-        batches = split_batches(order, self.batch_size)[self.state.batch :]
-        micro_batches = [
-            self.processes.share_of(split_batches(rows, self.compute.batch_size)) for rows in batches
-        ]
+        first = self.state.batch
+
+        def mine(rows: list[int]) -> Sequence[list[int]]:
+            return self.processes.share_of(split_batches(rows, self.compute.batch_size))
+
+        coming_rows = chain.from_iterable(map(mine, each_batch(order, self.batch_size, first)))
         # A frozen encoder keeps the running statistics of its batch norms too.
         self.student.train(self.objective.trains_encoder)
         self.loader.epoch = self.state.epoch
         self.meter.start()
-        with closing(self.loader.batches(chain.from_iterable(micro_batches), with_masks=True)) as coming:
-            for rows, mine in zip(batches, micro_batches, strict=True):
-                self.step(rows, islice(coming, len(mine)))
+        with closing(self.loader.batches(coming_rows, with_masks=True)) as coming:
+            for rows in each_batch(order, self.batch_size, first):
+                self.step(rows, islice(coming, len(mine(rows))))
                 self.after_step(last=self.state.step % self.steps_per_epoch == 0)
         if self.state.epoch == 0:
             self.gather_and_write_mean_embedding()
@@ -186,6 +188,7 @@ class Trainer:
             micro_batch = self.forward(batch)
             loss = self.objective.loss(micro_batch, totals)
             loss.backward()
+            self.batch_norms.settle(state.micro_steps)
             batch_loss += loss.detach()
             if state.epoch == 0:
                 state.embeddings.sum_CHW += micro_batch.teacher_BCHW.double().sum(dim=0)

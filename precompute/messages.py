@@ -39,8 +39,10 @@ class TeacherSetup:
     """Side of the padded square, in pixels."""
     precision: str
     """float32 or bfloat16."""
-    compiled_batch: int | None
-    """Batch size that torch.compile compiles the teacher for; None for an eager teacher."""
+    batch_size: int
+    """Images of every batch."""
+    compile: bool
+    """True if torch.compile compiles the teacher, for that batch size."""
     devices: tuple[str, ...]
     """Devices that the workers take in turn."""
     threads: int | None
@@ -102,9 +104,11 @@ class Stopwatch:
     def __init__(self) -> None:
         self._start, self._began = time.time(), time.perf_counter()
 
-    def span(self, phase: str) -> Span:
-        """Return the span from the start until now."""
-        return Span(phase=phase, start=self._start, stop=self._start + time.perf_counter() - self._began)
+    def span(self, phase: str, seconds: float | None = None) -> Span:
+        """Return the span from the start until now, or the last `seconds` of it."""
+        stop = self._start + time.perf_counter() - self._began
+        start = self._start if seconds is None else stop - seconds
+        return Span(phase=phase, start=start, stop=stop)
 
 
 @dataclass(frozen=True, kw_only=True)

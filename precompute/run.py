@@ -161,7 +161,7 @@ def _compute(
     batch_size = sizing.batch_size(config.batch_size, plan.hardware.device_type, store.spec.shard_size)
     if config.compile:
         observer.message("each worker first compiles the teacher with torch.compile, which may take minutes")
-    setup = _teacher_setup(plan, teacher, store, cluster, batch_size if config.compile else None)
+    setup = _teacher_setup(plan, teacher, store, cluster, batch_size)
     plugin = TeacherPlugin(uuid.uuid4().hex[:8], setup)
     monitor = ClusterMonitor(cluster, plugin.run, observer, stop)
     sample = ReservoirSample(config.audit)
@@ -181,7 +181,7 @@ def _compute(
 
 
 def _teacher_setup(
-    plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster, compiled_batch: int | None
+    plan: Plan, teacher: TeacherFile, store: EmbeddingStore, cluster: Cluster, batch_size: int
 ) -> TeacherSetup:
     return TeacherSetup(
         name=teacher.name,
@@ -190,7 +190,8 @@ def _teacher_setup(
         package=teacher.package,
         image_size=plan.image_size,
         precision=store.spec.precision,
-        compiled_batch=compiled_batch,
+        batch_size=batch_size,
+        compile=plan.config.compile,
         devices=cluster.devices,
         threads=cluster.threads,
         local=cluster.local,

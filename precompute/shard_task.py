@@ -33,6 +33,7 @@ from .messages import BATCH_TOPIC, BatchDone, ShardResult, ShardTask, Span, Stop
 from .worker import TeacherPlugin
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ..sam.teacher import Teacher
@@ -176,7 +177,7 @@ class _ShardPipeline:
         batch, embeddings = self._launched.popleft()
         with self._plugin.time_limit(self._task.batch_timeout):
             emb_BCHW = embeddings.numpy()
-        self._outcome.spans.append(self._busy.span("teacher"))
+        self._outcome.spans.append(self._busy.span("teacher", embeddings.device_seconds))
         self._busy = Stopwatch()
         self._writes.append(self._pool.submit(self._write, batch, emb_BCHW))
         if len(self._writes) > WRITES_BEHIND:
@@ -267,11 +268,22 @@ def embed(teacher: Teacher, batch: Batch) -> Embeddings:
     from ..sam import normalize_and_pad
 
     canvas_BHWC, sizes_B2 = torch.from_numpy(batch.canvas_BHWC), torch.from_numpy(batch.sizes_B2)
+    begun = None
     if teacher.device.type == "cuda":
         canvas_BHWC, sizes_B2 = (
             tensor.pin_memory().to(teacher.device, non_blocking=True) for tensor in (canvas_BHWC, sizes_B2)
         )
-    return Embeddings(teacher.embed(normalize_and_pad(canvas_BHWC, sizes_B2)))
+        begun = _recorded(teacher.device)
+    return Embeddings(teacher.embed(normalize_and_pad(canvas_BHWC, sizes_B2)), begun)
+
+
+def _recorded(device: torch.device) -> torch.cuda.Event:
+    """Return an event of the device's current stream; waiting for it leaves the core to other threads."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True, blocking=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Embeddings:
@@ -279,22 +291,29 @@ class Embeddings:
 
     Args:
         emb_BCHW: float32 (B, 256, g, g), g the side of the embedding grid, on the teacher's device.
+        begun: event before the first of the batch's computations; None on a CPU.
+
+    Attributes:
+        device_seconds: after `numpy`, seconds that the GPU took for the batch, its waits left out; None on a CPU.
     """
 
-    def __init__(self, emb_BCHW: Tensor) -> None:
+    def __init__(self, emb_BCHW: Tensor, begun: torch.cuda.Event | None = None) -> None:
         import torch
 
-        self._emb_BCHW, self._arrived = emb_BCHW, None
+        self._emb_BCHW, self._begun, self._arrived = emb_BCHW, begun, None
+        self.device_seconds: float | None = None
         if emb_BCHW.device.type == "cuda":
+            computed = _recorded(emb_BCHW.device)
             # A copy that doesn't block the host needs pinned memory.
             self._emb_BCHW = torch.empty(emb_BCHW.shape, dtype=emb_BCHW.dtype, pin_memory=True)
             self._emb_BCHW.copy_(emb_BCHW, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(emb_BCHW.device))
+            self._computed, self._arrived = computed, _recorded(emb_BCHW.device)
 
     def numpy(self) -> np.ndarray:
         """Wait for the embeddings; return them as float32 (B, 256, g, g)."""
         if self._arrived is not None:
             self._arrived.synchronize()
+            if self._begun is not None:
+                self.device_seconds = self._begun.elapsed_time(self._computed) / 1000
         emb_BCHW: np.ndarray = self._emb_BCHW.numpy()
         return emb_BCHW

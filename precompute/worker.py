@@ -111,9 +111,13 @@ class TeacherPlugin(WorkerPlugin):
         from .sizing import compile_timeout
 
         teacher = self.compute(_load, self._setup, self._device, self.threads)
-        if batch_size := self._setup.compiled_batch:
+        batch_size = self._setup.batch_size
+        if self._setup.compile:
             with self.time_limit(compile_timeout(batch_size), "torch.compile"):
                 self.compute(compile_teacher, teacher, batch_size)
+        elif teacher.device.type == "cuda":
+            with self.time_limit(compile_timeout(batch_size), "the first batch"):
+                self.compute(warm_up, teacher, batch_size)
         return teacher
 
     @contextmanager
@@ -182,6 +186,21 @@ def _refuse_other_package(setup: TeacherSetup) -> None:
             f"a worker has {package or 'no package'} for the teacher {setup.name}, the coordinator "
             f"{setup.package or 'has none'}: install the same on both"
         )
+
+
+def warm_up(teacher: Teacher, batch_size: int) -> None:
+    """Embed a batch of zeros: on a GPU the first one loads kernels, and compiles FlexAttention's.
+
+    The time for that then doesn't count as the teacher's, nor against a batch's time limit.
+
+    Args:
+        teacher: teacher to use.
+        batch_size: images of every batch that it will embed.
+    """
+    import torch
+
+    side = teacher.image_size
+    teacher.embed(torch.zeros(batch_size, 3, side, side)).cpu()
 
 
 def compile_teacher(teacher: Teacher, batch_size: int) -> None:

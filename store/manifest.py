@@ -32,7 +32,10 @@ from .spec import StoreSpec, spec_digest
 from .zarr_metadata import document_names
 
 PAGE_KEYS = 10_000
-"""Keys read at a time when all keys are scanned."""
+"""Keys or rows read at a time when all are scanned."""
+
+DoneRow = tuple[int, bytes, int, int | None]
+"""Row, SHA-256 of the image file (32 bytes), crc32c of the embedding and of its scales (None but in int8 stores)."""
 
 
 class Manifest:
@@ -250,6 +253,30 @@ class Manifest:
         values.append(-1 if limit is None else limit)
         found = self.query(f"{select} WHERE {' AND '.join(where)} ORDER BY row LIMIT ?", values)
         return [decode_record(fields) for fields in found]
+
+    def done_rows(self) -> Iterator[list[DoneRow]]:
+        """Yield the checksums of all done rows, ascending, `PAGE_KEYS` at a time: 2 microseconds a row.
+
+        Unlike `records`, this doesn't check each row against its own checksum.
+
+        Raises:
+            StoreDamaged: a row has something else in place of a checksum.
+        """
+        last = -1
+        while page := self.query(
+            "SELECT row, sha256, crc32c, scales_crc32c FROM results WHERE row > ? AND reason IS NULL "
+            "ORDER BY row LIMIT ?",
+            (last, PAGE_KEYS),
+        ):
+            for row, sha256, crc, scales_crc in page:
+                whole = isinstance(row, int) and isinstance(sha256, bytes) and len(sha256) == 32
+                if not (whole and isinstance(crc, int) and isinstance(scales_crc, int | None)):
+                    raise StoreDamaged(
+                        f"the manifest's row {row} is damaged (it lacks a checksum): remove its shard with mobilesam "
+                        "inspect STORE --repair, and compute it again"
+                    )
+            yield page
+            last = page[-1][0]
 
     def whole_records(
         self, status: Status, rows: range | None = None, limit: int | None = None

@@ -260,7 +260,7 @@ def load_samples(
     with (
         Loader(
             inputs.store,
-            records,
+            inputs.records,
             inputs.image_root,
             workers=1,
             student_size=inputs.student.info["student_size"],

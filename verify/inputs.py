@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..common.errors import VerifyError, counted
 from ..distill import ComputeSettings, DistillError, Run, load_student, mean_embedding
 from ..distill.data.loader import check_preprocessing, find_image_root
+from ..distill.data.rows import RecordsByRow
 from ..distill.loss.coupled import store_head
 from ..distill.run_description import STUDENT_FILE, is_run, student_path
 from ..distill.students.student_file import lacks_image_size, trained_head
@@ -105,7 +106,7 @@ def open_inputs(config: VerifyConfig) -> Inputs:
         _check_fit(info, store)
         student = Student(encoder=encoder, info=info, file=file, run=run)
         own_store = run is not None and run.description.data.store_id == store.spec.store_id
-        records = {record.row: record for record in store.manifest.records("done")}
+        records = RecordsByRow(store)
         rows = _rows(config, run, store, list(records), own_store)
         last_root = run.image_root if run is not None and own_store else None
         return Inputs(

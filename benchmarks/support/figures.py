@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 
+import torch
+
 from benchmarks.support.machine import machine
 
 EMULATED = "this processor only emulates bfloat16: --emulated measures it anyway"
@@ -61,6 +63,29 @@ def by_turns(
             call()
             seconds[name].append(clock() - began)
     return {name: median(times) for name, times in seconds.items()}
+
+
+def seconds_each(call: Callable[[], object], device: torch.device, count: int) -> float:
+    """Return the seconds of one of `count` calls made back to back: on a GPU by its own clock, without waits between.
+
+    Args:
+        call: call to be timed; warmed up before.
+        device: device that computes.
+        count: number of calls, 1 or more.
+    """
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - began) / count
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record(torch.cuda.current_stream(device))
+    for _ in range(count):
+        call()
+    end.record(torch.cuda.current_stream(device))
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1000 / count
 
 
 def report(figures: Sequence[Figure], notes: Sequence[str], *, as_json: bool) -> None:

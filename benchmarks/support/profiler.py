@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 OTHER = "other"
@@ -42,6 +43,8 @@ def shares(name: str, call: Callable[[], object], warm_calls: int = 1) -> list[s
         call()
     spent: Counter[str] = Counter()
     for event in profile.key_averages():
+        if on_gpu and event.device_type != DeviceType.CUDA:
+            continue  # an operator on the CPU counts the kernels that it launched: they would count twice
         spent[group_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())
     lines = [f"  {group}: {time / total:.1%}" for group, time in spent.most_common() if time]

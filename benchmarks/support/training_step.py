@@ -5,7 +5,6 @@ Shape suffixes: B images of a batch, C channels, H, W rows and columns of an ima
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -16,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.support.figures import by_turns
+from benchmarks.support.figures import by_turns, seconds_each
 from benchmarks.support.profiler import shares
 from mobilesam.distill import Batch, ComputeSettings, DistillConfig, Loader, Run, build_student
+from mobilesam.distill.data.rows import CommittedRows, RecordsByRow
 from mobilesam.distill.data.sampler import Split
 from mobilesam.distill.distributed import ProcessGroup
 from mobilesam.distill.recipe import DEFAULT_RECIPE
@@ -51,16 +51,24 @@ class Side:
     precision: str
     keeps_memory: bool
     """Keep freed memory in the process, as distill does on a CPU."""
+    compiled: bool = False
+    """Compile the student, as `distill --compile` does; ours only."""
 
 
-def step_seconds(side: Side, store: Path, images: int, device: torch.device) -> float:
-    """Return the seconds of one step on the first images of a store."""
+def step_seconds(side: Side, store: Path, images: int, device: torch.device, steps: int = 1) -> float:
+    """Return the seconds of one of `steps` steps, back to back, on the first images of a store."""
     with _step(side, store, images, device) as step:
         for _ in range(WARM_STEPS):
             step()
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
+        return seconds_each(step, device, steps)
+
+
+def step_seconds_and_memory(
+    side: Side, store: Path, images: int, device: torch.device, steps: int
+) -> tuple[float, int]:
+    """Return what `step_seconds` does, and the GPU memory in bytes that was allocated at most (a CPU: 0)."""
+    seconds = step_seconds(side, store, images, device, steps)
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def step_shares(side: Side, store: Path, images: int, device: torch.device) -> list[str]:
@@ -104,7 +112,7 @@ def _first_batch(path: Path, images: int) -> Iterator[tuple[Loader, Batch, Embed
     """Yield a store's loader, the batch of its first images, and the store."""
     with EmbeddingStore.open(path) as store:
         root = Path(store.spec.image_root)
-        with Loader(store, store.manifest.records(), root, workers=1) as loader:
+        with Loader(store, RecordsByRow(store), root, workers=1) as loader:
             with closing(loader.batches([list(range(images))])) as batches:
                 batch = next(batches)
             yield loader, batch, store
@@ -115,12 +123,11 @@ def _step(side: Side, path: Path, images: int, device: torch.device) -> Iterator
     if side.keeps_memory:
         keep_freed_memory()
     with _first_batch(path, images) as (loader, batch, store):
-        step = (
-            _our_step(side.precision, loader, batch, store, device)
+        yield (
+            _our_step(side.precision, loader, batch, store, device, compiled=side.compiled)
             if side.ours
-            else _peer_step(batch, device)
+            else _peer_step(batch, device, side.precision)
         )
-        yield _waited_for(step, device)
 
 
 def _waited_for(step: Step, device: torch.device) -> Step:
@@ -144,6 +151,7 @@ def _our_step(
     *,
     recipe: str = DEFAULT_RECIPE,
     student: str = "tiny_vit",
+    compiled: bool = False,
 ) -> Step:
     """Return the step of distill's trainer at the start of its first epoch, from the loader's batch on."""
     rows, image_size = batch.rows, store.spec.image_size
@@ -156,12 +164,15 @@ def _our_step(
         micro_batch=len(rows),
     )
     split = Split(train=tuple(rows), val=())
-    records, root = store.manifest.records("done"), Path(store.spec.image_root)
-    description = describe(config, store, records, split, None, ProcessGroup(), None, root)
+    every, root = CommittedRows.of(store), Path(store.spec.image_root)
+    description = describe(config, store, every, split, None, ProcessGroup(), None, root)
+    network = build_student(config.student, image_size, seed=0).to(device)
+    if compiled:
+        network.compile()
     trainer = Trainer(
         config,
         Run(path=store.path.parent, description=description, split=split),
-        build_student(config.student, image_size, seed=0).to(device),
+        network,
         loader,
         compute=ComputeSettings(device=device, precision=precision, batch_size=len(rows)),
     )
@@ -169,8 +180,8 @@ def _our_step(
     return lambda: trainer.step(rows, [batch])
 
 
-def _peer_step(batch: Batch, device: torch.device) -> Step:
-    """Return a step of MobileSAM's TinyViT in float32: MSE and AdamW.
+def _peer_step(batch: Batch, device: torch.device, precision: str) -> Step:
+    """Return a step of MobileSAM's TinyViT: MSE and AdamW; bfloat16 is autocast.
 
     Pixels are normalised, and targets converted to float32, before the step.
     """
@@ -180,7 +191,9 @@ def _peer_step(batch: Batch, device: torch.device) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        loss = F.mse_loss(model(pixels_BCHW), teacher_BCHW)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            emb_BCHW = model(pixels_BCHW)
+        loss = F.mse_loss(emb_BCHW.float(), teacher_BCHW)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

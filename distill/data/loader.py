@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +90,7 @@ class Loader:
 
     Args:
         store: store open for reading.
-        records: records of all rows that will be loaded.
+        records: records by row, of all rows that will be loaded.
         image_root: folder of the images; None: the images that the store keeps.
         workers: number of threads.
         pin_memory: put batches into pinned memory, for asynchronous copies to a GPU.
@@ -107,7 +107,7 @@ class Loader:
     def __init__(
         self,
         store: EmbeddingStore,
-        records: Iterable[ImageRecord],
+        records: Mapping[int, ImageRecord],
         image_root: Path | None,
         *,
         workers: int,
@@ -118,7 +118,7 @@ class Loader:
         self.epoch = 0
         self.labels = labels
         self._store = store
-        self.records = {record.row: record for record in records}
+        self.records = records
         self._image_root = image_root
         self._image_size = store.spec.image_size
         self._student_size = student_size or store.spec.image_size
@@ -292,6 +292,12 @@ class Loader:
         data = read_checked(self._image_root, record.key, record.offset, record.bytes, sha256)
         self._checked.add(record.row)
         return data
+
+
+def default_workers(device: torch.device) -> int:
+    """Return the default number of decoding threads: few on a CPU, where training is slower than decoding."""
+    available = len(os.sched_getaffinity(0))
+    return min(2 if device.type == "cpu" else 16, available)
 
 
 def check_preprocessing(store: EmbeddingStore, *, refusal: type[MobileSamError] = DistillError) -> None:

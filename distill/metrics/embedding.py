@@ -66,28 +66,42 @@ class Metrics:
         """
         if self._mean_CHW is not None:
             self._mean_CHW = self._mean_CHW.to(teacher_BCHW.device)
+        if not len(teacher_BCHW):
+            return
         with torch.no_grad():
-            for student_CHW, teacher_CHW, valid_HW in zip(student_BCHW, teacher_BCHW, valid_BHW, strict=True):
-                self._add_image(student_CHW.double(), teacher_CHW.double(), valid_HW)
+            sums = torch.stack(
+                [
+                    self._sums(student_CHW.double(), teacher_CHW.double(), valid_HW.to(teacher_CHW.device))
+                    for student_CHW, teacher_CHW, valid_HW in zip(
+                        student_BCHW, teacher_BCHW, valid_BHW, strict=True
+                    )
+                ]
+            ).cpu()  # the only wait for a GPU
+        for everywhere, valid in sums:
+            mse, cosine = self._all.add(everywhere)
+            mse_valid, cosine_valid = self._valid.add(valid)
+            self.per_image.append(
+                ImageMetrics(mse=mse, mse_valid=mse_valid, cosine=cosine, cosine_valid=cosine_valid)
+            )
 
-    def _add_image(self, student_CHW: Tensor, teacher_CHW: Tensor, valid_HW: Tensor) -> None:
+    def _sums(self, student_CHW: Tensor, teacher_CHW: Tensor, valid_HW: Tensor) -> Tensor:
+        """Return sums of one image for `_Region.add`, float64 (2, 5 + C): over all cells, and over the valid ones."""
         student_CL, teacher_CL = student_CHW.flatten(1), teacher_CHW.flatten(1)
-        constant_CL = None if self._mean_CHW is None else self._mean_CHW.flatten(1)
-        squared_CL = (student_CL - teacher_CL).square()
+        squared_L = (student_CL - teacher_CL).square().sum(dim=0)
         norms_L = student_CL.norm(dim=0) * teacher_CL.norm(dim=0)
         cosine_L = (student_CL * teacher_CL).sum(dim=0) / norms_L.clamp_min(_TINY)
-        self._all.add(teacher_CL, squared_CL, constant_CL, cosine_L)
-        inside_L = valid_HW.flatten().to(teacher_CL.device)
-        chosen_CL = None if constant_CL is None else constant_CL[:, inside_L]
-        self._valid.add(teacher_CL[:, inside_L], squared_CL[:, inside_L], chosen_CL, cosine_L[inside_L])
-        self.per_image.append(
-            ImageMetrics(
-                mse=float(squared_CL.mean()),
-                mse_valid=float(squared_CL[:, inside_L].mean()),
-                cosine=self._all.cosines[-1],
-                cosine_valid=self._valid.cosines[-1],
-            )
-        )
+        constant_L = torch.zeros_like(squared_L)
+        if self._mean_CHW is not None:
+            constant_L = (self._mean_CHW.flatten(1) - teacher_CL).square().sum(dim=0)
+        per_cell_4L = torch.stack((torch.ones_like(squared_L), squared_L, constant_L, cosine_L))
+        valid_L = valid_HW.flatten()
+        regions = []
+        for inside_L in (torch.ones_like(valid_L), valid_L):
+            sums_4 = torch.where(inside_L, per_cell_4L, 0.0).sum(dim=1)
+            mean_C = torch.where(inside_L, teacher_CL, 0.0).sum(dim=1) / sums_4[0]
+            deviations_CL = torch.where(inside_L, teacher_CL - mean_C[:, None], 0.0)
+            regions.append(torch.cat((sums_4, deviations_CL.square().sum()[None], mean_C)))
+        return torch.stack(regions)
 
     def merge(self, other: Metrics) -> None:
         """Add the images that another process has measured with the same mean embedding."""
@@ -97,8 +111,6 @@ class Metrics:
 
     def on_cpu(self) -> Metrics:
         """Move the accumulator's tensors to the CPU in place, to send it to another process, and return it."""
-        for region in (self._all, self._valid):
-            region.mean_C = None if region.mean_C is None else region.mean_C.cpu()
         if self._mean_CHW is not None:
             self._mean_CHW = self._mean_CHW.cpu()
         return self
@@ -151,7 +163,7 @@ def mean_embedding(store: EmbeddingStore, rows: Sequence[int]) -> Tensor:
 
 
 class _Region:
-    """Sums over all cells or over the valid ones, in float64 on the device of the added tensors."""
+    """Sums over all cells or over the valid ones, in float64 on the CPU."""
 
     def __init__(self) -> None:
         self.elements = 0
@@ -164,18 +176,26 @@ class _Region:
         """Sum over channels of squared deviations from that channel's mean."""
         self.cosines: list[float] = []
 
-    def add(
-        self, teacher_CL: Tensor, squared_CL: Tensor, constant_CL: Tensor | None, cosine_L: Tensor
-    ) -> None:
-        """Add one image's cells: teacher's embedding, squared errors, mean embedding, cosine of each cell."""
-        channels, cells = teacher_CL.shape
-        self.squared += float(squared_CL.sum())
-        if constant_CL is not None:
-            self.constant_squared += float((constant_CL - teacher_CL).square().sum())
-        self.cosines.append(float(cosine_L.mean()))
-        mean_C = teacher_CL.mean(dim=1)
-        self._add_spread(mean_C, float((teacher_CL - mean_C[:, None]).square().sum()), cells)
-        self.elements += channels * cells
+    def add(self, sums: Tensor) -> tuple[float, float]:
+        """Add one image.
+
+        Args:
+            sums: float64, on the CPU: the number of cells; the sums over these of squared errors, of squared errors
+                of the mean embedding, and of cosines; the teacher's squared deviations from its mean per channel,
+                summed; that mean.
+
+        Returns:
+            The image's mse and its mean cosine.
+        """
+        cells, squared, constant_squared, cosine, spread = sums[:5].tolist()
+        mean_C = sums[5:]
+        elements = len(mean_C) * round(cells)
+        self.squared += squared
+        self.constant_squared += constant_squared
+        self.cosines.append(cosine / cells)
+        self._add_spread(mean_C, spread, round(cells))
+        self.elements += elements
+        return squared / elements, self.cosines[-1]
 
     def merge(self, other: _Region) -> None:
         """Add the sums of another process."""

@@ -223,7 +223,9 @@ def measure_training_bytes(
     size = min(image_size, MEASURED_SIZE)
     # Scaled alike, to the nearest size that is allowed.
     small = PATCH * math.ceil((student_size or image_size) * size / image_size / PATCH)
-    with torch.random.fork_rng():
+    where = torch.device(device)
+    # Without a list, torch opens a context on every GPU of the machine.
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         student = info.build(size, small).to(device).train()
         two, three = (_saved_bytes(student, count, small, precision, device) for count in (2, 3))
     return max(1, round((three - two) * (1024 / size) ** 2))

@@ -29,7 +29,7 @@ from ...sam.photos.preprocess import valid_cells
 from ...sam.weights.checkpoint import ENCODER_PREFIX, read_weights
 from ...sam.weights.state_dict import count_by_prefix
 from ...sam.weights.weight_files import absent, weights_sha256
-from ...store import EmbeddingStore, ImageRecord
+from ...store import EmbeddingStore
 from ..run_description import student_path
 from .registry import outline_student, student_info
 from .student_file import describe_student, is_own_file, read_own_tensors, trained_head
@@ -188,7 +188,7 @@ def read_initial(
 
 
 def start_neck(
-    student: nn.Module, share: float, store: EmbeddingStore, records: Sequence[ImageRecord], region: str
+    student: nn.Module, share: float, store: EmbeddingStore, rows: Sequence[int], region: str
 ) -> None:
     """Set the last norm of a new student's neck to the teacher's statistics, in place.
 
@@ -201,7 +201,7 @@ def start_neck(
         student: encoder.
         share: share of the deviations.
         store: store open for reading.
-        records: records of the committed rows to learn from.
+        rows: committed rows to learn from, in order.
         region: cells that count: "all", or those that are "valid".
 
     Raises:
@@ -211,7 +211,8 @@ def start_neck(
     if norm is None:
         return
     count, sum_C, squares_C = 0, np.zeros(EMBEDDING_CHANNELS), np.zeros(EMBEDDING_CHANNELS)
-    for record in records[:: math.ceil(len(records) / STATISTICS_ROWS)]:
+    for row in rows[:: math.ceil(len(rows) / STATISTICS_ROWS)]:
+        (record,) = store.manifest.records("done", range(row, row + 1))
         assert record.resized_size is not None, "only committed rows are learned from"
         emb_CHW = store.read([record.row]).to_float32()[0].astype(np.float64)
         values_CN = emb_CHW.reshape(EMBEDDING_CHANNELS, -1)

@@ -22,6 +22,9 @@ from torch import Tensor
 BIAS_SCORES = 2**24
 """Most entries of the position table that are held at a time (64 MiB in float32), but at least those of one head."""
 
+WIDTH_STEP = 8
+"""Divisor of a head's width that CUDA takes in its fused kernels without padding (16 bytes in bfloat16)."""
+
 logger = logging.getLogger(__name__)
 
 _not_compilable: set[tuple[str, torch.dtype, int]] = set()
@@ -120,14 +123,17 @@ def attend_with_channels(
     """
     width = q_BKND.shape[-1]
     rows, columns = rel_h_BKNY.shape[-1], rel_w_BKNX.shape[-1]
+    # Windows of ViT-H have 80 + 28 channels: CUDA's kernels refuse that width, or copy everything to pad it.
+    padding = -(width + rows + columns) % WIDTH_STEP
     # The call multiplies all scores by 1 / sqrt(D). The terms are multiplied by sqrt(D) to undo that; scaling the
     # queries instead would round them once more.
     root = width**0.5
-    queries = torch.cat((q_BKND, rel_h_BKNY * root, rel_w_BKNX * root), dim=-1)
-    places = _one_hot_places(rows, columns, k_BKND)
+    nothing = q_BKND.new_zeros(1).expand(*q_BKND.shape[:-1], padding)
+    queries = torch.cat((q_BKND, rel_h_BKNY * root, rel_w_BKNX * root, nothing), dim=-1)
+    places = F.pad(_one_hot_places(rows, columns, k_BKND), (0, padding))
     keys = torch.cat((k_BKND, places.expand(*k_BKND.shape[:2], -1, -1)), dim=-1)
     # The fused kernels require all three to have the same width.
-    values = F.pad(v_BKND, (0, rows + columns))
+    values = F.pad(v_BKND, (0, rows + columns + padding))
     return F.scaled_dot_product_attention(queries, keys, values, scale=1 / root)[..., :width]
 
 

@@ -7,20 +7,39 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from mobilesam.distill.batch_norm import BatchNorms, momentum, single_value_norms
 from mobilesam.distill.students.registry import STUDENTS, StudentInfo
+from mobilesam.sam.modeling.tiny_vit import TinyViT
 
 
-def test_early_batch_norm_statistics_are_plain_averages() -> None:
-    norm = nn.BatchNorm1d(3)
-    batches = torch.randn(7, 5, 3) * 4 + 2
+def test_early_batch_norm_statistics_are_plain_averages_then_moving_ones() -> None:
+    student, reference = nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
+    norms = BatchNorms(student, "tiny_vit", 64, 5)
+    batches = torch.randn(14, 5, 3, 4, 4) * 4 + 2
     for count, batch in enumerate(batches, start=1):
-        norm.momentum = momentum(count)
-        norm(batch)
-    torch.testing.assert_close(norm.running_mean, batches.mean(dim=(0, 1)))
-    torch.testing.assert_close(norm.running_var, batches.var(dim=1).mean(dim=0))
+        norms.prepare(count, frozen=False, images=5)
+        student(batch).sum().backward()
+        norms.settle(count)
+        reference.momentum = momentum(count)
+        reference(batch)
+        torch.testing.assert_close(student[0].running_mean, reference.running_mean)
+        torch.testing.assert_close(student[0].running_var, reference.running_var)
+        if count == 7:
+            torch.testing.assert_close(student[0].running_mean, batches[:7].mean(dim=(0, 1, 3, 4)))
     assert momentum(10) == momentum(10_000) == 0.1
+    assert student[0].momentum == 0.1
+
+
+def test_frozen_statistics_stay_as_they_are() -> None:
+    student = nn.Sequential(nn.BatchNorm2d(3))
+    norms = BatchNorms(student, "tiny_vit", 64, 5)
+    norms.prepare(1, frozen=True, images=5)
+    student(torch.randn(5, 3, 4, 4)).sum().backward()
+    norms.settle(1)
+    assert torch.equal(student[0].running_mean, torch.zeros(3))
+    assert torch.equal(student[0].running_var, torch.ones(3))
 
 
 class Squeezed(nn.Module):
@@ -85,3 +104,14 @@ def test_a_map_of_one_value_is_found_by_the_size_of_the_students_own_input() -> 
     pytest.importorskip("timm")
     assert single_value_norms("timm:resnet18", 64) == set()
     assert "backbone.layer4.0.bn1" in single_value_norms("timm:resnet18", 64, 32)
+
+
+def test_a_student_is_compiled_once_for_all_steps_of_training() -> None:
+    student, counter = TinyViT(64), CompileCounter()
+    norms = BatchNorms(student, "tiny_vit", 64, 2)
+    student.compile(backend=counter)
+    for step in range(1, 13):
+        norms.prepare(step, frozen=False, images=2)
+        student(torch.randn(2, 3, 64, 64)).sum().backward()
+        norms.settle(step)
+    assert counter.frame_count == 1

@@ -22,7 +22,7 @@ from mobilesam.distill import (
     load_student,
     mean_embedding,
 )
-from mobilesam.distill.run import default_workers
+from mobilesam.distill.data.loader import default_workers
 from mobilesam.distill.run_description import ResolvedSettings
 from mobilesam.store import Audit, EmbeddingStore
 
@@ -175,7 +175,7 @@ def test_failed_rows_are_left_out_with_a_warning(
     assert "the 4 finished rows; 0 are pending, 2 failed" in caplog.text
     run = Run.open()
     assert run.description.counts == {"done": 4, "failed": 2, "pending": 0}
-    assert sorted(run.split.train + run.split.val) == [0, 2, 3, 5]
+    assert sorted([*run.split.train, *run.split.val]) == [0, 2, 3, 5]
 
 
 def test_a_store_that_failed_its_audit_is_warned_of_before_training(

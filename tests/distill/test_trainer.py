@@ -19,6 +19,7 @@ from mobilesam.distill import (
     build_student,
     distill,
 )
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.distill.data.sampler import split_batches
 from mobilesam.distill.trainer import Trainer, fill_gradients
 from mobilesam.store import EmbeddingStore
@@ -49,7 +50,7 @@ def one_step(config: DistillConfig, student: nn.Module, images: Path) -> Trainer
     distill_folder(config)
     with (
         EmbeddingStore.open(config.store) as store,
-        Loader(store, store.manifest.records(), images, workers=1) as loader,
+        Loader(store, RecordsByRow(store), images, workers=1) as loader,
     ):
         trainer = make_trainer(config, student, loader, "cpu")
         rows, size = [0, 1, 2, 3, 4], config.micro_batch or 5
@@ -95,7 +96,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(store: Path, images: Path, options: 
     student = build_student("tiny_vit", 64, seed=0)
     with (
         EmbeddingStore.open(store) as opened,
-        Loader(opened, opened.manifest.records(), images, workers=1, pin_memory=True) as loader,
+        Loader(opened, RecordsByRow(opened), images, workers=1, pin_memory=True) as loader,
     ):
         trainer = make_trainer(config, student, loader, "cuda")
         trainer.student.train()

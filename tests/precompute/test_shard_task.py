@@ -43,7 +43,7 @@ def results(
     monkeypatch.setattr(shard_task, "embed", slowly)
     setup = TeacherSetup(
         name="vit_nano", checkpoint=None, checkpoint_sha256=embedded_sha256(), image_size=SIDE,
-        precision="float32", compiled_batch=None, devices=("cpu",), threads=1, local=False,
+        precision="float32", batch_size=2, compile=False, devices=("cpu",), threads=1, local=False,
     )  # fmt: skip
     layouts = array_layouts("float16", SIDE, SIZE)
     (tmp_path / "embeddings").mkdir()

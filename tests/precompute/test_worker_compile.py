@@ -60,6 +60,29 @@ def test_compiling_has_a_time_limit_of_its_own(run: Run, monkeypatch: pytest.Mon
     assert len(limits) == 1 + 2 * 7, "each batch when it is launched, and when it is awaited"
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [2]), ("cpu", [])])
+def test_a_gpus_teacher_embeds_a_batch_of_zeros_before_the_first_shard(
+    run: Run, monkeypatch: pytest.MonkeyPatch, device: str, expected: list[int]
+) -> None:
+    warmed: list[int] = []
+    load = worker._load
+
+    def loaded(*setup: Any) -> Teacher:
+        teacher = load(*setup)
+        object.__setattr__(teacher, "device", torch.device(device))
+        return teacher
+
+    def warm_up(teacher: Teacher, batch_size: int) -> None:
+        warmed.append(batch_size)
+        object.__setattr__(teacher, "device", torch.device("cpu"))
+
+    monkeypatch.setattr(worker, "_load", loaded)
+    monkeypatch.setattr(worker, "warm_up", warm_up)
+    result = run(batch_size=2)
+    assert result["done"] == 7
+    assert warmed == expected
+
+
 @pytest.mark.parametrize("place", ["torch.nn.Module.compile", "mobilesam.sam.teacher.Teacher.embed"])
 @pytest.mark.parametrize("kind", [TorchDynamoException, RuntimeError])
 def test_a_failing_torch_compile_ends_the_run_and_names_the_option_to_leave_out(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -44,6 +45,27 @@ def test_auto_is_the_cpu_without_a_gpu() -> None:
 )
 def test_cuda_names_get_an_index(asked: str, index: int) -> None:
     assert resolve_device(asked) == torch.device("cuda", index)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 switched on; the settings are restored afterwards."""
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [one.allow_tf32 for one in settings]
+    for one in settings:
+        one.allow_tf32 = True
+    yield
+    for one, was in zip(settings, before, strict=True):
+        one.allow_tf32 = was
+
+
+@pytest.mark.usefixtures("two_gpus", "tf32")
+def test_float32_on_a_gpu_is_float32_in_convolutions_too() -> None:
+    resolve_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    resolve_device("auto")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.usefixtures("two_gpus")

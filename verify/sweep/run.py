@@ -21,11 +21,11 @@ from ...common.outputs import marked, refuse_foreign
 from ...common.signals import StopFlag, stopped_by_signals
 from ...distill import Progress
 from ...distill.data.loader import check_preprocessing, find_image_root
+from ...distill.data.rows import CommittedRows
 from ...distill.data.sampler import split_rows
 from ...distill.run import STOPPED_EARLY
-from ...distill.run_description import rows_digest
 from ...distill.run_folder import LOCK_FILE, run_lock
-from ...store import EmbeddingStore, ImageRecord
+from ...store import EmbeddingStore
 from ..inputs import open_head
 from ..report import SWEEP_REPORT, check_report
 from ..thresholds import audit_faults
@@ -125,12 +125,12 @@ def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
         VerifyError: a store can't be used.
     """
     with EmbeddingStore.open(config.base.store) as store:
-        spec, records = store.spec, _usable_records(store)
-    split = split_rows({record.row: str(record.sha256) for record in records}, config.base.val_fraction)
+        spec, rows = store.spec, _usable_rows(store)
+    split = split_rows(rows, config.base.val_fraction)
     if config.test_store is None:
         return len(split.train), None
     with EmbeddingStore.open(config.test_store) as test:
-        records = _usable_records(test)
+        rows = _usable_rows(test)
         for name, ours, theirs in (
             ("image size", spec.image_size, test.spec.image_size),
             ("teacher", spec.teacher, test.spec.teacher),
@@ -146,18 +146,18 @@ def _check_stores(config: SweepConfig) -> tuple[int, str | None]:
             find_image_root(test, config.test_images, refusal=VerifyError, option="--test-images")
         if test.spec.head_sha256 is not None:
             open_head(test, torch.device("cpu"))
-        return len(split.train), f"{test.spec.store_id}-{rows_digest(records)}"
+        return len(split.train), f"{test.spec.store_id}-{rows.digest}"
 
 
-def _usable_records(store: EmbeddingStore) -> list[ImageRecord]:
+def _usable_rows(store: EmbeddingStore) -> CommittedRows:
     """Return the committed rows. Raises VerifyError if there are none, or if an audit is out of tolerance."""
-    records = store.manifest.records("done")
-    if not records:
+    rows = CommittedRows.of(store)
+    if not len(rows):
         raise VerifyError(f"{store.path} has no finished rows: run precompute to the end first")
     faults = audit_faults(store)
     if faults:
         raise VerifyError(f"{store.path}: {faults[0]}")
-    return records
+    return rows
 
 
 def _outcomes(

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mobilesam.distill import Loader
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.sam import ImageError, valid_cells
 from mobilesam.store import EmbeddingStore, ImageRecord, StoreDamaged
 
@@ -32,7 +33,7 @@ def opened(
 
     def open_both(workers: int = 2, **options: object) -> tuple[EmbeddingStore, Loader]:
         store = EmbeddingStore.open(make_store(images, **options))
-        loader = Loader(store, store.manifest.records(), images, workers=workers)
+        loader = Loader(store, RecordsByRow(store), images, workers=workers)
         to_close.extend([loader, store])
         return store, loader
 
@@ -201,7 +202,7 @@ def test_a_smaller_canvas_is_of_the_original_image_and_the_rest_has_the_frame_of
 ) -> None:
     images = save_images([(90, 200), (150, 100)])
     with EmbeddingStore.open(make_store(images)) as store:
-        records = store.manifest.records()
+        records = RecordsByRow(store)
         with (
             Loader(store, records, images, workers=1) as whole,
             Loader(store, records, images, workers=1, student_size=32) as small,

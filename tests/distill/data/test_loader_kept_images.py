@@ -14,6 +14,7 @@ import torch
 from one_process import one_process_cluster, precompute_small
 
 from mobilesam.distill import ComputeSettings, DistillConfig, DistillError, Loader, Run, distill, evaluate
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.store import EmbeddingStore, StoreDamaged
 from mobilesam.verify import VerifyConfig, verify
 
@@ -102,7 +103,7 @@ def test_a_store_without_kept_images_needs_its_photos(
         distill(options(store, images=tmp_path / "nowhere"))
     with (
         EmbeddingStore.open(store) as opened,
-        Loader(opened, opened.manifest.records(), None, workers=1) as loader,
+        Loader(opened, RecordsByRow(opened), None, workers=1) as loader,
         pytest.raises(ValueError, match="keeps no images"),
     ):
         list(loader.batches([[0]]))

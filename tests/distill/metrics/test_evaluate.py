@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from mobilesam.distill import ComputeSettings, Loader, embed
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.store import EmbeddingStore
 
 
 def test_an_int8_row_becomes_values_times_scales(images: Path, make_store: Callable[..., Path]) -> None:
     with EmbeddingStore.open(make_store(images, dtype="int8")) as store:
-        loader = Loader(store, store.manifest.records(), images, workers=1)
+        loader = Loader(store, RecordsByRow(store), images, workers=1)
         batch = next(loader.batches([[2, 4]]))
         loader.close()
         _, teacher_BCHW = embed(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mobilesam.distill import DistillConfig, DistillError, Run, build_student, distill, save_student
+from mobilesam.distill.data.rows import RecordsByRow
 from mobilesam.distill.students.init_weights import (
     InitialWeights,
     count_by_prefix,
@@ -464,7 +465,7 @@ def test_a_neck_starts_at_the_teachers_mean_and_deviation(
     path = make_store(folder, image_size=64, embeddings=embeddings, dtype="float32")
     student = build_student("tiny_vit", 64, 0)
     with EmbeddingStore.open(path) as store:
-        start_neck(student, 0.5, store, store.manifest.records("done"), region)
+        start_neck(student, 0.5, store, list(RecordsByRow(store)), region)
     cells = embeddings.transpose(0, 2, 3, 1)[valid].astype(np.float64)
     np.testing.assert_allclose(student.neck[-1].bias.detach(), cells.mean(0), rtol=1e-5)
     np.testing.assert_allclose(student.neck[-1].weight.detach(), 0.5 * cells.std(0), rtol=1e-4)

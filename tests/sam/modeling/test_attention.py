@@ -40,3 +40,21 @@ def test_attention_agrees_with_its_definition_score_by_score(
         for head in range(3):
             expected = brute_force(q[image, head], k[image, head], v[image, head], table_h, table_w, rows)
             torch.testing.assert_close(found[image, head], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "rows", "columns"), [(80, 14, 14), (64, 14, 14), (80, 5, 9)])
+def test_the_fused_kernels_get_heads_of_a_multiple_of_8_channels(
+    monkeypatch: pytest.MonkeyPatch, width: int, rows: int, columns: int
+) -> None:
+    monkeypatch.setattr(attention, "attend_with_bias", attention.attend_with_channels)
+    seen: list[int] = []
+    fused = attention.F.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: float) -> Tensor:
+        seen.extend(one.shape[-1] for one in (q, k, v))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    q = torch.zeros(1, 2, rows * columns, width)
+    attend(q, q, q, torch.zeros(2 * rows - 1, width), torch.zeros(2 * columns - 1, width), rows)
+    assert seen == [width + rows + columns + -(width + rows + columns) % 8] * 3
