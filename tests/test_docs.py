@@ -26,7 +26,7 @@ from mobilesam.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TASKS = (
-    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "PYTHON_API.md",
+    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "WEB_DEMO.md", "PYTHON_API.md",
     "DOCTOR.md",
 )  # fmt: skip
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
