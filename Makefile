@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Without setuptools' warning that the package lies in the repository's root, as it should.
+INSTALL := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.demo
 BENCH_STAMP := $(VENV)/.bench
@@ -95,17 +97,17 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(STAMP): setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
 	touch $@
 
 # What the tests need takes minutes to install; the demo does without.
 $(DEMO_STAMP): setup.cfg pyproject.toml | $(BIN)/python
 	@echo "Installing mobilesam and torch into $(VENV)."
-	$(BIN)/python -m pip install --quiet --editable '.[report]'
+	$(INSTALL) '.[report]'
 	touch $@
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(INSTALL) '.[bench]'
 	touch $@
 
 clean:
