@@ -1,25 +1,25 @@
 // Uses every control of the page once, in a headless Chromium. Arguments: playwright-core's folder, a JSON file with
-// {url, browser, flags, photos: {name: path}, points, box, out}. Writes downloads and results.json into `out`.
+// {url, plain, browser, photos: {name: path}, points, box, out}. Writes downloads and results.json into `out`.
 
 import fs from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 
 const { chromium } = createRequire(path.join(process.argv[2], "package.json"))("playwright-core");
-const { url, browser: executablePath, photos, points, box, out } = JSON.parse(fs.readFileSync(process.argv[3]));
+const { url, plain, browser: executablePath, photos, points, box, out } = JSON.parse(fs.readFileSync(process.argv[3]));
 const results = { requests: [], errors: [] };
 const MINUTES = 600_000; // a machine that does much else may take long
 
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox"] });
 
-async function newPage(options) {
+async function newPage(options, address = url) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 }, ...options });
   const page = await context.newPage();
   page.setDefaultTimeout(MINUTES);
   page.on("request", (request) => results.requests.push(request.url()));
   page.on("pageerror", (error) => results.errors.push(error.message));
   page.on("console", (message) => message.type() === "error" && results.errors.push(message.text()));
-  await page.goto(url);
+  await page.goto(address);
   await page.waitForFunction(() => document.body.dataset.state === "ready" || !document.getElementById("alert").hidden);
   return page;
 }
@@ -195,6 +195,8 @@ await phone.touchscreen.tap(...(await place(points[1], phone)));
 await objectsAre(["2 points"], phone);
 await save("#save-rle", "touch.json", phone);
 results.overflow = await phone.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+const bare = await newPage({}, plain); // a server without the headers
+results.bare = await text("#runs-on", bare);
 results.background = await phone.evaluate(() => getComputedStyle(document.body).backgroundColor);
 
 await browser.close();

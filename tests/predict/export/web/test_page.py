@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +102,20 @@ def out(demo: Path, driver: Path, browser: str, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("page")
     server = DemoServer(DemoConfig(folder=demo))
     threading.Thread(target=server.serve, args=(False,), daemon=True).start()
+    handler = partial(SimpleHTTPRequestHandler, directory=demo)
+    plain = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=plain.serve_forever, daemon=True).start()
     request = {
-        "url": server.url, "browser": browser, "photos": {"first": str(FIRST), "second": str(SECOND)},
-        "points": POINTS, "box": BOX, "out": str(folder),
+        "url": server.url, "plain": f"http://127.0.0.1:{plain.server_address[1]}/", "browser": browser,
+        "photos": {"first": str(FIRST), "second": str(SECOND)}, "points": POINTS, "box": BOX, "out": str(folder),
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("drive_page.mjs")
     command = ["node", str(script), str(driver), str(folder / "request.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     server.close()
+    plain.shutdown()
+    plain.server_close()
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -200,6 +207,7 @@ def test_the_page_uses_threads_where_it_may_and_one_where_it_is_told(results: di
     assert results["isolated"] is True
     assert "Runs on the CPU, " in results["runsOn"]
     assert "Runs on the CPU, 1 thread." in results["single"]
+    assert "Runs on the CPU, 1 thread. The server sends no COOP and COEP headers" in results["bare"]
     assert results["kept"] == ["1 point", "1 point, box", "box"]
     assert results["encoder"].endswith(" ms")
     assert results["decoder"].endswith(" ms")
@@ -227,8 +235,8 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_fails(results: dict[str, 
     places = {
         "/".join(url.split("/")[:3]) for url in results["requests"] if not url.startswith(("data:", "blob:"))
     }
-    assert len(places) == 1
-    assert places.pop().startswith("http://127.0.0.1:")
+    assert len(places) == 2, "the server, and the one without headers"
+    assert all(place.startswith("http://127.0.0.1:") for place in places)
     assert not any("webgpu" in url or "asyncify" in url for url in results["requests"]), "one build is loaded"
     assert results["errors"] == []
 
