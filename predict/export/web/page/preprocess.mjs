@@ -3,6 +3,26 @@
 
 const BITS = 22; // fractional bits of Pillow's fixed-point weights
 
+/** A photo's file as a bitmap to show, its sides, and its RGBA bytes: turned as it was held, colour profiles ignored. */
+export async function decoded(file) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file, {
+      imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none",
+    });
+  } catch {
+    throw new Error("This file can't be shown as a picture by this browser. Choose a JPEG, PNG, WebP or AVIF file.");
+  }
+  const { width, height } = bitmap;
+  try {
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.drawImage(bitmap, 0, 0);
+    return { bitmap, width, height, rgba: context.getImageData(0, 0, width, height).data };
+  } catch {
+    throw new Error(`A photo of ${width} x ${height} pixels is too large for this browser. Choose a smaller copy.`);
+  }
+}
+
 /** Height and width of a photo whose longest side is resized to `size`: SAM's rule, its rounding included. */
 export function resizedSize(height, width, size) {
   const scale = size / Math.max(height, width);

@@ -1,7 +1,7 @@
 // Everything heavy: downloads of the networks, decoding and resizing of photos, encoder, decoder, masks, files.
 // Messages are {id, kind, ...}; each is answered by {id, result} or {id, error}. {progress} comes while loading.
 
-import { encoderInput, resize, resizedSize } from "./preprocess.mjs";
+import { decoded, encoderInput, resize, resizedSize } from "./preprocess.mjs";
 import { bounds, chosenMask, fullMask, overlay, promptInputs, rle } from "./masks.mjs";
 
 const VIEW_SIDE = 1024; // longest side of the masks that are laid over the photo; the canvas scales them further
@@ -144,26 +144,9 @@ async function tryWebGpu(bytes) {
 async function open({ file }) {
   photo = embedding = undefined;
   const began = performance.now();
-  let bitmap;
-  try {
-    // As Python decodes: turned as the camera was held, colour profiles ignored.
-    bitmap = await createImageBitmap(file, {
-      imageOrientation: "from-image", colorSpaceConversion: "none", premultiplyAlpha: "none",
-    });
-  } catch {
-    throw new Error("This file can't be shown as a picture by this browser. Choose a JPEG, PNG, WebP or AVIF file.");
-  }
-  const { width, height } = bitmap;
-  let rgba;
-  try {
-    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
-    context.drawImage(bitmap, 0, 0);
-    rgba = context.getImageData(0, 0, width, height).data;
-  } catch {
-    throw new Error(`A photo of ${width} x ${height} pixels is too large for this browser. Choose a smaller copy.`);
-  }
-  photo = { rgba, width, height };
-  return { width, height, bitmap, ms: performance.now() - began, transfer: [bitmap] };
+  const { bitmap, ...pixels } = await decoded(file);
+  photo = pixels;
+  return { width: pixels.width, height: pixels.height, bitmap, ms: performance.now() - began, transfer: [bitmap] };
 }
 
 async function run(pixels) {

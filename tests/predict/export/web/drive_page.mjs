@@ -1,12 +1,12 @@
 // Uses every control of the page once, in a headless Chromium. Arguments: playwright-core's folder, a JSON file with
-// {url, plain, browser, photos: {name: path}, points, box, out}. Writes downloads and results.json into `out`.
+// {url, plain, browser, photos: {name: path}, grey: {paths, size}, points, box, out}. Writes downloads and results.json into `out`.
 
 import fs from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 
 const { chromium } = createRequire(path.join(process.argv[2], "package.json"))("playwright-core");
-const { url, plain, browser: executablePath, photos, points, box, out } = JSON.parse(fs.readFileSync(process.argv[3]));
+const { url, plain, browser: executablePath, photos, grey, points, box, out } = JSON.parse(fs.readFileSync(process.argv[3]));
 const results = { requests: [], errors: [] };
 const MINUTES = 600_000; // a machine that does much else may take long
 
@@ -183,6 +183,22 @@ results.example = await page.locator("#canvas").getAttribute("aria-label");
 results.calm = await page.locator("#alert").isHidden();
 await page.locator("summary").click();
 results.help = await text("#keys");
+
+// The encoder's pixels of every photo, as the browser decodes and resizes it.
+for (const [index, file] of grey.paths.entries()) {
+  const base64 = await page.evaluate(
+    async ([text, size]) => {
+      const { decoded, resize, resizedSize } = await import("./preprocess.mjs");
+      const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+      const { rgba, width, height } = await decoded(new Blob([bytes]));
+      const [newHeight, newWidth] = resizedSize(height, width, size);
+      const small = resize(rgba, width, height, newWidth, newHeight);
+      return btoa(Array.from(small, (value) => String.fromCharCode(value)).join(""));
+    },
+    [fs.readFileSync(file).toString("base64"), grey.size],
+  );
+  fs.writeFileSync(path.join(out, `grey-${index}`), Buffer.from(base64, "base64"));
+}
 
 // Touch, on a narrow and dark screen.
 const phone = await newPage({ viewport: { width: 375, height: 740 }, hasTouch: true, isMobile: true, colorScheme: "dark" });

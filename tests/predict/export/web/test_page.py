@@ -25,6 +25,7 @@ from mobilesam.predict import StudentPredictor, load_model
 from mobilesam.predict.config import DemoConfig
 from mobilesam.predict.export.web.runtime import find_runtime
 from mobilesam.predict.export.web.server import DemoServer
+from mobilesam.sam.photos.preprocess import load_image
 from mobilesam.sam.weights.download import cache_directory
 
 pytestmark = pytest.mark.long
@@ -34,6 +35,7 @@ FIRST, SECOND = PHOTOS / "coffee.jpg", PHOTOS / "cat.png"
 POINTS = [[290, 130], [60, 60], [200, 150]]
 """On the cup of the first photo; off it; on the cat of the second."""
 BOX = [180, 20, 440, 300]
+GREY_SIZE = 512
 DRIVER = "playwright-core"
 DRIVER_VERSION = "1.65.1"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -108,6 +110,7 @@ def out(demo: Path, driver: Path, browser: str, tmp_path_factory: pytest.TempPat
     request = {
         "url": server.url, "plain": f"http://127.0.0.1:{plain.server_address[1]}/", "browser": browser,
         "photos": {"first": str(FIRST), "second": str(SECOND)}, "points": POINTS, "box": BOX, "out": str(folder),
+        "grey": {"paths": list(map(str, _every_photo(folder))), "size": GREY_SIZE},
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request))
     script = Path(__file__).with_name("drive_page.mjs")
@@ -124,6 +127,17 @@ def out(demo: Path, driver: Path, browser: str, tmp_path_factory: pytest.TempPat
 def results(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "results.json").read_text())
     return found
+
+
+def _every_photo(folder: Path) -> list[Path]:
+    """The example photos, and one that a camera took upright, 12 megapixels."""
+    turned = folder / "turned.jpg"
+    if not turned.exists():
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(FIRST) as photo:
+            photo.resize((4000, 3000)).save(turned, exif=exif, quality=95)
+    return [*sorted(PHOTOS.glob("*.[jp][pn]g")), turned]
 
 
 class _Python:
@@ -182,6 +196,15 @@ def test_masks_are_pythons_by_points_boxes_and_touch(out: Path, student: Path) -
         found = _masks(out / name)
         assert len(found) == len(masks), name
         assert min(map(_iou, found, masks)) >= 0.99, name
+
+
+def test_the_encoders_pixels_are_pythons_to_the_grey_level(out: Path) -> None:
+    photos = _every_photo(out)
+    assert len(photos) > 10
+    for index, file in enumerate(photos):
+        wanted = load_image(file.read_bytes(), GREY_SIZE).pixels_HWC
+        found = np.fromfile(out / f"grey-{index}", np.uint8)
+        assert np.array_equal(found, wanted.ravel()), file.name
 
 
 def test_files_are_those_that_segment_writes(out: Path, results: dict[str, Any]) -> None:
