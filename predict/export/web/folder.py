@@ -62,9 +62,13 @@ def check_demo_folder(folder: Path) -> None:
             f"--out {shown(str(folder))} is a file: the web demo is a folder, give another name"
         )
     check_writable(folder.resolve().parent, "--out")
-    with explain_os_errors(folder, PredictError, "--out"):
-        found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
     description = read_description(folder)
+    with explain_os_errors(folder, PredictError, "--out"):
+        # Only a demo is searched through: another folder may hold a whole disk.
+        paths = folder.iterdir() if description is None else folder.rglob("*")
+        found = [
+            path.relative_to(folder).as_posix() for path in paths if description is None or not path.is_dir()
+        ]
     listing = {} if description is None else {**description["listing"], DESCRIPTION_FILE: None}
     others = sorted(set(found) - set(listing))
     if others:
