@@ -294,7 +294,7 @@ def make_plan(
 def _shard_size(teacher: str, image_size: int, hardware: Hardware, images: int) -> int:
     assert hardware.macs_per_second is not None
     seconds = sizing.estimated_seconds(teacher, image_size, hardware.macs_per_second)
-    return sizing.shard_size(images, hardware.workers, seconds)
+    return sizing.shard_size(images, hardware.workers, seconds, hardware.device_type)
 
 
 def _refuse_unasked_growth(config: PrecomputeConfig, new: Sequence[ImageRef], rows: int) -> None:

@@ -10,6 +10,10 @@ from ..sam.registry import TEACHERS
 
 LARGEST_SHARD = 64
 """Most images of a shard whose size is chosen automatically."""
+LARGEST_ON_FAST_GPUS = 256
+"""The same where a GPU would be done with such a shard in less than SHORTEST_SECONDS."""
+SHORTEST_SECONDS = 3.0
+"""Between two shards a GPU may be idle for the time of a message; a shard of 64 lasts under a second on the fastest."""
 SHARD_SECONDS = 300
 """Longest time for a shard: a killed worker loses its shard, which should be no more than five minutes of work."""
 
@@ -33,21 +37,24 @@ _EFFICIENCY = 0.4
 """Speed of a ViT's forward pass as a share of a large matrix product's, roughly."""
 
 
-def shard_size(images: int, workers: int, seconds_per_image: float) -> int:
+def shard_size(images: int, workers: int, seconds_per_image: float, device_type: str = "cpu") -> int:
     """Choose the images per shard.
 
     Args:
         images: images in all.
         workers: workers that share them.
         seconds_per_image: teacher's time for one image on one worker.
+        device_type: cpu or cuda.
 
     Returns:
-        64; fewer if a shard would take over five minutes, or a worker would get fewer than two shards (one is decoded
-        or written while the other is computed). At least 1.
+        64, or 256 on a fast GPU; fewer if a shard would take over five minutes, or a worker would get fewer than two
+        shards (one is decoded or written while the other is computed). At least 1.
     """
-    by_time = int(SHARD_SECONDS / seconds_per_image) if seconds_per_image > 0 else LARGEST_SHARD
+    fast = device_type == "cuda" and seconds_per_image * LARGEST_SHARD < SHORTEST_SECONDS
+    largest = LARGEST_ON_FAST_GPUS if fast else LARGEST_SHARD
+    by_time = int(SHARD_SECONDS / seconds_per_image) if seconds_per_image > 0 else largest
     by_workers = -(-images // (2 * workers))
-    return max(1, min(LARGEST_SHARD, by_time, by_workers))
+    return max(1, min(largest, by_time, by_workers))
 
 
 def batch_size(asked: int | None, device_type: str, shard_size: int) -> int:

@@ -58,3 +58,17 @@ def test_a_batch_may_take_twenty_times_the_slowest_and_the_first_half_an_hour() 
     assert sizing.batch_timeout(8, None) == 4800
     assert sizing.batch_timeout(8, 0.01) == 300
     assert sizing.batch_timeout(1, 320.0) == 6400
+
+
+@pytest.mark.parametrize(
+    ("device", "seconds", "images", "expected"),
+    [
+        ("cuda", 1 / 83, 100_000, 256),
+        ("cuda", 1 / 83, 400, 50),
+        ("cuda", 1 / 15, 100_000, 64),
+        ("cpu", 1 / 83, 100_000, 64),
+        ("cuda", 0.0, 100_000, 256),
+    ],
+)
+def test_a_fast_gpu_gets_larger_shards(device: str, seconds: float, images: int, expected: int) -> None:
+    assert sizing.shard_size(images, 4, seconds, device) == expected
