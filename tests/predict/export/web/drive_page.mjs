@@ -72,8 +72,13 @@ results.nameless = await page.evaluate(() =>
 );
 
 // A photo that is chosen; the mask under the pointer; points; undo.
+await page.evaluate(() => {
+  window.ticks = 0; // of the page's own thread while a photo is encoded
+  setInterval(() => document.body.dataset.photo === "loading" && window.ticks++, 5);
+});
 await page.setInputFiles("#file", photos.first);
 await photoIs("ready");
+results.ticks = await page.evaluate(() => window.ticks);
 results.encoder = await text("#encoder-ms");
 results.plain = await drawn();
 await page.mouse.move(...(await place(points[0])));

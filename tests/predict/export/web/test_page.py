@@ -236,6 +236,10 @@ def test_the_page_uses_threads_where_it_may_and_one_where_it_is_told(results: di
     assert results["decoder"].endswith(" ms")
 
 
+def test_the_page_goes_on_while_a_photo_is_encoded(results: dict[str, Any]) -> None:
+    assert results["ticks"] >= 5
+
+
 def test_the_mask_under_the_pointer_is_drawn_and_objects_can_be_hidden(results: dict[str, Any]) -> None:
     assert results["hovered"] != results["plain"]
     assert results["hides"] is True
