@@ -13,7 +13,7 @@ LARGEST_SHARD = 64
 LARGEST_ON_FAST_GPUS = 256
 """The same where a GPU would be done with such a shard in less than SHORTEST_SECONDS."""
 SHORTEST_SECONDS = 3.0
-"""Between two shards a GPU may be idle for the time of a message; a shard of 64 lasts under a second on the fastest."""
+"""Between two shards a GPU may be idle while messages travel; 64 images last it under a second."""
 SHARD_SECONDS = 300
 """Longest time for a shard: a killed worker loses its shard, which should be no more than five minutes of work."""
 

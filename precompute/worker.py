@@ -89,9 +89,13 @@ class TeacherPlugin(WorkerPlugin):
             The function's result.
 
         Raises:
-            BaseException: as raised by the function.
+            BaseException: as raised by the function; RuntimeError for an endless recursion: dask can't send its
+                traceback, and the coordinator would wait for ever.
         """
-        result: T = self._thread.submit(function, *args, **kwargs).result()
+        try:
+            result: T = self._thread.submit(function, *args, **kwargs).result()
+        except RecursionError as error:
+            raise RuntimeError(str(error)) from None
         return result
 
     @contextmanager
@@ -131,7 +135,9 @@ class TeacherPlugin(WorkerPlugin):
 
     @contextmanager
     def time_limit(self, seconds: float, what: str = "a batch") -> Iterator[None]:
-        """End this process if the context takes longer. Without a nanny to restart it, there is no limit.
+        """End this process if the context takes longer, or meets an error of CUDA after which no call works.
+
+        Without a nanny to restart it, there is no limit, and the error is raised.
 
         Args:
             seconds: time limit.
@@ -141,7 +147,13 @@ class TeacherPlugin(WorkerPlugin):
             yield
             return
         with exit_after(seconds, lambda: self._report(f"{what} hung in the teacher for {seconds:.0f} s")):
-            yield
+            try:
+                yield
+            except RuntimeError as error:
+                if not leaves_cuda_unusable(error):
+                    raise
+                fact = next(iter(str(error).splitlines()))
+                end_process(lambda: self._report(f"{fact}; another one takes its place"))
 
     def _report(self, reason: str) -> None:
         text = f"worker {self._worker.address} ends: {reason}"
@@ -286,6 +298,24 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
+def leaves_cuda_unusable(error: RuntimeError) -> bool:
+    """Return True for an error of CUDA itself: all later calls of the process fail, too, other than after one of
+    memory."""
+    text = str(error)
+    return text.startswith("CUDA error") and "out of memory" not in text
+
+
+def end_process(report: Callable[[], None]) -> None:
+    """End this process at once, a moment after `report`.
+
+    Args:
+        report: called first.
+    """
+    report()
+    time.sleep(LAST_MESSAGE_SECONDS)
+    os._exit(1)
+
+
 @contextmanager
 def exit_after(seconds: float, report: Callable[[], None]) -> Iterator[None]:
     """End the process if the context takes too long: a thread that hangs in a library can't be stopped otherwise.
@@ -295,12 +325,7 @@ def exit_after(seconds: float, report: Callable[[], None]) -> Iterator[None]:
         report: called just before the process ends.
     """
 
-    def end() -> None:
-        report()
-        time.sleep(LAST_MESSAGE_SECONDS)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
+    timer = threading.Timer(seconds, end_process, (report,))
     timer.daemon = True
     timer.start()
     try:

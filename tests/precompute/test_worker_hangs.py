@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from precompute_command import command_of, contents, preload, run_command
 
+from mobilesam.precompute.worker import leaves_cuda_unusable
 from mobilesam.store import EmbeddingStore
 
 HANGING = """
@@ -187,3 +188,66 @@ def test_a_signal_ends_the_run_while_a_worker_hangs(photos: Path, tmp_path: Path
     assert "run the same command to resume" in (tmp_path / "errors").read_text()
     _wait_until_gone(tmp_path)
     assert not list((tmp_path / "tmp").glob("*mobilesam-*"))
+
+
+BROKEN = """
+from pathlib import Path
+from mobilesam.sam.teacher import Teacher
+flag = Path({flag!r})
+Teacher.real = Teacher.__dict__.get("real", Teacher.embed)  # a preload may run twice
+def breaking(self, pixels):
+    if not flag.exists():
+        flag.touch()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\nCUDA kernel errors might ...")
+    return self.real(pixels)
+Teacher.embed = breaking
+"""
+
+RECURSIVE = """
+from mobilesam.sam.teacher import Teacher
+def recursive(self, pixels):
+    return recursive(self, pixels)
+Teacher.embed = recursive
+"""
+
+
+@pytest.mark.long
+def test_an_endless_recursion_in_a_teacher_is_an_error_of_the_run(photos: Path, tmp_path: Path) -> None:
+    """dask can't send its traceback, and would wait for ever."""
+    command = command_of(photos, tmp_path / "store.zarr", "--shard-size", "7")
+    env = {**os.environ, **preload(tmp_path, RECURSIVE)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
+    assert done.returncode == 3
+    assert "failed 3 times" in done.stderr
+    assert "maximum recursion depth exceeded" in done.stderr
+
+
+@pytest.mark.long
+def test_after_an_error_that_leaves_cuda_unusable_another_process_computes_the_shard(
+    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, flag = tmp_path / "store.zarr", tmp_path / "broken"
+    env = preload(tmp_path, BROKEN.format(flag=str(flag)))
+    command = [*command_of(photos, out, "--shard-size", "1"), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **env}, cwd=tmp_path
+    )
+    assert flag.exists()
+    assert (
+        "ends: CUDA error: an illegal memory access was encountered; another one takes its place"
+        in done.stderr
+    )
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("text", "unusable"),
+    [
+        ("CUDA error: device-side assert triggered", True),
+        ("CUDA error: out of memory", False),
+        ("CUDA out of memory. Tried to allocate 2 GiB", False),
+        ("shapes differ", False),
+    ],
+)
+def test_which_errors_leave_cuda_unusable(text: str, unusable: bool) -> None:
+    assert leaves_cuda_unusable(RuntimeError(text)) == unusable
