@@ -34,7 +34,7 @@ from .common.errors import ImageError, shown
 from .common.terminal import MessageHandler, Reporter, say
 from .distill.config import CostConfig, DistillConfig
 from .precompute.config import PrecomputeConfig
-from .predict.config import ExportConfig, SegmentConfig
+from .predict.config import DemoConfig, ExportConfig, SegmentConfig
 from .verify.config import VerifyConfig
 from .verify.evaluate.config import EvaluateConfig
 from .verify.sweep.config import AXIS_OPTIONS, SweepConfig
@@ -102,6 +102,7 @@ def main() -> None:
     mobilesam inspect store.zarr --check                  describe a store and check it
     mobilesam segment photo.jpg --point 320 240           segment one image
     mobilesam export --out exported                       write files for MobileSAM's code and for onnxruntime
+    mobilesam demo                                        open an exported web demo in the browser
     mobilesam students                                    list the students and their cost
     mobilesam sweep --epochs 2,4,8 --seed 0,1,2           train and compare a grid of students
     mobilesam doctor                                      describe this machine and what comes next here
@@ -337,7 +338,8 @@ def export(config: ExportConfig, as_json: bool) -> int:
 
     X.pt is for MobileSAM's own code: student and head as one checkpoint (tiny_vit only). encoder.onnx and
     decoder.onnx are for onnxruntime; both are compared with torch before they are written. A folder gets all of
-    these, safetensors with JSON, and a model card with teacher, data and metrics.
+    these, safetensors with JSON, and a model card with teacher, data and metrics. With --format web it gets a page
+    that segments photos in the browser, for any web server or `mobilesam demo`.
 
     \b
     Examples:
@@ -345,14 +347,42 @@ def export(config: ExportConfig, as_json: bool) -> int:
       mobilesam export --student runs/mine --out mine.pt
       mobilesam export --student mobile_sam.pt --image-size 512 --out small-encoder.onnx --json
       mobilesam export --student student.safetensors --head store.zarr --out decoder.onnx --debug
+      mobilesam export --format web --out demo --examples photo.jpg --examples street.jpg
+      mobilesam export --format web --out demo --runtime-dir node_modules/onnxruntime-web
     """
     _check_weights(config.head, student=config.student, latest=True)
     from .predict import export as run
     from .predict.export.run import export_lines
 
     with Reporter("export") as reporter:
-        result = run(config, progress=reporter.step)
+        result = run(config, progress=reporter.step, download=reporter.download)
     print_result(as_json, result, export_lines(result))
+    return DONE
+
+
+@main.command(cls=RoomCommand)
+@click.argument("folder", type=PATH_TYPE, default="demo", metavar="[DIR]")
+@config_options(DemoConfig)
+@click.option("--no-open", is_flag=True, help="Don't open the page in a browser.")
+@common_options
+def demo(folder: Path, config: DemoConfig, no_open: bool, as_json: bool) -> int:
+    """Open an exported web demo in the browser.
+
+    Serves DIR, which `mobilesam export --format web --out DIR` wrote, to this machine alone, with the headers by
+    which a browser allows several threads. Prints the address first, and serves until Ctrl-C.
+
+    \b
+    Examples:
+      mobilesam demo
+      mobilesam demo exported --port 9000
+      mobilesam demo exported --no-open --json --debug
+    """
+    from .predict.export.web.server import DemoServer, demo_lines
+
+    server = DemoServer(replace(config, folder=folder))
+    print_result(as_json, server.result, demo_lines(server.result))
+    say("Ctrl-C ends it")
+    server.serve(opens=not no_open)
     return DONE
 
 

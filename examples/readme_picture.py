@@ -1,7 +1,7 @@
 """Draw the picture at the top of README.md: photos, the masks of the teacher for a point, and those of a student.
 
 make demo
-python examples/readme_picture.py --student demo/runs/latest --out docs/readme.jpg
+python examples/readme_picture.py --student demo/runs/latest --out docs/pictures/readme.jpg
 """
 
 from __future__ import annotations

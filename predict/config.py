@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_SIZE = 16384
 """Largest side of the encoder's input in pixels."""
 
-TORCH, ENCODER, DECODER, FOLDER = "torch", "encoder", "decoder", "folder"
+TORCH, ENCODER, DECODER, FOLDER, WEB = "torch", "encoder", "decoder", "folder", "web"
 """Kinds of exports."""
 TORCH_SUFFIXES = (".pt", ".pth")
 
@@ -183,11 +183,27 @@ class ExportConfig:
     image_size: int | None = option(
         None,
         metavar="PX",
-        help="Side of the encoder's input in pixels, for files that don't record it [default: 1024]",
+        help="Side of the encoder's input in pixels, for files that don't record it [default: 1024; web: 512]",
+    )
+    format: str | None = option(
+        None,
+        choices=(WEB,),
+        help="Kind of export; web is a folder with a page that segments photos in the browser [default: by --out]",
+    )
+    runtime_dir: Path | None = option(
+        None,
+        metavar="DIR",
+        help="Folder with onnxruntime-web's files, for web [default: its npm package, downloaded once]",
+    )
+    examples: Sequence[Path] = option(
+        (), metavar="FILE", help="Photo that the web page offers; may be repeated [default: a drawn one]"
     )
 
     def __post_init__(self) -> None:
-        paths_from_text(self, "out", "student", "head")
+        paths_from_text(self, "out", "student", "head", "runtime_dir")
+        object.__setattr__(self, "examples", tuple(map(Path, self.examples)))
+        for name, given in (("--runtime-dir", self.runtime_dir), ("--examples", self.examples)):
+            require(not given or self.format == WEB, f"{name} goes with --format web", PredictError)
         require_image_size(self.image_size, PredictError, MAX_IMAGE_SIZE)
         _ = self.kind  # checked on construction
         for name, path in (("--student", self.student), ("--head", self.head)):
@@ -196,7 +212,9 @@ class ExportConfig:
 
     @property
     def kind(self) -> str:
-        """Kind of export that `out` asks for: torch, encoder, decoder or folder."""
+        """Kind of export that `format` and `out` ask for: torch, encoder, decoder, folder or web."""
+        if self.format == WEB:
+            return WEB
         name = self.out.name.lower()
         if self.out.is_dir() or not self.out.suffix:
             return FOLDER
@@ -213,4 +231,27 @@ class ExportConfig:
         raise PredictError(
             f"--out {shown(str(self.out))}: give a name that ends in .pt, encoder.onnx or decoder.onnx, or a folder, "
             "for all of them"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """All options of the server of a web demo, checked on construction.
+
+    Raises:
+        PredictError: the port is out of range.
+    """
+
+    port: int | None = option(
+        None, metavar="PORT", help="Port of the server [default: 8000, another one if that is taken]"
+    )
+    folder: Path = Path("demo")
+    """Folder that `export --format web` wrote."""
+
+    def __post_init__(self) -> None:
+        paths_from_text(self, "folder")
+        require(
+            self.port is None or 1 <= self.port <= 65535,
+            f"--port {self.port} must be from 1 to 65535",
+            PredictError,
         )

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from mobilesam.cli import main
 from mobilesam.distill.config import CostConfig, DistillConfig
 from mobilesam.precompute.config import PrecomputeConfig
-from mobilesam.predict.config import ExportConfig, SegmentConfig
+from mobilesam.predict.config import DemoConfig, ExportConfig, SegmentConfig
 from mobilesam.verify.config import VerifyConfig
 from mobilesam.verify.evaluate.config import EvaluateConfig
 from mobilesam.verify.sweep.config import AXES, AXIS_OPTIONS, SweepConfig
@@ -31,6 +31,7 @@ COMMANDS = [
     "students",
     "segment",
     "export",
+    "demo",
     "evaluate",
     "sweep",
     "doctor",
@@ -83,6 +84,7 @@ CONFIGS: dict[str, Any] = {
     "students": CostConfig(),
     "segment": SegmentConfig(image=Path("photo.jpg"), everything=True),
     "export": ExportConfig(out=Path("exported")),
+    "demo": DemoConfig(),
     "evaluate": EvaluateConfig(models=(("mine", "run"),), store=Path("store.zarr")),
 }
 """Config that each command's options make, with what is required and nothing else."""

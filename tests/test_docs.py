@@ -26,8 +26,8 @@ from mobilesam.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TASKS = (
-    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "PYTHON_API.md",
-    "DOCTOR.md",
+    "YOUR_PHOTOS.md", "SA1B_CLUSTER.md", "TRAINING.md", "COMPARING.md", "APPLICATION.md", "WEB_DEMO.md",
+    "PYTHON_API.md", "DOCTOR.md",
 )  # fmt: skip
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

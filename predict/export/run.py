@@ -9,7 +9,8 @@ from typing import Any
 
 from ...common.errors import shown
 from ...common.table import Table
-from ..config import DECODER, ENCODER, FOLDER, TORCH, ExportConfig
+from ...sam.weights.download import Progress as Download
+from ..config import DECODER, ENCODER, FOLDER, TORCH, WEB, ExportConfig
 from ..model import Model, load_model, size_words
 from ..outputs import EXPORT, Outputs, check_file
 from . import bundle
@@ -18,6 +19,8 @@ from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
 from .onnx_graph import STEPS, Begin, OnnxFile, check_tools, is_older_onnx, silent
 from .torch_export import export_torch, size_warning
+from .web import run as web
+from .web.run import export_web, gather, web_image_size
 
 LOADING, WRITING = "loading the model", bundle.STEPS[-1]
 """First and last step of every export."""
@@ -26,7 +29,9 @@ Progress = Callable[[int, int, str], None]
 """Function called with the number of a step that begins, the number of all steps, and the step's name."""
 
 
-def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, Any]:
+def export(
+    config: ExportConfig, progress: Progress | None = None, download: Download | None = None
+) -> dict[str, Any]:
     """Export a student with its head.
 
     Invalid options and outputs are refused before the model is loaded. Either all files are written or none, after
@@ -35,6 +40,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
     Args:
         config: all options.
         progress: called when a step begins.
+        download: called with (bytes done, bytes in total) while onnxruntime-web is downloaded for a web demo.
 
     Returns:
         The object that `--json` prints: `out`, `kind`, `student`, `image_size`, `student_size`, `teacher`, `head`
@@ -50,20 +56,23 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
     started, kind = time.monotonic(), config.kind
     if kind != TORCH:
         check_tools()
+    parts = None
     if kind == FOLDER:
         check_folder(config.out)
+    elif kind == WEB:
+        parts = gather(config, download)
     else:
         check_file(config.out, "--out", EXPORT, is_older_onnx)
     begin = _counted(progress, _steps(kind))
     begin(LOADING)
-    model = load_model(
-        config.student, head=config.head, needs_head=kind != ENCODER, image_size=config.image_size
-    )
-    made = (
-        write_bundle(model, config.out, begin)
-        if kind == FOLDER
-        else _write_file(model, config.out, kind, begin)
-    )
+    size = web_image_size(config.student, config.image_size) if kind == WEB else config.image_size
+    model = load_model(config.student, head=config.head, needs_head=kind != ENCODER, image_size=size)
+    if parts is not None:
+        made = export_web(model, config.out, parts, begin)
+    elif kind == FOLDER:
+        made = write_bundle(model, config.out, begin)
+    else:
+        made = _write_file(model, config.out, kind, begin)
     return {
         "out": str(config.out),
         "kind": kind,
@@ -80,6 +89,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> dict[str, 
 def _steps(kind: str) -> Sequence[str]:
     if kind == FOLDER:
         return (LOADING, *bundle.STEPS)
+    if kind == WEB:
+        return (LOADING, *web.STEPS)
     return (LOADING, WRITING) if kind == TORCH else (LOADING, *STEPS, WRITING)
 
 
@@ -126,6 +137,7 @@ def export_lines(result: Mapping[str, Any]) -> list[str]:
         *(f"{name} left out: {reason}" for name, reason in result["left_out"].items()),
         *(f"{name}: {note}" for name, one in result["onnx"].items() for note in one["notes"]),
         f"written to {result['out']} in {result['seconds']:.0f} s",
+        *([f"Next: mobilesam demo {result['out']}"] if result["kind"] == WEB else []),
     ]
     return [shown(line) for line in lines]
 
@@ -135,11 +147,15 @@ def _files_table(result: Mapping[str, Any]) -> Table:
         name: f"within {check['max_relative_difference']:.1e} of torch"
         for name, check in result["checks"].items()
     }
+    sizes = {name: file["bytes"] for name, file in result["files"].items()}
+    if (
+        result["kind"] == WEB
+    ):  # page and runtime in one row: a visitor's browser loads one of two builds of the latter
+        others = sum(size for name, size in sizes.items() if name not in limits)
+        sizes = {name: sizes[name] for name in limits} | {"page, onnxruntime-web, examples": others}
     return Table(
         title="",
         columns=("file", "size", "check"),
         numeric=(False, True, False),
-        rows=[
-            (name, f"{file['bytes']:,} bytes", limits.get(name, "")) for name, file in result["files"].items()
-        ],
+        rows=[(name, f"{size:,} bytes", limits.get(name, "")) for name, size in sizes.items()],
     )
