@@ -97,12 +97,13 @@ def _setting(results: Results, stages: Sequence[str]) -> str:
     different = {run["run"]: run for run in runs}
     seconds = sum(run["seconds"] + run["judged_seconds"] for run in different.values())
     seeds, one = sorted({run["options"]["seed"] for run in runs}), runs[0]
+    cores = counted(results["cores"], "core")
     return (
         f"{one['images']['train']:,} training pictures, {one['test']['images']} test pictures of another seed, "
         f"image size {scale['image_size']}, {one['test']['prompts']} points per picture, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {len(different)} runs took "
-        f"{seconds / 3600:.2f} hours of training and evaluation on {counted(results['cores'], 'core')}. mIoU compares "
-        "with the masks of vit_nano, the teacher."
+        f"{seconds / 3600:.2f} hours of training and evaluation on {cores}. mIoU compares with the masks of vit_nano, "
+        "the teacher."
     )
 
 
