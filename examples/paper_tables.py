@@ -102,8 +102,8 @@ def _setting(results: Results, stages: Sequence[str]) -> str:
         f"{one['images']['train']:,} training pictures, {one['test']['images']} test pictures of another seed, "
         f"image size {scale['image_size']}, {one['test']['prompts']} points per picture, "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}. {len(different)} runs took "
-        f"{seconds / 3600:.2f} hours of training and evaluation on {cores}. mIoU compares with the masks of vit_nano, "
-        "the teacher."
+        f"{seconds / 3600:.2f} hours of training and evaluation on {cores}. mIoU compares with the masks of "
+        "vit_nano, the teacher."
     )
 
 
