@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import dask
 import pytest
 import torch
 from distributed import LocalCluster
@@ -19,7 +20,9 @@ from mobilesam.sam.teacher import Teacher
 def one_process_cluster() -> Iterator[LocalCluster]:
     """Run the cluster while the context lasts.
 
-    Its teacher keeps this process's number of threads, so that other tests in the process keep theirs.
+    Its teacher keeps this process's number of threads, so that other tests in the process keep theirs. The worker is
+    not profiled, as in a run's own cluster: sys._current_frames, which dask calls for that a hundred times a second, may
+    deadlock on Python before 3.11.9 (cpython #106883).
     """
     load = worker._load
 
@@ -28,6 +31,7 @@ def one_process_cluster() -> Iterator[LocalCluster]:
 
     with (
         pytest.MonkeyPatch.context() as patch,
+        dask.config.set({"distributed.worker.profile.enabled": False}),
         LocalCluster(
             n_workers=1, threads_per_worker=2, processes=False, protocol="tcp", host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
