@@ -21,8 +21,8 @@ def one_process_cluster() -> Iterator[LocalCluster]:
     """Run the cluster while the context lasts.
 
     Its teacher keeps this process's number of threads, so that other tests in the process keep theirs. The worker is
-    not profiled, as in a run's own cluster: sys._current_frames, which dask calls for that a hundred times a second, may
-    deadlock on Python before 3.11.9 (cpython #106883).
+    not profiled, as in a run's own cluster: sys._current_frames, which dask calls for that a hundred times a second,
+    may deadlock on Python before 3.11.9 (cpython #106883).
     """
     load = worker._load
 
