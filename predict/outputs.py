@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from ..common.durable import explain_os_errors, fsync_directory
 from ..common.errors import PredictError, shown
@@ -18,6 +20,9 @@ _PARTIAL_NAME = re.compile(r"\.[0-9a-f]{8}\.partial")
 
 OVERLAY, MASK, RLE, EXPORT = "segment overlay", "segment mask", "segment rle file", "export"
 """Kinds of output files, as their marks name them."""
+
+MAX_DESCRIPTION = 1 << 20
+"""Largest number of bytes read of a file that describes an export."""
 
 
 def _no_older(_: Path) -> bool:
@@ -67,6 +72,21 @@ def check_writable(folder: Path, option: str) -> None:
         trial = _partial(folder)
         trial.touch()
         trial.unlink()
+
+
+def read_description(path: Path, format: str) -> dict[str, Any] | None:
+    """Return the JSON object that describes an export in a folder; None if the file is no object of this format.
+
+    Args:
+        path: JSON file; may not exist.
+        format: value of its key `format`.
+    """
+    try:
+        with open(path, "rb") as file:
+            description = json.loads(file.read(MAX_DESCRIPTION))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return description if isinstance(description, dict) and description.get("format") == format else None
 
 
 class Outputs:

@@ -21,7 +21,7 @@ from ...sam.modeling.head_shapes import HEAD_PREFIXES
 from ...sam.weights.checkpoint import ENCODER_PREFIX
 from ...sam.weights.download import file_sha256
 from ..model import Model
-from ..outputs import EXPORT, Outputs, check_writable, is_partial
+from ..outputs import EXPORT, Outputs, check_writable, is_partial, read_description
 from .model_card import model_card
 from .onnx_decoder import export_decoder
 from .onnx_encoder import export_encoder
@@ -37,9 +37,6 @@ DECODER_FILE = "decoder.onnx"
 CARD_FILE = "README.md"
 FILES = (TORCH_FILE, MODEL_FILE, ENCODER_FILE, DECODER_FILE, CARD_FILE, DESCRIPTION_FILE)
 
-MAX_DESCRIPTION = 1 << 20
-"""Largest number of bytes of model.json read to recognise an older export."""
-
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that can't be written to, or that holds anything other than an older export.
@@ -54,7 +51,7 @@ def check_folder(folder: Path) -> None:
         return
     with explain_os_errors(folder, PredictError, "--out"):
         names = {path.name for path in folder.iterdir() if not is_partial(path)}
-    description = _read_description(folder)
+    description = read_description(folder / DESCRIPTION_FILE, FORMAT)
     others = sorted(names - set(FILES))
     if (
         description is None and not others
@@ -69,16 +66,6 @@ def check_folder(folder: Path) -> None:
         for name in sorted(names):
             _refuse_changed(folder / name, description)
     check_writable(folder, "--out")
-
-
-def _read_description(folder: Path) -> dict[str, Any] | None:
-    """Return the folder's model.json, None if it isn't one of this format."""
-    try:
-        with open(folder / DESCRIPTION_FILE, "rb") as file:
-            description = json.loads(file.read(MAX_DESCRIPTION))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return description if isinstance(description, dict) and description.get("format") == FORMAT else None
 
 
 def _is_known(path: Path, description: Mapping[str, Any] | None) -> bool:
@@ -179,7 +166,7 @@ def write_bundle(model: Model, folder: Path, begin: Begin = silent) -> dict[str,
 def _write(folder: Path, content: Mapping[str, bytes]) -> None:
     with Outputs() as outputs:
         outputs.make_folder(folder, "--out")
-        description = _read_description(folder)
+        description = read_description(folder / DESCRIPTION_FILE, FORMAT)
         stale = [path for path in folder.iterdir() if path.name in FILES or is_partial(path)]
         # A kill between the renames leaves model.safetensors, which has no mark, beside a card, which has one.
         for name in sorted(content, key=_rename_order):

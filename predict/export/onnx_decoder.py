@@ -120,13 +120,22 @@ class Decoder(nn.Module):
         dense_pCHW = self._embed_masks(mask_input, has_mask_input)
         prompts, given = point_coords.shape[0], mask_input.shape[0]
         each = torch.arange(prompts, device=dense_pCHW.device).clamp(max=given - 1)
-        low_PThw, iou_PT = self.mask_decoder.predict_masks(
-            image_embeddings=image_embeddings,
-            image_pe=self.dense_pe_1CHW,
-            sparse_prompt_embeddings=self._embed_points(point_coords, point_labels),
-            dense_prompt_embeddings=dense_pCHW.index_select(0, each),
+        low_PThw, iou_PT = self._decode(
+            image_embeddings, point_coords, point_labels, dense_pCHW.index_select(0, each)
         )
         return self._upscale(low_PThw, orig_im_size), iou_PT, low_PThw
+
+    def _decode(
+        self, emb_1CHW: Tensor, coords_PN2: Tensor, labels_PN: Tensor, dense_PCHW: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return low-resolution logits (P, 4, 4g, 4g), and predicted IoUs (P, 4)."""
+        low_PThw, iou_PT = self.mask_decoder.predict_masks(
+            image_embeddings=emb_1CHW,
+            image_pe=self.dense_pe_1CHW,
+            sparse_prompt_embeddings=self._embed_points(coords_PN2, labels_PN),
+            dense_prompt_embeddings=dense_PCHW,
+        )
+        return low_PThw, iou_PT
 
     def _embed_points(self, coords_PN2: Tensor, labels_PN: Tensor) -> Tensor:
         """Compute PromptEncoder's `_embed_points` and `_embed_boxes` without in-place assignments."""
@@ -268,14 +277,14 @@ def export_decoder(model: Model, name: str = "decoder.onnx", begin: Begin = sile
     begin(STEPS[0])
     decoder = Decoder(model.sam).eval()
     proto = to_onnx(
-        decoder, _example(model.image_size), OUTPUTS, _DYNAMIC, "SAM's prompt encoder and mask decoder"
+        decoder, example_inputs(model.image_size), OUTPUTS, _DYNAMIC, "SAM's prompt encoder and mask decoder"
     )
     masks = proto.graph.output[0].type.tensor_type.shape.dim
     rename_axes(proto, {masks[2].dim_param: "height", masks[3].dim_param: "width"})
     data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION, model.image_size)
     begin(STEPS[1])
     session = Session(data)
-    cases = list(_cases(model))
+    cases = list(comparison_inputs(model))
     check_difference(name, _compare_upscaling(model.sam, session, cases), UPSCALE_LIMIT)
     difference, limit = _compare(model.sam, decoder, session, cases)
     check_difference(name, difference, limit)
@@ -288,7 +297,8 @@ _POINTS = {0: "prompts", 1: "points"}
 _DYNAMIC = {"point_coords": _POINTS, "point_labels": _POINTS, "mask_input": {0: "mask_inputs"}}
 
 
-def _example(size: int) -> dict[str, Tensor]:
+def example_inputs(size: int) -> dict[str, Tensor]:
+    """Return inputs of all dynamic axes' lengths, by name, for an encoder's square of `size` pixels."""
     grid = size // 16
     shapes = ((1, 256, grid, grid), (3, 4, 2), (3, 4), (2, 1, 4 * grid, 4 * grid), (1,))
     tensors = [*(torch.ones(shape) for shape in shapes), torch.tensor([size * 1.0, size * 2.0])]
@@ -324,7 +334,7 @@ def _compare_upscaling(sam: Sam, session: Session, cases: Sequence[Mapping[str, 
     return difference
 
 
-def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
+def comparison_inputs(model: Model) -> Iterator[dict[str, Tensor]]:
     """Generate inputs: points, boxes, both, with and without masks, one prompt and several, several photo sizes."""
     size, half = model.image_size, model.image_size // 2
     generator = torch.Generator().manual_seed(1)

@@ -148,9 +148,8 @@ def _files_table(result: Mapping[str, Any]) -> Table:
         for name, check in result["checks"].items()
     }
     sizes = {name: file["bytes"] for name, file in result["files"].items()}
-    if (
-        result["kind"] == WEB
-    ):  # page and runtime in one row: a visitor's browser loads one of two builds of the latter
+    if result["kind"] == WEB:
+        # Page and runtime in one row: a visitor's browser loads one of two builds of the latter.
         others = sum(size for name, size in sizes.items() if name not in limits)
         sizes = {name: sizes[name] for name in limits} | {"page, onnxruntime-web, examples": others}
     return Table(

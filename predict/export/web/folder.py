@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -14,7 +13,7 @@ from typing import Any
 from ....common.durable import explain_os_errors, fsync_directory
 from ....common.errors import PredictError, counted, shown
 from ....common.outputs import read_mark
-from ...outputs import EXPORT, check_writable
+from ...outputs import EXPORT, check_writable, read_description
 
 FORMAT = "mobilesam web 1"
 DESCRIPTION_FILE = "demo.json"
@@ -24,19 +23,11 @@ HEADERS = {
 }
 """Headers with which a browser allows threads that share memory."""
 
-MAX_DESCRIPTION = 1 << 20
-"""Largest number of bytes of demo.json that are read."""
 
-
-def read_description(folder: Path) -> dict[str, Any] | None:
+def read_demo(folder: Path) -> dict[str, Any] | None:
     """Return a demo's demo.json; None if the folder holds none of this format."""
-    try:
-        with open(folder / DESCRIPTION_FILE, "rb") as file:
-            description = json.loads(file.read(MAX_DESCRIPTION))
-    except (OSError, ValueError, RecursionError):
-        return None
-    good = isinstance(description, dict) and description.get("format") == FORMAT
-    listing = description.get("listing") if good else None
+    description = read_description(folder / DESCRIPTION_FILE, FORMAT)
+    listing = None if description is None else description.get("listing")
     # Paths that lead out of the folder are nobody's demo.
     good = isinstance(listing, dict) and not any(".." in name or name.startswith("/") for name in listing)
     return description if good else None
@@ -62,7 +53,7 @@ def check_demo_folder(folder: Path) -> None:
             f"--out {shown(str(folder))} is a file: the web demo is a folder, give another name"
         )
     check_writable(folder.resolve().parent, "--out")
-    description = read_description(folder)
+    description = read_demo(folder)
     with explain_os_errors(folder, PredictError, "--out"):
         # Only a demo is searched through: another folder may hold a whole disk.
         paths = folder.iterdir() if description is None else folder.rglob("*")

@@ -11,7 +11,6 @@ C channels, H, W rows and columns of the embedding, 2 (x, y).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from ....common.errors import PredictError
 from ...model import Model
-from ..onnx_decoder import Decoder
+from ..onnx_decoder import INPUTS as DECODER_INPUTS
+from ..onnx_decoder import Decoder, comparison_inputs, example_inputs
 from ..onnx_encoder import export_encoder, synthetic_pixels
 from ..onnx_graph import (
     STEPS,
@@ -32,6 +32,7 @@ from ..onnx_graph import (
     serialize,
     to_onnx,
 )
+from ..onnx_tools import MAX_HALF
 
 HALF_LIMIT = 0.02
 """Largest relative difference from float32 that float16 weights may cause; 1e-3 is usual."""
@@ -39,15 +40,12 @@ HALF_LIMIT = 0.02
 LEAST_VALUES = 1024
 """Smallest number of values of a weight that is stored as float16; the rest is too little to matter."""
 
-MAX_HALF = 65504.0
-"""Largest magnitude of a float16."""
-
 DESCRIPTION = (
     "Prompt encoder and mask decoder, as decoder.onnx without orig_im_size and masks: low_res_masks (prompts, 4, 4g, "
     "4g), logits on the padded square, object above 0; iou_predictions (prompts, 4). mask_input is (1, 1, 4g, 4g)."
 )
 
-INPUTS = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input")
+INPUTS = DECODER_INPUTS[:-1]
 OUTPUTS = ("low_res_masks", "iou_predictions")
 
 
@@ -81,13 +79,8 @@ class LowResolutionDecoder(Decoder):
             has_mask_input: (1,), 0 to ignore `mask_input`.
         """
         dense_1CHW = self._embed_masks(mask_input, has_mask_input)
-        low_PThw, iou_PT = self.mask_decoder.predict_masks(
-            image_embeddings=image_embeddings,
-            image_pe=self.dense_pe_1CHW,
-            sparse_prompt_embeddings=self._embed_points(point_coords, point_labels),
-            dense_prompt_embeddings=dense_1CHW.expand(point_coords.shape[0], -1, -1, -1),
-        )
-        return low_PThw, iou_PT
+        dense_PCHW = dense_1CHW.expand(point_coords.shape[0], -1, -1, -1)
+        return self._decode(image_embeddings, point_coords, point_labels, dense_PCHW)
 
 
 def export_networks(model: Model, begin: Begin) -> Networks:
@@ -110,14 +103,14 @@ def export_networks(model: Model, begin: Begin) -> Networks:
     names = {0: "prompts", 1: "points"}
     proto = to_onnx(
         decoder,
-        dict(zip(INPUTS, _inputs(model, 3, 4), strict=True)),
+        _for_one_mask(example_inputs(model.image_size)),
         OUTPUTS,
         {"point_coords": names, "point_labels": names},
         "SAM's prompt encoder and mask decoder",
     )
     data = serialize(proto, "prompt encoder and mask decoder", model, DESCRIPTION, model.image_size)
     begin(f"decoder: {STEPS[1]}")
-    cases = list(_cases(model))
+    cases = [_for_one_mask(inputs) for inputs in comparison_inputs(model)]
     session, difference = Session(data), 0.0
     for case in cases:
         with torch.no_grad():
@@ -169,7 +162,7 @@ def half_weights(data: bytes) -> bytes:
             continue
         if not np.abs(values).max() <= MAX_HALF:
             raise PredictError(
-                f"the weight {tensor.name} has values beyond float16's {MAX_HALF:g}: it can't be stored in half"
+                f"the weight {tensor.name} has values beyond float16's {MAX_HALF}: it can't be stored in half"
             )
         weights.append(numpy_helper.from_array(values.astype(np.float16), f"{tensor.name}_half"))
         casts.append(
@@ -189,26 +182,6 @@ def half_weights(data: bytes) -> bytes:
     return result
 
 
-def _inputs(model: Model, prompts: int, points: int) -> tuple[Tensor, ...]:
-    grid = model.image_size // 16
-    shapes = ((1, 256, grid, grid), (prompts, points, 2), (prompts, points), (1, 1, 4 * grid, 4 * grid), (1,))
-    return tuple(torch.ones(shape) for shape in shapes)
-
-
-def _cases(model: Model) -> Iterator[dict[str, Tensor]]:
-    """Generate inputs: a point, several points with a mask, a box."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        emb_1CHW = model.sam.image_encoder(synthetic_pixels(1, model.student_size))
-    side = model.image_size // 4
-    for labels, mask in (([1, -1], 0), ([1, 0, 1, -1], 1), ([2, 3], 0)):
-        coords_PN2 = torch.rand(1, len(labels), 2, generator=generator) * model.image_size / 2
-        mask_1hw = torch.randn(1, 1, side, side, generator=generator) * 5
-        tensors = (
-            emb_1CHW,
-            coords_PN2,
-            torch.tensor([labels]).float(),
-            mask_1hw,
-            torch.tensor([float(mask)]),
-        )
-        yield dict(zip(INPUTS, tensors, strict=True))
+def _for_one_mask(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs of decoder.onnx as those of this decoder: without the photo's size, with the first mask alone."""
+    return {name: inputs[name][:1] if name == "mask_input" else inputs[name] for name in INPUTS}

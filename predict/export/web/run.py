@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -24,6 +23,7 @@ from ....sam.weights.download import Progress
 from ...config import ExportConfig
 from ...model import Model
 from ...outputs import EXPORT
+from ..bundle import describe_file
 from ..onnx_encoder import INPUT
 from ..onnx_graph import Begin, Session
 from .examples import Example, read_examples
@@ -117,18 +117,11 @@ def export_web(model: Model, out: Path, parts: WebParts, begin: Begin) -> dict[s
     made = {ENCODER_PATH: networks.encoder, DECODER_PATH: networks.decoder}
     note = _size_note(model.student_size)
     return {
-        "files": _described(content),
+        "files": {path: describe_file(data) for path, data in content.items()},
         "checks": {path: file.check() for path, file in made.items()},
         "onnx": {path: file.format() for path, file in made.items()},
         "left_out": {},
         "warnings": [*model.notes, *parts.runtime.notes, *([] if note is None else [note])],
-    }
-
-
-def _described(content: Mapping[str, bytes]) -> dict[str, Any]:
-    return {
-        path: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        for path, data in content.items()
     }
 
 

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from ....common.errors import Interrupted, PredictError, shown
 from ....common.signals import StopFlag, stopped_by_signals
 from ...config import DemoConfig
-from .folder import DESCRIPTION_FILE, HEADERS, read_description
+from .folder import DESCRIPTION_FILE, HEADERS, read_demo
 
 HOST = "127.0.0.1"
 """Loopback: nobody else reaches the server."""
@@ -43,7 +43,7 @@ class DemoServer:
 
     def __init__(self, config: DemoConfig) -> None:
         self._folder = config.folder
-        description = read_description(config.folder)
+        description = read_demo(config.folder)
         if description is None:
             raise PredictError(
                 f"{shown(str(config.folder))} is no web demo: mobilesam export --format web --out "

@@ -15,7 +15,7 @@ from mobilesam.predict.export.web.folder import (
     DESCRIPTION_FILE,
     FORMAT,
     check_demo_folder,
-    read_description,
+    read_demo,
     write_demo_folder,
 )
 
@@ -33,7 +33,7 @@ def test_a_demo_replaces_an_older_one_and_leaves_nothing_else(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
     assert (tmp_path / "demo/networks/encoder.onnx").read_bytes() == b"second"
     assert not (tmp_path / "demo/older").exists()
-    description = read_description(tmp_path / "demo")
+    description = read_demo(tmp_path / "demo")
     assert description is not None
     assert description["student"] == "toy"
 
@@ -108,10 +108,10 @@ def test_after_a_full_disk_the_older_demo_is_there(tmp_path: Path, monkeypatch: 
 )
 def test_other_json_describes_no_demo(text: str, tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION_FILE).write_text(text)
-    assert read_description(tmp_path) is None
+    assert read_demo(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b"])
 def test_a_demo_that_lists_files_elsewhere_is_none(name: str, tmp_path: Path) -> None:
     (tmp_path / DESCRIPTION_FILE).write_text(json.dumps({"format": FORMAT, "listing": {name: "0"}}))
-    assert read_description(tmp_path) is None
+    assert read_demo(tmp_path) is None

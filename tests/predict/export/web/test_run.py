@@ -20,7 +20,7 @@ from mobilesam.distill.students.registry import StudentInfo
 from mobilesam.predict import ExportConfig, PredictError, export, load_model
 from mobilesam.predict.export import run as exporter
 from mobilesam.predict.export.run import export_lines
-from mobilesam.predict.export.web.folder import read_description
+from mobilesam.predict.export.web.folder import read_demo
 from mobilesam.predict.export.web.networks import half_weights
 from mobilesam.predict.export.web.run import web_image_size
 from mobilesam.predict.export.web.runtime import BUILDS, SHA256
@@ -59,7 +59,7 @@ def demo(small: Path, runtime: Path, tmp_path: Path) -> Path:
     )  # fmt: skip
     result = export(config)
     assert result["kind"] == "web"
-    assert result["files"].keys() == read_description(config.out)["listing"].keys() | {"demo.json"}  # type: ignore[index]
+    assert result["files"].keys() == read_demo(config.out)["listing"].keys() | {"demo.json"}  # type: ignore[index]
     for name, file in result["files"].items():
         assert file == {
             "bytes": (config.out / name).stat().st_size, "sha256": file_sha256(config.out / name),
@@ -74,7 +74,7 @@ def demo(small: Path, runtime: Path, tmp_path: Path) -> Path:
 def test_a_demo_has_the_page_the_networks_and_what_the_page_must_know(
     demo: Path, small: Path, runtime: Path
 ) -> None:
-    description = read_description(demo)
+    description = read_demo(demo)
     assert description is not None
     assert (description["student"], description["image_size"], description["teacher"]) == (
         "toy",
