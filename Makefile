@@ -12,7 +12,7 @@ DEMO ?= demo
 .PHONY: demo demo-1024 paper recipes test test-long faults bench gpu lint format clean
 
 # The three commands at 192 x 192, in the folder $(DEMO), on pictures of which a student learns in minutes; see README.md.
-SHOW := cd $(DEMO) && ../$(BIN)/mobilesam
+SHOW = cd $(DEMO) && ../$(BIN)/mobilesam
 demo: $(DEMO_STAMP)
 	@mkdir -p $(DEMO)
 	@echo "1. Pictures: generated ones and crops of nine photos to learn from; others, and three photos, held out."
@@ -29,12 +29,13 @@ demo: $(DEMO_STAMP)
 	@echo; echo "Look at $(DEMO)/report.html in a browser, and at $(DEMO)/segment.png."
 
 # The three commands on the example photos at 1024 x 1024: the real size, but twelve photos are few to learn from.
+demo-1024: DEMO := demo-1024
 demo-1024: $(DEMO_STAMP)
-	@mkdir -p $(DEMO)-1024
-	cd $(DEMO)-1024 && ../$(BIN)/mobilesam precompute --images ../examples/photos --out store.zarr --teacher vit_nano
-	cd $(DEMO)-1024 && ../$(BIN)/mobilesam distill --epochs 12
-	cd $(DEMO)-1024 && ../$(BIN)/mobilesam verify --split all --report report.html
-	@echo "Look at $(DEMO)-1024/report.html in a browser."
+	@mkdir -p $(DEMO)
+	$(SHOW) precompute --images ../examples/photos --out store.zarr --teacher vit_nano
+	$(SHOW) distill --epochs 12
+	$(SHOW) verify --split all --report report.html
+	@echo "Look at $(DEMO)/report.html in a browser."
 
 # The paper's comparisons in miniature, in the folder $(PAPER), into docs/PAPER.md; PART=recipe is one student of many
 # pictures, by distill's own recipe. SCALE=small takes minutes, in paper-small, and leaves the document as it is.
@@ -111,4 +112,4 @@ $(BENCH_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(DEMO)-1024 build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults .bench
+	rm -rf $(VENV) $(DEMO) demo-1024 build dist *.egg-info .mypy_path .mypy_cache .ruff_cache .pytest_cache .faults .bench

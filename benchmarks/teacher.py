@@ -16,7 +16,6 @@ from functools import partial
 
 import click
 import torch
-from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
 
@@ -90,10 +89,8 @@ def encoders(
     return sides
 
 
-def peer_encoder(teacher: str, image_size: int) -> nn.Module:
-    """Build segment_anything's encoder; its own builders know only 1024 pixels."""
-    if image_size == 1024:
-        return sam_model_registry[teacher]().image_encoder
+def peer_encoder(teacher: str, image_size: int) -> ImageEncoderViT:
+    """Build segment_anything's encoder, whose own builders know only 1024 pixels."""
     config = TEACHERS[teacher].encoder
     assert isinstance(config, ViTConfig)
     return ImageEncoderViT(

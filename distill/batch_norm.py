@@ -40,6 +40,7 @@ class BatchNorms:
         self._name, self._image_size, self._micro_batch = name, image_size, micro_batch
         self._student_size = input_side(student, image_size)
         self._before: dict[str, Tensor] = {}
+        self._share = 1.0
         for module in self._modules.values():
             module.momentum = MOMENTUM
 
@@ -59,25 +60,19 @@ class BatchNorms:
         single = self._single if images == 1 and not frozen and self._modules else frozenset()
         for path, module in self._modules.items():
             module.train(not frozen and path not in single)
-        self._before = (
-            {}
-            if momentum(micro_steps) == MOMENTUM or frozen
-            else {k: v.clone() for k, v in self._statistics()}
-        )
+        self._share = momentum(micro_steps) / MOMENTUM
+        constant = frozen or self._share == 1
+        self._before = {} if constant else {key: value.clone() for key, value in self._statistics()}
 
     @torch.no_grad()
-    def settle(self, micro_steps: int) -> None:
-        """Give the running statistics the momentum of their forward pass, after its backward pass.
+    def settle(self) -> None:
+        """Give the running statistics the momentum of the forward pass that was prepared, after its backward pass.
 
         The modules' own momentum is constant, since a compiler makes another version of the student for each value.
-
-        Args:
-            micro_steps: number of the forward pass that `prepare` was told.
         """
-        share = momentum(micro_steps) / MOMENTUM
         for key, now in self._statistics() if self._before else ():
             before = self._before[key]
-            now.copy_(before + share * (now - before))
+            now.copy_(before + self._share * (now - before))
         self._before = {}
 
     def _statistics(self) -> Iterator[tuple[str, Tensor]]:

@@ -188,7 +188,7 @@ class Trainer:
             micro_batch = self.forward(batch)
             loss = self.objective.loss(micro_batch, totals)
             loss.backward()
-            self.batch_norms.settle(state.micro_steps)
+            self.batch_norms.settle()
             batch_loss += loss.detach()
             if state.epoch == 0:
                 state.embeddings.sum_CHW += micro_batch.teacher_BCHW.double().sum(dim=0)

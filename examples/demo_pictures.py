@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from generate_pictures import PHOTOS
+from generate_pictures import PHOTOS, photo_files
 from generate_pictures import write as write_generated
 from photo_crops import write_crops
 
@@ -34,22 +34,18 @@ def write_train(folder: Path, generated: int, crops: int, workers: int) -> None:
         crops: number of crops of photos.
         workers: number of processes.
     """
-    photos = [path for path in _photos() if path.name not in HELD_OUT_PHOTOS]
+    photos = [path for path in photo_files(PHOTOS) if path.name not in HELD_OUT_PHOTOS]
     write_generated(folder / "generated", TRAIN_SEED, generated, SIDE, workers=workers, photos=photos)
     write_crops(photos, folder / "photos", crops, SIDE, TRAIN_SEED)
 
 
 def write_held_out(folder: Path, generated: int, crops: int, workers: int) -> None:
     """Write the pictures to judge by; arguments as of write_train."""
-    photos = [path for path in _photos() if path.name in HELD_OUT_PHOTOS]
+    photos = [path for path in photo_files(PHOTOS) if path.name in HELD_OUT_PHOTOS]
     write_generated(folder / "generated", HELD_OUT_SEED, generated, SIDE, workers=workers, photos=photos)
     write_crops(photos, folder / "photos", crops, SIDE, HELD_OUT_SEED)
     for photo in photos:
         shutil.copyfile(photo, folder / "photos" / photo.name)
-
-
-def _photos() -> list[Path]:
-    return sorted(path for path in PHOTOS.iterdir() if path.suffix in {".jpg", ".png"})
 
 
 def main() -> None:

@@ -242,10 +242,15 @@ def use_photos(paths: Sequence[Path] | None) -> None:
     _photos.cache_clear()
 
 
+def photo_files(folder: Path) -> list[Path]:
+    """Return the photos of a folder, .jpg and .png, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix in {".jpg", ".png"})
+
+
 @cache
 def _photos() -> list[Image.Image]:
     photos = []
-    for path in sorted([*PHOTOS.glob("*.jpg"), *PHOTOS.glob("*.png")]) if _paths is None else _paths:
+    for path in photo_files(PHOTOS) if _paths is None else _paths:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
         image.thumbnail((4 * TALLEST_TEXTURE, TALLEST_TEXTURE))
@@ -304,9 +309,11 @@ def write(
     write_one = partial(_write_one, folder, seed, side, quality)
     if workers == 1:
         use_photos(photos)
-        for image_id in missing:
-            write_one(image_id)
-        use_photos(None)
+        try:
+            for image_id in missing:
+                write_one(image_id)
+        finally:
+            use_photos(None)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), use_photos, (photos,)) as processes:
         for _ in processes.map(write_one, missing, chunksize=16):

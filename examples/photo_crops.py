@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from generate_pictures import photo_files
 from PIL import Image, ImageOps
 
 SMALLEST, LONGEST_ASPECT = 0.25, 4 / 3
@@ -53,11 +54,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    photos = [
-        photo
-        for path in options.photos
-        for photo in (sorted(path.glob("*.[jp][pn]g")) if path.is_dir() else [path])
-    ]
+    photos = [photo for path in options.photos for photo in (photo_files(path) if path.is_dir() else [path])]
     if not photos:
         parser.error(f"no .jpg or .png in {', '.join(map(str, options.photos))}")
     write_crops(photos, options.out, options.count, options.side, options.seed)

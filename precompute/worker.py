@@ -229,11 +229,10 @@ def compile_teacher(teacher: Teacher, batch_size: int) -> None:
     """
     import torch
 
-    side = teacher.image_size
     try:
         # Every batch of a job has the same shape.
         teacher.image_encoder.compile(dynamic=False)
-        teacher.embed(torch.zeros(batch_size, 3, side, side))
+        warm_up(teacher, batch_size)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

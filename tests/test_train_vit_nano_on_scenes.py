@@ -1,4 +1,4 @@
-"""What the second part of the training of vit_nano learns from, and that it resumes (train_on_scenes.py)."""
+"""examples/vit_nano/train_on_scenes.py: the pictures that vit_nano learns from, and that a training resumes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ...common.errors import DistillError, counted
 from .rows import CommittedRows
@@ -44,8 +43,8 @@ def split_rows(rows: CommittedRows, val_fraction: float) -> Split:
         DistillError: there are fewer than two distinct images.
     """
     sha256_N = rows.sha256_N
-    distinct = min(len(rows), 1) if not len(rows) or bool((sha256_N == sha256_N[0]).all()) else 2
-    if distinct < 2:
+    if not (sha256_N != sha256_N[:1]).any():
+        distinct = min(len(rows), 1)
         raise DistillError(
             f"{counted(len(rows), 'row')} with {counted(distinct, 'distinct image')}: training and "
             "validation need one each. Precompute at least two different images."
@@ -53,20 +52,12 @@ def split_rows(rows: CommittedRows, val_fraction: float) -> Split:
     first_N = np.ascontiguousarray(sha256_N).view(">u8").reshape(len(rows), 4)[:, 0]
     val_N = first_N.astype(np.float64) / 2**64 < val_fraction
     if not val_N.any():
-        val_N = sha256_N == _least(sha256_N)
+        val_N = sha256_N == np.sort(sha256_N)[0]
     elif val_N.all():
-        val_N = sha256_N != _greatest(sha256_N)
+        val_N = sha256_N != np.sort(sha256_N)[-1]
     return Split(
         train=array("q", rows.rows_N[~val_N].tobytes()), val=array("q", rows.rows_N[val_N].tobytes())
     )
-
-
-def _least(sha256_N: npt.NDArray[np.bytes_]) -> np.bytes_:
-    return sha256_N[np.argsort(sha256_N)[0]]
-
-
-def _greatest(sha256_N: npt.NDArray[np.bytes_]) -> np.bytes_:
-    return sha256_N[np.argsort(sha256_N)[-1]]
 
 
 def epoch_order(rows: Sequence[int], seed: int, epoch: int) -> Sequence[int]:

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-from segment_anything import sam_model_registry
-from segment_anything.modeling import ImageEncoderViT
-from torch import Tensor, nn
+from torch import Tensor
+from upstream_vit import randomise, upstream_vit
 
 from mobilesam.sam.device import resolve_device
-from mobilesam.sam.modeling.vit import ViTConfig
 from mobilesam.sam.registry import TEACHERS
-
-
-def _random_positions(encoder: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in encoder.named_parameters():
-        if "rel_pos" in name or name == "pos_embed":
-            with torch.no_grad():
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def _upstream(teacher: str, image_size: int) -> nn.Module:
-    config = TEACHERS[teacher].encoder
-    assert isinstance(config, ViTConfig)
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=image_size, embed_dim=config.width, depth=config.depth, num_heads=config.heads, mlp_ratio=4,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, global_attn_indexes=config.global_blocks,
-        window_size=14, out_chans=256,
-    )  # fmt: skip
-    _random_positions(encoder)
-    return encoder.eval()
 
 
 def _cosine(found: Tensor, expected: Tensor) -> float:
@@ -46,7 +21,9 @@ def test_vit_b_gives_segment_anythings_embedding(
     image_size: int, precision: str, least: float, device: torch.device
 ) -> None:
     resolve_device(device)
-    theirs = _upstream("vit_b", image_size).to(device)
+    theirs = upstream_vit("vit_b", image_size)
+    randomise(theirs, 0)
+    theirs = theirs.to(device)
     ours = TEACHERS["vit_b"].encoder.build(image_size).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     pixels = torch.randn(3, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -60,8 +37,8 @@ def test_vit_b_gives_segment_anythings_embedding(
 @pytest.mark.parametrize("teacher", ["vit_b", "vit_l", "vit_h"])
 def test_a_whole_teacher_at_batch_8_gives_segment_anythings_embeddings(teacher: str) -> None:
     device = resolve_device("cuda")
-    theirs = sam_model_registry[teacher]().image_encoder.eval()
-    _random_positions(theirs)
+    theirs = upstream_vit(teacher, 1024)
+    randomise(theirs, 0)
     theirs = theirs.to(device)
     ours = TEACHERS[teacher].encoder.build(1024).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)

@@ -21,7 +21,7 @@ def test_early_batch_norm_statistics_are_plain_averages_then_moving_ones() -> No
     for count, batch in enumerate(batches, start=1):
         norms.prepare(count, frozen=False, images=5)
         student(batch).sum().backward()
-        norms.settle(count)
+        norms.settle()
         reference.momentum = momentum(count)
         reference(batch)
         torch.testing.assert_close(student[0].running_mean, reference.running_mean)
@@ -37,7 +37,7 @@ def test_frozen_statistics_stay_as_they_are() -> None:
     norms = BatchNorms(student, "tiny_vit", 64, 5)
     norms.prepare(1, frozen=True, images=5)
     student(torch.randn(5, 3, 4, 4)).sum().backward()
-    norms.settle(1)
+    norms.settle()
     assert torch.equal(student[0].running_mean, torch.zeros(3))
     assert torch.equal(student[0].running_var, torch.ones(3))
 
@@ -113,5 +113,5 @@ def test_a_student_is_compiled_once_for_all_steps_of_training() -> None:
     for step in range(1, 13):
         norms.prepare(step, frozen=False, images=2)
         student(torch.randn(2, 3, 64, 64)).sum().backward()
-        norms.settle(step)
+        norms.settle()
     assert counter.frame_count == 1
